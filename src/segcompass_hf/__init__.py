@@ -1,0 +1,1 @@
+"""SegCompass for Hugging Face transformers."""

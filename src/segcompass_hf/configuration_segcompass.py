@@ -1,0 +1,234 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and SAM."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PretrainedConfig, SamConfig
+
+# Table 1 of the paper's supplement: index into `hidden_states` (0 = embeddings) per VLM family.
+PAPER_SAE_LAYERS = {"llava": 16, "qwen2_5_vl": 13}
+
+
+@strict
+class SegCompassSaeConfig(PretrainedConfig):
+    r"""Configuration of a sparse autoencoder over the VLM's hidden states.
+
+    Args:
+        d_in (`int`, defaults to 4096): Width of the hidden states it reads.
+        d_sae (`int`, defaults to 65536): Number of features.
+        architecture (`str`, defaults to `"standard"`): One of `standard`, `gated`, `jumprelu`, `topk`, `batchtopk`.
+        activation (`str`, defaults to `"relu"`): `relu`, `tanh-relu` or `topk`; read by `standard` only.
+        k (`int`, *optional*): Active features per token; needed where a top-k is taken.
+        normalize_activations (`str`, defaults to `"none"`): What is done to a hidden state before encoding: `none`,
+            `layer_norm`, `constant_norm_rescale`, `per_token` (norm set to `sqrt(d_in)`) or `per_modality` (mean and
+            scale per modality, from buffers).
+        apply_b_dec_to_input (`bool`, defaults to `False`): Subtract `b_dec` before encoding.
+        finetuning_scaling_factor (`bool`, defaults to `False`): Whether the weights hold a per-feature output scale.
+        layer (`int`, *optional*): Index into the VLM's `hidden_states` that the SAE was trained on.
+        l1_coefficient (`float`, defaults to 5.0): Weight of the sparsity term in the SAE's own training loss.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of freshly initialised weights.
+    """
+
+    model_type = "segcompass_sae"
+    base_config_key = "sae_config"
+
+    d_in: int = 4096
+    d_sae: int = 65536
+    architecture: Literal["standard", "gated", "jumprelu", "topk", "batchtopk"] = "standard"
+    activation: Literal["relu", "tanh-relu", "topk"] = "relu"
+    k: int | None = None  # active features per token
+    normalize_activations: Literal["none", "layer_norm", "constant_norm_rescale", "per_token", "per_modality"] = "none"
+    apply_b_dec_to_input: bool = False
+    finetuning_scaling_factor: bool = False
+    layer: int | None = None  # index into hidden_states, 0 = embeddings
+    l1_coefficient: float | int = 5.0
+    initializer_range: float | int = 0.02
+
+    def validate_sae(self):
+        if self.d_in < 1 or self.d_sae < 1:
+            raise ValueError(f"d_in and d_sae must be positive, got d_in={self.d_in} and d_sae={self.d_sae}.")
+        takes_top_k = self.architecture in ("topk", "batchtopk") or (
+            self.architecture == "standard" and self.activation == "topk"
+        )
+        if takes_top_k and (self.k is None or not 1 <= self.k <= self.d_sae):
+            raise ValueError(
+                f"architecture={self.architecture!r} with activation={self.activation!r} keeps k features per token "
+                f"and needs 1 <= k <= d_sae={self.d_sae}, got k={self.k}; set k."
+            )
+
+
+@strict
+class SegCompassConfig(PretrainedConfig):
+    r"""Configuration of [`SegCompassForReasoningSegmentation`].
+
+    The nested configurations may be given as configuration objects, as dicts (with a `model_type`), or left out.
+
+    Args:
+        vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration whose
+            text model has `layers`; LLaVA-1.5 when left out.
+        sam_config (`PretrainedConfig` or `dict`, *optional*): A [`SamConfig`].
+        sae_config (`PretrainedConfig` or `dict`, *optional*): A [`SegCompassSaeConfig`]; its `d_in` defaults to the
+            VLM's hidden size.
+        num_slots (`int`, defaults to 4): Slots K, and `<REF_POS>` tokens per answer.
+        sae_layer (`int`, *optional*): Index into `hidden_states` (0 = embeddings) that the SAE reads; decoder layers
+            below it are frozen. Left out: the SAE's own `layer`, else 16 for LLaVA-1.5, 13 for Qwen2.5-VL, else half
+            the depth.
+        concept_threshold (`float`, defaults to 2.0): Feature activations below it in magnitude count as zero.
+        concept_input (`str`, defaults to `"once"`): `"duplicated"` feeds the SAE prompt + completion + completion with
+            padding counted, as the original code does (a second pass; for its checkpoints only).
+        concept_chunk_size (`int`, defaults to 4096): Tokens encoded at a time; lowered where `d_sae` is large.
+        reference_search (`str`, defaults to `"completion"`): Where the last K `<REF_POS>` are looked for; `"sequence"`
+            includes the prompt, as the original code does.
+        reference_order (`str`, defaults to `"earliest_first"`): Which of them slot 0 gets.
+        slot_logit_threshold (`float`, defaults to 0.0): A slot counts as present above it (logit).
+        mask_logit_threshold (`float`, defaults to 0.0): A pixel counts as inside above it (logit).
+        train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
+            embedding, none, or both input and output rows.
+        empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
+            segmentation mean or add a zero to it.
+
+    Example:
+
+    ```python
+    >>> config = SegCompassConfig(vlm_config={"model_type": "llava"}, num_slots=4)
+    >>> config.get_text_config().model_type, config.sae_layer
+    ('llama', 16)
+    ```
+    """
+
+    model_type = "segcompass"
+    sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig, "sae_config": SegCompassSaeConfig}
+
+    vlm_config: dict | PretrainedConfig | None = None
+    sam_config: dict | PretrainedConfig | None = None
+    sae_config: dict | PretrainedConfig | None = None
+
+    num_slots: int = 4
+    sae_layer: int | None = None  # index into hidden_states, 0 = embeddings
+
+    concept_threshold: float | int = 2.0  # |feature activation|, after input normalisation
+    concept_input: Literal["once", "duplicated"] = "once"
+    concept_chunk_size: int = 4096  # tokens
+
+    d_slot: int = 512
+    slot_encoder_layers: int = 2
+    slot_encoder_heads: int = 8
+    slot_encoder_ff_mult: int = 4
+    slot_encoder_dropout: float | int = 0.0
+    slot_init_std: float | int = 0.5
+
+    heatmap_heads: int = 4
+    heatmap_fuser: Literal["refine", "plain"] = "refine"
+    heatmap_bias_init: float | int = -1.8  # logit
+
+    slot_logit_threshold: float | int = 0.0  # logit
+    mask_logit_threshold: float | int = 0.0  # logit
+
+    reference_search: Literal["completion", "sequence"] = "completion"
+    reference_order: Literal["earliest_first", "latest_first"] = "earliest_first"
+
+    ref_token_id: int | None = None
+    think_start_token_id: int | None = None
+    think_end_token_id: int | None = None
+    short_reasoning_tokens: int = 32
+    max_reasoning_tokens: int = 512
+    train_token_rows: Literal["head", "none", "both"] = "head"
+
+    seg_loss_weight: float | int = 1.0  # lambda_s
+    conf_loss_weight: float | int = 0.2  # lambda_c
+    lm_loss_weight: float | int = 1.0
+    heatmap_bce_weight: float | int = 1.0
+    heatmap_dice_weight: float | int = 0.6
+    mask_dice_weight: float | int = 0.6
+    mask_focal_weight: float | int = 0.0
+    match_confidence_weight: float | int = 0.3
+    valid_area_only: bool = True
+    empty_samples: Literal["exclude", "zero"] = "exclude"
+
+    tie_word_embeddings: bool = False  # the inner VLM ties (or not) by its own configuration
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs):
+        self.vlm_config = _resolve_config(self.vlm_config, "llava")
+        self.sam_config = _resolve_config(self.sam_config, SamConfig)
+        text_config = self.vlm_config.get_text_config()
+        if self.sae_config is None:
+            self.sae_config = {}
+        if isinstance(self.sae_config, dict):
+            self.sae_config = SegCompassSaeConfig(**{"d_in": text_config.hidden_size, **self.sae_config})
+        if self.sae_layer is None:
+            self.sae_layer = self.sae_config.layer
+        if self.sae_layer is None:
+            self.sae_layer = default_sae_layer(self.vlm_config)
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+        """The VLM's text configuration (generation and TRL read sizes from it)."""
+        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the VLM's image placeholder."""
+        return getattr(self.vlm_config, "image_token_id", None)
+
+    @property
+    def video_token_id(self) -> int | None:
+        """Id of the VLM's video placeholder, where it has one."""
+        return getattr(self.vlm_config, "video_token_id", None)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.get_text_config().vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        return self.get_text_config().hidden_size
+
+    def validate_segcompass(self):
+        text_config = self.get_text_config()
+        depth, width = text_config.num_hidden_layers, text_config.hidden_size
+        if self.num_slots < 1:
+            raise ValueError(f"num_slots must be at least 1, got {self.num_slots}.")
+        if not 0 <= self.sae_layer < depth:
+            raise ValueError(
+                f"sae_layer is an index into hidden_states before the last layer: 0 (embeddings) to {depth - 1} for a "
+                f"VLM of {depth} layers, got {self.sae_layer}."
+            )
+        if self.sae_config.d_in != width:
+            raise ValueError(
+                f"the SAE reads states of width {self.sae_config.d_in} (d_in), the VLM's are {width} wide; "
+                "use an SAE trained on this VLM."
+            )
+        if self.d_slot % self.slot_encoder_heads:
+            raise ValueError(
+                f"d_slot={self.d_slot} must be a multiple of slot_encoder_heads={self.slot_encoder_heads}."
+            )
+        if self.concept_threshold < 0:
+            raise ValueError(f"concept_threshold is a magnitude and cannot be negative, got {self.concept_threshold}.")
+
+
+def _resolve_config(config: dict | PretrainedConfig | None, default: str | type) -> PretrainedConfig:
+    """Turn a nested configuration given as dict, object or nothing into an object.
+
+    By hand and not by `SubConfigSpec`, which transformers 5.17 does not have.
+    """
+    if isinstance(config, PretrainedConfig):
+        return config
+    config = dict(config or {})
+    if not isinstance(default, str):
+        return default(**config)
+    return AutoConfig.for_model(config.pop("model_type", default), **config)
+
+
+def default_sae_layer(vlm_config: PretrainedConfig) -> int:
+    """Where the SAE reads when nobody says: the paper's layer for its two families, else half the depth."""
+    depth = vlm_config.get_text_config().num_hidden_layers
+    paper_layer = PAPER_SAE_LAYERS.get(vlm_config.model_type)
+    return paper_layer if paper_layer is not None and paper_layer < depth else depth // 2
+
+
+SegCompassSaeConfig.register_for_auto_class()
+SegCompassConfig.register_for_auto_class()
+
+__all__ = ["SegCompassConfig", "SegCompassSaeConfig"]
