@@ -1,0 +1,19 @@
+"""Metrics of referring and reasoning segmentation, as plain functions on numpy arrays."""
+
+from .segmentation import (
+    METRIC_NAMES,
+    SampleScore,
+    SegmentationAccumulator,
+    bootstrap_intervals,
+    score_sample,
+    segmentation_metrics,
+)
+
+__all__ = [
+    "METRIC_NAMES",
+    "SampleScore",
+    "SegmentationAccumulator",
+    "bootstrap_intervals",
+    "score_sample",
+    "segmentation_metrics",
+]

@@ -1,0 +1,242 @@
+"""gIoU, cIoU, N-acc and T-acc with the definitions of GRES (Liu, Ding, Jiang, CVPR 2023).
+
+Every sample is reduced to four integers (`SampleScore`), from which all figures follow. Integers add up exactly, so
+results do not depend on the order of samples or on how they were spread over processes.
+"""
+
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+METRIC_NAMES = ("gIoU", "cIoU", "N-acc", "T-acc")
+
+
+class SampleScore(NamedTuple):
+    """What one sample contributes to every metric: pixel counts outside the ignored area."""
+
+    intersection: int
+    union: int
+    predicted_pixels: int
+    target_pixels: int
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union in [0, 1]; 1 where neither prediction nor target has a pixel."""
+        return self.intersection / self.union if self.union else 1.0
+
+
+def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleScore:
+    """Compare the union of the predicted masks with the union of the target masks.
+
+    Args:
+        prediction (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`): Boolean masks; also a
+            list of masks. No mask at all (`[]` or `num_masks == 0`) is an empty prediction.
+        reference (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`): Target masks.
+        ignore (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`, *optional*): Pixels left out
+            of both.
+
+    Returns:
+        `SampleScore`: pixel counts.
+
+    Raises:
+        ValueError: if the sizes differ, the rank is not 2 or 3, or the values are not those of a mask.
+    """
+    prediction = _union(prediction, "prediction")
+    reference = _union(reference, "reference")
+    ignore = None if ignore is None else _union(ignore, "ignore")
+    shapes = {
+        name: mask.shape
+        for name, mask in (("prediction", prediction), ("reference", reference), ("ignore", ignore))
+        if mask is not None
+    }
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"masks of one sample differ in size: {shapes} (height, width); bring them to the original image size, "
+            "for instance with processor.post_process_segmentation(...)"
+        )
+    if not shapes:
+        return SampleScore(0, 0, 0, 0)
+    empty = np.zeros(next(iter(shapes.values())), dtype=bool)
+    prediction = empty if prediction is None else prediction
+    reference = empty if reference is None else reference
+    if ignore is not None:
+        prediction, reference = prediction & ~ignore, reference & ~ignore
+    intersection = int(np.count_nonzero(prediction & reference))
+    predicted, target = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
+    return SampleScore(intersection, predicted + target - intersection, predicted, target)
+
+
+def _union(masks: Any, name: str) -> np.ndarray | None:
+    """Union of one or more masks `(height, width)`; `None` for an empty list, which has no size."""
+    masks = np.asarray(masks)
+    if masks.ndim == 1 and masks.size == 0:
+        return None
+    if masks.ndim not in (2, 3):
+        raise ValueError(
+            f"{name} has shape {masks.shape}; expected (height, width) or (num_masks, height, width) for one sample"
+        )
+    if masks.dtype.kind not in "biu" and not np.isin(masks, (0, 1)).all():
+        raise ValueError(
+            f"{name} holds {masks.dtype} values other than 0 and 1; pass boolean masks (logits > mask_logit_threshold)"
+        )
+    masks = masks.astype(bool)
+    return masks.any(axis=0) if masks.ndim == 3 else masks
+
+
+class SegmentationAccumulator:
+    """Collect samples one by one, in groups if wanted, and compute the metrics at any time.
+
+    Accumulators of several processes are merged with `merge`; the result is that of one process, exactly.
+
+    Example:
+        >>> import numpy as np
+        >>> accumulator = SegmentationAccumulator()
+        >>> accumulator.update(np.ones((2, 2), bool), np.array([[True, False], [False, False]]), group="attribute")
+        SampleScore(intersection=1, union=4, predicted_pixels=4, target_pixels=1)
+        >>> accumulator.compute()["gIoU"]
+        0.25
+    """
+
+    def __init__(self) -> None:
+        self._scores: dict[Hashable, list[SampleScore]] = {}
+
+    def update(self, prediction: Any, reference: Any, ignore: Any = None, group: Hashable = None) -> SampleScore:
+        """Add one sample (arguments as for `score_sample`) under `group`; returns its counts."""
+        return self.add(score_sample(prediction, reference, ignore), group)
+
+    def add(self, score: SampleScore, group: Hashable = None) -> SampleScore:
+        """Add a sample that was scored before, under `group`."""
+        self._scores.setdefault(group, []).append(score)
+        return score
+
+    def merge(self, other: "SegmentationAccumulator") -> None:
+        """Add all samples of `other`."""
+        for group, scores in other._scores.items():
+            self._scores.setdefault(group, []).extend(scores)
+
+    @property
+    def groups(self) -> list[Hashable]:
+        """Groups seen so far, in order of appearance."""
+        return list(self._scores)
+
+    def scores(self, *groups: Hashable) -> list[SampleScore]:
+        """Scores of the given groups, of all samples without arguments."""
+        return [score for group in groups or self._scores for score in self._scores.get(group, ())]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._scores.values()))
+
+    def __iter__(self) -> Iterator[SampleScore]:
+        return iter(self.scores())
+
+    def compute(self, *groups: Hashable) -> dict[str, float]:
+        """Metrics over the given groups, over all samples without arguments; see `segmentation_metrics`."""
+        return metrics_of_scores(self.scores(*groups))
+
+    def compute_by_group(self) -> dict[Hashable, dict[str, float]]:
+        """Metrics of each group on its own."""
+        return {group: metrics_of_scores(scores) for group, scores in self._scores.items()}
+
+
+def segmentation_metrics(
+    predictions: Sequence[Any], references: Sequence[Any], ignore: Sequence[Any] | None = None
+) -> dict[str, float]:
+    """Metrics of generalised referring segmentation over a list of samples.
+
+    Per sample, the union of the predicted masks is compared with the union of the target masks.
+
+    - `gIoU`: mean of the samples' IoU; an empty prediction for an empty target counts 1, any prediction for it 0.
+    - `cIoU`: sum of intersections over sum of unions.
+    - `N-acc`: share of no-target samples with an empty prediction.
+    - `T-acc`: share of target samples with a non-empty prediction.
+
+    A figure without any sample or pixel to be wrong about is 1 (N-acc where every sample has a target, T-acc where
+    none has, cIoU where nothing is there and nothing is predicted): report it with the number of samples it stands on.
+
+    Args:
+        predictions (`Sequence` of boolean arrays `(height, width)` or `(num_masks, height, width)`): One entry per
+            sample, at the original image size.
+        references (`Sequence` of the same form): Targets; no positive pixel means no target.
+        ignore (`Sequence` of arrays or `None`, *optional*): Per sample the pixels left out, or `None`.
+
+    Returns:
+        `dict[str, float]`: `gIoU`, `cIoU`, `N-acc`, `T-acc`, all in [0, 1].
+
+    Raises:
+        ValueError: without samples, if the lengths differ, or for masks that do not fit each other.
+    """
+    if ignore is None:
+        ignore = [None] * len(references)
+    if not len(predictions) == len(references) == len(ignore):
+        raise ValueError(
+            f"got {len(predictions)} predictions, {len(references)} references and {len(ignore)} ignore masks; "
+            "pass one of each per sample (ignore may hold None)"
+        )
+    scores = []
+    for index, (prediction, reference, ignored) in enumerate(zip(predictions, references, ignore, strict=True)):
+        try:
+            scores.append(score_sample(prediction, reference, ignored))
+        except ValueError as error:
+            raise ValueError(f"sample {index}: {error}") from error
+    return metrics_of_scores(scores)
+
+
+def metrics_of_scores(scores: Iterable[SampleScore]) -> dict[str, float]:
+    """The four metrics from per-sample counts; see `segmentation_metrics`."""
+    scores = list(scores)
+    if not scores:
+        raise ValueError("got 0 samples; a metric needs at least one")
+    union = sum(score.union for score in scores)
+    no_target = [score.predicted_pixels == 0 for score in scores if score.target_pixels == 0]
+    target = [score.predicted_pixels > 0 for score in scores if score.target_pixels > 0]
+    return {
+        # fsum is exact before rounding, so the order of samples cannot show.
+        "gIoU": math.fsum(score.iou for score in scores) / len(scores),
+        "cIoU": sum(score.intersection for score in scores) / union if union else 1.0,
+        "N-acc": sum(no_target) / len(no_target) if no_target else 1.0,
+        "T-acc": sum(target) / len(target) if target else 1.0,
+    }
+
+
+def bootstrap_intervals(
+    scores: Iterable[SampleScore], confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of the four metrics, resampling whole samples.
+
+    Args:
+        scores (iterable of `SampleScore`): For instance a `SegmentationAccumulator`.
+        confidence (`float`, *optional*, defaults to 0.95): Share of resamples inside the interval.
+        num_resamples (`int`, *optional*, defaults to 1000): Resamples drawn.
+        seed (`int`, *optional*, defaults to 0): The same seed and samples give the same intervals.
+
+    Returns:
+        `dict[str, tuple[float, float]]`: lower and upper bound in [0, 1]; (0, 1) where no sample bears on a metric.
+
+    Raises:
+        ValueError: without samples, or for a confidence outside (0, 1).
+    """
+    counts = np.array(list(scores), dtype=np.int64).reshape(-1, 4)
+    if not len(counts):
+        raise ValueError("got 0 samples; an interval needs at least one")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1 such as 0.95")
+    intersection, union, predicted, target = counts[np.lexsort(counts.T)].T  # the samples' order must not show
+    iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
+    no_target, answered = target == 0, predicted > 0
+    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), num_resamples)
+    ratios = {
+        "gIoU": (draws @ iou, draws.sum(1)),
+        "cIoU": (draws @ intersection, draws @ union),
+        "N-acc": (draws @ (no_target & ~answered), draws @ no_target),
+        "T-acc": (draws @ (~no_target & answered), draws @ ~no_target),
+    }
+    tail = 100 * (1 - confidence) / 2
+    intervals = {}
+    for name, (numerator, denominator) in ratios.items():
+        seen = denominator > 0  # a resample may miss all no-target samples
+        values = numerator[seen] / denominator[seen]
+        bounds = np.percentile(values, [tail, 100 - tail]) if seen.any() else (0.0, 1.0)
+        intervals[name] = (float(bounds[0]), float(bounds[1]))
+    return intervals
