@@ -1,0 +1,1 @@
+"""Data sets in one row format (`schema`): Scenes, the procedural benchmark."""
