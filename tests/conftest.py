@@ -1,0 +1,28 @@
+"""Shared test set-up: the package from `src` and `tiny` are importable, torch keeps to one thread, nothing reaches the network."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "tests", ROOT / "src"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def parity_dir() -> Path:
+    """Folder of the golden tensors: `SEGCOMPASS_PARITY_DIR`, else the copies kept beside the tests."""
+    return Path(os.environ.get("SEGCOMPASS_PARITY_DIR", ROOT / "tests" / "fixtures" / "parity"))
