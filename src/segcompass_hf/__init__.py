@@ -1,1 +1,93 @@
-"""SegCompass for Hugging Face transformers."""
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""SegCompass for Hugging Face transformers: reasoning segmentation through sparse, named concepts.
+
+An image and an instruction go in; reasoning and one mask per object come out. Each arrow is one file::
+
+    image, instruction
+        |  processing_segcompass     instruction template, VLM and SAM inputs
+        v
+    VLM: "<think> ... </think>" + K x <REF_POS>        generation_segcompass   well-formed, states captured on the way
+        |                                  |
+        |  states after layer L            |  last states at <REF_POS>
+        v                                  |
+    modeling_sae            sparse feature activations of every token
+        v                                  |
+    modeling_concepts       threshold, interventions, codebook -> concept embeddings
+        v                                  |
+    modeling_slots          K concept slots|
+        v                                  v
+    modeling_heatmaps       slots + reference states + SAM image embedding -> heatmaps, slot logits
+        v
+    modeling_masks          heatmaps as mask prompts -> SAM mask decoder -> masks
+        v
+    processing_segcompass   masks at image size, scores, reasoning
+
+`modeling_segcompass` composes the stages, `losses_segcompass` trains them, `pipeline_segcompass` wraps them for
+`pipeline("reasoning-segmentation")`. Importing this package is cheap: classes are loaded when first used, and
+`AutoModel`, `AutoProcessor` and `pipeline` learn about them the same way.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from ._registration import register_when_needed
+
+__version__ = "0.1.0"
+
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "SegCompassConfig": "configuration_segcompass",
+    "SegCompassSaeConfig": "configuration_segcompass",
+    "SegCompassProcessor": "processing_segcompass",
+    "SegCompassSae": "modeling_sae",
+    "SegCompassSaeOutput": "modeling_sae",
+    "ConceptIntervention": "modeling_concepts",
+    "SparseConcepts": "modeling_concepts",
+    "SegCompassForReasoningSegmentation": "modeling_segcompass",
+    "SegCompassOutput": "modeling_segcompass",
+    "SegCompassSegmentationOutput": "modeling_segcompass",
+    "ReasoningSegmentationPipeline": "pipeline_segcompass",
+}
+_SUBPACKAGES = ("data", "explain", "metrics")
+
+__all__ = ["bundled_checkpoint", *_EXPORTS]
+
+
+def bundled_checkpoint() -> Path:
+    """Folder of `scenes-tiny`, the checkpoint that ships with the package.
+
+    It was trained from scratch on procedural scenes of coloured shapes, and knows nothing else.
+
+    Returns:
+        `pathlib.Path`: a folder for `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: if this installation holds no checkpoint.
+    """
+    path = Path(__file__).parent / "checkpoints" / "scenes-tiny"
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"this installation holds no bundled checkpoint: {path / 'config.json'} does not exist; reinstall the "
+            "package, or train the checkpoint with `make checkpoint`."
+        )
+    return path
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS, *_SUBPACKAGES})
+
+
+register_when_needed()

@@ -1,0 +1,46 @@
+# `make demo` and `make test` do everything on a machine that has only Python 3.10 or newer with venv and pip.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out/demo
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PACKAGING := setup.py pyproject.toml constraints.txt
+
+.PHONY: help demo test slow lint checkpoint clean
+
+help:
+	@echo "make demo        environment, then pictures, reasoning and scores of the bundled checkpoint in $(OUT)"
+	@echo "make test        environment, then every test that is not marked slow"
+	@echo "make slow        the slow tests"
+	@echo "make lint        ruff"
+	@echo "make checkpoint  train the bundled checkpoint from scratch (under two hours on two CPU cores)"
+
+# The environment is renewed only when the packaging files change: one stamp for what the demo needs, one for all.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-stamp: $(PACKAGING) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[demo,data]"
+	@touch $@
+
+$(VENV)/.dev-stamp: $(PACKAGING) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $@ $(VENV)/.demo-stamp
+
+demo: $(VENV)/.demo-stamp
+	$(BIN)/segcompass demo --output $(OUT)
+
+test: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest -m "not slow"
+
+slow: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+
+lint: $(VENV)/.dev-stamp
+	$(BIN)/ruff check .
+
+checkpoint: $(VENV)/.dev-stamp
+	$(BIN)/python examples/train_scenes_tiny.py
+
+clean:
+	rm -rf out build dist src/*.egg-info .pytest_cache .ruff_cache

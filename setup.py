@@ -1,0 +1,54 @@
+"""Packaging of segcompass_hf; the dependency ranges are those that CHANGELOG.md says were tested."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "src/segcompass_hf/__init__.py").read_text("utf-8"), re.M)[1]
+
+CORE = [
+    "torch>=2.6",
+    "transformers>=5.17,<6",
+    "safetensors>=0.8",
+    "huggingface-hub>=1.5",
+    "numpy>=1.26",
+    "pillow>=10",
+]
+EXTRAS = {
+    # The GRPO trainer overrides private methods of TRL: one minor version only.
+    "train": ["trl>=1.16,<1.17", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "bitsandbytes>=0.48", "scipy>=1.11"],
+    "data": ["datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.11"],
+    "demo": ["matplotlib>=3.8"],
+    "explain": ["matplotlib>=3.8", "gradio>=5"],
+}
+EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.12",
+]
+
+setup(
+    name="segcompass_hf",
+    version=VERSION,
+    description="SegCompass for Hugging Face transformers: reasoning segmentation through sparse, named concepts",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    author="The segcompass_hf authors",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"segcompass_hf": ["checkpoints/**/*"]},
+    python_requires=">=3.10",
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["segcompass = segcompass_hf.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,133 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Teaches transformers' Auto classes and `pipeline` about SegCompass without importing either until they are used.
+
+Registering needs the classes, and importing the classes takes seconds. So the three registries that a checkpoint is
+looked up in get a table of extra entries that registers our classes on the first look-up that may mean them, and a
+registry whose module is not imported yet gets its table when it is.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
+from typing import Any
+
+TASK = "reasoning-segmentation"
+_LOOKED_UP_AS = {"segcompass", "segcompass_sae", "SegCompassConfig", "SegCompassSaeConfig"}
+_AUTO_REGISTRIES = {
+    "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING",),
+    "transformers.models.auto.modeling_auto": ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+    "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING",),
+}
+_PIPELINES = "transformers.pipelines"
+_state = {"registered": False}
+
+
+class _HiddenCustomPipelines:
+    """Class attribute that keeps `custom_pipelines` in `config.json` but out of sight of `pipeline`.
+
+    With the entry visible, `pipeline` demands `trust_remote_code` although the task is registered right here.
+    """
+
+    def __get__(self, config: Any, owner: type | None = None) -> dict:
+        return {}
+
+    def __set__(self, config: Any, value: dict) -> None:
+        config.__dict__["custom_pipelines"] = value  # `to_dict` reads it from there
+
+
+def register() -> None:
+    """Register configuration, model and processor with transformers' Auto classes; doing so again does nothing."""
+    if _state["registered"]:
+        return
+    _state["registered"] = True  # first, because registering looks things up itself
+    try:
+        from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+        from .configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
+        from .modeling_sae import SegCompassSae
+        from .modeling_segcompass import SegCompassForReasoningSegmentation
+        from .processing_segcompass import SegCompassProcessor
+    except BaseException:
+        _state["registered"] = False  # so that the next look-up shows the error again
+        raise
+
+    SegCompassConfig.custom_pipelines = _HiddenCustomPipelines()
+    AutoConfig.register("segcompass", SegCompassConfig, exist_ok=True)
+    AutoConfig.register("segcompass_sae", SegCompassSaeConfig, exist_ok=True)
+    AutoModel.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
+    AutoModel.register(SegCompassSaeConfig, SegCompassSae, exist_ok=True)
+    AutoModelForImageTextToText.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
+    AutoProcessor.register(SegCompassConfig, SegCompassProcessor, exist_ok=True)
+
+
+class _RegisterOnLookup(dict):
+    """Extra entries of an Auto registry, filled on the first look-up that may mean SegCompass.
+
+    A key is a model type (configurations) or a configuration class (models, processors). Classes are also looked up
+    by walking the entries for a name, so walking fills them too.
+    """
+
+    def __contains__(self, key: Any) -> bool:
+        if getattr(key, "__name__", key) in _LOOKED_UP_AS:
+            register()
+        return super().__contains__(key)
+
+    def values(self):
+        register()
+        return super().values()
+
+    def items(self):
+        register()
+        return super().items()
+
+
+def _settle(module: ModuleType) -> None:
+    """Give an imported transformers module what it needs to know about SegCompass."""
+    if module.__name__ == _PIPELINES:
+        from transformers import AutoModelForImageTextToText
+
+        from .pipeline_segcompass import ReasoningSegmentationPipeline
+
+        if TASK not in module.PIPELINE_REGISTRY.supported_tasks:
+            module.PIPELINE_REGISTRY.register_pipeline(
+                TASK, ReasoningSegmentationPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+            )
+        return
+    for name in _AUTO_REGISTRIES[module.__name__]:
+        registry = getattr(module, name)
+        if type(registry._extra_content) is dict:
+            registry._extra_content = _RegisterOnLookup(registry._extra_content)
+
+
+class _SettleAfterImport(importlib.abc.MetaPathFinder):
+    """Finds what the other finders find, and settles the modules above once they have run."""
+
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != _PIPELINES and name not in _AUTO_REGISTRIES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_settle(module: ModuleType) -> None:
+            run(module)
+            _settle(module)
+
+        spec.loader.exec_module = run_and_settle
+        return spec
+
+
+def register_when_needed() -> None:
+    """Settle what is imported already, and the rest when it is imported."""
+    for name in (*_AUTO_REGISTRIES, _PIPELINES):
+        if name in sys.modules:
+            _settle(sys.modules[name])
+    if not any(isinstance(finder, _SettleAfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _SettleAfterImport())
