@@ -12,7 +12,6 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3")
 HIDDEN_SIZE = 32
 NUM_LAYERS = 4

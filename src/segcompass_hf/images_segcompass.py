@@ -1,0 +1,245 @@
+"""Pixels in, masks out: any image becomes RGB, object masks become soft targets, and maps return to the image's size."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_utils import load_image
+
+MAX_ASPECT_RATIO = 200  # beyond it the vision encoders resize to strips without content, or to gigapixels
+
+
+def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
+    """Read or convert one image to 8-bit RGB, upright.
+
+    Args:
+        image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `os.PathLike`, `bytes` or `dict`):
+            Array layouts `(H, W)`, `(H, W, C)` and `(C, H, W)` with C in 1, 3, 4; values 0..255, 0..65535 (16 bit) or floats in
+            [0, 1]. A `dict` is a `datasets` image, with `bytes` or `path`. Addresses starting with `http` are fetched.
+        name (`str`, *optional*, defaults to `"image"`):
+            What error messages call it.
+
+    Returns:
+        `PIL.Image.Image`: mode RGB, EXIF orientation applied, transparency laid over white.
+
+    Raises:
+        `FileNotFoundError`: there is no such file.
+        `ValueError`: the file or the array is no image.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, str) and image.startswith(("http://", "https://")):
+        image = load_image(image)
+    elif isinstance(image, (str, os.PathLike, bytes)):
+        image = _open(image, name)
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        image = _from_array(image, name)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"{name} is a {type(image).__name__}; expected a PIL image, an array or tensor of shape (height, width), (height, "
+            "width, channels) or (channels, height, width), a path, or the bytes of an image file."
+        )
+    width, height = image.size
+    if min(width, height) == 0 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ValueError(
+            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and must not be "
+            "empty. Crop or pad it first."
+        )
+    return _to_rgb(_upright(image, name))
+
+
+def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
+    if isinstance(source, bytes):
+        import io
+
+        shown, source = f"{len(source)} bytes", io.BytesIO(source)
+    else:
+        shown = os.fspath(source)
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f"{name}: there is no file {shown!r}; give the path of an image file.")
+    try:
+        image = Image.open(source)
+        image.load()
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name}: {shown!r} cannot be read as an image ({error}); is it damaged or not an image?") from error
+    return image
+
+
+def _upright(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError) as error:  # a lazily read or damaged file
+        raise ValueError(f"{name} cannot be read ({error}); is the file damaged?") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """PIL's own conversion clips 16-bit and float images to white and drops transparency: both are handled here."""
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
+    channels_first = isinstance(array, torch.Tensor)  # each library's habit decides where both readings are possible
+    if channels_first:
+        array = array.detach().cpu()
+        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+    shape, channels = array.shape, (1, 3, 4)
+    if array.ndim == 3:
+        first, last = shape[0] in channels, shape[-1] in channels
+        if first and (channels_first or not last):
+            array = np.moveaxis(array, 0, -1)
+        elif not last:
+            array = array[None]  # no channel axis at all: the check below refuses it
+    if array.ndim not in (2, 3) or array.size == 0:
+        raise ValueError(
+            f"{name} is an array of shape {tuple(shape)}; expected (height, width), (height, width, channels) or (channels, "
+            "height, width) with 1, 3 or 4 channels and at least one pixel. Pass several images as a list."
+        )
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"{name} is an array of dtype {array.dtype}; expected integers, floats or bools.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} is an array holding NaN or infinity; expected finite values.")
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    return Image.fromarray(_to_uint8(array))
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    """0..255 stays, 0..65535 is divided by 257, floats in [0, 1] and bools are multiplied by 255."""
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    top = array.max()
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and top <= 1):
+        array = array * 255.0
+    elif array.dtype == np.uint16 or top > 255:
+        array = array / 257.0
+    return np.clip(np.rint(array), 0, 255).astype(np.uint8)
+
+
+def resized_size(size: tuple[int, int], canvas: int) -> tuple[int, int]:
+    """(height, width) after the longest side becomes `canvas`, by SAM's rounding rule; never below one pixel."""
+    scale = canvas / max(size)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
+    """Object masks of one image as a bool tensor.
+
+    Args:
+        masks (array-like of shape `(n, H, W)` or `(H, W)`, or `None` or an empty list for no object):
+            Bool, or 0 outside the object (floats: at most 0.5).
+        size (`tuple[int, int]`): (height, width) the masks must have.
+        name (`str`): what error messages call them.
+
+    Returns:
+        `torch.Tensor` of shape `(n, H, W)`, bool.
+
+    Raises:
+        `ValueError`: a mask does not have the image's size.
+    """
+    if masks is None or len(masks) == 0:
+        return torch.zeros(0, *size, dtype=torch.bool)
+    if isinstance(masks, (list, tuple)):
+        masks = np.stack([np.asarray(mask) for mask in masks]) if len({np.shape(mask) for mask in masks}) == 1 else masks
+    if isinstance(masks, (list, tuple)):
+        raise ValueError(
+            f"{name}: the masks have shapes {sorted({np.shape(mask) for mask in masks})}; each must be {size} (height, width)."
+        )
+    masks = torch.as_tensor(np.asarray(masks))
+    masks = masks[None] if masks.ndim == 2 else masks
+    if masks.ndim != 3 or tuple(masks.shape[-2:]) != tuple(size):
+        hint = ""
+        if masks.ndim == 3 and tuple(masks.shape[-2:]) == tuple(size)[::-1]:
+            hint = " They look transposed: masks are (height, width), and belong to the image after its EXIF rotation."
+        raise ValueError(
+            f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, width) mask "
+            f"per object, of the image's own size.{hint}"
+        )
+    return masks > 0.5 if masks.is_floating_point() else masks != 0
+
+
+def fit_objects_to_slots(
+    masks: torch.Tensor, num_slots: int, overflow: Literal["error", "merge", "drop"], name: str
+) -> torch.Tensor:
+    """At most `num_slots` object masks.
+
+    Args:
+        masks (`torch.Tensor` of shape `(n, H, W)`): bool.
+        num_slots (`int`): how many slots the model has.
+        overflow (`"error"`, `"merge"` or `"drop"`):
+            With more objects than slots: raise; keep the `num_slots - 1` largest and unite the rest in one more mask (the union
+            of all objects stays the same); or keep the `num_slots` largest.
+        name (`str`): what error messages call the sample.
+
+    Returns:
+        `torch.Tensor` of shape `(min(n, num_slots), H, W)`: in the order given, united objects last.
+    """
+    if overflow not in ("error", "merge", "drop"):
+        raise ValueError(f'overflow={overflow!r} is not known; expected "error", "merge" or "drop".')
+    count = masks.shape[0]
+    if count <= num_slots:
+        return masks
+    if overflow == "error":
+        raise ValueError(
+            f'{name} has {count} target objects but the model has {num_slots} slots; pass overflow="merge" (unite the smallest '
+            'objects), overflow="drop" (leave them out), or use a model with more slots.'
+        )
+    order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
+    kept = order[: num_slots - 1 if overflow == "merge" else num_slots].sort().values
+    if overflow == "drop":
+        return masks[kept]
+    rest = torch.ones(count, dtype=torch.bool)
+    rest[kept] = False
+    return torch.cat([masks[kept], masks[rest].any(0, keepdim=True)])
+
+
+def soft_mask_targets(masks: torch.Tensor, canvas: int, map_size: int) -> torch.Tensor:
+    """Soft low-resolution targets: the share of each map cell that the object covers, on the padded canvas.
+
+    The longest side is resized to the canvas (bilinear, antialiased), the rest padded at the bottom and right, and the canvas
+    resized to the map (bilinear): the steps of the original's target preparation.
+
+    Args:
+        masks (`torch.Tensor` of shape `(n, H, W)`): bool.
+        canvas (`int`): side of SAM's input, in pixels.
+        map_size (`int`): side of the low-resolution maps, in cells.
+
+    Returns:
+        `torch.Tensor` of shape `(n, map_size, map_size)`: float32 in [0, 1].
+    """
+    height, width = resized_size(tuple(masks.shape[-2:]), canvas)
+    targets = torch.zeros(masks.shape[0], map_size, map_size)
+    for index, mask in enumerate(masks):  # one at a time: a photograph's worth of float canvases is large
+        resized = F.interpolate(mask[None, None].float(), (height, width), mode="bilinear", antialias=True)
+        padded = F.pad(resized, (0, canvas - width, 0, canvas - height))  # (1, 1, canvas, canvas)
+        targets[index] = F.interpolate(padded, (map_size, map_size), mode="bilinear")[0, 0].clamp(0, 1)
+    return targets
+
+
+def restore_map(
+    low_resolution: torch.Tensor, canvas: int, reshaped_size: Sequence[int], original_size: Sequence[int]
+) -> torch.Tensor:
+    """One map back at its image's size: enlarged to the canvas, cropped of the padding, resized (bilinear).
+
+    Args:
+        low_resolution (`torch.Tensor` of shape `(h, w)`): logits on the padded canvas.
+        canvas (`int`): side of SAM's input, in pixels.
+        reshaped_size (`Sequence[int]`): (height, width) of the image on the canvas.
+        original_size (`Sequence[int]`): (height, width) of the image.
+
+    Returns:
+        `torch.Tensor` of shape `(height, width)`: float32 logits.
+    """
+    enlarged = F.interpolate(low_resolution[None, None].float(), (canvas, canvas), mode="bilinear")
+    cropped = enlarged[..., : reshaped_size[0], : reshaped_size[1]]
+    return F.interpolate(cropped, tuple(original_size), mode="bilinear")[0, 0]

@@ -1,0 +1,615 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Image and instruction -> inputs of the VLM and of SAM; the model's maps -> masks at the image's size."""
+
+import copy
+import inspect
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import transformers
+from tokenizers import AddedToken
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    BatchFeature,
+    ProcessorMixin,
+    SamImageProcessorPil,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import logging
+
+from .images_segcompass import (
+    check_masks,
+    fit_objects_to_slots,
+    resized_size,
+    restore_map,
+    soft_mask_targets,
+    to_rgb_image,
+)
+
+logger = logging.get_logger(__name__)
+
+REF_TOKEN, THINK_START, THINK_END = "<REF_POS>", "<think>", "</think>"
+INSTRUCTION_TEMPLATE = (
+    "Find what this asks for in the image: {instruction}\n"
+    "Think first, inside <think> and </think>: name the candidates and rule out the wrong ones. Then write {num_slots} "
+    "position tokens, each as <REF_POS>, and nothing else."
+)
+COMPLETION_TEMPLATE = "<think>{reasoning}</think>{references}"
+# For tokenizers without a chat template: `<s>`, the image, the words; an answer ends with the end-of-sequence token.
+MINIMAL_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+_SENTINEL = "\u2603"  # stands for a message's content when a chat template is looked through
+_MARKER_SHAPE = re.compile(r"^[<\[]\S+[>\]]$")  # <think>, <|im_start|>, [INST]: control tokens even where not special
+_SUB_PROCESSORS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer")
+
+
+class SegCompassProcessor(ProcessorMixin):
+    r"""Prepares SegCompass's inputs and reads its outputs.
+
+    The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
+    tokenizer (and without a video processor, which would need torchvision). SAM's come from `SamImageProcessorPil`.
+
+    Args:
+        image_processor (`BaseImageProcessor`): The VLM's image processor.
+        tokenizer (`PreTrainedTokenizerBase`):
+            The VLM's tokenizer; `<REF_POS>`, `<think>`, `</think>` are added where missing, not as special tokens, so that
+            decoding with `skip_special_tokens` keeps them.
+        sam_image_processor (`SamImageProcessorPil`):
+            SAM's image processor: `size["longest_edge"]` is the canvas, `mask_size["longest_edge"]` the side of the
+            low-resolution maps (4 x SAM's embedding).
+        num_slots (`int`, *optional*, defaults to 4): Slots of the model, and `<REF_POS>` tokens of a completion.
+        vlm_processor_class (`str`, *optional*, defaults to `"LlavaProcessor"`): The family's class in transformers.
+        vlm_processor_kwargs (`dict`, *optional*): What that class takes besides image processor and tokenizer.
+        instruction_template (`str`, *optional*): User turn after the image; holds `{instruction}`, may hold `{num_slots}`.
+        completion_template (`str`, *optional*): The reference answer; holds `{reasoning}` and `{references}`.
+        chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        sam_image_processor,
+        num_slots: int = 4,
+        vlm_processor_class: str = "LlavaProcessor",
+        vlm_processor_kwargs: dict | None = None,
+        instruction_template: str = INSTRUCTION_TEMPLATE,
+        completion_template: str = COMPLETION_TEMPLATE,
+        chat_template: str | None = None,
+    ):
+        if not isinstance(num_slots, int) or num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots!r}; expected a positive integer.")
+        if "{instruction}" not in instruction_template:
+            raise ValueError(f"instruction_template {instruction_template!r} has no {{instruction}} to be filled in.")
+        if "{reasoning}" not in completion_template or "{references}" not in completion_template:
+            raise ValueError(f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}.")
+        if not isinstance(sam_image_processor, SamImageProcessorPil) and hasattr(sam_image_processor, "to_dict"):
+            # the torchvision backend, which loading picks where torchvision is installed, resizes differently
+            sam_image_processor = SamImageProcessorPil.from_dict(sam_image_processor.to_dict())
+        known = tokenizer.get_vocab()
+        missing = [token for token in (REF_TOKEN, THINK_START, THINK_END) if token not in known]
+        tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"  # prompts end together, where generation starts
+
+        self.num_slots = num_slots
+        self.vlm_processor_class = vlm_processor_class
+        self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
+        self.instruction_template = instruction_template
+        self.completion_template = completion_template
+        self._vlm_processor = self._control = None
+        chat_template = chat_template or getattr(tokenizer, "chat_template", None)
+        super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
+        if self.chat_template is None:
+            self.chat_template = MINIMAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", self.image_token)
+
+    @classmethod
+    def from_parts(
+        cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs
+    ) -> "SegCompassProcessor":
+        """Put a processor together from a VLM's and SAM's.
+
+        Args:
+            vlm_processor (`ProcessorMixin`, `str` or `os.PathLike`):
+                A VLM's processor, or the id or folder of one (also where `AutoProcessor` wants a video processor).
+            sam_processor (`SamProcessor`, `SamImageProcessor`, `SamConfig`, `str`, `os.PathLike` or `int`):
+                SAM's processor, configuration, id or folder, or the side of its canvas in pixels (patches of 16).
+            num_slots (`int`, *optional*, defaults to 4): Slots of the model.
+            kwargs: Further arguments of the constructor.
+        """
+        if isinstance(vlm_processor, (str, os.PathLike)):
+            image_processor, tokenizer, class_name, class_kwargs, template = _load_vlm_parts(str(vlm_processor))
+        else:
+            image_processor, tokenizer = vlm_processor.image_processor, vlm_processor.tokenizer
+            class_name, template = type(vlm_processor).__name__.removesuffix("WithoutVideo"), vlm_processor.chat_template
+            names = _own_arguments(type(vlm_processor))
+            class_kwargs = {name: getattr(vlm_processor, name) for name in names if hasattr(vlm_processor, name)}
+        fields = {"vlm_processor_class": class_name, "vlm_processor_kwargs": class_kwargs, "chat_template": template}
+        return cls(image_processor, tokenizer, _sam_image_processor(sam_processor), num_slots, **(fields | kwargs))
+
+    # What the VLM family brings
+
+    @property
+    def vlm_processor(self) -> ProcessorMixin:
+        """The family's own processor around our image processor and tokenizer; rebuilt when either is replaced."""
+        inner = self._vlm_processor
+        if inner is None or inner.tokenizer is not self.tokenizer or inner.image_processor is not self.image_processor:
+            inner = _processor_class(self.vlm_processor_class)(
+                image_processor=self.image_processor,
+                tokenizer=self.tokenizer,
+                chat_template=getattr(self, "chat_template", None),
+                **self.vlm_processor_kwargs,
+            )
+            self._vlm_processor = inner
+        return inner
+
+    @property
+    def image_token(self) -> str:
+        """The VLM's image placeholder."""
+        token = getattr(self.vlm_processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
+        return getattr(token, "content", token)
+
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    @property
+    def ref_token_id(self) -> int:
+        """Id of `<REF_POS>`."""
+        return self.tokenizer.convert_tokens_to_ids(REF_TOKEN)
+
+    @property
+    def think_start_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(THINK_START)
+
+    @property
+    def think_end_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(THINK_END)
+
+    @property
+    def end_of_turn_token(self) -> str:
+        """What ends an answer: the first control token the chat template puts after it, else the end of sequence."""
+        return self._control_data()["end_of_turn"]
+
+    @property
+    def end_of_turn_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids(self.end_of_turn_token)
+
+    @property
+    def canvas_size(self) -> int:
+        """Side of SAM's input in pixels."""
+        return self.sam_image_processor.size["longest_edge"]
+
+    @property
+    def mask_size(self) -> int:
+        """Side of the low-resolution maps in cells."""
+        return self.sam_image_processor.mask_size["longest_edge"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*self.vlm_processor.model_input_names, "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
+
+    # Text
+
+    def neutralize(self, text: str) -> str:
+        """Make control tokens inside somebody's words inert: they read the same to a person, but never encode to the token.
+
+        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags, chat markers) gets a
+        space after its first character, in any letter case; role markers of plain text (`ASSISTANT:`) lose their colon.
+
+        Raises:
+            `ValueError`: the tokenizer still reads a control token, whatever is done.
+        """
+        control = self._control_data()
+        for attempt in range(3):
+            broken = control["pattern"].sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+            broken = control["roles"].sub(lambda match: match[1], broken) if control["roles"] else broken
+            ids = self.tokenizer(broken, add_special_tokens=False)["input_ids"]
+            if control["ids"].isdisjoint(ids):
+                return broken
+            # the tokenizer's own normalisation put a token together: first spell it out ourselves, then give up the brackets
+            text = unicodedata.normalize("NFKC", text) if attempt == 0 else re.sub(r"[<>|\[\]]+", " ", text)
+        found = sorted({self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control["ids"]})
+        raise ValueError(f"the text holds {found}, which this tokenizer always reads as control tokens; leave them out.")
+
+    def build_messages(self, instruction: str, image: Any = None, reasoning: str | None = None) -> list[dict]:
+        """The conversation for an instruction: one user turn, and the reference answer if `reasoning` is given.
+
+        Args:
+            instruction (`str`): The user's words, made inert here.
+            image (*optional*): Stands in the image part; without it the part only marks the place.
+            reasoning (`str`, *optional*): What the reference answer thinks.
+
+        Returns:
+            `list[dict]`: for `apply_chat_template`, or the `prompt` column of a TRL data set.
+
+        Raises:
+            `ValueError`: the instruction is empty or no text.
+        """
+        text = self.instruction_template.replace("{num_slots}", str(self.num_slots))
+        text = text.replace("{instruction}", self.neutralize(_checked_text(instruction, "the instruction")))
+        place = {"type": "image"} if image is None else {"type": "image", "image": image}
+        messages = [{"role": "user", "content": [place, {"type": "text", "text": text}]}]
+        if reasoning is not None:
+            answer = [{"type": "text", "text": self.build_completion(reasoning)}]
+            messages.append({"role": "assistant", "content": answer})
+        return messages
+
+    def build_prompt(self, instruction: str) -> str:
+        """The rendered prompt, ready for `processor(images=..., text=...)`."""
+        return self.apply_chat_template(self.build_messages(instruction), add_generation_prompt=True, tokenize=False)
+
+    def build_completion(self, reasoning: str) -> str:
+        """The reference answer: think block and `num_slots` times `<REF_POS>`, without the end of turn."""
+        text = self.completion_template.replace("{references}", REF_TOKEN * self.num_slots)
+        return text.replace("{reasoning}", self.neutralize(reasoning))
+
+    def _render(self, messages: list[dict], **kwargs) -> str:
+        return self.apply_chat_template(messages, tokenize=False, **kwargs)
+
+    def _control_data(self) -> dict:
+        """Control tokens and role markers, looked up once per tokenizer, vocabulary and chat template."""
+        key = (id(self.tokenizer), len(self.tokenizer), self.chat_template if isinstance(self.chat_template, str) else None)
+        if self._control is not None and self._control["key"] == key:
+            return self._control
+        added = self.tokenizer.added_tokens_decoder.values()
+        tokens = {token.content for token in added if token.special or _MARKER_SHAPE.match(token.content)}
+        tokens |= {*self.tokenizer.all_special_tokens, self.image_token, REF_TOKEN, THINK_START, THINK_END}
+        tokens = sorted((token for token in tokens if len(token.strip()) > 1), key=lambda token: (-len(token), token))
+        pattern = re.compile("|".join(map(re.escape, tokens)), re.IGNORECASE)
+        ids = set(self.tokenizer.convert_tokens_to_ids(tokens)) - {self.tokenizer.unk_token_id, None}
+
+        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]}
+        conversation = self._render([user, answer])
+        around = [*conversation.split(_SENTINEL)[:2], self._render([user], add_generation_prompt=True).split(_SENTINEL)[-1]]
+        end = pattern.search(conversation.rpartition(_SENTINEL)[2])
+        literal = (piece.strip() for text in around for piece in pattern.sub("\n", text).split("\n"))
+        roles = sorted({piece[:-1].split()[-1] for piece in literal if re.match(r".*\w\s*:$", piece)})
+        self._control = {
+            "key": key,
+            "pattern": pattern,
+            "ids": ids,
+            "end_of_turn": end[0] if end else self.tokenizer.eos_token,
+            "roles": re.compile(rf"\b({'|'.join(map(re.escape, roles))})\s*:") if roles else None,
+        }
+        return self._control
+
+    # Inputs
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | list[str] | None = None,
+        instruction: str | list[str] | None = None,
+        reasoning: str | list[str] | None = None,
+        masks: Any = None,
+        overflow: Literal["error", "merge", "drop"] = "error",
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """Inputs for the model: one sample per image and instruction.
+
+        Args:
+            images: One image or a list of them, of any size (see `to_rgb_image`). One image serves all instructions.
+            text (`str` or `list[str]`, *optional*):
+                Rendered prompts in place of instructions: returns the VLM's own inputs only, by the family's processor and
+                with its arguments (TRL calls this).
+            instruction (`str` or `list[str]`, *optional*): What to look for. One instruction serves all images.
+            reasoning (`str` or `list[str]`, *optional*): Appends the reference answer: think block, `<REF_POS>` tokens, end.
+            masks (list of `(n, H, W)` bool arrays, *optional*):
+                The target objects of each image, at its size after EXIF rotation; for one image also its array alone.
+            overflow (`"error"`, `"merge"` or `"drop"`, *optional*, defaults to `"error"`):
+                What happens to more objects than slots, see `fit_objects_to_slots`.
+            return_tensors (`str`, *optional*): `"pt"`, also where not given with instructions.
+
+        Returns:
+            `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the right;
+            `pixel_values` and the family's own keys; `sam_pixel_values` `(B, 3, canvas, canvas)`; `original_sizes`,
+            `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask` and `labels` `(B, T)`, -100
+            outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1] and `num_objects` `(B,)`.
+
+        Raises:
+            `ValueError`: an input is empty, unreadable, too long, or does not fit the others; the message says which.
+            `FileNotFoundError`: an image file is missing.
+        """
+        if (text is None) == (instruction is None):
+            raise ValueError("pass either `instruction` (SegCompass's inputs) or `text` (the VLM's own), not both or neither.")
+        if text is not None:
+            if reasoning is not None or masks is not None:
+                raise ValueError("`reasoning` and `masks` go with `instruction`; with `text` only the VLM's inputs are made.")
+            return self._vlm_inputs(images, text, return_tensors=return_tensors, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        if kwargs:
+            raise ValueError(f"{sorted(kwargs)} are not known; `images`, `instruction`, `reasoning`, `masks`, `overflow` are.")
+        if return_tensors not in (None, "pt"):
+            raise ValueError(f'return_tensors={return_tensors!r} is not supported; expected "pt".')
+
+        images, instructions, reasonings = _align(images, instruction, reasoning)
+        name = "image {}" if len(images) > 1 else "image"
+        images = [to_rgb_image(image, name.format(index)) for index, image in enumerate(images)]
+        messages = []
+        for index, words in enumerate(instructions):
+            messages.append(self.build_messages(_checked_text(words, f"instruction {index}")))
+        prompts = [self._render(message, add_generation_prompt=True) for message in messages]
+        data = dict(self._vlm_inputs([[i] for i in images], prompts, return_tensors="pt", padding=True, padding_side="left"))
+        if reasonings is not None:
+            data |= self._append_completions(data, reasonings)
+        self._check_length(data["attention_mask"])
+        data |= self._sam_inputs(images)
+        if masks is not None:
+            data |= self._mask_targets(masks, images, overflow)
+        return BatchFeature(data)
+
+    def _vlm_inputs(self, images: Any, text: str | list[str], **kwargs) -> BatchFeature:
+        """What the family's own processor returns. A template that writes `<s>` itself must not get a second one."""
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}
+        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
+        if bos and all(isinstance(words, str) and words.startswith(bos) for words in texts):
+            kwargs.setdefault("add_special_tokens", False)
+        return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
+
+    def _append_completions(self, data: dict, reasonings: list[str]) -> dict:
+        """The reference answers behind the prompts: `[padding | prompt | answer | padding]`, as TRL lays them out."""
+        texts = []
+        for index, words in enumerate(reasonings):
+            if not isinstance(words, str):
+                raise ValueError(f"reasoning {index} is a {type(words).__name__}; expected a text (it may be empty).")
+            texts.append(self.build_completion(words) + self.end_of_turn_token)
+        answers = [self.tokenizer(words, add_special_tokens=False)["input_ids"] for words in texts]
+        width = max(map(len, answers))
+        ids = torch.full((len(answers), width), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, answer in enumerate(answers):
+            ids[row, : len(answer)] = torch.tensor(answer)
+            mask[row, : len(answer)] = 1
+        prompt_ids, prompt_mask = data["input_ids"], data["attention_mask"]
+        completion_mask = torch.cat([torch.zeros_like(prompt_mask), mask], dim=1)  # (B, T)
+        out = {
+            "input_ids": torch.cat([prompt_ids, ids], dim=1),
+            "attention_mask": torch.cat([prompt_mask, mask], dim=1),
+            "completion_mask": completion_mask,
+        }
+        out["labels"] = out["input_ids"].masked_fill(completion_mask == 0, -100)
+        for name, value in data.items():
+            if name.endswith("token_type_ids"):  # 0 marks text
+                out[name] = torch.cat([value, torch.zeros_like(ids)], dim=1)
+        return out
+
+    def _check_length(self, attention_mask: torch.Tensor) -> None:
+        limit = self.tokenizer.model_max_length
+        for index, length in enumerate(attention_mask.sum(1).tolist()):
+            if length > limit:
+                raise ValueError(
+                    f"instruction {index} makes a sequence of {length} tokens, image included, but the tokenizer's "
+                    f"model_max_length is {limit}; shorten it by {length - limit} tokens."
+                )
+
+    def _sam_inputs(self, images: list) -> dict:
+        sizes = [(image.height, image.width) for image in images]
+        resized = [resized_size(size, self.canvas_size) for size in sizes]
+        # SAM's processor rounds the short side of a very thin image to nothing: those are resized here, to one pixel
+        thin = [1 in size for size in resized]
+        images = [image.resize(size[::-1]) if flag else image for image, size, flag in zip(images, resized, thin, strict=True)]
+        return {
+            "sam_pixel_values": self.sam_image_processor(images, return_tensors="pt")["pixel_values"],
+            "original_sizes": torch.tensor(sizes),
+            "reshaped_input_sizes": torch.tensor(resized),
+        }
+
+    def _mask_targets(self, masks: Any, images: list, overflow: str) -> dict:
+        if len(images) == 1 and not (isinstance(masks, (list, tuple)) and len(masks) == 1 and _ndim(masks[0]) != 2):
+            masks = [masks]  # one image's array alone
+        if len(masks) != len(images):
+            raise ValueError(f"got masks for {len(masks)} images and {len(images)} images; pass one array of masks per image.")
+        labels = torch.zeros(len(images), self.num_slots, self.mask_size, self.mask_size)
+        counts = torch.zeros(len(images), dtype=torch.long)
+        for index, (objects, image) in enumerate(zip(masks, images, strict=True)):
+            objects = check_masks(objects, (image.height, image.width), f"masks of sample {index}")
+            objects = fit_objects_to_slots(objects, self.num_slots, overflow, f"sample {index}")
+            counts[index] = len(objects)
+            labels[index, : len(objects)] = soft_mask_targets(objects, self.canvas_size, self.mask_size)
+        return {"mask_labels": labels, "num_objects": counts}
+
+    # Outputs
+
+    def post_process_segmentation(
+        self,
+        outputs: Any,
+        original_sizes: torch.Tensor | Sequence[Sequence[int]],
+        reshaped_input_sizes: torch.Tensor | Sequence[Sequence[int]],
+        slot_logit_threshold: float | None = None,
+        mask_logit_threshold: float = 0.0,
+    ) -> list[dict]:
+        """Masks at each image's own size, and the reasoning.
+
+        Args:
+            outputs (`SegCompassSegmentationOutput` or `SegCompassOutput`):
+                With `pred_masks`, `heatmap_logits` `(B, K, h, w)`, `slot_logits` `(B, K)` and, for the text, `sequences`.
+            original_sizes, reshaped_input_sizes (of shape `(B, 2)`): (height, width), as the processor returned them.
+            slot_logit_threshold (`float`, *optional*):
+                Slots with a logit above it are kept; the model's own, from `outputs`, where not given.
+            mask_logit_threshold (`float`, *optional*, defaults to 0.0): Pixels with a logit above it belong to the mask.
+
+        Returns:
+            `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1], `slots`
+            `(n,)`, `heatmaps` `(n, H, W)` in [0, 1], `reasoning` (inside the think block) and `text` (the whole answer).
+        """
+        original, reshaped = (torch.as_tensor(size).tolist() for size in (original_sizes, reshaped_input_sizes))
+        batch_size = outputs.slot_logits.shape[0]
+        if len(original) != batch_size or len(reshaped) != batch_size:
+            raise ValueError(
+                f"the outputs hold {batch_size} samples, original_sizes {len(original)} and reshaped_input_sizes "
+                f"{len(reshaped)}; pass the sizes of the same batch."
+            )
+        if slot_logit_threshold is None:
+            slot_logit_threshold = getattr(outputs, "slot_logit_threshold", None)
+            slot_logit_threshold = 0.0 if slot_logit_threshold is None else float(slot_logit_threshold)
+        texts = self._answers(outputs, batch_size)
+        results = []
+        for row in range(batch_size):
+            logits = outputs.slot_logits[row].detach().float().cpu()  # (K,)
+            slots = (logits > slot_logit_threshold).nonzero()[:, 0]  # (n,)
+            place = (self.canvas_size, reshaped[row], original[row])
+            masks = torch.zeros(len(slots), *original[row], dtype=torch.bool)
+            heatmaps = torch.zeros(len(slots), *original[row])
+            for index, slot in enumerate(slots.tolist()):
+                masks[index] = restore_map(outputs.pred_masks[row, slot].detach().cpu(), *place) > mask_logit_threshold
+                heatmaps[index] = restore_map(outputs.heatmap_logits[row, slot].detach().cpu(), *place).sigmoid()
+            kept = {"masks": masks, "scores": logits[slots].sigmoid(), "slots": slots, "heatmaps": heatmaps}
+            results.append(kept | {"reasoning": _think_block(texts[row]), "text": texts[row]})
+        return results
+
+    def _answers(self, outputs: Any, batch_size: int) -> list[str]:
+        """The generated text of each row. Where the prompt ends says `completion_mask`, else the last think tag does."""
+        sequences, mask = getattr(outputs, "sequences", None), getattr(outputs, "completion_mask", None)
+        if sequences is None:
+            return [""] * batch_size
+        texts = []
+        for row, ids in enumerate(sequences.tolist()):
+            if mask is not None:
+                ids = [token for token, flag in zip(ids, mask[row].tolist(), strict=True) if flag]
+            elif self.think_start_token_id in ids:
+                ids = ids[len(ids) - 1 - ids[::-1].index(self.think_start_token_id) :]
+            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return texts
+
+    # Saving and copying leave out what is built from the rest
+
+    def to_dict(self) -> dict[str, Any]:
+        bare = copy.copy(self)
+        for name in ("_vlm_processor", "_control"):
+            bare.__dict__.pop(name, None)
+        return super(SegCompassProcessor, bare).to_dict()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_vlm_processor": None, "_control": None}
+
+
+def _checked_text(words: Any, name: str) -> str:
+    if not isinstance(words, str):
+        raise ValueError(f"{name} is a {type(words).__name__}; expected a text.")
+    if not words.strip():
+        raise ValueError(f"{name} is empty; say what to look for in the image.")
+    return words.strip()
+
+
+def _think_block(text: str) -> str:
+    """What stands between the first think tag and its end; up to the first `<REF_POS>` or the text's end if it never ends."""
+    _, tag, rest = text.partition(THINK_START)
+    return rest.split(THINK_END)[0].split(REF_TOKEN)[0].strip() if tag else ""
+
+
+def _ndim(value: Any) -> int:
+    return value.ndim if hasattr(value, "ndim") else 1 + (_ndim(value[0]) if len(value) else 1) if value is not None else 3
+
+
+def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, list | None]:
+    """One image, instruction and reasoning per sample; a single one of them serves all."""
+    if images is None:
+        raise ValueError("`images` is missing; SegCompass segments an image.")
+    stacked = getattr(images, "ndim", 0) == 4
+    images = list(images) if stacked or isinstance(images, (list, tuple)) else images
+    if isinstance(images, list) and any(isinstance(image, (list, tuple)) for image in images):
+        if any(not isinstance(image, (list, tuple)) or len(image) != 1 for image in images):
+            raise ValueError("`images` is nested with other than one image per sample; SegCompass takes one image each.")
+        images = [image[0] for image in images]
+    columns = {"images": images, "instruction": instruction, "reasoning": reasoning}
+    columns = {name: list(v) if isinstance(v, tuple) else v for name, v in columns.items() if v is not None}
+    lengths = {name: len(value) for name, value in columns.items() if isinstance(value, list)}
+    if any(length == 0 for length in lengths.values()) or len(set(lengths.values())) > 1:
+        raise ValueError(f"the lengths differ or are 0: {lengths}; pass one image and one instruction per sample.")
+    count = next(iter(lengths.values()), 1)
+    columns = {name: value if isinstance(value, list) else [value] * count for name, value in columns.items()}
+    return columns["images"], columns["instruction"], columns.get("reasoning")
+
+
+def _map_images(images: Any) -> Any:
+    """`to_rgb_image` on every image of a nested list."""
+    if images is None:
+        return None
+    if isinstance(images, (list, tuple)):
+        return [_map_images(image) for image in images]
+    return to_rgb_image(images)
+
+
+def _own_arguments(processor_class: type) -> list[str]:
+    """Constructor arguments of a VLM processor besides its parts and chat template."""
+    skipped = ("self", "chat_template", "args", "kwargs", *_SUB_PROCESSORS)
+    return [name for name in inspect.signature(processor_class.__init__).parameters if name not in skipped]
+
+
+def _processor_class(name: str) -> type:
+    """The class of that name in transformers, made to do without a video processor."""
+    base = getattr(transformers, name, None)
+    if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
+        raise ValueError(f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}.")
+    if not any("video" in attribute for attribute in base.get_attributes()):
+        return base
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        base.__init__(self, image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument is not None or "video" not in argument_name:
+            return base.check_argument_for_proper_class(self, argument_name, argument)
+
+    methods = {"__init__": __init__, "check_argument_for_proper_class": check_argument_for_proper_class}
+    return type(f"{name}WithoutVideo", (base,), methods)
+
+
+def _load_vlm_parts(path: str) -> tuple:
+    """Image processor, tokenizer, processor class and its arguments, chat template of a VLM's id or folder.
+
+    `AutoProcessor` cannot be asked: for the Qwens it insists on a video processor and so on torchvision.
+    """
+    config = AutoConfig.from_pretrained(path)
+    fields, _ = ProcessorMixin.get_processor_dict(path)
+    class_name = fields.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if class_name is None:
+        raise ValueError(f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead.")
+    arguments = {name: fields[name] for name in _own_arguments(_processor_class(class_name)) if name in fields}
+    if class_name == "LlavaProcessor":  # the first LLaVA repositories leave these to the model
+        arguments.setdefault("patch_size", config.vision_config.patch_size)
+        arguments.setdefault("vision_feature_select_strategy", config.vision_feature_select_strategy)
+        if config.vision_config.model_type == "clip_vision_model":
+            arguments.setdefault("num_additional_image_tokens", 1)  # its class token
+    image_processor, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return image_processor, tokenizer, class_name, arguments, fields.get("chat_template") or tokenizer.chat_template
+
+
+def _sam_image_processor(source: Any) -> SamImageProcessorPil:
+    """SAM's image processor from a processor, configuration, id or folder, or the side of the canvas."""
+    if isinstance(source, (str, os.PathLike)):
+        source = AutoConfig.from_pretrained(source)
+    if hasattr(source, "image_processor"):
+        source = source.image_processor
+    if hasattr(source, "to_dict") and hasattr(source, "mask_size"):
+        return source
+    if isinstance(source, int):
+        canvas, patch_size = source, 16
+    elif hasattr(source, "vision_config"):
+        canvas, patch_size = source.vision_config.image_size, source.vision_config.patch_size
+    else:
+        raise ValueError(f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size.")
+    side = 4 * (canvas // patch_size)
+    return SamImageProcessorPil(
+        size={"longest_edge": canvas},
+        pad_size={"height": canvas, "width": canvas},
+        mask_size={"longest_edge": side},
+        mask_pad_size={"height": side, "width": side},
+    )
+
+
+SegCompassProcessor.register_for_auto_class("AutoProcessor")
