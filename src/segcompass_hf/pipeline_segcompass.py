@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 from transformers.pipelines import Pipeline
+
+from .images_segcompass import to_rgb_image
 
 
 class ReasoningSegmentationPipeline(Pipeline):
@@ -23,7 +24,7 @@ class ReasoningSegmentationPipeline(Pipeline):
     [0, 1]), `label` (`str`, the instruction that the mask answers), `mask` (`PIL.Image.Image` of mode `L` at the
     image's own size, 255 inside) and `slot` (`int`). No segment means that nothing in the image was found to fit.
 
-    Images are `PIL` images, paths or URLs. A batch gives the same answers as its samples one by one.
+    Images are `PIL` images, arrays, paths or URLs. A batch gives the same answers as its samples one by one.
     """
 
     _load_processor = True
@@ -95,9 +96,7 @@ class ReasoningSegmentationPipeline(Pipeline):
                 f"an instruction is a non-empty string; got {instruction!r}. "
                 'Pass instruction="..." or {"image": ..., "instruction": ...}.'
             )
-        # The processor normalises modes and orientation itself, and `load_image` would do half of it.
-        image = image if isinstance(image, Image.Image) else load_image(image)
-        return {"image": image, "instruction": instruction}
+        return {"image": to_rgb_image(image), "instruction": instruction}
 
     def _forward(self, samples: dict[str, Any], **generate_kwargs) -> dict[str, Any]:
         batched = isinstance(samples["instruction"], list)
