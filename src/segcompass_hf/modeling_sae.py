@@ -252,7 +252,7 @@ class SegCompassSae(PreTrainedModel):
     ) -> SegCompassSaeOutput:
         """Reconstruct hidden states and compute the SAE's training loss over the unmasked tokens.
 
-        For `standard` it is the paper's: `||x - x'||^2 + l1_coefficient * sum_j h_j ||W_dec,j||`, averaged over tokens.
+        For `standard` it is the paper's: `||x - x'||^2 + l1_coefficient * sum_j h_j ||W_dec,j||`, averaged.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., d_in)`): Hidden states of the VLM.
