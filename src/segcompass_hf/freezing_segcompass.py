@@ -1,0 +1,108 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""What trains and what does not: freezing by SAE layer, and training only the rows of the added tokens."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .generation_segcompass import decoder_layers
+
+
+def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
+    """Leave trainable what the method trains, freeze everything else.
+
+    Trainable: decoder layers with index >= `sae_layer`, codebook, slot encoder, slot mapper, SAM's mask prompt path and
+    mask decoder, and the rows of the added tokens as `train_token_rows` says. The rest is frozen, SAM's parts that mask
+    prompts never use included.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): Changed in place.
+        train_token_rows (`str`): `"head"`, `"none"` or `"both"`.
+    """
+    model.requires_grad_(False)
+    for index, layer in enumerate(decoder_layers(model.base_model)):
+        layer.requires_grad_(index >= model.config.sae_layer)
+    for module in (model.codebook, model.slot_encoder, model.slot_mapper):
+        module.requires_grad_(True)
+    model.sam.prompt_encoder.requires_grad_(True)
+    model.sam.mask_decoder.requires_grad_(True)
+    for _, parameter in model.mask_stage.unused_parameters():
+        parameter.requires_grad_(False)
+    _train_token_rows(model, train_token_rows)
+
+
+def _train_token_rows(model: nn.Module, train_token_rows: str) -> None:
+    """Let gradients reach the embedding rows of the added tokens only.
+
+    The weights themselves stay whole parameters, because TRL's fused head, vLLM and `save_pretrained` read them; a hook
+    zeroes the gradient of every other row. Weight decay would still shrink those rows: `parameter_groups` exempts them.
+    """
+    for handle in model.__dict__.pop("_token_row_handles", []):
+        handle.remove()
+    config = model.config
+    ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
+    if train_token_rows == "none" or not ids:
+        return
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    weights = [head.weight]
+    if train_token_rows == "both" and embeddings.weight is not head.weight:
+        weights.append(embeddings.weight)
+    handles = []
+    for weight in weights:
+        weight.requires_grad_(True)
+        handles.append(weight.register_hook(_KeepRows(ids)))
+    if train_token_rows == "head" and embeddings.weight is head.weight:
+        # Tied: the shared rows learn from the output side only, so that no gradient runs through the frozen layers.
+        handles.append(embeddings.register_forward_hook(_detach_output))
+    model.__dict__["_token_row_handles"] = handles
+
+
+class _KeepRows:
+    """Gradient hook: zero everywhere but in the given rows."""
+
+    def __init__(self, rows: list[int]):
+        self.rows = sorted(set(rows))
+
+    def __call__(self, gradient: torch.Tensor) -> torch.Tensor:
+        kept = torch.zeros_like(gradient)
+        kept[self.rows] = gradient[self.rows]
+        return kept
+
+
+def _detach_output(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.detach()
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float = 0.0, factors: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Optimizer groups with a learning rate per part of the model, and no weight decay where it would do harm.
+
+    Biases, norms and other vectors are not decayed, and neither are embedding weights of which only some rows train.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): Its trainable parameters are grouped.
+        learning_rate (`float`): Of everything no factor names.
+        weight_decay (`float`, defaults to 0.0): Of the parameters that decay.
+        factors (`Mapping[str, float]`, *optional*): Prefix of parameter names (`"codebook"`, `"slot_mapper"`,
+            `"sam.mask_decoder"`) -> factor on the learning rate; the longest prefix that fits wins.
+
+    Returns:
+        `list[dict]`: With `params`, `lr` and `weight_decay`, for any torch optimizer.
+    """
+    factors = dict(factors or {})
+    names = {name for name, _ in model.named_parameters()}
+    unknown = [prefix for prefix in factors if not any(name.startswith(prefix) for name in names)]
+    if unknown:
+        raise ValueError(f"no parameter starts with {unknown}; prefixes are the model's own, such as 'slot_mapper'.")
+    row_weights = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        prefix = max((p for p in factors if name.startswith(p)), key=len, default=None)
+        rate = learning_rate * (1.0 if prefix is None else factors[prefix])
+        decays = parameter.ndim > 1 and id(parameter) not in row_weights
+        groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
+    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
