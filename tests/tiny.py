@@ -12,7 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "idefics3")
+FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 HIDDEN_SIZE = 32
 NUM_LAYERS = 4
 SAM_CANVAS = 64
@@ -43,17 +43,19 @@ _QWEN_TEMPLATE = (
     "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_IDEFICS_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
-    "{% if message['content'] is string %}{{ ' ' + message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>{% elif part['type'] == 'text' %}{{ ' ' + part['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+_GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] | trim }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<start_of_image>"
+    "{% elif part['type'] == 'text' %}{{ part['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 CHAT_TEMPLATES = {
     "llava": _LLAVA_TEMPLATE,
     "qwen2_5_vl": _QWEN_TEMPLATE,
     "qwen3_vl": _QWEN_TEMPLATE,
-    "idefics3": _IDEFICS_TEMPLATE,
+    "gemma3": _GEMMA_TEMPLATE,
 }
 _QWEN_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 _QWEN_TOKENS += ["<|video_pad|>"]
@@ -63,11 +65,16 @@ _QWEN_ATTRIBUTES = {
     "vision_start_token": "<|vision_start|>",
     "vision_end_token": "<|vision_end|>",
 }
+_GEMMA_ATTRIBUTES = {
+    "image_token": "<image_soft_token>",
+    "boi_token": "<start_of_image>",
+    "eoi_token": "<end_of_image>",
+}
 _SPECIALS = {
     "llava": ["<unk>", "<s>", "</s>", "<pad>", "<image>"],
     "qwen2_5_vl": _QWEN_TOKENS,
     "qwen3_vl": _QWEN_TOKENS,
-    "idefics3": ["<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", "<pad>"],
+    "gemma3": ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>", *_GEMMA_ATTRIBUTES.values()],
 }
 
 
@@ -101,8 +108,12 @@ def tiny_tokenizer(family: str = "llava", model_max_length: int = 4096) -> PreTr
         )
         names |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
         names |= {"extra_special_tokens": {"image_token": "<image>"}}
-    elif family == "idefics3":
-        names |= {"bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>", "pad_token": "<pad>"}
+    elif family == "gemma3":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", backend.token_to_id("<bos>"))]
+        )
+        names |= {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+        names |= {"extra_special_tokens": dict(_GEMMA_ATTRIBUTES)}
     else:
         names |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": dict(_QWEN_ATTRIBUTES)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
@@ -116,12 +127,10 @@ def tiny_image_processor(family: str = "llava"):
         from transformers import CLIPImageProcessorPil
 
         return CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    if family == "idefics3":
-        from transformers import Idefics3ImageProcessorPil
+    if family == "gemma3":
+        from transformers import Gemma3ImageProcessorPil
 
-        return Idefics3ImageProcessorPil(
-            size={"longest_edge": 28}, max_image_size={"longest_edge": 28}, do_image_splitting=False
-        )
+        return Gemma3ImageProcessorPil(size={"height": 28, "width": 28})
     from transformers import Qwen2VLImageProcessorPil
 
     return Qwen2VLImageProcessorPil(
@@ -135,11 +144,11 @@ def tiny_parts(family: str = "llava", **tokenizer_kwargs) -> dict:
         "llava": "LlavaProcessor",
         "qwen2_5_vl": "Qwen2_5_VLProcessor",
         "qwen3_vl": "Qwen3VLProcessor",
-        "idefics3": "Idefics3Processor",
+        "gemma3": "Gemma3Processor",
     }
     kwargs = {
         "llava": {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
-        "idefics3": {"image_seq_len": 4},
+        "gemma3": {"image_seq_length": 4},
     }
     return {
         "image_processor": tiny_image_processor(family),
@@ -181,16 +190,18 @@ def tiny_vlm_config(family: str = "llava", vocab_size: int | None = None, tie: b
             vision_feature_layer=-2,
             tie_word_embeddings=tie,
         )
-    if family == "idefics3":
-        from transformers import Idefics3Config
+    if family == "gemma3":
+        from transformers import Gemma3Config
 
         vision |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 7}
-        return Idefics3Config(
-            vision_config=vision,
-            text_config={"model_type": "llama", **text},
-            image_token_id=ids("<image>"),
-            pad_token_id=tokenizer.pad_token_id,
-            scale_factor=2,
+        return Gemma3Config(
+            vision_config=vision | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            text_config=text | {"eos_token_id": ids("<end_of_turn>"), "sliding_window": 64},
+            mm_tokens_per_image=4,
+            boi_token_index=ids("<start_of_image>"),
+            eoi_token_index=ids("<end_of_image>"),
+            image_token_index=ids("<image_soft_token>"),
+            eos_token_id=[ids("<end_of_turn>")],
             tie_word_embeddings=tie,
         )
     common = {
@@ -229,6 +240,7 @@ def tiny_sam_config(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH, hidde
         vision_config={
             "hidden_size": hidden_size,
             "output_channels": hidden_size,
+            "num_pos_feats": hidden_size // 2,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "image_size": canvas,
