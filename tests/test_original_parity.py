@@ -12,11 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration, SamConfig, SamModel
 
-from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
+from segcompass_hf.configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
+from segcompass_hf.hub.original_keys import (
+    convert_original_heatmap_head_state_dict,
+    convert_original_query_book_state_dict,
+    convert_original_state_dict,
+    revert_to_original_state_dict,
+)
+from segcompass_hf.losses_segcompass import SegmentationLossOutput, match_slots, pairwise_soft_iou, segmentation_loss
 from segcompass_hf.modeling_concepts import ConceptCodebook, sparsify_concepts
+from segcompass_hf.modeling_heatmaps import SlotMapper
+from segcompass_hf.modeling_masks import valid_area
 from segcompass_hf.modeling_sae import SegCompassSae
+from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
+from segcompass_hf.modeling_slots import SlotEncoder
+from segcompass_hf.original_inputs_segcompass import duplicate_completion, limit_image_tokens
 
 PARITY_DIR = Path(os.environ.get("SEGCOMPASS_PARITY_DIR") or Path(__file__).parent / "fixtures" / "parity")
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -138,3 +151,370 @@ class TestCodebook:
         kept = concepts.dense(256)[row, position, first : first + 6]
         # Kept at and above 2 in magnitude, negatives included.
         torch.testing.assert_close(kept, torch.tensor([-2.5, 0.0, 2.0, 0.0, 2.0001, -2.0]), atol=0, rtol=0)
+
+
+class TestSlotEncoder:
+    """The second half of the original's query book, fed by the codebook: slots, and gradients of both."""
+
+    @staticmethod
+    def build(tensors: dict[str, torch.Tensor], cfg: dict) -> tuple[ConceptCodebook, SlotEncoder]:
+        state = convert_original_query_book_state_dict(tensors)
+        config = SegCompassConfig(
+            num_slots=cfg["k_slots"],
+            d_slot=cfg["querybook_dim"],
+            slot_encoder_layers=cfg["num_layers"],
+            slot_encoder_heads=cfg["nhead"],
+            slot_encoder_ff_mult=cfg["ff_mult"],
+        )
+        codebook, encoder = ConceptCodebook(cfg["sae_dim"], cfg["querybook_dim"]), SlotEncoder(config)
+        codebook.load_state_dict(under(state, "codebook."))
+        encoder.load_state_dict(under(state, "slot_encoder."))
+        return codebook, encoder
+
+    @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("case", TestCodebook.THRESHOLDS)
+    def test_slots(self, case, side, training):
+        tensors, description = golden("query_book")
+        codebook, encoder = self.build(under(tensors, f"{case}.state."), description["config"])
+        encoder.train(training)  # no dropout: both modes agree, as in the original
+        mask = tensors[f"{case}.{side}.attention_mask"]
+        concepts = sparsify_concepts(tensors[f"{case}.sae_embeds"], TestCodebook.THRESHOLDS[case], mask)
+        slots = encoder(codebook(concepts), mask).slots
+        torch.testing.assert_close(slots, tensors[f"{case}.{side}.slots"], **TOLERANCE)
+
+    @pytest.mark.parametrize("case", TestCodebook.THRESHOLDS)
+    def test_gradients(self, case):
+        tensors, description = golden("query_book")
+        codebook, encoder = self.build(under(tensors, f"{case}.state."), description["config"])
+        mask = tensors[f"{case}.left.attention_mask"]
+        concepts = sparsify_concepts(tensors[f"{case}.sae_embeds"], TestCodebook.THRESHOLDS[case], mask)
+        (encoder(codebook(concepts), mask).slots * tensors[f"{case}.grad.w"]).sum().backward()
+        expected = convert_original_query_book_state_dict(
+            {name: tensors[f"{case}.grad.{name}"] for name in ("codebook.weight", "slot_queries")}
+        )
+        torch.testing.assert_close(codebook.weight.grad, expected["codebook.weight"], **TOLERANCE)
+        torch.testing.assert_close(
+            encoder.slot_queries.weight.grad, expected["slot_encoder.slot_queries.weight"], **TOLERANCE
+        )
+
+
+class TestSlotMapper:
+    CASES = ("d32_refine", "d32_plain", "d256_refine")
+
+    def test_every_case_is_covered(self):
+        assert set(golden("heatmap_head")[1]["cases"]) == set(self.CASES)
+
+    @pytest.mark.parametrize("case", CASES)
+    def test_heatmaps_and_confidence(self, case):
+        tensors, description = golden("heatmap_head")
+        cfg, tensors = description["cases"][case], under(tensors, f"{case}.")
+        config = SegCompassConfig(
+            d_slot=cfg["querybook_dim"],
+            heatmap_heads=cfg["num_heads"],
+            heatmap_fuser="refine" if cfg["refine"] else "plain",
+        )
+        mapper = SlotMapper(config, hidden_size=cfg["llm_dim"], sam_dim=cfg["sam_dim"]).eval()
+        state = convert_original_heatmap_head_state_dict(under(tensors, "state."))
+        mapper.load_state_dict(under(state, "slot_mapper."))
+        output = mapper(tensors["ref_vec"], tensors["querybook_slots"], tensors["image_embed"])
+        torch.testing.assert_close(output.heatmap_logits, tensors["ref_logits_256"], **TOLERANCE)
+        torch.testing.assert_close(output.slot_logits, tensors["conf_logits"], **TOLERANCE)
+
+
+class TestLosses:
+    CASES = ("multi", "multi_all_empty", "multi_oversize_hw", "single", "single_256")
+    SETTINGS = ("default", "before", "after")
+
+    def test_every_case_and_setting_is_covered(self):
+        description = golden("losses")[1]
+        assert set(description["cases"]) == set(self.CASES) and set(description["settings"]) == set(self.SETTINGS)
+
+    @staticmethod
+    def weights(setting: dict) -> dict[str, float]:
+        """The original's schedule: from `adjust_loss_step` on (never when it is negative) the `_new` weights hold."""
+        cfg = setting["config"]
+        switched = 0 <= cfg["adjust_loss_step"] <= setting["global_steps"]
+        dice, focal = (cfg[f"{term}_loss_coef{'_new' if switched else ''}"] for term in ("dice", "focal"))
+        return {
+            "mask_dice_weight": dice,
+            "mask_focal_weight": focal,
+            "heatmap_dice_weight": cfg["heatmap_dice_rate"] * dice,
+            "seg_loss_weight": cfg["seg_loss_coef"],
+            "conf_loss_weight": cfg["conf_loss_coef"],
+        }
+
+    def loss(self, case: str, setting: str, inputs: dict[str, torch.Tensor]) -> SegmentationLossOutput:
+        side = inputs["mask_logits"].shape[-1]
+        return segmentation_loss(
+            inputs["ref_logits_256"],
+            inputs["mask_logits"],
+            inputs.get("conf_logits"),
+            inputs["mask_float_256"],
+            inputs.get("n_multi_objects"),
+            valid_area(inputs["unpadded_hw"], map_size=side, canvas=4 * side),
+            match_confidence_weight=0.0,
+            match_valid_area_only=False,
+            empty_samples="zero",
+            pixel_reduction="batch" if case.startswith("single") else "map",
+            **self.weights(golden("losses")[1]["settings"][setting]),
+        )
+
+    @pytest.mark.parametrize("setting", SETTINGS)
+    @pytest.mark.parametrize("case", CASES)
+    def test_every_component(self, case, setting):
+        tensors, description = golden("losses")
+        output = self.loss(case, setting, under(tensors, f"{case}.in."))
+        components = {
+            "seg_loss": output.segmentation_loss,
+            "heatmap_bce": output.heatmap_bce,
+            "dice_loss": output.mask_dice,
+            "focal_loss": output.mask_focal,
+            "conf_loss": output.confidence_loss,
+        }
+        expected = description["cases"][case]["out"][setting]
+        assert len(expected) == (4 if case.startswith("single") else 5)
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                components[name], torch.tensor(value), msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE
+            )
+        weights = self.weights(description["settings"][setting])
+        total = weights["seg_loss_weight"] * expected["seg_loss"]
+        total += weights["conf_loss_weight"] * expected.get("conf_loss", 0.0)
+        torch.testing.assert_close(output.loss, torch.tensor(total), **TOLERANCE)
+
+    @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("multi")])
+    def test_assignments(self, case):
+        tensors, description = golden("losses")
+        inputs = under(tensors, f"{case}.in.")
+        assignments = match_slots(
+            inputs["ref_logits_256"], inputs["mask_float_256"], inputs["n_multi_objects"], confidence_weight=0.0
+        )
+        found = [[slots.tolist(), objects.tolist()] for slots, objects in assignments]
+        assert found == description["cases"][case]["assignment_r_c"]
+
+    def test_soft_iou_of_the_matching(self):
+        tensors, _ = golden("losses")
+        compared = 0
+        for case in self.CASES:
+            for sample, expected in under(tensors, f"{case}.match_iou.").items():
+                inputs = under(tensors, f"{case}.in.")
+                iou = pairwise_soft_iou(inputs["ref_logits_256"].sigmoid(), inputs["mask_float_256"])
+                torch.testing.assert_close(iou[int(sample), :, : expected.shape[1]], expected, **TOLERANCE)
+                compared += 1
+        assert compared == 4
+
+    def test_gradients_after_the_switch(self):
+        tensors, description = golden("losses")
+        assert description["cases"]["multi"]["grad_after_of"] == "0.3*seg_loss + 0.2*conf_loss"
+        inputs = under(tensors, "multi.in.")
+        gradients = under(tensors, "multi.grad_after.")
+        assert set(gradients) == {"ref_logits_256", "mask_logits", "conf_logits"}
+        inputs |= {name: inputs[name].clone().requires_grad_() for name in gradients}
+        self.loss("multi", "after", inputs).loss.backward()
+        for name, expected in gradients.items():
+            torch.testing.assert_close(inputs[name].grad, expected, atol=1e-7, rtol=1e-4)
+
+
+class TestOriginalKeys:
+    """The key map that serves conversion: the side file of an original checkpoint there and back."""
+
+    def test_side_file_round_trip(self):
+        original = {name: tensor for name, tensor in golden("core")[0].items() if name.startswith("refseg.")}
+        converted = convert_original_state_dict(original)
+        assert {name.split(".")[0] for name in converted} == {"sae", "codebook", "slot_encoder", "slot_mapper", "sam"}
+        reverted = revert_to_original_state_dict(converted)
+        assert reverted.keys() == under(original, "refseg.").keys()
+        assert all(torch.equal(tensor, original[f"refseg.{name}"]) for name, tensor in reverted.items())
+
+
+class TestSaeInputs:
+    """How the original lays out the tokens its SAE reads (`concept_input="duplicated"`)."""
+
+    @pytest.mark.parametrize("case", ["roomy", "trunc", "no_eos"])
+    def test_layout(self, case):
+        tensors, description = golden("sae_inputs")
+        inputs = under(tensors, f"{case}.in.")
+        ids, mask, positions = duplicate_completion(
+            inputs["input_ids"], inputs["attention_mask"], inputs["responses"], description["ids"]["pad"]
+        )
+        assert torch.equal(ids, tensors[f"{case}.out.sae_input_ids"])
+        assert torch.equal(mask, tensors[f"{case}.out.sae_attention_mask"])
+        assert torch.equal(positions, tensors[f"{case}.out.sae_position_ids"])
+        assert mask.sum(1).tolist() == description["cases"][case]["n_valid_sae"]
+
+    def test_surplus_image_tokens(self):
+        tensors, _ = golden("sae_inputs")
+        limited = limit_image_tokens(tensors["clamp.in"], image_token_id=90, max_tokens=576, replacement_id=0)
+        assert torch.equal(limited, tensors["clamp.out"])
+
+
+class TestCore:
+    """The whole forward. `dup` is the original as it is, `same` the original with prompt + completion as SAE input."""
+
+    DUP_CASES = ("exact", "fewer", "more", "prompt_ref")
+
+    @pytest.fixture(scope="class")
+    def vlm_folder(self, tmp_path_factory):
+        """The LLaVA under its original checkpoint names, for transformers' own loading to rename."""
+        tensors, description = golden("core")
+        folder = tmp_path_factory.mktemp("llava")
+        LlavaConfig(**description["config"]["llava"]).save_pretrained(folder)
+        state = {name: tensor.contiguous() for name, tensor in under(tensors, "llm.").items()}
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    def build(self, vlm_folder, concept_input: str) -> SegCompassForReasoningSegmentation:
+        tensors, description = golden("core")
+        cfg = description["config"]
+        dim, side, heads = cfg["sam"]["dim"], cfg["sam"]["image"], cfg["sam"]["heads"]
+        sam_config = SamConfig(
+            vision_config={
+                "hidden_size": 32,
+                "output_channels": dim,
+                "num_pos_feats": dim // 2,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": side,
+                "patch_size": side // cfg["sam"]["embedding"],
+                "initializer_range": 0.02,
+            },
+            prompt_encoder_config={
+                "hidden_size": dim,
+                "image_size": side,
+                "patch_size": side // cfg["sam"]["embedding"],
+                "mask_input_channels": cfg["sam"]["mask_in_chans"],
+            },
+            mask_decoder_config={
+                "hidden_size": dim,
+                "mlp_dim": cfg["sam"]["mlp_dim"],
+                "num_hidden_layers": cfg["sam"]["depth"],
+                "num_attention_heads": heads,
+                "iou_head_hidden_dim": cfg["sam"]["iou_hidden"],
+                "layer_norm_eps": 1e-5,
+            },
+        )
+        model = SegCompassForReasoningSegmentation.from_pretrained_parts(
+            LlavaForConditionalGeneration.from_pretrained(vlm_folder),
+            SamModel(sam_config),
+            sae_config={"d_in": cfg["sae"]["d_in"], "d_sae": cfg["sae"]["d_sae"], "layer": cfg["sae"]["hook_layer"]},
+            num_slots=cfg["k_slots"],
+            concept_threshold=cfg["threshold"],
+            d_slot=cfg["heatmap"]["querybook_dim"],
+            heatmap_heads=cfg["heatmap"]["num_heads"],
+            ref_token_id=cfg["ref_pos_id"],
+            reference_search="sequence",
+            reference_order="latest_first",
+            concept_input=concept_input,
+        )
+        state = convert_original_state_dict(under(tensors, "refseg."))
+        loaded = model.load_state_dict(state, strict=False)
+        assert not loaded.unexpected_keys
+        assert all(name.startswith(("vlm.", "sam.vision_encoder.")) for name in loaded.missing_keys)
+        return model
+
+    def run(self, model, case: str, **kwargs):
+        tensors, description = golden("core")
+        inputs = under(tensors, f"{case}.in.")
+        completion_mask = torch.zeros_like(inputs["attention_mask"])
+        start = description["config"]["P"]
+        completion_mask[:, start:] = inputs["attention_mask"][:, start:]
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=inputs["position_ids"],
+            pixel_values=inputs["pixel_values"],
+            image_embeddings=inputs["image_embed"],
+            reshaped_input_sizes=inputs["unpadded_hw"],
+            completion_mask=completion_mask,
+            **kwargs,
+        )
+
+    def compare(self, output, expected: dict[str, torch.Tensor]):
+        names = {
+            "heatmap_logits": "ref_logits_256",
+            "slot_logits": "conf_logits",
+            "pred_masks": "mask_logits",
+            "reference_states": "ref_vec",
+            "slots": "querybook_slots",
+        }
+        for ours, original in names.items():
+            assert expected[original].std() > 1e-3
+            torch.testing.assert_close(
+                output[ours], expected[original], msg=lambda m, n=ours: f"{n}: {m}", **TOLERANCE
+            )
+
+    @pytest.mark.parametrize("case", DUP_CASES)
+    def test_original_input(self, vlm_folder, case):
+        model = self.build(vlm_folder, "duplicated")
+        with torch.no_grad():
+            output = self.run(model, case)
+        self.compare(output, under(golden("core")[0], f"{case}.out.dup."))
+
+    def test_prompt_and_completion_once(self, vlm_folder):
+        model = self.build(vlm_folder, "once")
+        with torch.no_grad():
+            output = self.run(model, "exact")
+        self.compare(output, under(golden("core")[0], "exact.out.same."))
+
+    @pytest.mark.parametrize("concept_input", ["once", "duplicated"])
+    def test_what_the_sae_reads(self, vlm_folder, concept_input):
+        tensors, description = golden("core")
+        model = self.build(vlm_folder, concept_input)
+        inputs, read = under(tensors, "exact.in."), []
+        encode = model.encode_concepts
+        model.encode_concepts = lambda states, mask, *rest: read.append((states, mask)) or encode(states, mask, *rest)
+        with torch.no_grad():
+            output = self.run(model, "exact", output_concepts=True)
+        states, mask = read[0]
+        case = {"once": "same", "duplicated": "dup"}[concept_input]
+        expected_mask = inputs["attention_mask" if concept_input == "once" else "sae_attention_mask"]
+        assert torch.equal(mask, expected_mask)
+        assert mask.sum(1).tolist() == description["cases"][f"exact.{case}"]["n_valid_sae"]
+        expected = tensors[f"exact.out.{case}.sae_in"]
+        torch.testing.assert_close(states[mask.bool()], expected[mask.bool()], **TOLERANCE)
+        if concept_input == "duplicated":
+            acts = tensors["exact.out.dup.sae_feature_acts"]
+            kept = acts.masked_fill(acts.abs() < description["config"]["threshold"], 0.0)[mask.bool()]
+            assert (kept != 0).float().mean() > 0.1
+            torch.testing.assert_close(output.concepts.dense(acts.shape[-1])[mask.bool()], kept, **TOLERANCE)
+
+    def test_language_logits_and_mask_prompts(self, vlm_folder):
+        tensors, _ = golden("core")
+        model = self.build(vlm_folder, "duplicated")
+        prompts = []
+        model.sam.prompt_encoder.mask_embed.register_forward_pre_hook(lambda module, args: prompts.append(args[0]))
+        with torch.no_grad():
+            output = self.run(model, "exact")
+            positions = model.sam.get_image_wide_positional_embeddings()
+        present = tensors["exact.in.attention_mask"].bool()
+        torch.testing.assert_close(
+            output.logits[present], tensors["exact.out.dup.lm_logits"][present], **TOLERANCE
+        )
+        torch.testing.assert_close(prompts[0], tensors["exact.out.dup.sam_mask_prompt"], **TOLERANCE)
+        torch.testing.assert_close(positions, tensors["exact.out.dup.dense_pe"], **TOLERANCE)
+
+    def test_gradients(self, vlm_folder):
+        tensors, description = golden("core")
+        model = self.build(vlm_folder, "duplicated").freeze_for_training("none").train()
+        output = self.run(model, "exact")
+        loss = output.heatmap_logits.square().mean() + output.pred_masks.square().mean() + output.slot_logits.sum()
+        torch.testing.assert_close(loss.detach(), tensors["exact.grad.loss"], **TOLERANCE)
+        loss.backward()
+        expected = under(tensors, "exact.grad.")
+        llm_name = "llm.language_model.model.layers.3.self_attn.o_proj.weight"
+        gradients = {
+            "vlm.model.language_model.layers.3.self_attn.o_proj.weight": expected.pop(llm_name),
+            **convert_original_state_dict({n: g for n, g in expected.items() if n != "loss"}),
+        }
+        parameters = dict(model.named_parameters())
+        assert len(gradients) == 6
+        for name, gradient in gradients.items():
+            assert gradient.abs().max() > 1e-4
+            torch.testing.assert_close(
+                parameters[name].grad, gradient, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE
+            )
+        unused = description["grad"]["params_without_grad"]
+        frozen = convert_original_state_dict({n: tensors[f"refseg.{n}"] for n in unused})
+        assert len(frozen) == 12
+        assert not any(parameters[name].requires_grad for name in frozen)

@@ -139,6 +139,11 @@ def match_slots(
     counts, cost = cost[:, 0, -1].long().tolist(), cost[..., :-1].numpy()
     samples, slots, objects = [], [], []
     for sample, count in enumerate(counts):
+        if count > cost.shape[2]:
+            raise ValueError(
+                f"sample {sample} has num_objects={count}, but mask_labels holds {cost.shape[2]} masks per sample; "
+                "pass one mask per object, or merge or drop objects in the processor."
+            )
         try:
             rows, columns = linear_sum_assignment(cost[sample, :, :count])
         except ValueError as error:
@@ -259,7 +264,8 @@ def segmentation_loss(
         + mask_dice_weight * terms["mask_dice"]
         + mask_focal_weight * terms["mask_focal"]
     )
-    conf_loss = _confidence_loss(slot_logits, assignments, num_samples or batch_size, seg_loss)
+    num_samples = batch_size if num_samples is None else num_samples
+    conf_loss = _confidence_loss(slot_logits, assignments, num_samples, seg_loss)
     return SegmentationLossOutput(
         loss=seg_loss_weight * seg_loss + conf_loss_weight * conf_loss,
         segmentation_loss=seg_loss,

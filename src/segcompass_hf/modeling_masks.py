@@ -152,10 +152,11 @@ class SamMaskStage:
 
     def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """
-        Names (within SAM) and parameters of prompt encoder and mask decoder that mask prompts never use.
+        Names (within SAM) and parameters outside the image encoder that training with mask prompts must freeze.
 
-        They get no gradient, or only zeros: freeze them, or DistributedDataParallel waits for them and weight decay
-        shrinks them.
+        Mask prompts never use points, boxes, quality scores and the other three masks, so their parameters get no
+        gradient or only zeros: DistributedDataParallel would wait for them and weight decay shrink them. The
+        positional matrix is used, but it is a fixed random projection (a buffer in the original, a parameter here).
         """
         unused = (
             "shared_image_embedding.",

@@ -51,15 +51,15 @@ _MASK_DECODER_NAMES = (
     ("output_upscaling.1", "upscale_layer_norm"),
     ("output_upscaling.3", "upscale_conv2"),
 ) + _TRANSFORMER_NORMS
-_IMAGE_ENCODER_NAMES = (
+_IMAGE_ENCODER_NAMES = (  # the neck first: on the way back its norms must not be taken for those of the blocks
     ("patch_embed.proj", "patch_embed.projection"),
-    ("blocks", "layers"),
-    ("norm1", "layer_norm1"),
-    ("norm2", "layer_norm2"),
     ("neck.0", "neck.conv1"),
     ("neck.1", "neck.layer_norm1"),
     ("neck.2", "neck.conv2"),
     ("neck.3", "neck.layer_norm2"),
+    ("blocks", "layers"),
+    ("norm1", "layer_norm1"),
+    ("norm2", "layer_norm2"),
 )
 _MLP_SEGMENTS = ("output_hypernetworks_mlps", "iou_prediction_head")
 _SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
