@@ -1,3 +1,4 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Metrics of referring and reasoning segmentation, as plain functions on numpy arrays."""
 
 from .segmentation import (

@@ -1,3 +1,4 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """gIoU, cIoU, N-acc and T-acc with the definitions of GRES (Liu, Ding, Jiang, CVPR 2023).
 
 Every sample is reduced to four integers (`SampleScore`), from which all figures follow. Integers add up exactly, so
