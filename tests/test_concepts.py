@@ -1,7 +1,11 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Concept path: sparse encoding, interventions, codebook, and the memory that all of it may use."""
 
+import json
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -401,3 +405,16 @@ class TestMemory:
         monkeypatch.setattr(sae, "encode", lambda chunk, ids=None: sizes.append(len(chunk)) or encode(chunk, ids))
         encode_concepts(sae, torch.randn(2, 5, D_IN), None, 0.5, chunk_size=chunk_size)
         assert max(sizes) == expected and sum(sizes) == 10
+
+
+def test_benchmark_writes_its_record(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).parent.parent / "benchmarks" / "concept_path.py"
+    sizes = "--d-in 32 --d-sae 256 --d-slot 16 --tokens 20 --batch-size 2 --active 8 --repeats 1"
+    monkeypatch.setattr(sys, "argv", [str(script), *sizes.split(), "--output", str(tmp_path / "record.json")])
+    with pytest.raises(SystemExit, match="^0$"):
+        runpy.run_path(str(script), run_name="__main__")
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert 4 < record["active_per_token"] < 16
+    assert record["output_difference"]["relative"] < 1e-5 > record["gradient_difference"]["relative"]
+    assert record["gradient_difference"]["reference_max"] > 0
+    assert (tmp_path / "record.md").read_text() == capsys.readouterr().out
