@@ -488,9 +488,7 @@ class TestCore:
             output = self.run(model, "exact")
             positions = model.sam.get_image_wide_positional_embeddings()
         present = tensors["exact.in.attention_mask"].bool()
-        torch.testing.assert_close(
-            output.logits[present], tensors["exact.out.dup.lm_logits"][present], **TOLERANCE
-        )
+        torch.testing.assert_close(output.logits[present], tensors["exact.out.dup.lm_logits"][present], **TOLERANCE)
         torch.testing.assert_close(prompts[0], tensors["exact.out.dup.sam_mask_prompt"], **TOLERANCE)
         torch.testing.assert_close(positions, tensors["exact.out.dup.dense_pe"], **TOLERANCE)
 
@@ -511,9 +509,7 @@ class TestCore:
         assert len(gradients) == 6
         for name, gradient in gradients.items():
             assert gradient.abs().max() > 1e-4
-            torch.testing.assert_close(
-                parameters[name].grad, gradient, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE
-            )
+            torch.testing.assert_close(parameters[name].grad, gradient, msg=lambda m, n=name: f"{n}: {m}", **TOLERANCE)
         unused = description["grad"]["params_without_grad"]
         frozen = convert_original_state_dict({n: tensors[f"refseg.{n}"] for n in unused})
         assert len(frozen) == 12

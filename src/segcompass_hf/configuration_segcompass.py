@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and SAM."""
 
+import copy
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -156,12 +157,18 @@ class SegCompassConfig(PretrainedConfig):
         if self.sae_config is None:
             self.sae_config = {}
         if isinstance(self.sae_config, dict):
-            self.sae_config = SegCompassSaeConfig(**{"d_in": text_config.hidden_size, **self.sae_config})
+            self.sae_config = {"d_in": text_config.hidden_size, **self.sae_config}
+        self.sae_config = _resolve_config(self.sae_config, SegCompassSaeConfig)
         if self.sae_layer is None:
             self.sae_layer = self.sae_config.layer
         if self.sae_layer is None:
             self.sae_layer = default_sae_layer(self.vlm_config)
-        super().__post_init__(**kwargs)
+        nested = (self.vlm_config, self.sam_config, self.sae_config)
+        attention = [config._attn_implementation for config in nested]
+        super().__post_init__(**kwargs)  # overwrites the nested attention implementations with ours
+        if kwargs.get("attn_implementation") is None:
+            for config, implementation in zip(nested, attention, strict=True):
+                config._attn_implementation = implementation
 
     def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
@@ -214,7 +221,7 @@ def _resolve_config(config: dict | PretrainedConfig | None, default: str | type)
     By hand and not by `SubConfigSpec`, which transformers 5.17 does not have.
     """
     if isinstance(config, PretrainedConfig):
-        return config
+        return copy.deepcopy(config)  # a loaded model may still be using it
     config = dict(config or {})
     if not isinstance(default, str):
         return default(**config)

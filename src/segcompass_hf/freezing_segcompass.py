@@ -12,9 +12,9 @@ from .generation_segcompass import decoder_layers
 def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
     """Leave trainable what the method trains, freeze everything else.
 
-    Trainable: decoder layers with index >= `sae_layer`, codebook, slot encoder, slot mapper, SAM's mask prompt path and
-    mask decoder, and the rows of the added tokens as `train_token_rows` says. The rest is frozen, SAM's parts that mask
-    prompts never use included.
+    Trainable: decoder layers with index >= `sae_layer`, codebook, slot encoder, slot mapper, SAM's mask prompt path
+    and mask decoder, and the rows of the added tokens as `train_token_rows` says. The rest is frozen, SAM's parts
+    that mask prompts never use included.
 
     Args:
         model (`SegCompassForReasoningSegmentation`): Changed in place.
@@ -35,8 +35,8 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
 def _train_token_rows(model: nn.Module, train_token_rows: str) -> None:
     """Let gradients reach the embedding rows of the added tokens only.
 
-    The weights themselves stay whole parameters, because TRL's fused head, vLLM and `save_pretrained` read them; a hook
-    zeroes the gradient of every other row. Weight decay would still shrink those rows: `parameter_groups` exempts them.
+    The weights themselves stay whole parameters, because TRL's fused head, vLLM and `save_pretrained` read them; a
+    hook zeroes the gradient of every other row. Weight decay would shrink those too: `parameter_groups` exempts them.
     """
     for handle in model.__dict__.pop("_token_row_handles", []):
         handle.remove()

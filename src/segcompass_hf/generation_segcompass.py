@@ -101,8 +101,8 @@ def decoder_layers(base_model: nn.Module) -> nn.ModuleList:
     if hasattr(base_model, "layers"):
         return base_model.layers
     raise ValueError(
-        f"{type(base_model).__name__} has no text model with `layers` (looked at language_model, text_model, model and "
-        "decoder), so there is no layer to read concepts from; use a VLM built on a decoder-only language model."
+        f"{type(base_model).__name__} has no text model with `layers` (looked at language_model, text_model, model "
+        "and decoder), so there is no layer to read concepts from; use a VLM built on a decoder-only language model."
     )
 
 
@@ -143,7 +143,7 @@ class SegCompassFormatLogitsProcessor(LogitsProcessor):
         num_slots (`int`): How many `<REF_POS>` to write.
         ref_token_id, think_start_token_id, think_end_token_id, eos_token_id (`int`): The tokens of the format.
         max_reasoning_tokens (`int`): Most tokens between the tags; 0 closes the tag at once.
-        forbidden_token_ids (`list[int]`, *optional*): Never written inside the reasoning (image placeholders, padding).
+        forbidden_token_ids (`list[int]`, *optional*): Never written inside the reasoning (image tokens, padding).
     """
 
     def __init__(

@@ -338,7 +338,7 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
     def parameter_groups(
         self, learning_rate: float, weight_decay: float = 0.0, factors: dict[str, float] | None = None
     ) -> list[dict]:
-        """Groups for an optimizer: learning rates by part, no decay where rows are frozen. See `freezing_segcompass`."""
+        """Optimizer groups: learning rates by part, no decay where rows are frozen. See `freezing_segcompass`."""
         return parameter_groups(self, learning_rate, weight_decay, factors)
 
     # The stages, each of use on its own (ablations, attribution, trainers).
@@ -359,7 +359,7 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         modality_ids: torch.Tensor,
         interventions: Interventions = None,
     ) -> SparseConcepts:
-        """Active concepts of states `(batch_size, sequence_length, hidden_size)`, interventions applied; no gradient."""
+        """Active concepts of states `(batch_size, sequence_length, hidden_size)`, interventions applied; no grad."""
         concepts = encode_concepts(
             self.sae,
             layer_states,
@@ -484,7 +484,7 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
                 where `labels` count when left out.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Language targets, -100
                 where nothing is asked.
-            mask_labels (`torch.Tensor` of shape `(batch_size, num_masks, 4h, 4w)`, *optional*): Soft targets in [0, 1].
+            mask_labels (`torch.Tensor` of shape `(batch_size, num_masks, 4h, 4w)`, *optional*): Targets in [0, 1].
             num_objects (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Objects per sample.
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
@@ -510,7 +510,7 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         modality_ids = self.modality_ids(input_ids)
         # The language loss is left to the VLM; a weight of 0 saves its cost.
         vlm_labels = labels if self.config.lm_loss_weight else None
-        vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **vlm_kwargs}
+        vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
         with self._capture(interventions, attention_mask, modality_ids) as capture:
             vlm_output = self.vlm(
                 input_ids=input_ids,
@@ -553,9 +553,8 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
             output.pred_masks = decode()
         if mask_labels is not None:
             masks = (lambda a: decode(pairs=a.pairs)) if output.pred_masks is None else output.pred_masks
-            output.losses = self.segmentation_loss(
-                mapped, masks, mask_labels, num_objects, area, num_items=num_segmentation_items, num_samples=num_samples
-            )
+            counts = {"num_items": num_segmentation_items, "num_samples": num_samples}
+            output.losses = self.segmentation_loss(mapped, masks, mask_labels, num_objects, area, **counts)
             output.segmentation_loss = output.losses.segmentation_loss
             output.confidence_loss = output.losses.confidence_loss
             output.loss = output.losses.loss if output.loss is None else output.loss + output.losses.loss
@@ -681,7 +680,7 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): 1 on tokens.
             sam_pixel_values, image_embeddings, reshaped_input_sizes, original_sizes: As in `forward`.
-            max_new_tokens (`int`, *optional*): Of the whole answer; `max_reasoning_tokens` and the format when left out.
+            max_new_tokens (`int`, *optional*): Of the whole answer; `max_reasoning_tokens` plus the format by default.
             reasoning (`str`, defaults to `"full"`): `"short"` closes the reasoning after `short_reasoning_tokens`,
                 `"none"` at once.
             constrain_format (`bool`, defaults to `True`): Guarantee tags, exactly K `<REF_POS>` and the end. `False`
@@ -764,7 +763,9 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         if self.config.concept_input == "duplicated":
             copies = vlm_inputs.pop("copies")
             if copies > 1:
-                raise ValueError('concept_input="duplicated" reads one sequence per prompt, got num_return_sequences>1.')
+                raise ValueError(
+                    f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'
+                )
             inputs = {k: v for k, v in vlm_inputs.items() if k in _VLM_IMAGE_INPUTS}
             inputs["attention_mask"] = attention_mask
             concept_inputs = self._duplicated_states(sequences, completion_mask, interventions, inputs)
@@ -838,8 +839,8 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         missing = [name for name in ADDED_TOKENS if getattr(config, name) is None]
         if missing or not end_ids:
             raise ValueError(
-                f"the format needs token ids that are not set: {', '.join(missing) or 'eos_token_id'}; set them on the "
-                "config (eos_token_id on generation_config), or pass constrain_format=False."
+                f"the format needs token ids that are not set: {', '.join(missing) or 'eos_token_id'}; set them on "
+                "the config (eos_token_id on generation_config), or pass constrain_format=False."
             )
         budget = reasoning_budget(
             reasoning, config.num_slots, max_new_tokens, config.max_reasoning_tokens, config.short_reasoning_tokens
@@ -875,7 +876,8 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         """
         auto_map = dict(getattr(self.config, "auto_map", None) or {})
         name = f"{__name__.split('.')[-1]}.{type(self).__name__}"
-        self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}  # TRL reads the last
+        # TRL picks its loader by the second entry.
+        self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}
         return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
 
 
@@ -887,7 +889,7 @@ def _non_finite_parameters(module: nn.Module, name: str) -> str:
     bad = [key for key, value in module.named_parameters() if not bool(torch.isfinite(value).all())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"These weights are broken: {', '.join(f'{name}.{key}' for key in bad[:3])}{more}; reload the checkpoint."
+        return f"These weights are broken: {', '.join(f'{name}.{key}' for key in bad[:3])}{more}; reload them."
     return "Its weights are finite, so its input was not or its dtype overflows; try dtype=torch.float32 or bfloat16."
 
 
