@@ -8,6 +8,7 @@ registry whose module is not imported yet gets its table when it is.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -22,6 +23,8 @@ _AUTO_REGISTRIES = {
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING",),
 }
 _PIPELINES = "transformers.pipelines"
+_OUR_PIPELINE = f"{__package__}.pipeline_segcompass"
+_SETTLED = (*_AUTO_REGISTRIES, _PIPELINES, _OUR_PIPELINE)
 _state = {"registered": False}
 
 
@@ -85,21 +88,22 @@ class _RegisterOnLookup(dict):
 
 
 def _settle(module: ModuleType) -> None:
-    """Give an imported transformers module what it needs to know about SegCompass."""
+    """Let a module that has just been imported know about SegCompass, or about `pipeline`."""
     if module.__name__ == _PIPELINES:
+        importlib.import_module(_OUR_PIPELINE)  # settled in its turn; it may also be what imports `pipelines`
+    elif module.__name__ == _OUR_PIPELINE:
         from transformers import AutoModelForImageTextToText
+        from transformers.pipelines import PIPELINE_REGISTRY
 
-        from .pipeline_segcompass import ReasoningSegmentationPipeline
-
-        if TASK not in module.PIPELINE_REGISTRY.supported_tasks:
-            module.PIPELINE_REGISTRY.register_pipeline(
-                TASK, ReasoningSegmentationPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
+        if TASK not in PIPELINE_REGISTRY.supported_tasks:
+            PIPELINE_REGISTRY.register_pipeline(
+                TASK, module.ReasoningSegmentationPipeline, pt_model=AutoModelForImageTextToText, type="multimodal"
             )
-        return
-    for name in _AUTO_REGISTRIES[module.__name__]:
-        registry = getattr(module, name)
-        if type(registry._extra_content) is dict:
-            registry._extra_content = _RegisterOnLookup(registry._extra_content)
+    else:
+        for name in _AUTO_REGISTRIES[module.__name__]:
+            registry = getattr(module, name)
+            if type(registry._extra_content) is dict:
+                registry._extra_content = _RegisterOnLookup(registry._extra_content)
 
 
 class _SettleAfterImport(importlib.abc.MetaPathFinder):
@@ -108,7 +112,7 @@ class _SettleAfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Any = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != _PIPELINES and name not in _AUTO_REGISTRIES:
+        if name not in _SETTLED:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
@@ -126,8 +130,8 @@ class _SettleAfterImport(importlib.abc.MetaPathFinder):
 
 def register_when_needed() -> None:
     """Settle what is imported already, and the rest when it is imported."""
-    for name in (*_AUTO_REGISTRIES, _PIPELINES):
-        if name in sys.modules:
-            _settle(sys.modules[name])
     if not any(isinstance(finder, _SettleAfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _SettleAfterImport())
+    for name in _SETTLED:
+        if name in sys.modules:
+            _settle(sys.modules[name])

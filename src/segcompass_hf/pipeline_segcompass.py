@@ -108,6 +108,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         # Flat tensors and lists with one entry per sample: what `Pipeline` can take apart again.
         return {
             "sequences": segmentation.sequences,  # (batch_size, sequence_length)
+            "completion_mask": getattr(segmentation, "completion_mask", None),  # (batch_size, sequence_length)
             "slot_logits": segmentation.slot_logits.float(),  # (batch_size, num_slots)
             "heatmap_logits": segmentation.heatmap_logits.float(),  # (batch_size, num_slots, height, width)
             "pred_masks": segmentation.pred_masks.float(),  # (batch_size, num_slots, height, width)

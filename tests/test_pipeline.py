@@ -1,0 +1,175 @@
+"""`pipeline("reasoning-segmentation")`: the direct answer, batches, inputs of every form, saving as remote code."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from segcompass_hf import ReasoningSegmentationPipeline
+
+OPTIONS = {"reasoning": "short", "slot_logit_threshold": -1e9}  # random weights: keep every slot
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-llava")
+    tiny.tiny_model("llava").save_pretrained(path)
+    tiny.tiny_processor("llava").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint):
+    return pipeline("reasoning-segmentation", model=checkpoint, device="cpu")
+
+
+def _arrays(answer: dict) -> list[np.ndarray]:
+    return [np.asarray(segment["mask"]) for segment in answer["segments"]]
+
+
+def test_the_task_name_gives_our_pipeline_with_the_processor(pipe):
+    assert isinstance(pipe, ReasoningSegmentationPipeline)
+    assert type(pipe.processor).__name__ == "SegCompassProcessor"
+
+
+def test_it_answers_as_segment_and_post_processing_do(pipe):
+    image = tiny.tiny_image(0, (40, 30))
+    answer = pipe(image, instruction="the red circle", **OPTIONS)
+    inputs = pipe.processor(images=image, instruction="the red circle", return_tensors="pt")
+    with torch.no_grad():
+        seg = pipe.model.segment(**inputs, reasoning="short")
+    expected = pipe.processor.post_process_segmentation(
+        seg, inputs["original_sizes"], inputs["reshaped_input_sizes"], slot_logit_threshold=-1e9
+    )[0]
+    assert answer["reasoning"] == expected["reasoning"]
+    assert len(answer["segments"]) == tiny.NUM_SLOTS
+    for k, segment in enumerate(answer["segments"]):
+        assert set(segment) == {"score", "label", "mask", "slot"}
+        assert segment["mask"].mode == "L" and segment["mask"].size == (40, 30)
+        assert np.array_equal(np.asarray(segment["mask"]), expected["masks"][k].numpy() * 255)
+        assert segment["score"] == pytest.approx(expected["scores"][k].item())
+        assert segment["label"] == "the red circle" and segment["slot"] == k
+
+
+def test_thresholds_are_the_models_own_unless_given(pipe):
+    image = tiny.tiny_image(0)
+    kept = pipe(image, instruction="the red circle", reasoning="none")["segments"]
+    every = pipe(image, instruction="the red circle", **{**OPTIONS, "reasoning": "none"})["segments"]
+    # The tiny configuration keeps the default slot_logit_threshold of 0, that is a score above one half.
+    assert [segment["slot"] for segment in kept] == [segment["slot"] for segment in every if segment["score"] > 0.5]
+    assert pipe(image, instruction="x", reasoning="none", slot_logit_threshold=1e9)["segments"] == []
+    full = pipe(image, instruction="x", reasoning="none", slot_logit_threshold=-1e9, mask_logit_threshold=-1e9)
+    assert all((mask == 255).all() for mask in _arrays(full))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_a_batch_equals_its_samples_one_by_one(family):
+    """Images of different sizes and instructions of different lengths; Qwen's patches are flattened over the batch."""
+    pipe = ReasoningSegmentationPipeline(
+        tiny.tiny_model(family), processor=tiny.tiny_processor(family), task="reasoning-segmentation", device="cpu"
+    )
+    samples = [
+        {"image": tiny.tiny_image(0, (40, 30)), "instruction": "the red circle"},
+        {"image": tiny.tiny_image(1, (30, 64)), "instruction": "all the blue squares left of the small green ring"},
+        {"image": tiny.tiny_image(2, (33, 33)), "instruction": "the ring"},
+    ]
+    batched = pipe(samples, batch_size=2, **OPTIONS)  # a full batch and a rest
+    for sample, answer in zip(samples, batched, strict=True):
+        alone = pipe(sample, **OPTIONS)
+        assert answer["reasoning"] == alone["reasoning"]
+        assert [s["label"] for s in answer["segments"]] == [sample["instruction"]] * tiny.NUM_SLOTS
+        for one, other in zip(answer["segments"], alone["segments"], strict=True):
+            assert one["mask"].size == sample["image"].size
+            assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+        for one, other in zip(_arrays(answer), _arrays(alone), strict=True):
+            assert (one != other).mean() < 0.01  # rounding may move a pixel that lies on the threshold
+
+
+def test_inputs_of_every_form_give_the_same_answer(pipe, tmp_path):
+    image = tiny.tiny_image(3)
+    image.save(tmp_path / "image.png")
+    options = {"reasoning": "none", "slot_logit_threshold": -1e9}
+    expected = _arrays(pipe(image, instruction="the ring", **options))
+    forms = [
+        pipe(str(tmp_path / "image.png"), instruction="the ring", **options),
+        pipe(np.asarray(image), instruction="the ring", **options),
+        pipe({"image": image, "instruction": "the ring"}, **options),
+        pipe({"image": image}, instruction="the ring", **options),
+        *pipe([image], instruction="the ring", **options),
+        *pipe([image], instruction=["the ring"], **options),
+        *pipe(({"image": image, "instruction": "the ring"} for _ in range(1)), **options),
+    ]
+    assert len(forms) == 7
+    for form in forms:
+        assert all(np.array_equal(one, other) for one, other in zip(_arrays(form), expected, strict=True))
+    assert pipe([]) == []
+
+
+def test_bad_inputs_say_what_is_expected(pipe):
+    image = tiny.tiny_image()
+    with pytest.raises(ValueError, match="non-empty string; got None"):
+        pipe(image)
+    with pytest.raises(ValueError, match="non-empty string; got '  '"):
+        pipe(image, instruction="  ")
+    with pytest.raises(ValueError, match='needs the key "image"'):
+        pipe({"instruction": "the ring"})
+    with pytest.raises(ValueError, match="2 images and 1 instructions"):
+        pipe([image, image], instruction=["the ring"])
+    with pytest.raises(TypeError, match="does not take 'colour'"):
+        pipe(image, instruction="the ring", colour="red")
+    with pytest.raises(FileNotFoundError):
+        pipe("missing.png", instruction="the ring")
+
+
+def test_saved_it_loads_as_remote_code_without_the_package(pipe, tmp_path):
+    """In a process that cannot import segcompass_hf; there the entry `custom_pipelines` leads to our file."""
+    folder = tmp_path / "published"
+    pipe.save_pretrained(folder)
+    image = tiny.tiny_image(0)
+    image.save(tmp_path / "image.png")
+    expected = pipe(image, instruction="the red circle", **OPTIONS)
+    code = f"""
+import sys
+import numpy as np
+from transformers import pipeline
+try:
+    import segcompass_hf
+    raise SystemExit("segcompass_hf is importable, so this would test nothing")
+except ImportError:
+    pass
+pipe = pipeline("reasoning-segmentation", model={str(folder)!r}, trust_remote_code=True, device="cpu")
+answer = pipe({str(tmp_path / "image.png")!r}, instruction="the red circle", **{OPTIONS!r})
+assert type(pipe).__module__.startswith("transformers_modules"), type(pipe)
+np.savez({str(tmp_path / "masks.npz")!r}, *[np.asarray(s["mask"]) for s in answer["segments"]])
+print(answer["reasoning"])
+"""
+    # An empty module path and no user site: an editable install is the one way in that is left, so block that too.
+    blocker = tmp_path / "block" / "segcompass_hf.py"
+    blocker.parent.mkdir()
+    blocker.write_text("raise ImportError('blocked by the test')\n")
+    environment = os.environ | {"PYTHONPATH": str(blocker.parent), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1:] == expected["reasoning"].strip().splitlines()[-1:]
+    masks = list(np.load(tmp_path / "masks.npz").values())
+    assert len(masks) == tiny.NUM_SLOTS
+    for mask, other in zip(masks, _arrays(expected), strict=True):
+        assert (mask != other).mean() < 0.01
+
+
+def test_with_the_package_a_saved_pipeline_needs_no_trust(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("reasoning-segmentation", model=str(tmp_path), device="cpu")
+    assert type(again) is ReasoningSegmentationPipeline
+    image = Image.new("RGB", (20, 20), "red")
+    one, other = (p(image, instruction="the red square", **OPTIONS) for p in (pipe, again))
+    assert one["reasoning"] == other["reasoning"]
+    assert all(np.array_equal(a, b) for a, b in zip(_arrays(one), _arrays(other), strict=True))
