@@ -1,9 +1,8 @@
-"""Shared test set-up: the package from `src` and `tiny` are importable, torch keeps to one thread, nothing reaches the network."""
+"""Shared test set-up: `src` and `tests` are importable, random numbers are seeded, nothing reaches the network."""
 
 import os
 import sys
 from pathlib import Path
-
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

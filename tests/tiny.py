@@ -1,7 +1,8 @@
 """Tiny deterministic tokenizers, processors, backbones and models, built in code (no network, no files).
 
-Every family goes through the same functions: `tiny_tokenizer`, `tiny_vlm_processor`, `tiny_vlm_config`, `tiny_processor`,
-`tiny_config`, `tiny_model`. Sizes: hidden 32, 4 decoder layers, SAM canvas 64 with patches of 8 (8x8 embedding, 32x32 maps).
+Every family goes through the same functions: `tiny_tokenizer`, `tiny_parts`, `tiny_vlm_config`,
+`tiny_processor`, `tiny_config`, `tiny_model`. Sizes: hidden 32, 4 decoder layers, SAM canvas 64 with patches of 8 (8x8
+embedding, 32x32 maps).
 """
 
 import functools
@@ -22,8 +23,8 @@ NUM_SLOTS = 4
 # What the byte-level tokenizer is trained on: enough to keep prompts short; any other text still round-trips as bytes.
 CORPUS = [
     "Find what this asks for in the image: the largest red circle left of the green square",
-    "Think first, inside and: name the candidates and rule out the wrong ones. Then write 4 position tokens, each as, and "
-    "nothing else.",
+    "Think first, inside and: name the candidates and rule out the wrong ones. Then write 4 position tokens, each as, "
+    "and nothing else.",
     "all the blue squares but not the small ring at the top right of the picture, the second from the bottom",
     "USER: ASSISTANT: User: Assistant: user assistant system",
     "there are two candidates: a red circle at b3 and a blue square at c4, the first one is larger",
@@ -33,15 +34,15 @@ _LLAVA_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{{ ' ' }}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 _QWEN_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -97,7 +98,7 @@ def _trained_bpe() -> str:
 
 
 def tiny_tokenizer(family: str = "llava", model_max_length: int = 4096) -> PreTrainedTokenizerFast:
-    """The family's tokenizer as its checkpoints ship it: no `<REF_POS>` yet; LLaVA adds `<s>` in front, the others nothing."""
+    """The family's tokenizer as its checkpoints ship it, without `<REF_POS>`; LLaVA and Gemma put a token in front."""
     specials = _SPECIALS[_check(family)]
     backend = Tokenizer.from_str(_trained_bpe())
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
@@ -115,14 +116,18 @@ def tiny_tokenizer(family: str = "llava", model_max_length: int = 4096) -> PreTr
         names |= {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
         names |= {"extra_special_tokens": dict(_GEMMA_ATTRIBUTES)}
     else:
-        names |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "extra_special_tokens": dict(_QWEN_ATTRIBUTES)}
+        names |= {
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "extra_special_tokens": dict(_QWEN_ATTRIBUTES),
+        }
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **names)
     tokenizer.chat_template = CHAT_TEMPLATES[family]
     return tokenizer
 
 
 def tiny_image_processor(family: str = "llava"):
-    """The family's own image processor (PIL backend): 28x28 pixels and 4 image tokens, or 4 to 16 tokens for the Qwens."""
+    """The family's own image processor (PIL): 28x28 pixels and 4 image tokens; 4 to 16 tokens for the Qwens."""
     if _check(family) == "llava":
         from transformers import CLIPImageProcessorPil
 
@@ -139,7 +144,7 @@ def tiny_image_processor(family: str = "llava"):
 
 
 def tiny_parts(family: str = "llava", **tokenizer_kwargs) -> dict:
-    """`image_processor`, `tokenizer`, `vlm_processor_class`, `vlm_processor_kwargs`: what `SegCompassProcessor` takes of a VLM."""
+    """What `SegCompassProcessor` takes of a VLM: image processor, tokenizer, processor class and its arguments."""
     classes = {
         "llava": "LlavaProcessor",
         "qwen2_5_vl": "Qwen2_5_VLProcessor",
@@ -159,7 +164,7 @@ def tiny_parts(family: str = "llava", **tokenizer_kwargs) -> dict:
 
 
 def tiny_vlm_config(family: str = "llava", vocab_size: int | None = None, tie: bool = False, **text_overrides):
-    """A random-weights VLM config: hidden 32, 4 layers; weights of std 0.1, so that states differ visibly between tokens."""
+    """A VLM config: hidden 32, 4 layers; weights of std 0.1, so that states differ visibly between tokens."""
     tokenizer = tiny_processor(_check(family)).tokenizer
     ids = tokenizer.convert_tokens_to_ids
     text = {
@@ -269,7 +274,7 @@ def tiny_sam_config(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH, hidde
 
 
 def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH):
-    """SAM's image processor for the canvas; `mask_size` is the side of the low-resolution maps, 4 x the embedding's."""
+    """SAM's image processor for the canvas; `mask_size`: side of the low-resolution maps, 4 x the embedding's."""
     from transformers import SamImageProcessorPil
 
     side = 4 * (canvas // patch_size)

@@ -1,4 +1,5 @@
-"""Pixels in, masks out: any image becomes RGB, object masks become soft targets, and maps return to the image's size."""
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Pixels in, masks out: any image becomes RGB, object masks soft targets, and maps return to the image's size."""
 
 import os
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `os.PathLike`, `bytes` or `dict`):
-            Array layouts `(H, W)`, `(H, W, C)` and `(C, H, W)` with C in 1, 3, 4; values 0..255, 0..65535 (16 bit) or floats in
-            [0, 1]. A `dict` is a `datasets` image, with `bytes` or `path`. Addresses starting with `http` are fetched.
+            Array layouts `(H, W)`, `(H, W, C)` and `(C, H, W)` with C in 1, 3, 4; values 0..255, 0..65535 (16 bit) or
+            floats in [0, 1]. A `dict` is a `datasets` image, with `bytes` or `path`. Addresses starting with `http`
+            are fetched.
         name (`str`, *optional*, defaults to `"image"`):
             What error messages call it.
 
@@ -40,14 +42,14 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
         image = _from_array(image, name)
     if not isinstance(image, Image.Image):
         raise ValueError(
-            f"{name} is a {type(image).__name__}; expected a PIL image, an array or tensor of shape (height, width), (height, "
-            "width, channels) or (channels, height, width), a path, or the bytes of an image file."
+            f"{name} is a {type(image).__name__}; expected a PIL image, an array or tensor of shape (height, width), "
+            "(height, width, channels) or (channels, height, width), a path, or the bytes of an image file."
         )
     width, height = image.size
     if min(width, height) == 0 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and must not be "
-            "empty. Crop or pad it first."
+            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and must not "
+            "be empty. Crop or pad it first."
         )
     return _to_rgb(_upright(image, name))
 
@@ -65,7 +67,9 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
         image = Image.open(source)
         image.load()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name}: {shown!r} cannot be read as an image ({error}); is it damaged or not an image?") from error
+        raise ValueError(
+            f"{name}: {shown!r} cannot be read as an image ({error}); is it damaged or not an image?"
+        ) from error
     return image
 
 
@@ -102,8 +106,8 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
             array = array[None]  # no channel axis at all: the check below refuses it
     if array.ndim not in (2, 3) or array.size == 0:
         raise ValueError(
-            f"{name} is an array of shape {tuple(shape)}; expected (height, width), (height, width, channels) or (channels, "
-            "height, width) with 1, 3 or 4 channels and at least one pixel. Pass several images as a list."
+            f"{name} is an array of shape {tuple(shape)}; expected (height, width), (height, width, channels) or "
+            "(channels, height, width) with 1, 3 or 4 channels and at least one pixel. Pass several images as a list."
         )
     if array.dtype.kind not in "buif":
         raise ValueError(f"{name} is an array of dtype {array.dtype}; expected integers, floats or bools.")
@@ -150,11 +154,10 @@ def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
     if masks is None or len(masks) == 0:
         return torch.zeros(0, *size, dtype=torch.bool)
     if isinstance(masks, (list, tuple)):
-        masks = np.stack([np.asarray(mask) for mask in masks]) if len({np.shape(mask) for mask in masks}) == 1 else masks
-    if isinstance(masks, (list, tuple)):
-        raise ValueError(
-            f"{name}: the masks have shapes {sorted({np.shape(mask) for mask in masks})}; each must be {size} (height, width)."
-        )
+        shapes = {np.shape(mask) for mask in masks}
+        if len(shapes) > 1:
+            raise ValueError(f"{name}: the masks have shapes {sorted(shapes)}; each must be {size} (height, width).")
+        masks = np.stack([np.asarray(mask) for mask in masks])
     masks = torch.as_tensor(np.asarray(masks))
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or tuple(masks.shape[-2:]) != tuple(size):
@@ -162,8 +165,8 @@ def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
         if masks.ndim == 3 and tuple(masks.shape[-2:]) == tuple(size)[::-1]:
             hint = " They look transposed: masks are (height, width), and belong to the image after its EXIF rotation."
         raise ValueError(
-            f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, width) mask "
-            f"per object, of the image's own size.{hint}"
+            f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, width) "
+            f"mask per object, of the image's own size.{hint}"
         )
     return masks > 0.5 if masks.is_floating_point() else masks != 0
 
@@ -177,8 +180,8 @@ def fit_objects_to_slots(
         masks (`torch.Tensor` of shape `(n, H, W)`): bool.
         num_slots (`int`): how many slots the model has.
         overflow (`"error"`, `"merge"` or `"drop"`):
-            With more objects than slots: raise; keep the `num_slots - 1` largest and unite the rest in one more mask (the union
-            of all objects stays the same); or keep the `num_slots` largest.
+            With more objects than slots: raise; keep the `num_slots - 1` largest and unite the rest in one more mask
+            (the union of all objects stays the same); or keep the `num_slots` largest.
         name (`str`): what error messages call the sample.
 
     Returns:
@@ -191,8 +194,8 @@ def fit_objects_to_slots(
         return masks
     if overflow == "error":
         raise ValueError(
-            f'{name} has {count} target objects but the model has {num_slots} slots; pass overflow="merge" (unite the smallest '
-            'objects), overflow="drop" (leave them out), or use a model with more slots.'
+            f'{name} has {count} target objects but the model has {num_slots} slots; pass overflow="merge" (unite the '
+            'smallest objects), overflow="drop" (leave them out), or use a model with more slots.'
         )
     order = masks.flatten(1).sum(1).argsort(descending=True, stable=True)
     kept = order[: num_slots - 1 if overflow == "merge" else num_slots].sort().values
@@ -206,8 +209,8 @@ def fit_objects_to_slots(
 def soft_mask_targets(masks: torch.Tensor, canvas: int, map_size: int) -> torch.Tensor:
     """Soft low-resolution targets: the share of each map cell that the object covers, on the padded canvas.
 
-    The longest side is resized to the canvas (bilinear, antialiased), the rest padded at the bottom and right, and the canvas
-    resized to the map (bilinear): the steps of the original's target preparation.
+    The longest side is resized to the canvas (bilinear, antialiased), the rest padded at the bottom and right, and the
+    canvas resized to the map (bilinear): the steps of the original's target preparation.
 
     Args:
         masks (`torch.Tensor` of shape `(n, H, W)`): bool.

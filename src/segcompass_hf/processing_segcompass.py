@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from tokenizers import AddedToken
+from transformers import AddedToken
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -37,15 +37,16 @@ logger = logging.get_logger(__name__)
 REF_TOKEN, THINK_START, THINK_END = "<REF_POS>", "<think>", "</think>"
 INSTRUCTION_TEMPLATE = (
     "Find what this asks for in the image: {instruction}\n"
-    "Think first, inside <think> and </think>: name the candidates and rule out the wrong ones. Then write {num_slots} "
-    "position tokens, each as <REF_POS>, and nothing else."
+    "Think first, inside <think> and </think>: name the candidates and rule out the wrong ones. Then write "
+    "{num_slots} position tokens, each as <REF_POS>, and nothing else."
 )
 COMPLETION_TEMPLATE = "<think>{reasoning}</think>{references}"
 # For tokenizers without a chat template: `<s>`, the image, the words; an answer ends with the end-of-sequence token.
 MINIMAL_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN{% elif part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN{% elif part['type'] == 'text' %}"
+    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 _SENTINEL = "\u2603"  # stands for a message's content when a chat template is looked through
@@ -62,15 +63,16 @@ class SegCompassProcessor(ProcessorMixin):
     Args:
         image_processor (`BaseImageProcessor`): The VLM's image processor.
         tokenizer (`PreTrainedTokenizerBase`):
-            The VLM's tokenizer; `<REF_POS>`, `<think>`, `</think>` are added where missing, not as special tokens, so that
-            decoding with `skip_special_tokens` keeps them.
+            The VLM's tokenizer; `<REF_POS>`, `<think>`, `</think>` are added where missing, not as special tokens, so
+            that decoding with `skip_special_tokens` keeps them.
         sam_image_processor (`SamImageProcessorPil`):
             SAM's image processor: `size["longest_edge"]` is the canvas, `mask_size["longest_edge"]` the side of the
             low-resolution maps (4 x SAM's embedding).
         num_slots (`int`, *optional*, defaults to 4): Slots of the model, and `<REF_POS>` tokens of a completion.
         vlm_processor_class (`str`, *optional*, defaults to `"LlavaProcessor"`): The family's class in transformers.
         vlm_processor_kwargs (`dict`, *optional*): What that class takes besides image processor and tokenizer.
-        instruction_template (`str`, *optional*): User turn after the image; holds `{instruction}`, may hold `{num_slots}`.
+        instruction_template (`str`, *optional*): User turn after the image; holds `{instruction}`, may hold
+        `{num_slots}`.
         completion_template (`str`, *optional*): The reference answer; holds `{reasoning}` and `{references}`.
         chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
     """
@@ -92,7 +94,9 @@ class SegCompassProcessor(ProcessorMixin):
         if "{instruction}" not in instruction_template:
             raise ValueError(f"instruction_template {instruction_template!r} has no {{instruction}} to be filled in.")
         if "{reasoning}" not in completion_template or "{references}" not in completion_template:
-            raise ValueError(f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}.")
+            raise ValueError(
+                f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}."
+            )
         if not isinstance(sam_image_processor, SamImageProcessorPil) and hasattr(sam_image_processor, "to_dict"):
             # the torchvision backend, which loading picks where torchvision is installed, resizes differently
             sam_image_processor = SamImageProcessorPil.from_dict(sam_image_processor.to_dict())
@@ -132,7 +136,10 @@ class SegCompassProcessor(ProcessorMixin):
             image_processor, tokenizer, class_name, class_kwargs, template = _load_vlm_parts(str(vlm_processor))
         else:
             image_processor, tokenizer = vlm_processor.image_processor, vlm_processor.tokenizer
-            class_name, template = type(vlm_processor).__name__.removesuffix("WithoutVideo"), vlm_processor.chat_template
+            class_name, template = (
+                type(vlm_processor).__name__.removesuffix("WithoutVideo"),
+                vlm_processor.chat_template,
+            )
             names = _own_arguments(type(vlm_processor))
             class_kwargs = {name: getattr(vlm_processor, name) for name in names if hasattr(vlm_processor, name)}
         fields = {"vlm_processor_class": class_name, "vlm_processor_kwargs": class_kwargs, "chat_template": template}
@@ -162,7 +169,8 @@ class SegCompassProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+        """Id that stands for image patches; Gemma writes another token in the text than in the ids."""
+        return self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "image_token", None) or self.image_token)
 
     @property
     def ref_token_id(self) -> int:
@@ -203,10 +211,12 @@ class SegCompassProcessor(ProcessorMixin):
     # Text
 
     def neutralize(self, text: str) -> str:
-        """Make control tokens inside somebody's words inert: they read the same to a person, but never encode to the token.
+        """Make control tokens inside somebody's words inert: they read the same to a person, but never encode to the
+        token.
 
-        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags, chat markers) gets a
-        space after its first character, in any letter case; role markers of plain text (`ASSISTANT:`) lose their colon.
+        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags, chat markers)
+        gets a space after its first character, in any letter case; role markers of plain text (`ASSISTANT:`) lose
+        their colon.
 
         Raises:
             `ValueError`: the tokenizer still reads a control token, whatever is done.
@@ -218,10 +228,12 @@ class SegCompassProcessor(ProcessorMixin):
             ids = self.tokenizer(broken, add_special_tokens=False)["input_ids"]
             if control["ids"].isdisjoint(ids):
                 return broken
-            # the tokenizer's own normalisation put a token together: first spell it out ourselves, then give up the brackets
+            # the tokenizer's own normalisation put a token together: spell it out first, then give up the brackets
             text = unicodedata.normalize("NFKC", text) if attempt == 0 else re.sub(r"[<>|\[\]]+", " ", text)
         found = sorted({self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control["ids"]})
-        raise ValueError(f"the text holds {found}, which this tokenizer always reads as control tokens; leave them out.")
+        raise ValueError(
+            f"the text holds {found}, which this tokenizer always reads as control tokens; leave them out."
+        )
 
     def build_messages(self, instruction: str, image: Any = None, reasoning: str | None = None) -> list[dict]:
         """The conversation for an instruction: one user turn, and the reference answer if `reasoning` is given.
@@ -260,7 +272,11 @@ class SegCompassProcessor(ProcessorMixin):
 
     def _control_data(self) -> dict:
         """Control tokens and role markers, looked up once per tokenizer, vocabulary and chat template."""
-        key = (id(self.tokenizer), len(self.tokenizer), self.chat_template if isinstance(self.chat_template, str) else None)
+        key = (
+            id(self.tokenizer),
+            len(self.tokenizer),
+            self.chat_template if isinstance(self.chat_template, str) else None,
+        )
         if self._control is not None and self._control["key"] == key:
             return self._control
         added = self.tokenizer.added_tokens_decoder.values()
@@ -273,7 +289,10 @@ class SegCompassProcessor(ProcessorMixin):
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]}
         conversation = self._render([user, answer])
-        around = [*conversation.split(_SENTINEL)[:2], self._render([user], add_generation_prompt=True).split(_SENTINEL)[-1]]
+        around = [
+            *conversation.split(_SENTINEL)[:2],
+            self._render([user], add_generation_prompt=True).split(_SENTINEL)[-1],
+        ]
         end = pattern.search(conversation.rpartition(_SENTINEL)[2])
         literal = (piece.strip() for text in around for piece in pattern.sub("\n", text).split("\n"))
         roles = sorted({piece[:-1].split()[-1] for piece in literal if re.match(r".*\w\s*:$", piece)})
@@ -304,10 +323,11 @@ class SegCompassProcessor(ProcessorMixin):
         Args:
             images: One image or a list of them, of any size (see `to_rgb_image`). One image serves all instructions.
             text (`str` or `list[str]`, *optional*):
-                Rendered prompts in place of instructions: returns the VLM's own inputs only, by the family's processor and
-                with its arguments (TRL calls this).
+                Rendered prompts in place of instructions: returns the VLM's own inputs only, by the family's processor
+                and with its arguments (TRL calls this).
             instruction (`str` or `list[str]`, *optional*): What to look for. One instruction serves all images.
-            reasoning (`str` or `list[str]`, *optional*): Appends the reference answer: think block, `<REF_POS>` tokens, end.
+            reasoning (`str` or `list[str]`, *optional*): Appends the reference answer: think block, `<REF_POS>`
+            tokens, end.
             masks (list of `(n, H, W)` bool arrays, *optional*):
                 The target objects of each image, at its size after EXIF rotation; for one image also its array alone.
             overflow (`"error"`, `"merge"` or `"drop"`, *optional*, defaults to `"error"`):
@@ -315,24 +335,31 @@ class SegCompassProcessor(ProcessorMixin):
             return_tensors (`str`, *optional*): `"pt"`, also where not given with instructions.
 
         Returns:
-            `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the right;
-            `pixel_values` and the family's own keys; `sam_pixel_values` `(B, 3, canvas, canvas)`; `original_sizes`,
-            `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask` and `labels` `(B, T)`, -100
-            outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1] and `num_objects` `(B,)`.
+            `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the
+            right; `pixel_values` and the family's own keys; `sam_pixel_values` `(B, 3, canvas, canvas)`;
+            `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask`
+            and `labels` `(B, T)`, -100 outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1]
+            and `num_objects` `(B,)`.
 
         Raises:
             `ValueError`: an input is empty, unreadable, too long, or does not fit the others; the message says which.
             `FileNotFoundError`: an image file is missing.
         """
         if (text is None) == (instruction is None):
-            raise ValueError("pass either `instruction` (SegCompass's inputs) or `text` (the VLM's own), not both or neither.")
+            raise ValueError(
+                "pass either `instruction` (SegCompass's inputs) or `text` (the VLM's own), not both or neither."
+            )
         if text is not None:
             if reasoning is not None or masks is not None:
-                raise ValueError("`reasoning` and `masks` go with `instruction`; with `text` only the VLM's inputs are made.")
+                raise ValueError(
+                    "`reasoning` and `masks` go with `instruction`; with `text` only the VLM's inputs are made."
+                )
             return self._vlm_inputs(images, text, return_tensors=return_tensors, **kwargs)
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if kwargs:
-            raise ValueError(f"{sorted(kwargs)} are not known; `images`, `instruction`, `reasoning`, `masks`, `overflow` are.")
+            raise ValueError(
+                f"{sorted(kwargs)} are not known; `images`, `instruction`, `reasoning`, `masks`, `overflow` are."
+            )
         if return_tensors not in (None, "pt"):
             raise ValueError(f'return_tensors={return_tensors!r} is not supported; expected "pt".')
 
@@ -343,7 +370,9 @@ class SegCompassProcessor(ProcessorMixin):
         for index, words in enumerate(instructions):
             messages.append(self.build_messages(_checked_text(words, f"instruction {index}")))
         prompts = [self._render(message, add_generation_prompt=True) for message in messages]
-        data = dict(self._vlm_inputs([[i] for i in images], prompts, return_tensors="pt", padding=True, padding_side="left"))
+        data = dict(
+            self._vlm_inputs([[i] for i in images], prompts, return_tensors="pt", padding=True, padding_side="left")
+        )
         if reasonings is not None:
             data |= self._append_completions(data, reasonings)
         self._check_length(data["attention_mask"])
@@ -401,7 +430,10 @@ class SegCompassProcessor(ProcessorMixin):
         resized = [resized_size(size, self.canvas_size) for size in sizes]
         # SAM's processor rounds the short side of a very thin image to nothing: those are resized here, to one pixel
         thin = [1 in size for size in resized]
-        images = [image.resize(size[::-1]) if flag else image for image, size, flag in zip(images, resized, thin, strict=True)]
+        images = [
+            image.resize(size[::-1]) if flag else image
+            for image, size, flag in zip(images, resized, thin, strict=True)
+        ]
         return {
             "sam_pixel_values": self.sam_image_processor(images, return_tensors="pt")["pixel_values"],
             "original_sizes": torch.tensor(sizes),
@@ -412,7 +444,9 @@ class SegCompassProcessor(ProcessorMixin):
         if len(images) == 1 and not (isinstance(masks, (list, tuple)) and len(masks) == 1 and _ndim(masks[0]) != 2):
             masks = [masks]  # one image's array alone
         if len(masks) != len(images):
-            raise ValueError(f"got masks for {len(masks)} images and {len(images)} images; pass one array of masks per image.")
+            raise ValueError(
+                f"got masks for {len(masks)} images and {len(images)} images; pass one array of masks per image."
+            )
         labels = torch.zeros(len(images), self.num_slots, self.mask_size, self.mask_size)
         counts = torch.zeros(len(images), dtype=torch.long)
         for index, (objects, image) in enumerate(zip(masks, images, strict=True)):
@@ -436,15 +470,18 @@ class SegCompassProcessor(ProcessorMixin):
 
         Args:
             outputs (`SegCompassSegmentationOutput` or `SegCompassOutput`):
-                With `pred_masks`, `heatmap_logits` `(B, K, h, w)`, `slot_logits` `(B, K)` and, for the text, `sequences`.
+                With `pred_masks`, `heatmap_logits` `(B, K, h, w)`, `slot_logits` `(B, K)` and, for the text,
+                `sequences`.
             original_sizes, reshaped_input_sizes (of shape `(B, 2)`): (height, width), as the processor returned them.
             slot_logit_threshold (`float`, *optional*):
                 Slots with a logit above it are kept; the model's own, from `outputs`, where not given.
-            mask_logit_threshold (`float`, *optional*, defaults to 0.0): Pixels with a logit above it belong to the mask.
+            mask_logit_threshold (`float`, *optional*, defaults to 0.0): Pixels with a logit above it belong to the
+            mask.
 
         Returns:
-            `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1], `slots`
-            `(n,)`, `heatmaps` `(n, H, W)` in [0, 1], `reasoning` (inside the think block) and `text` (the whole answer).
+            `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1],
+            `slots` `(n,)`, `heatmaps` `(n, H, W)` in [0, 1], `reasoning` (inside the think block) and `text` (the
+            whole answer).
         """
         original, reshaped = (torch.as_tensor(size).tolist() for size in (original_sizes, reshaped_input_sizes))
         batch_size = outputs.slot_logits.shape[0]
@@ -472,7 +509,7 @@ class SegCompassProcessor(ProcessorMixin):
         return results
 
     def _answers(self, outputs: Any, batch_size: int) -> list[str]:
-        """The generated text of each row. Where the prompt ends says `completion_mask`, else the last think tag does."""
+        """The generated text of each row: where `completion_mask` is 1, or without it from the last think tag on."""
         sequences, mask = getattr(outputs, "sequences", None), getattr(outputs, "completion_mask", None)
         if sequences is None:
             return [""] * batch_size
@@ -491,7 +528,12 @@ class SegCompassProcessor(ProcessorMixin):
         bare = copy.copy(self)
         for name in ("_vlm_processor", "_control"):
             bare.__dict__.pop(name, None)
-        return super(SegCompassProcessor, bare).to_dict()
+        output = super(SegCompassProcessor, bare).to_dict()
+        # by this name it loads without torchvision and without the warning that the base name gives
+        output["sam_image_processor"]["image_processor_type"] = "SamImageProcessorPil"
+        for part in ("image_processor", "sam_image_processor"):
+            output[part].pop("auto_map", None)  # saving as remote code notes ours in every part
+        return output
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_vlm_processor": None, "_control": None}
@@ -506,13 +548,19 @@ def _checked_text(words: Any, name: str) -> str:
 
 
 def _think_block(text: str) -> str:
-    """What stands between the first think tag and its end; up to the first `<REF_POS>` or the text's end if it never ends."""
+    """What stands between the first think tag and its end, or else the first `<REF_POS>`, or the end of the text."""
     _, tag, rest = text.partition(THINK_START)
     return rest.split(THINK_END)[0].split(REF_TOKEN)[0].strip() if tag else ""
 
 
 def _ndim(value: Any) -> int:
-    return value.ndim if hasattr(value, "ndim") else 1 + (_ndim(value[0]) if len(value) else 1) if value is not None else 3
+    return (
+        value.ndim
+        if hasattr(value, "ndim")
+        else 1 + (_ndim(value[0]) if len(value) else 1)
+        if value is not None
+        else 3
+    )
 
 
 def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, list | None]:
@@ -523,7 +571,9 @@ def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, l
     images = list(images) if stacked or isinstance(images, (list, tuple)) else images
     if isinstance(images, list) and any(isinstance(image, (list, tuple)) for image in images):
         if any(not isinstance(image, (list, tuple)) or len(image) != 1 for image in images):
-            raise ValueError("`images` is nested with other than one image per sample; SegCompass takes one image each.")
+            raise ValueError(
+                "`images` is nested with other than one image per sample; SegCompass takes one image each."
+            )
         images = [image[0] for image in images]
     columns = {"images": images, "instruction": instruction, "reasoning": reasoning}
     columns = {name: list(v) if isinstance(v, tuple) else v for name, v in columns.items() if v is not None}
@@ -554,7 +604,9 @@ def _processor_class(name: str) -> type:
     """The class of that name in transformers, made to do without a video processor."""
     base = getattr(transformers, name, None)
     if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
-        raise ValueError(f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}.")
+        raise ValueError(
+            f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}."
+        )
     if not any("video" in attribute for attribute in base.get_attributes()):
         return base
 
@@ -578,7 +630,9 @@ def _load_vlm_parts(path: str) -> tuple:
     fields, _ = ProcessorMixin.get_processor_dict(path)
     class_name = fields.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
     if class_name is None:
-        raise ValueError(f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead.")
+        raise ValueError(
+            f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead."
+        )
     arguments = {name: fields[name] for name in _own_arguments(_processor_class(class_name)) if name in fields}
     if class_name == "LlavaProcessor":  # the first LLaVA repositories leave these to the model
         arguments.setdefault("patch_size", config.vision_config.patch_size)
@@ -602,7 +656,9 @@ def _sam_image_processor(source: Any) -> SamImageProcessorPil:
     elif hasattr(source, "vision_config"):
         canvas, patch_size = source.vision_config.image_size, source.vision_config.patch_size
     else:
-        raise ValueError(f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size.")
+        raise ValueError(
+            f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size."
+        )
     side = 4 * (canvas // patch_size)
     return SamImageProcessorPil(
         size={"longest_edge": canvas},
