@@ -206,9 +206,14 @@ class _Draft:
         if not targets:
             return None
         verdicts = ", ".join(
-            f"{self.objects[i].cell} {getattr(self.objects[i], key)} {'yes' if i in targets else 'no'}" for i in candidates
+            f"{self.objects[i].cell} {getattr(self.objects[i], key)} {'yes' if i in targets else 'no'}"
+            for i in candidates
         )
-        steps = [self.listing(wanted, anchor), f"anchor {self.objects[anchor].cell} {value}.", f"candidates {verdicts}."]
+        steps = [
+            self.listing(wanted, anchor),
+            f"anchor {self.objects[anchor].cell} {value}.",
+            f"candidates {verdicts}.",
+        ]
         phrase = f"the {_phrase(wanted, plural=len(targets) > 1)} with the same {key} as the {_phrase(description)}"
         return self.finish("same-as", phrase, ("same-as", key, " ".join(wanted)), targets, steps)
 
@@ -216,15 +221,21 @@ class _Draft:
         wanted = self.filter("", "color", "shape")
         side, rank = self.pick(tuple(SIDES)), self.pick((2, 2, 3))
         score = POSITIONS[SIDES[side]]
-        candidates = sorted((i for i, o in enumerate(self.objects) if _fits(o, wanted)), key=lambda i: score(self.objects[i]))
+        candidates = sorted(
+            (i for i, o in enumerate(self.objects) if _fits(o, wanted)), key=lambda i: score(self.objects[i])
+        )
         places = [score(self.objects[i]) for i in candidates]
         if len(candidates) < rank or len(set(places[: rank + 1])) < len(places[: rank + 1]):
             return None
         word = ("first", "second", "third")[rank - 1]
-        order = ", ".join(f"{w} {self.objects[i].cell}" for w, i in zip(("first", "second", "third"), candidates[:rank]))
+        order = ", ".join(
+            f"{w} {self.objects[i].cell}" for w, i in zip(("first", "second", "third"), candidates[:rank])
+        )
         steps = [self.listing(wanted), f"from {side} {order}."]
         form = ("ordinal", f"{word} {side}", " ".join(wanted))
-        return self.finish("ordinal", f"the {word} {_phrase(wanted)} from the {side}", form, [candidates[rank - 1]], steps)
+        return self.finish(
+            "ordinal", f"the {word} {_phrase(wanted)} from the {side}", form, [candidates[rank - 1]], steps
+        )
 
     def _count(self):
         key, times = self.pick(("color", "shape")), self.pick((2, 2, 3))
@@ -252,7 +263,9 @@ def sample_instruction(
 
 def words() -> list[str]:
     """Every word that instructions and reference reasoning are made of, sorted; the tiny vocabulary."""
-    text = " ".join(PREFIXES) + " the all every object objects size color shape appears times whose with same as from of"
+    text = (
+        " ".join(PREFIXES) + " the all every object objects size color shape appears times whose with same as from of"
+    )
     text += " first second third candidates anchor count answer none yes no left right above below top bottom a an"
     text += " largest smallest in image is are and not " + " ".join((*POSITIONS, *NUMBERS, *PLURALS.values()))
     text += " " + " ".join(v for values in VALUES.values() for v in values) + " 1 2 3 4 , . ?"

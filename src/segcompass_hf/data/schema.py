@@ -36,7 +36,9 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """Decode one COCO RLE to a boolean array of shape `(height, width)`."""
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
-        raise ValueError(f"a mask is a COCO RLE with the keys 'size' and 'counts'; got {type(rle).__name__}: {rle!r:.80}.")
+        raise ValueError(
+            f"a mask is a COCO RLE with the keys 'size' and 'counts'; got {type(rle).__name__}: {rle!r:.80}."
+        )
     counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
     return _pycocotools().decode({"size": list(rle["size"]), "counts": counts}).astype(bool)
 

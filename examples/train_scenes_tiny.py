@@ -1,0 +1,60 @@
+"""Train scenes-tiny, the bundled checkpoint, from random weights:
+
+    python examples/train_scenes_tiny.py --output runs/scenes-tiny
+
+On CPU two processes share the work (one thread each); on a GPU one process does it. Stop it at any time: the same
+command goes on from the last checkpoint of the stage that was running. `--install` writes the result into the package.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+
+import torch
+
+from segcompass_hf.training.scenes_recipe import STAGES, export_checkpoint, run_stage
+
+PARALLEL = ("warmup", "joint")  # the stages that are worth two processes
+FIRST = ("vision", "masks")  # independent of each other: side by side on CPU
+
+
+def start(stage: str, output: str) -> subprocess.Popen:
+    """Run one stage in processes of its own."""
+    launcher = [sys.executable]
+    if stage in PARALLEL and not torch.cuda.is_available():
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launcher, __file__, "--output", output, "--stage", stage], env=environment)
+
+
+def wait(*processes: subprocess.Popen) -> None:
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        sys.exit(f"a stage failed (exit codes {codes}); fix what its log says and run the same command again.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/scenes-tiny", help="one folder per stage is made in here")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
+    parser.add_argument("--install", action="store_true", help="write the result into the package as the bundled one")
+    arguments = parser.parse_args()
+    if arguments.stage:
+        run_stage(arguments.stage, arguments.output)
+        return
+    began = time.time()
+    wait(*[start(stage, arguments.output) for stage in FIRST])
+    for stage in STAGES:
+        if stage not in FIRST:
+            wait(start(stage, arguments.output))
+        print(f"{stage} done, {(time.time() - began) / 60:.0f} minutes since the start", flush=True)
+    destination = f"{arguments.output}/checkpoint"
+    print("checkpoint:", export_checkpoint(arguments.output, destination))
+    if arguments.install:
+        print("installed:", export_checkpoint(arguments.output))
+
+
+if __name__ == "__main__":
+    main()

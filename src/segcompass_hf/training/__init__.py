@@ -1,0 +1,1 @@
+"""Training: the recipe that makes the bundled checkpoint."""

@@ -1,0 +1,75 @@
+"""Muon for the hidden weight matrices with AdamW for everything else, as one optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+_NOT_HIDDEN = ("embed", "lm_head", "slot_queries", "codebook", "position")
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` on 2-D hidden weights, `torch.optim.AdamW` on embeddings, vectors and convolutions.
+
+    Learning-rate schedulers see the groups of both. Muon's update is scaled to the root mean square of an AdamW
+    update, so that one order of magnitude fits both.
+
+    Args:
+        groups (`Iterable[dict]`): each `{"named_parameters": [(name, parameter), ...], "muon_lr": float,
+            "adamw_lr": float}`; parameters without `requires_grad` are left out.
+        weight_decay (`float`): decoupled, of both; vectors and embeddings are not decayed.
+        betas (`tuple[float, float]`): of AdamW.
+    """
+
+    def __init__(self, groups: Iterable[dict], weight_decay: float = 0.02, betas: tuple[float, float] = (0.9, 0.98)):
+        muon, adamw = [], []
+        for group in groups:
+            named = [(name, p) for name, p in group["named_parameters"] if p.requires_grad]
+            hidden = [p for name, p in named if self._is_hidden(name, p)]
+            # Rows of an embedding may be frozen one by one (added tokens): decay would shrink the frozen ones.
+            plain = [p for name, p in named if p.dim() <= 1 or "embed" in name or "lm_head" in name]
+            known = {id(p) for p in (*hidden, *plain)}
+            matrices = [p for _, p in named if id(p) not in known]
+            if hidden:
+                muon.append({"params": hidden, "lr": group["muon_lr"]})
+            if matrices:
+                adamw.append({"params": matrices, "lr": group["adamw_lr"], "weight_decay": weight_decay})
+            if plain:
+                adamw.append({"params": plain, "lr": group["adamw_lr"], "weight_decay": 0.0})
+        self.parts: list[torch.optim.Optimizer] = []
+        if muon:
+            self.parts.append(
+                torch.optim.Muon(muon, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+        if adamw:
+            self.parts.append(torch.optim.AdamW(adamw, lr=1e-3, betas=betas))
+        if not self.parts:
+            raise ValueError("no parameter requires a gradient; unfreeze something before making the optimiser.")
+        super().__init__([dict(group) for part in self.parts for group in part.param_groups], {})
+        # The scheduler writes into these very dictionaries.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+    @staticmethod
+    def _is_hidden(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() == 2 and min(parameter.shape) >= 16 and not any(part in name for part in _NOT_HIDDEN)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]

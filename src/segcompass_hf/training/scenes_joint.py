@@ -1,0 +1,53 @@
+"""Stage 5 of scenes-tiny: supervised SegCompass training, SAE and layers below it frozen, teacher-forced reasoning."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .scenes_batches import SceneCollator
+from .scenes_trainers import RecipeTrainer
+
+MAP_STRIDE = 2  # 112-pixel canvas -> 56 x 56 maps
+
+
+class JointCollator(SceneCollator):
+    """Adds SAM's pixels and soft mask targets `(batch, num_slots, 56, 56)` to the text of `SceneCollator`."""
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        targets = batch.pop("targets")
+        full = (batch.pop("ids")[:, None] == targets[..., None, None]) & (targets > 0)[..., None, None]
+        batch.pop("objects")
+        batch["mask_labels"] = F.avg_pool2d(full.float(), MAP_STRIDE)
+        batch["num_objects"] = (targets > 0).sum(-1)
+        batch["sam_pixel_values"] = batch["pixel_values"]
+        return batch
+
+
+class JointTrainer(RecipeTrainer):
+    """Language, segmentation and confidence losses of the model's own forward; reports their parts."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(**inputs)
+        losses = output.losses
+        self.report(
+            language=output.language_loss,
+            heatmap_bce=losses.heatmap_bce,
+            heatmap_dice=losses.heatmap_dice,
+            mask_dice=losses.mask_dice,
+            confidence=losses.confidence_loss,
+            slots_right=self._slots_right(output, inputs["num_objects"]),
+        )
+        return (output.loss, output) if return_outputs else output.loss
+
+    @torch.no_grad()
+    def _slots_right(self, output, num_objects: torch.Tensor) -> torch.Tensor:
+        """Share of samples in which as many slots are confident as there are objects."""
+        kept = (output.slot_logits > output_threshold(self.model)).sum(-1)
+        return (kept == num_objects).float().mean()
+
+
+def output_threshold(model: nn.Module) -> float:
+    return float(model.config.slot_logit_threshold)

@@ -1,0 +1,224 @@
+"""How scenes-tiny is made: five stages from random weights, each resumable, on two CPU cores or one GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageTextToText, SamModel, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..modeling_sae import SegCompassSae
+from ..modeling_segcompass import SegCompassForReasoningSegmentation
+from ..processing_segcompass import SegCompassProcessor
+from .scenes_batches import SceneCollator, SceneSamples
+from .scenes_joint import JointCollator, JointTrainer
+from .scenes_parts import build_processor, build_sae_config, build_sam, build_tokenizer, build_vlm
+from .scenes_sae import SceneSaeTrainer, StateDataset, harvest, sae_report
+from .scenes_trainers import MaskTrainer, VisionTrainer, WarmupTrainer
+
+SAE_LAYER = 2  # of 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+STAGES = {
+    "vision": Stage(steps=700, batch_size=64, learning_rate=6e-3, seed=0),
+    "masks": Stage(steps=1000, batch_size=16, learning_rate=6e-3, seed=1),
+    "warmup": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
+    "sae": Stage(steps=2000, batch_size=2048, learning_rate=2e-3, seed=3),
+    "joint": Stage(steps=2000, batch_size=32, learning_rate=4e-3, seed=4),
+}
+SAE_SCENES = 3000  # whose tokens the SAE is trained on
+
+# Each stage writes its result to a folder of its name; what it starts from:
+NEEDS = {"vision": (), "masks": (), "warmup": ("vision",), "sae": ("warmup",), "joint": ("warmup", "sae", "masks")}
+
+
+def _arguments(name: str, stage: Stage, folder: Path, logging_steps: int = 50) -> TrainingArguments:
+    on_gpu, processes = torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", 1))
+    return TrainingArguments(
+        output_dir=str(folder / "state"),
+        max_steps=stage.steps,
+        per_device_train_batch_size=stage.batch_size // processes,
+        learning_rate=stage.learning_rate,
+        weight_decay=0.02,
+        warmup_steps=min(40, stage.steps // 10),
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": int(0.6 * stage.steps), "min_lr_ratio": 0.02},
+        max_grad_norm=1.0,
+        bf16=name != "sae",
+        use_cpu=not on_gpu,
+        logging_steps=logging_steps,
+        save_steps=max(1, min(500, stage.steps // 4)),
+        save_total_limit=1,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_num_workers=0 if name == "sae" else 8 if on_gpu else 1,
+        seed=stage.seed,
+    )
+
+
+def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> Path:
+    """Run one stage, from its last checkpoint where there is one; do nothing where its result is there.
+
+    Args:
+        name (`str`): one of `STAGES`.
+        output_dir (`str`): holds one folder per stage; those that the stage starts from must be there.
+        stage (`Stage`, *optional*): other settings than the recipe's.
+
+    Returns:
+        `Path`: the stage's folder: weights, and the logged curve in `log.jsonl`.
+
+    Raises:
+        FileNotFoundError: a stage that this one starts from has not been run.
+    """
+    output_dir = Path(output_dir)
+    folder, stage = output_dir / name, stage or STAGES[name]
+    if (folder / "config.json").exists():
+        return folder
+    for needed in NEEDS[name]:
+        if not (output_dir / needed / "config.json").exists():
+            raise FileNotFoundError(f"stage {name!r} starts from {needed!r}, which has no result in {output_dir}.")
+    set_seed(stage.seed)
+    model, trainer = globals()[f"_{name}"](output_dir, stage, _arguments(name, stage, folder))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "state")) if folder.exists() else None)
+    if trainer.is_world_process_zero():
+        with open(folder / "log.jsonl", "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        _finish(name, model, folder)
+    trainer.accelerator.wait_for_everyone()
+    return folder
+
+
+def _vision(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    tokenizer = build_tokenizer()
+    vlm = build_vlm(tokenizer)
+    vlm.model.language_model.layers.requires_grad_(False)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    return vlm, VisionTrainer(
+        model=vlm, args=arguments, train_dataset=data, data_collator=SceneCollator(), tokenizer=tokenizer
+    )
+
+
+def _masks(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    sam = build_sam()
+    MaskTrainer.add_auxiliary_head(sam)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    return sam, MaskTrainer(model=sam, args=arguments, train_dataset=data, data_collator=SceneCollator())
+
+
+def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    tokenizer = build_tokenizer()
+    # Eager attention: twice as fast here as the fused kernel, whose backward is slow on CPUs at this size.
+    vlm = AutoModelForImageTextToText.from_pretrained(
+        output_dir / "vision", dtype=torch.float32, attn_implementation="eager"
+    )
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    return vlm, WarmupTrainer(
+        model=vlm,
+        args=arguments,
+        train_dataset=data,
+        data_collator=SceneCollator(tokenizer),
+        tokenizer=tokenizer,
+        part_learning_rates={"model.vision_tower": 0.5},
+    )
+
+
+def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    tokenizer = build_tokenizer()
+    vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "warmup", dtype=torch.float32)
+    vlm.to(arguments.device)
+    states, _ = harvest(vlm, tokenizer, SAE_LAYER, SAE_SCENES, seed=stage.seed)
+    sae = SegCompassSae(build_sae_config(SAE_LAYER))
+    with torch.no_grad():
+        sae.b_dec.copy_(sae.normalize(states)[0].mean(0))
+    return sae, SceneSaeTrainer(
+        model=sae, args=arguments, train_dataset=StateDataset(states), data_collator=lambda rows: rows
+    )
+
+
+def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    processor = build_processor()
+    model = SegCompassForReasoningSegmentation.from_pretrained_parts(
+        AutoModelForImageTextToText.from_pretrained(
+            output_dir / "warmup", dtype=torch.float32, attn_implementation="eager"
+        ),
+        SamModel.from_pretrained(output_dir / "masks", dtype=torch.float32),
+        SegCompassSae.from_pretrained(output_dir / "sae", dtype=torch.float32),
+        num_slots=4,
+        tokenizer=processor.tokenizer,
+        d_slot=128,
+        slot_encoder_heads=4,
+        concept_threshold=0.25,
+        max_reasoning_tokens=128,
+        short_reasoning_tokens=16,
+        lm_loss_weight=0.5,
+        conf_loss_weight=0.5,
+        heatmap_dice_weight=1.0,
+        mask_dice_weight=2.0,
+        mask_focal_weight=10.0,
+    )
+    nn.init.normal_(model.codebook.weight, std=0.08)
+    model.freeze_for_training()
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    return model, JointTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=JointCollator(processor.tokenizer),
+        part_learning_rates={"vlm": 0.25, "sam": 0.3},
+        adamw_ratio=0.4,
+    )
+
+
+def export_checkpoint(output_dir: str | Path, destination: str | Path | None = None) -> Path:
+    """Write the result of the last stage as a checkpoint of fp16 weights that loads in float32.
+
+    Args:
+        output_dir (`str`): of `run_stage`.
+        destination (`str`, *optional*): the folder to write; the bundled checkpoint of this package when left out.
+    """
+    folder = Path(destination or Path(__file__).parents[1] / "checkpoints" / "scenes-tiny")
+    model = SegCompassForReasoningSegmentation.from_pretrained(Path(output_dir) / "joint", dtype=torch.float32)
+    SegCompassProcessor.from_pretrained(Path(output_dir) / "joint").save_pretrained(folder)
+    model.to(torch.float16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    _float32(config)  # fp16 saves space on disk only; CPUs are slow in it
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return folder
+
+
+def _float32(config: dict) -> None:
+    if "dtype" in config:
+        config["dtype"] = "float32"
+    for value in config.values():
+        if isinstance(value, dict):
+            _float32(value)
+
+
+def _finish(name: str, model: nn.Module, folder: Path) -> None:
+    """Save a stage's result without what only its training needed."""
+    if name == "masks":
+        del model.auxiliary_head, model.place_head
+    if name == "sae":
+        model.fold_decoder_norms_()
+    if name == "joint":
+        build_processor().save_pretrained(folder)
+    model.save_pretrained(folder)
+
+
+__all__ = ["NEEDS", "STAGES", "Stage", "export_checkpoint", "run_stage", "sae_report"]

@@ -1,0 +1,131 @@
+"""Stage 4 of scenes-tiny: a sparse autoencoder on the hidden states that its language model has at the SAE layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import TrainerCallback
+
+from .scenes_batches import SceneCollator, SceneSamples
+from .scenes_trainers import RecipeTrainer
+
+
+@torch.no_grad()
+def harvest(
+    vlm, tokenizer, layer: int, num_scenes: int, seed: int, batch_size: int = 64
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states of every token, padding and the start token left out.
+
+    The start token is left out because its state is a constant of outlying norm.
+
+    Returns:
+        `tuple`: states `(tokens, hidden_size)` float32 and their token ids `(tokens,)`.
+    """
+    vlm.eval()
+    states, ids = [], []
+    scenes, collate = SceneSamples(num_scenes, seed=seed), SceneCollator(tokenizer)
+    loader = DataLoader(scenes, batch_size, collate_fn=collate, num_workers=1)
+    for batch in loader:
+        inputs = {name: batch[name].to(vlm.device) for name in ("input_ids", "attention_mask", "pixel_values")}
+        hidden = vlm.base_model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[layer]
+        keep = (batch["attention_mask"] == 1) & (batch["input_ids"] != tokenizer.bos_token_id)
+        states.append(hidden.float().cpu()[keep])
+        ids.append(batch["input_ids"][keep])
+    return torch.cat(states), torch.cat(ids)
+
+
+class StateDataset(TensorDataset):
+    """Rows of hidden states, as dictionaries."""
+
+    def __getitem__(self, index):
+        return {"hidden_states": self.tensors[0][index]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return {"hidden_states": self.tensors[0][torch.as_tensor(indices)]}
+
+
+@torch.no_grad()
+def sae_report(sae, states: torch.Tensor, chunk: int = 8192) -> dict[str, float]:
+    """Explained variance (1 - FVU), L0 and share of features that never fire, over `states` `(tokens, d_in)`."""
+    error, fired, active = 0.0, torch.zeros(sae.config.d_sae), 0.0
+    normalized = torch.cat([sae.normalize(part)[0] for part in states.split(chunk)])
+    for part in normalized.split(chunk):
+        acts = sae.encode(part)
+        error += (sae.decode(acts) - part).pow(2).sum().item()
+        fired += (acts > 0).float().sum(0)
+        active += (acts > 0).float().sum().item()
+    total = (normalized - normalized.mean(0)).pow(2).sum().item()
+    return {
+        "explained_variance": 1 - error / total,
+        "l0": active / len(states),
+        "dead_features": (fired == 0).float().mean().item(),
+    }
+
+
+class SceneSaeTrainer(RecipeTrainer):
+    """The paper's loss, its L1 weight ramped up over the first 15 % of the steps; dead features are started again.
+
+    A feature that did not fire for `resample_every` steps takes the direction of a badly reconstructed state
+    (Bricken et al. 2023, "Towards Monosemanticity", appendix on resampling).
+    """
+
+    def __init__(self, *args, resample_every: int = 250, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.resample_every = resample_every
+        self.final_l1 = self.model.config.l1_coefficient
+        self.fired = torch.zeros(self.model.config.d_sae)
+        self.add_callback(_Resample(self))
+
+    def create_optimizer(self, model=None):
+        parameters = (model if model is not None else self.model).parameters()
+        self.optimizer = torch.optim.AdamW(parameters, lr=self.args.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ramp = min(1.0, (self.state.global_step + 1) / (0.15 * self.state.max_steps))
+        self.model.config.l1_coefficient = self.final_l1 * ramp
+        output = model(inputs["hidden_states"])
+        self.model.config.l1_coefficient = self.final_l1
+        active = output.feature_acts.detach() > 0
+        self.fired += active.float().sum(0).cpu()
+        self.report(mse=output.mse_loss, l0=active.float().sum(-1).mean())
+        self.last_states, self.last_reconstruction = inputs["hidden_states"], output.reconstruction.detach()
+        return output.loss
+
+    @torch.no_grad()
+    def resample(self) -> None:
+        """Give dead features the directions of badly reconstructed states, and forget their optimiser state."""
+        sae = self.model
+        dead = (self.fired == 0).nonzero()[:, 0]
+        self.fired.zero_()
+        error = sae.normalize(self.last_states - self.last_reconstruction)[0]
+        weights = (self.last_states - self.last_reconstruction).pow(2).sum(-1)
+        dead = dead[: len(weights)]
+        if not len(dead):
+            return
+        chosen = error[torch.multinomial(weights.float(), len(dead))]
+        direction = chosen / chosen.norm(dim=-1, keepdim=True)
+        sae.W_dec[dead] = direction * sae.W_dec.norm(dim=1).mean()
+        sae.W_enc[:, dead] = (direction * 0.3 * sae.W_enc.norm(dim=0).mean()).t()
+        sae.b_enc[dead] = 0
+        for parameter, index in self._rows(dead):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in self.optimizer.state.get(parameter, {}):
+                    self.optimizer.state[parameter][name][index] = 0
+        self.report(resampled=float(len(dead)))
+
+    def _rows(self, features: torch.Tensor) -> Iterator[tuple[torch.nn.Parameter, object]]:
+        yield self.model.W_dec, features
+        yield self.model.W_enc, (slice(None), features)
+        yield self.model.b_enc, features
+
+
+class _Resample(TrainerCallback):
+    def __init__(self, trainer: SceneSaeTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.trainer.resample_every == 0 and state.global_step < 0.6 * state.max_steps:
+            self.trainer.resample()
