@@ -78,7 +78,7 @@ def _phrase(wanted: Filter, plural: bool = False) -> str:
 
 
 class _Draft:
-    """One attempt at an instruction of one kind; every `_kind` method returns `None` where the layout does not allow it."""
+    """One attempt at an instruction; the method of a kind returns `None` where the layout does not allow it."""
 
     def __init__(self, rng: np.random.Generator, objects: list[SceneObject]):
         self.rng, self.objects = rng, objects
@@ -227,10 +227,9 @@ class _Draft:
         places = [score(self.objects[i]) for i in candidates]
         if len(candidates) < rank or len(set(places[: rank + 1])) < len(places[: rank + 1]):
             return None
-        word = ("first", "second", "third")[rank - 1]
-        order = ", ".join(
-            f"{w} {self.objects[i].cell}" for w, i in zip(("first", "second", "third"), candidates[:rank])
-        )
+        ranks = ("first", "second", "third")[:rank]
+        word = ranks[-1]
+        order = ", ".join(f"{w} {self.objects[i].cell}" for w, i in zip(ranks, candidates[:rank], strict=True))
         steps = [self.listing(wanted), f"from {side} {order}."]
         form = ("ordinal", f"{word} {side}", " ".join(wanted))
         return self.finish(
@@ -253,7 +252,7 @@ class _Draft:
 def sample_instruction(
     rng: np.random.Generator, objects: list[SceneObject], kind: str, held_out_forms: bool = False, tries: int = 8
 ) -> Instruction | None:
-    """Draw an instruction of one kind for a layout, of a held-out form or of the others; `None` where none was found."""
+    """Draw an instruction of one kind for a layout, of a held-out form or not; `None` where none was found."""
     for _ in range(tries):
         draft = getattr(_Draft(rng, objects), "_" + kind.replace("-", "_"))()
         if draft is not None and (draft.form in HELD_OUT_FORMS) == held_out_forms:
