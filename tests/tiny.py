@@ -319,13 +319,22 @@ def tiny_config(family: str = "llava", tie: bool = False, **overrides):
 
 
 def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config_overrides):
-    """A random `SegCompassForReasoningSegmentation` in eval mode, the same weights for the same arguments."""
+    """A random `SegCompassForReasoningSegmentation` in eval mode, the same weights for the same arguments.
+
+    SAM and the segmentation heads get weights of unit gain: at the usual 0.02 the masks would differ from zero by 1e-5, and
+    every comparison of masks would hold, whatever is wrong.
+    """
     from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 
     config = tiny_config(family, tie=tie, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return SegCompassForReasoningSegmentation(config).eval()
+        model = SegCompassForReasoningSegmentation(config).eval()
+        for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
+            for name, weight in part.named_parameters():
+                if weight.ndim >= 2 and "pos" not in name:
+                    torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+        return model
 
 
 def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:

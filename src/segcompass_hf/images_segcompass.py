@@ -48,8 +48,8 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
     width, height = image.size
     if min(width, height) == 0 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ValueError(
-            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and must not "
-            "be empty. Crop or pad it first."
+            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and "
+            "must not be empty. Crop or pad it first."
         )
     return _to_rgb(_upright(image, name))
 
@@ -162,11 +162,11 @@ def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or tuple(masks.shape[-2:]) != tuple(size):
         hint = ""
-        if masks.ndim == 3 and tuple(masks.shape[-2:]) == tuple(size)[::-1]:
+        if tuple(masks.shape[-2:]) == tuple(size)[::-1]:
             hint = " They look transposed: masks are (height, width), and belong to the image after its EXIF rotation."
         raise ValueError(
-            f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, width) "
-            f"mask per object, of the image's own size.{hint}"
+            f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, "
+            f"width) mask per object, of the image's own size.{hint}"
         )
     return masks > 0.5 if masks.is_floating_point() else masks != 0
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import AddedToken
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -44,8 +44,8 @@ COMPLETION_TEMPLATE = "<think>{reasoning}</think>{references}"
 # For tokenizers without a chat template: `<s>`, the image, the words; an answer ends with the end-of-sequence token.
 MINIMAL_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN{% elif part['type'] == 'text' %}"
-    "{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN"
+    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
