@@ -182,7 +182,7 @@ def to_markdown(record: dict) -> str:
         )
         + ".",
         "",
-        f"Made by `python benchmarks/concept_path.py {record['command']}`.",
+        f"Made by `{' '.join(['python benchmarks/concept_path.py', *sys.argv[1:]])}`.",
     ]
     return "\n".join(lines) + "\n"
 
