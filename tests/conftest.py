@@ -19,9 +19,3 @@ import torch  # noqa: E402
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def parity_dir() -> Path:
-    """Folder of the golden tensors: `SEGCOMPASS_PARITY_DIR`, else the copies kept beside the tests."""
-    return Path(os.environ.get("SEGCOMPASS_PARITY_DIR", ROOT / "tests" / "fixtures" / "parity"))

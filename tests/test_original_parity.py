@@ -514,3 +514,29 @@ class TestCore:
         frozen = convert_original_state_dict({n: tensors[f"refseg.{n}"] for n in unused})
         assert len(frozen) == 12
         assert not any(parameters[name].requires_grad for name in frozen)
+
+
+class TestGtMask:
+    """Soft mask targets on the official canvas: 1,024 pixels, maps of 256 cells."""
+
+    @pytest.mark.parametrize("case", ["a", "b"])
+    def test_soft_targets(self, case):
+        from tiny import tiny_parts
+        from transformers import SamImageProcessorPil
+
+        from segcompass_hf.processing_segcompass import SegCompassProcessor
+
+        tensors, description = golden("gt_mask")
+        masks, expected = tensors[f"{case}.mask"].bool(), tensors[f"{case}.mask_float_256"]
+        masks, expected = masks.reshape(-1, *masks.shape[-2:]), expected.reshape(-1, 256, 256)
+        processor = SegCompassProcessor(**tiny_parts("llava"), sam_image_processor=SamImageProcessorPil(), num_slots=2)
+        image = torch.zeros(3, *masks.shape[-2:], dtype=torch.uint8)
+        inputs = processor(images=image, instruction="the object", masks=[masks])
+
+        assert inputs["original_sizes"].tolist() == [description["cases"][case]["original_hw"]]
+        assert inputs["reshaped_input_sizes"].tolist() == [description["cases"][case]["unpadded_hw"]]
+        assert inputs["num_objects"].tolist() == [len(masks)]
+        targets = inputs["mask_labels"][0]  # (num_slots, 256, 256)
+        assert expected.float().max() == 1 and expected.float().mean() > 0.01
+        torch.testing.assert_close(targets[: len(masks)].half(), expected, rtol=0, atol=0)
+        assert targets[len(masks) :].count_nonzero() == 0

@@ -321,8 +321,8 @@ def tiny_config(family: str = "llava", tie: bool = False, **overrides):
 def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config_overrides):
     """A random `SegCompassForReasoningSegmentation` in eval mode, the same weights for the same arguments.
 
-    SAM and the segmentation heads get weights of unit gain: at the usual 0.02 the masks would differ from zero by 1e-5, and
-    every comparison of masks would hold, whatever is wrong.
+    SAM and the segmentation heads get weights of unit gain: at the usual 0.02 the masks would differ from zero by
+    1e-5, and every comparison of masks would hold, whatever is wrong.
     """
     from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 
