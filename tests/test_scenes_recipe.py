@@ -1,0 +1,164 @@
+"""The recipe of scenes-tiny: labels derived by hand, one optimiser out of two, stages that resume exactly."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+pytest.importorskip("accelerate")
+
+from segcompass_hf.data.scene_drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
+from segcompass_hf.training.muon import MuonWithAdamW  # noqa: E402
+from segcompass_hf.training.scenes_batches import MAX_OBJECTS, SceneSamples, patch_labels  # noqa: E402
+from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer  # noqa: E402
+from segcompass_hf.training.scenes_parts import build_processor  # noqa: E402
+from segcompass_hf.training.scenes_recipe import Stage, export_checkpoint, run_stage  # noqa: E402
+
+
+def test_patch_labels_by_hand():
+    """One object fills cell b1 and a third of c1; its centre is in b1. Everything else is background."""
+    ids = torch.zeros(1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    ids[0, :CELL, CELL : 2 * CELL + CELL // 3] = 1
+    objects = torch.full((1, MAX_OBJECTS, 4), -100)
+    objects[0, 0] = torch.tensor([2, 1, 0, 1])  # color 2, shape 1, size 0, cell 1 = b1
+    labels = patch_labels(ids, objects)
+    assert labels["color"][0, 1] == 2 and labels["shape"][0, 1] == 1 and labels["size"][0, 1] == 0
+    assert labels["centre"][0].nonzero().tolist() == [[1]]
+    assert labels["color"][0, 2] == -100, "less than 40 % of the patch shows the object"
+    assert not labels["background"][0, 2], "but it is no background either"
+    assert labels["background"].sum() == GRID * GRID - 2
+
+
+def test_collator_agrees_with_the_processor():
+    """Training reads what inference will read: same ids, pixels and soft targets, up to the side of the padding."""
+    processor, samples = build_processor(), [SceneSamples(6, "val", seed=3)[i] for i in range(6)]
+    batch = JointCollator(processor.tokenizer)(samples)
+    masks = [
+        np.stack([s["ids"] == i + 1 for i in s["targets"]]) if s["targets"] else np.zeros((0, *s["ids"].shape), bool)
+        for s in samples
+    ]
+    expected = processor(
+        images=[s["image"] for s in samples],
+        instruction=[s["instruction"] for s in samples],
+        reasoning=[s["reasoning"] for s in samples],
+        masks=masks,
+    )
+    for ours, theirs, key in (
+        (batch["input_ids"], expected["input_ids"], "attention_mask"),
+        (batch["labels"], expected["labels"], "attention_mask"),
+        (batch["completion_mask"], expected["completion_mask"], "attention_mask"),
+    ):
+        for row in range(6):
+            assert torch.equal(ours[row][batch[key][row] == 1], theirs[row][expected[key][row] == 1])
+    for key in ("pixel_values", "sam_pixel_values", "mask_labels", "num_objects"):
+        torch.testing.assert_close(batch[key], expected[key], check_dtype=False)
+    assert not torch.isin(batch["input_ids"], torch.tensor(processor.tokenizer.unk_token_id)).any()
+
+
+def _two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 4))
+
+
+def _optimizer(model):
+    groups = [{"named_parameters": list(model.named_parameters()), "muon_lr": 1e-2, "adamw_lr": 1e-3}]
+    return MuonWithAdamW(groups)
+
+
+def _step(model, optimizer, seed):
+    x = torch.randn(8, 32, generator=torch.Generator().manual_seed(seed))
+    model(x).pow(2).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    model = _two_layers()
+    optimizer = _optimizer(model)
+    muon, adamw = optimizer.parts
+    assert [id(p) for g in muon.param_groups for p in g["params"]] == [id(model[0].weight)]  # 4 rows are too few
+    decayed = [g for g in adamw.param_groups if g["weight_decay"] > 0]
+    assert [id(p) for g in decayed for p in g["params"]] == [id(model[2].weight)]
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = [p.clone() for p in model.parameters()]
+    _step(model, optimizer, 0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)), "the scheduler rules both"
+    assert scheduler.get_last_lr() == [0.0] * len(optimizer.param_groups)
+
+
+def test_muon_state_survives_saving():
+    straight = _two_layers()
+    optimizer = _optimizer(straight)
+    for seed in range(4):
+        _step(straight, optimizer, seed)
+    stopped = _two_layers()
+    first = _optimizer(stopped)
+    for seed in range(2):
+        _step(stopped, first, seed)
+    resumed = _optimizer(stopped)
+    resumed.load_state_dict(first.state_dict())
+    for seed in range(2, 4):
+        _step(stopped, resumed, seed)
+    for a, b in zip(straight.parameters(), stopped.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_stage_says_what_it_needs(tmp_path):
+    with pytest.raises(FileNotFoundError, match="starts from 'vision'"):
+        run_stage("warmup", tmp_path)
+
+
+@pytest.mark.slow
+def test_every_stage_runs_resumes_exactly_and_exports(tmp_path, monkeypatch):
+    monkeypatch.setattr("segcompass_hf.training.scenes_recipe.SAE_SCENES", 32)
+    settings = {
+        "vision": Stage(4, 4, 6e-3, 0),
+        "masks": Stage(4, 4, 6e-3, 1),
+        "warmup": Stage(4, 4, 3e-3, 2),
+        "sae": Stage(4, 256, 2e-3, 3),
+        "joint": Stage(4, 4, 4e-3, 4),
+    }
+    for name, stage in settings.items():
+        run_stage(name, tmp_path, stage)
+    log = [json.loads(line) for line in (tmp_path / "joint" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 4
+
+    # The same stage, killed in its third step and started again, ends in the same weights.
+    again = tmp_path / "again"
+    for needed in ("warmup", "sae", "masks"):
+        shutil.copytree(tmp_path / needed, again / needed)
+
+    def killed(trainer, *args, **kwargs):
+        if trainer.state.global_step == 2:
+            raise KeyboardInterrupt
+        return untouched(trainer, *args, **kwargs)
+
+    untouched = JointTrainer.compute_loss
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(JointTrainer, "compute_loss", killed)
+        run_stage("joint", again, settings["joint"])
+    assert [p.name for p in (again / "joint" / "state").glob("checkpoint-*")] == ["checkpoint-2"]
+    run_stage("joint", again, settings["joint"])
+    one, two = (load_file(root / "joint" / "model.safetensors") for root in (tmp_path, again))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=0, atol=0, msg=key)
+
+    folder = export_checkpoint(tmp_path, tmp_path / "checkpoint")
+    assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12e6
+    stored = load_file(folder / "model.safetensors")
+    assert {t.dtype for t in stored.values() if t.is_floating_point()} <= {torch.float16, torch.float32}
+    from transformers import AutoModel, AutoProcessor
+
+    import segcompass_hf  # noqa: F401
+
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    sample = SceneSamples(1, "val")[0]
+    inputs = processor(images=sample["image"], instruction=sample["instruction"], return_tensors="pt")
+    seg = model.segment(**inputs, max_new_tokens=24)
+    assert seg.pred_masks.shape == (1, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
