@@ -196,7 +196,8 @@ def _draw_text(axes: Any, row: SegmentationRow, height: float) -> None:
 
 
 def _tidy(text: str) -> str:
-    """Single spaces, and none before punctuation (word-level tokenizers put them there)."""
+    """Single spaces, none before punctuation (word-level tokenizers put them there), no control characters."""
+    text = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
 
 
