@@ -86,6 +86,7 @@ def _demo(args: argparse.Namespace) -> None:
     rows = _demo_rows(args.split, args.samples, args.seed)
     model, processor, name = _load(args.model)
 
+    from segcompass_hf.data.scene_drawing import GRID
     from segcompass_hf.data.schema import decode_masks
     from segcompass_hf.metrics.segmentation import score_sample
 
@@ -97,6 +98,7 @@ def _demo(args: argparse.Namespace) -> None:
         answer = _answer(model, processor, image, row["instruction"], "full")
         figure_row = _figure_row(image, row["instruction"], answer)
         figure_row.true_masks = decode_masks(row["masks"], image.size[::-1])
+        figure_row.grid = GRID
         scores.append(score_sample(figure_row.masks, figure_row.true_masks))
         figure_row.caption = f"{row['kind']},  IoU {scores[-1].iou:.2f}"
         drawn.append(figure_row)

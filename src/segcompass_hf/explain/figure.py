@@ -34,6 +34,8 @@ class SegmentationRow:
         confidences (`np.ndarray` of shape `(num_slots,)`): of every slot, in [0, 1].
         true_masks (`np.ndarray` of shape `(num_objects, height, width)`, *optional*): bool, drawn as dashed outlines.
         caption (`str`, *optional*): A line under the reasoning.
+        grid (`int`, *optional*): Cells per side of the grid whose names (`a1`, `b1`, ...) the reasoning uses; their
+            letters and numbers are put along the image's edges.
     """
 
     image: Image.Image
@@ -46,6 +48,7 @@ class SegmentationRow:
     confidences: np.ndarray
     true_masks: np.ndarray | None = None
     caption: str = ""
+    grid: int | None = None
 
 
 def plot_segmentations(rows: list[SegmentationRow]) -> Any:
@@ -94,7 +97,13 @@ def _draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
         wspace=0.04,
     )
     pixels = np.asarray(row.image.convert("RGB"))
-    _draw_picture(strip.add_subplot(grid[0]), pixels, "image")
+    axes = strip.add_subplot(grid[0])
+    _draw_picture(axes, pixels, "image")
+    for cell in range(row.grid or 0):
+        centre = (cell + 0.5) / row.grid
+        style = {"transform": axes.transAxes, "color": "white", "alpha": 0.7, "fontsize": 6.5}
+        axes.text(centre, 0.01, chr(ord("a") + cell), ha="center", va="bottom", **style)
+        axes.text(0.01, 1 - centre, str(cell + 1), ha="left", va="center", **style)
     _draw_masks(strip.add_subplot(grid[1]), pixels, row)
     _draw_heatmaps(strip, grid[2], pixels, row)
     _draw_text(strip.add_subplot(grid[3]), row, height)
