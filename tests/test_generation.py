@@ -1,0 +1,308 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Generation: the format is guaranteed, states are captured without a second pass, broken weights are named."""
+
+import pytest
+import tiny
+import torch
+
+from segcompass_hf.generation_segcompass import (
+    HiddenStateCapture,
+    SegCompassFormatLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    completion_mask_of,
+    decoder_layers,
+    reasoning_budget,
+)
+
+INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]
+REF, START, END, EOS, PAD, VOCAB = 11, 12, 13, 14, 15, 20
+
+
+def form(max_reasoning_tokens: int = 5, num_slots: int = 2, prompt_length: int = 3) -> SegCompassFormatLogitsProcessor:
+    return SegCompassFormatLogitsProcessor(
+        prompt_length, num_slots, REF, START, END, EOS, max_reasoning_tokens, forbidden_token_ids=[PAD]
+    )
+
+
+def allowed(processor, *completions: list[int]) -> list[set[int]]:
+    """Ids with a finite score after each completion (all of one length, behind a prompt of three tokens)."""
+    # The prompt names the format's own tokens: only the completion may count.
+    ids = torch.tensor([[REF, END, START, *completion] for completion in completions])
+    scores = processor(ids, torch.randn(len(completions), VOCAB))
+    return [set(row.isfinite().nonzero().flatten().tolist()) for row in scores]
+
+
+class TestFormat:
+    FREE = set(range(VOCAB)) - {REF, START, EOS, PAD}
+
+    def test_step_by_step(self):
+        processor = form()
+        assert allowed(processor, []) == [{START}]
+        assert allowed(processor, [START]) == [self.FREE - {END}]  # at least one token of reasoning
+        assert allowed(processor, [START, 5]) == [self.FREE]
+        assert allowed(processor, [START, 5, END]) == [{REF}]
+        assert allowed(processor, [START, 5, END, REF]) == [{REF}]
+        assert allowed(processor, [START, 5, END, REF, REF]) == [{EOS}]
+
+    def test_reasoning_is_closed_at_its_limit(self):
+        processor = form(max_reasoning_tokens=3)
+        assert allowed(processor, [START, 5, 6]) == [self.FREE]
+        assert allowed(processor, [START, 5, 6, 7]) == [{END}]
+
+    def test_no_reasoning(self):
+        assert allowed(form(max_reasoning_tokens=0), [START]) == [{END}]
+
+    def test_rows_stand_at_different_places(self):
+        rows = allowed(form(), [START, 5, 6, 7], [START, 5, END, REF], [START, 5, 6, END])
+        assert rows == [self.FREE, {REF}, {REF}]
+
+    def test_free_scores_are_not_changed(self):
+        scores = torch.randn(1, VOCAB)
+        kept = form()(torch.tensor([[1, 1, 1, START, 5]]), scores)
+        free = sorted(self.FREE)
+        assert torch.equal(kept[:, free], scores[:, free])
+
+    def test_vocabulary_too_small(self):
+        with pytest.raises(ValueError, match="go up to id 15, the VLM scores 12 tokens"):
+            form()(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 12))
+
+    @pytest.mark.parametrize(
+        "reasoning, max_new_tokens, expected",
+        [
+            ("full", 600, 512),  # the model's own limit
+            ("full", 20, 13),  # 20 less two tags, 4 <REF_POS>, the end
+            ("short", 600, 32),
+            ("short", 12, 5),
+            ("none", 7, 0),
+        ],
+    )
+    def test_budget(self, reasoning, max_new_tokens, expected):
+        assert reasoning_budget(reasoning, 4, max_new_tokens, 512, 32) == expected
+
+    @pytest.mark.parametrize("reasoning, least", [("none", 7), ("short", 8), ("full", 8)])
+    def test_too_few_tokens_for_the_format(self, reasoning, least):
+        with pytest.raises(ValueError, match=f"takes at least {least}"):
+            reasoning_budget(reasoning, 4, least - 1, 512, 32)
+
+    def test_unknown_reasoning(self):
+        with pytest.raises(ValueError, match='must be "full", "short" or "none", got \'long\''):
+            reasoning_budget("long", 4, 100, 512, 32)
+
+
+def test_completion_mask():
+    completion = torch.tensor([[5, 9, 0, 0], [5, 6, 7, 8], [9, 0, 9, 0]])
+    assert completion_mask_of(completion, [9]).tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert completion_mask_of(completion, []).tolist() == [[1] * 4] * 3
+
+
+def test_suppressed_tokens_and_nan():
+    processor = SuppressTokensLogitsProcessor([1, 3, 99], lambda: "weights of layer 7")
+    scores = processor(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 5))
+    assert scores.isfinite().tolist() == [[True, False, True, False, True]]
+    broken = SuppressTokensLogitsProcessor([1], lambda: "weights of layer 7")
+    with pytest.raises(ValueError, match="NaN .module `vlm`.*weights of layer 7"):
+        broken(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 5), float("nan")))
+
+
+def prompts(family: str = "llava", instructions=INSTRUCTIONS, **kwargs):
+    images = [tiny.tiny_image(seed, size) for seed, size in enumerate([(40, 30), (50, 44)])]
+    processor = tiny.tiny_processor(family)
+    return processor, processor(images=images, instruction=list(instructions), return_tensors="pt", **kwargs)
+
+
+def assert_well_formed(model, sequences, completion_mask, most: int):
+    config, end = model.config, model.generation_config.eos_token_id
+    for ids, mask in zip(sequences, completion_mask, strict=True):
+        answer = ids[mask.bool()].tolist()
+        closing = answer.index(config.think_end_token_id)
+        assert answer[0] == config.think_start_token_id
+        assert answer[closing + 1 :] == [config.ref_token_id] * config.num_slots + [end]
+        assert 0 <= closing - 1 <= most
+        tags = {config.think_start_token_id, config.ref_token_id, config.image_token_id, end}
+        assert not tags & set(answer[1:closing])
+        after = ids[int(mask.argmax()) + len(answer) :]
+        assert (after == model.generation_config.pad_token_id).all()
+
+
+class TestSegmentFormat:
+    @pytest.mark.parametrize("reasoning, most", [("full", 13), ("short", 3), ("none", 0)])
+    def test_answers_are_well_formed(self, reasoning, most):
+        model = tiny.tiny_model(short_reasoning_tokens=3)
+        _, inputs = prompts()
+        output = model.segment(**inputs, max_new_tokens=20, reasoning=reasoning)
+        assert_well_formed(model, output.sequences, output.completion_mask, most)
+        lengths = output.completion_mask.sum(1) - 7
+        assert (lengths >= (reasoning != "none")).all() and (lengths <= most).all()
+
+    def test_sampling_is_well_formed_too(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        output = model.segment(
+            **inputs, max_new_tokens=16, do_sample=True, top_k=0, temperature=3.0, num_return_sequences=3
+        )
+        assert output.sequences.shape[0] == output.pred_masks.shape[0] == output.slots.shape[0] == 6
+        assert_well_formed(model, output.sequences, output.completion_mask, 9)
+        assert len({tuple(row.tolist()) for row in output.sequences}) > 2
+        # Rows of one prompt stand together, with that prompt's image.
+        prompt = inputs["input_ids"].shape[1]
+        assert torch.equal(output.sequences[:, :prompt], inputs["input_ids"].repeat_interleave(3, 0))
+        assert not torch.equal(output.heatmap_logits[0], output.heatmap_logits[3])
+
+    def test_greedy_by_default(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        first, second = (model.segment(**inputs, max_new_tokens=16) for _ in range(2))
+        assert torch.equal(first.sequences, second.sequences)
+        assert torch.equal(first.pred_masks, second.pred_masks)
+
+    def test_the_format_can_be_switched_off(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        output = model.segment(**inputs, max_new_tokens=12, constrain_format=False)
+        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+        plain = model.generate(**text, max_new_tokens=12, do_sample=False)
+        assert torch.equal(output.sequences, plain)
+        assert not (output.sequences[:, inputs["input_ids"].shape[1] :] == model.config.image_token_id).any()
+        with pytest.raises(ValueError, match="constrain_format=False switches off"):
+            model.segment(**inputs, max_new_tokens=12, constrain_format=False, reasoning="none")
+
+    def test_image_tokens_are_never_written(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        image = model.config.image_token_id
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda module, args, scores: scores.index_fill(-1, torch.tensor([image]), 1e4))
+        output = model.segment(**inputs, max_new_tokens=12, constrain_format=False)
+        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+        for sequences in (output.sequences, model.generate(**text, max_new_tokens=6, do_sample=False)):
+            assert not (sequences[:, inputs["input_ids"].shape[1] :] == image).any()
+
+    def test_free_answers_without_references_have_zero_reference_states(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        free = {"constrain_format": False, "suppress_tokens": [model.config.ref_token_id]}
+        output = model.segment(**inputs, max_new_tokens=4, **free)
+        assert (output.reference_states == 0).all()
+        assert output.pred_masks.isfinite().all()
+
+
+class PassCounter:
+    """Counts calls of the VLM's base model, and tokens per call."""
+
+    def __init__(self, model):
+        self.tokens = []
+        model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, module, args, kwargs):
+        ids = kwargs.get("input_ids")
+        self.tokens.append((ids if ids is not None else kwargs["inputs_embeds"]).shape[1])
+
+
+class TestOnePass:
+    def test_segment_adds_one_single_token_step_to_generation(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        counter = PassCounter(model)
+        output = model.segment(**inputs, max_new_tokens=12)
+        prompt, written = inputs["input_ids"].shape[1], 12
+        assert output.sequences.shape[1] == prompt + written
+        # Generation passes the prompt and every written token but the last; the last is the one extra step.
+        assert counter.tokens == [prompt] + [1] * written
+        assert sum(counter.tokens) == output.sequences.shape[1]
+
+    def test_forward_is_one_pass(self):
+        model = tiny.tiny_model()
+        masks = [tiny.tiny_mask(1), tiny.tiny_mask(2, (50, 44))]
+        _, inputs = prompts(reasoning=["a circle", "two squares"], masks=masks)
+        counter = PassCounter(model)
+        model.train()(**inputs).loss.backward()
+        assert counter.tokens == [inputs["input_ids"].shape[1]]
+
+    def test_the_original_input_costs_a_second_pass(self):
+        model = tiny.tiny_model(concept_input="duplicated")
+        _, inputs = prompts(reasoning=["a circle", "two squares"])
+        counter = PassCounter(model)
+        model(**inputs)
+        assert counter.tokens == [inputs["input_ids"].shape[1]] * 2
+
+
+class TestCapture:
+    @pytest.mark.parametrize("layer", [0, 2, 3])
+    def test_layer_states_are_transformers_hidden_states(self, layer):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        text = {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+        with torch.no_grad(), HiddenStateCapture(model.base_model, layer) as capture:
+            output = model.vlm(**text, output_hidden_states=True)
+        layer_states, last_states = capture.states()
+        assert torch.equal(layer_states, output.hidden_states[layer])
+        assert torch.equal(last_states, output.hidden_states[-1])
+        assert capture.num_tokens == inputs["input_ids"].shape[1]
+        assert not model.base_model._forward_hooks  # nothing stays behind
+
+    def test_without_a_pass(self):
+        with (
+            HiddenStateCapture(tiny.tiny_model().base_model, 1) as capture,
+            pytest.raises(RuntimeError, match="inside"),
+        ):
+            capture.states()
+
+    def test_no_decoder_layers(self):
+        with pytest.raises(ValueError, match="Linear has no text model with `layers`"):
+            decoder_layers(torch.nn.Linear(2, 2))
+
+
+class TestRefusals:
+    def test_completion_given(self):
+        _, inputs = prompts(reasoning=["a circle", "two squares"])
+        with pytest.raises(ValueError, match="writes the completion itself.*completion_mask, labels"):
+            tiny.tiny_model().segment(**inputs)
+
+    def test_right_padding(self):
+        _, inputs = prompts()
+        inputs["attention_mask"][0, -1] = 0
+        with pytest.raises(ValueError, match="pad on the left"):
+            tiny.tiny_model().segment(**inputs)
+
+    def test_beams(self):
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match="num_beams=2"):
+            tiny.tiny_model().segment(**inputs, num_beams=2)
+
+    def test_no_image(self):
+        _, inputs = prompts()
+        del inputs["sam_pixel_values"]
+        with pytest.raises(ValueError, match="pass sam_pixel_values or image_embeddings"):
+            tiny.tiny_model().segment(**inputs)
+
+    def test_too_few_tokens(self):
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match="max_new_tokens=7 is too few"):
+            tiny.tiny_model().segment(**inputs, max_new_tokens=7)
+
+    def test_missing_token_ids(self):
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match="think_end_token_id; set them"):
+            tiny.tiny_model(think_end_token_id=None).segment(**inputs, max_new_tokens=12)
+
+    @pytest.mark.parametrize(
+        "parameter, module",
+        [
+            ("vlm.model.language_model.layers.1.mlp.up_proj.weight", "vlm"),
+            ("sae.W_enc", "SAE"),
+            ("codebook.weight", "slot_encoder"),
+            ("slot_encoder.layers.0.fc1.weight", "slot_encoder"),
+            ("slot_mapper.query_proj.weight", "slot_mapper"),
+            ("sam.vision_encoder.neck.conv1.weight", "sam.vision_encoder"),
+            ("sam.mask_decoder.mask_tokens.weight", "sam.mask_decoder"),
+        ],
+    )
+    def test_nan_in_weights(self, parameter, module):
+        model = tiny.tiny_model()
+        with torch.no_grad():
+            model.get_parameter(parameter).fill_(float("nan"))
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match=module) as error:
+            model.segment(**inputs, max_new_tokens=12)
+        if parameter not in ("sae.W_enc", "codebook.weight"):
+            assert parameter in str(error.value)
