@@ -27,9 +27,9 @@ tags:
 
 # scenes-tiny
 
-A complete SegCompass model of {parameters:.1f} million parameters ({megabytes:.1f} MB in fp16, loads in float32), trained
-from scratch on Scenes, the procedural data set of the package `segcompass_hf`: a LLaVA-shaped VLM (CLIP ViT, 4 layers
-of width 128; Llama, 4 layers of width 128), a sparse autoencoder of 1,024 features on the states after 2 layers,
+A complete SegCompass model of {parameters:.1f} million parameters ({megabytes:.1f} MB in fp16, loads in float32),
+trained from scratch on Scenes, the procedural data set of the package `segcompass_hf`: a LLaVA-shaped VLM (CLIP ViT, 4
+layers of width 128; Llama, 4 layers of width 128), a sparse autoencoder of 1,024 features on the states after 2 layers,
 4 slots, and a SAM of 112 x 112 pixels. It was made by `make checkpoint` (`examples/train_scenes_tiny.py`).
 
 ## What it is for
@@ -75,11 +75,7 @@ def main() -> None:
         words=sum(not word.startswith("<") for word in vocabulary),
     )
     report = markdown_report(json.loads(arguments.results.read_text()))
-    text = (
-        header
-        + "#"
-        + report.replace("# Scenes, held out", "# Results on Scenes, held out", 1).replace("\n## ", "\n### ")
-    )
+    report = report.replace("# Scenes, held out", "# Results on Scenes, held out", 1).replace("\n## ", "\n### ")
     for path in (ROOT / "model_cards/scenes-tiny.md", checkpoint / "README.md"):
         path.parent.mkdir(exist_ok=True)
         path.write_text(header + "#" + report)

@@ -115,8 +115,10 @@ class SegCompassProcessor(ProcessorMixin):
         self._vlm_processor = self._control = None
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
+        image_token = self.image_token  # builds the family's processor, so that a wrong class or argument shows here
         if self.chat_template is None:
-            self.chat_template = MINIMAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", self.image_token)
+            self.chat_template = MINIMAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
+            self._vlm_processor = None  # it was built without the template
 
     @classmethod
     def from_parts(
@@ -441,8 +443,8 @@ class SegCompassProcessor(ProcessorMixin):
         }
 
     def _mask_targets(self, masks: Any, images: list, overflow: str) -> dict:
-        if len(images) == 1 and not (isinstance(masks, (list, tuple)) and len(masks) == 1 and _ndim(masks[0]) != 2):
-            masks = [masks]  # one image's array alone
+        if len(images) == 1 and (_depth(masks) in (2, 3) or len(masks) == 0):
+            masks = [masks]  # one image's objects, not in a list of one
         if len(masks) != len(images):
             raise ValueError(
                 f"got masks for {len(masks)} images and {len(images)} images; pass one array of masks per image."
@@ -497,6 +499,11 @@ class SegCompassProcessor(ProcessorMixin):
         results = []
         for row in range(batch_size):
             logits = outputs.slot_logits[row].detach().float().cpu()  # (K,)
+            if not (logits.isfinite().all() and outputs.pred_masks[row].isfinite().all()):
+                raise ValueError(
+                    f"the outputs of sample {row} hold NaN or infinity; the weights, the inputs or a dtype of too "
+                    "small a range (float16) are to blame."
+                )
             slots = (logits > slot_logit_threshold).nonzero()[:, 0]  # (n,)
             place = (self.canvas_size, reshaped[row], original[row])
             masks = torch.zeros(len(slots), *original[row], dtype=torch.bool)
@@ -553,14 +560,14 @@ def _think_block(text: str) -> str:
     return rest.split(THINK_END)[0].split(REF_TOKEN)[0].strip() if tag else ""
 
 
-def _ndim(value: Any) -> int:
-    return (
-        value.ndim
-        if hasattr(value, "ndim")
-        else 1 + (_ndim(value[0]) if len(value) else 1)
-        if value is not None
-        else 3
-    )
+def _depth(value: Any) -> int:
+    """Number of axes of an array or nested list; -1 where there is nothing inside."""
+    if hasattr(value, "ndim"):
+        return value.ndim
+    if isinstance(value, (list, tuple)):
+        inner = _depth(value[0]) if len(value) else -1
+        return inner + 1 if inner >= 0 else -1
+    return -1 if value is None else 0
 
 
 def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, list | None]:
