@@ -1,9 +1,11 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """The composition: VLM, sparse concepts, slots, heatmaps and SAM masks in one model, with one VLM pass."""
 
+import json
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -868,6 +870,25 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
                     f"finite. {_non_finite_parameters(module, name)}"
                 )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: A shard of the checkpoint is missing.
+            ValueError: The checkpoint lacks weights: they would be random, and so would the masks.
+        """
+        _check_shards(pretrained_model_name_or_path, kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}), which would be random; complete the checkpoint, or compose "
+                "a new model with from_pretrained_parts."
+            )
+        return (model, info) if output_loading_info else model
+
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """Save weights and configuration.
 
@@ -879,6 +900,19 @@ class SegCompassForReasoningSegmentation(SegCompassPreTrainedModel):
         # TRL picks its loader by the second entry.
         self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}
         return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+
+def _check_shards(folder: Any, kwargs: dict) -> None:
+    """Raise where the index of a local checkpoint names files that are not there."""
+    folder = Path(str(folder), kwargs.get("subfolder") or "")
+    for index in folder.glob("*.safetensors.index*.json"):
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {index.name} names: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; copy or download them again."
+            )
 
 
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
