@@ -11,6 +11,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
+
 
 class HiddenStateCapture:
     """Context that collects what SegCompass needs from every pass through a VLM's base model.

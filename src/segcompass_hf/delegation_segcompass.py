@@ -1,0 +1,61 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""What generation, Trainer and TRL ask of a model is answered by the VLM inside ours."""
+
+from torch import nn
+
+
+class VlmDelegationMixin:
+    """Delegates to `self.vlm`: a composite with a `generate` of its own would have to know every family's inputs."""
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The VLM without its head (TRL's fused head runs it)."""
+        return self.vlm.base_model
+
+    @property
+    def generation_config(self):
+        return self.vlm.generation_config if "vlm" in self._modules else None
+
+    @generation_config.setter
+    def generation_config(self, value):
+        if "vlm" in self._modules:  # PreTrainedModel.__init__ sets it before the VLM exists
+            self.vlm.generation_config = value
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        self.vlm.adjust_generation_fn(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.vlm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.vlm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.vlm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.vlm.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
+        return self.vlm.resize_token_embeddings(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
+
+    def generate(self, *args, **kwargs):
+        """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`."""
+        config = kwargs.get("generation_config") or self.generation_config
+        chosen = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []
+        suppressed = sorted({*chosen, *self.vision_token_ids})
+        return self.vlm.generate(*args, suppress_tokens=suppressed or None, **kwargs)
+
+    @property
+    def vision_token_ids(self) -> list[int]:
+        """Ids that stand for image or video content, which text must never hold."""
+        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+        ids = [getattr(self.config.vlm_config, name, None) for name in names]
+        return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size})

@@ -1,0 +1,139 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""From parts or a folder to a model and back, without losing a weight on the way."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, SamModel
+from transformers.utils import logging
+
+from .configuration_segcompass import SegCompassConfig
+from .generation_segcompass import ADDED_TOKENS
+from .modeling_sae import SegCompassSae
+
+logger = logging.get_logger(__name__)
+
+
+class LoadingMixin:
+    """Composing, loading and saving of [`SegCompassForReasoningSegmentation`]."""
+
+    @classmethod
+    def from_pretrained_parts(
+        cls,
+        vlm: str | PreTrainedModel,
+        sam: str | PreTrainedModel,
+        sae: str | PreTrainedModel | None = None,
+        num_slots: int = 4,
+        sae_layer: int | None = None,
+        tokenizer: Any | None = None,
+        processor: Any | None = None,
+        dtype: torch.dtype | str | None = None,
+        **config_kwargs,
+    ) -> PreTrainedModel:
+        """Compose a model from a VLM, a SAM and, if there is one, an SAE; the heads between them are new.
+
+        Args:
+            vlm (`str` or `PreTrainedModel`): Hub id, folder or loaded model.
+            sam (`str` or `PreTrainedModel`): The same for SAM.
+            sae (`str` or `PreTrainedModel`, *optional*): The same for the SAE; a new, untrained one when left out.
+            num_slots (`int`, defaults to 4): K.
+            sae_layer (`int`, *optional*): The SAE's own when left out, else see [`SegCompassConfig`].
+            tokenizer, processor (*optional*): Gets `<REF_POS>`, `<think>` and `</think>` added, in place, and the VLM
+                as many embedding rows as it has tokens. Left out and `vlm` a path: that path's tokenizer.
+            dtype (`torch.dtype` or `str`, *optional*): Of everything; the checkpoints' own when left out.
+            config_kwargs: Further fields of [`SegCompassConfig`].
+        """
+        load = {} if dtype is None else {"dtype": dtype}
+        if tokenizer is None:
+            tokenizer = getattr(processor, "tokenizer", processor)
+        if isinstance(vlm, str) or hasattr(vlm, "__fspath__"):
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(vlm)
+            vlm = AutoModelForImageTextToText.from_pretrained(vlm, **load)
+        if isinstance(sam, str) or hasattr(sam, "__fspath__"):
+            sam = SamModel.from_pretrained(sam, **load)
+        if isinstance(sae, str) or hasattr(sae, "__fspath__"):
+            sae = SegCompassSae.from_pretrained(sae, **load)
+        if tokenizer is not None:
+            config_kwargs = {**add_tokens(tokenizer, vlm), **config_kwargs}
+        sae_config = sae.config if sae is not None else config_kwargs.pop("sae_config", None)
+        config = SegCompassConfig(
+            vlm_config=vlm.config,
+            sam_config=sam.config,
+            sae_config=sae_config,
+            num_slots=num_slots,
+            sae_layer=sae_layer,
+            **config_kwargs,
+        )
+        if sae is None:
+            logger.warning("no SAE given: its features are random until one is trained on layer %d.", config.sae_layer)
+            sae = SegCompassSae(config.sae_config)
+        model = cls(config, vlm=vlm, sam=sam, sae=sae)
+        head_dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+        if not isinstance(head_dtype, torch.dtype):
+            head_dtype = vlm.dtype if vlm.dtype.is_floating_point else torch.float32
+        for module in (model.sae, model.codebook, model.slot_encoder, model.slot_mapper):
+            module.to(device=vlm.device, dtype=head_dtype)
+        model.sam.to(vlm.device)
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError: A shard of the checkpoint is missing.
+            ValueError: The checkpoint lacks weights: they would be random, and so would the masks.
+        """
+        _check_shards(pretrained_model_name_or_path, kwargs)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and kwargs.get("state_dict") is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model ({', '.join(missing[:3])}"
+                f"{', ...' if len(missing) > 3 else ''}), which would be random; complete the checkpoint, or compose "
+                "a new model with from_pretrained_parts."
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
+        """Save weights and configuration.
+
+        `save_original_format` is off by default: legacy names would be dropped when Trainer resumes, which loads with
+        `strict=False`, and the trained VLM would be lost without an error.
+        """
+        auto_map = dict(getattr(self.config, "auto_map", None) or {})
+        name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
+        # TRL picks its loader by the second entry.
+        self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}
+        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+
+
+def _check_shards(folder: Any, kwargs: dict) -> None:
+    """Raise where the index of a local checkpoint names files that are not there."""
+    folder = Path(str(folder), kwargs.get("subfolder") or "")
+    for index in folder.glob("*.safetensors.index*.json"):
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {index.name} names: "
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; copy or download them again."
+            )
+
+
+def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
+    """Add `<REF_POS>`, `<think>` and `</think>` to a tokenizer and embedding rows for them to the VLM.
+
+    They are no special tokens: TRL decodes with `skip_special_tokens=True`, and rewards must see them.
+
+    Returns:
+        `dict[str, int]`: `ref_token_id`, `think_start_token_id` and `think_end_token_id`.
+    """
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in ADDED_TOKENS.values() if token not in known], special_tokens=False)
+    if len(tokenizer) > vlm.get_input_embeddings().weight.shape[0]:
+        vlm.resize_token_embeddings(len(tokenizer))
+    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in ADDED_TOKENS.items()}
