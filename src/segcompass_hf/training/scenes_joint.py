@@ -27,7 +27,29 @@ class JointCollator(SceneCollator):
 
 
 class JointTrainer(RecipeTrainer):
-    """Language, segmentation and confidence losses of the model's own forward; reports their parts."""
+    """Language, segmentation and confidence losses of the model's own forward; reports their parts.
+
+    The reference states are dropped (zeroed): all of them for the first part of the training, then those of a share of
+    the samples. Without this the language model's last layers learn to point at places by themselves, before the slots
+    have found out what to attend to, and the concept path stays unused.
+
+    Args:
+        slots_alone (`float`): fraction of the steps in which slots are all there is.
+        drop_references (`float`): share of the samples without reference states after that.
+    """
+
+    def __init__(self, *args, slots_alone: float = 0.6, drop_references: float = 0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.slots_alone, self.drop_references = slots_alone, drop_references
+        self.model.slot_mapper.register_forward_pre_hook(self._drop_references)
+
+    def _drop_references(self, slot_mapper, inputs):
+        if not slot_mapper.training:
+            return None
+        states, *others = inputs
+        alone = self.state.global_step < self.slots_alone * self.state.max_steps
+        keep = torch.rand(len(states), 1, 1, device=states.device) >= (1.0 if alone else self.drop_references)
+        return states * keep, *others
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)

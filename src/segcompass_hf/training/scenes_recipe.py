@@ -38,8 +38,8 @@ STAGES = {
     "vision": Stage(steps=700, batch_size=64, learning_rate=6e-3, seed=0),
     "masks": Stage(steps=1000, batch_size=16, learning_rate=6e-3, seed=1),
     "warmup": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
-    "sae": Stage(steps=2000, batch_size=2048, learning_rate=2e-3, seed=3),
-    "joint": Stage(steps=2000, batch_size=32, learning_rate=4e-3, seed=4),
+    "sae": Stage(steps=2500, batch_size=2048, learning_rate=2e-3, seed=3),
+    "joint": Stage(steps=2000, batch_size=32, learning_rate=6e-3, seed=4),
 }
 SAE_SCENES = 3000  # whose tokens the SAE is trained on
 
@@ -134,6 +134,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         train_dataset=data,
         data_collator=SceneCollator(tokenizer),
         tokenizer=tokenizer,
+        sae_layer=SAE_LAYER,
         part_learning_rates={"model.vision_tower": 0.5},
     )
 
@@ -168,9 +169,10 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         short_reasoning_tokens=16,
         lm_loss_weight=0.5,
         conf_loss_weight=0.5,
-        heatmap_dice_weight=1.0,
-        mask_dice_weight=2.0,
-        mask_focal_weight=10.0,
+        heatmap_bce_weight=5.0,
+        heatmap_dice_weight=2.0,
+        mask_dice_weight=1.0,
+        mask_focal_weight=5.0,
     )
     nn.init.normal_(model.codebook.weight, std=0.08)
     model.freeze_for_training()
@@ -180,8 +182,8 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         args=arguments,
         train_dataset=data,
         data_collator=JointCollator(processor.tokenizer),
-        part_learning_rates={"vlm": 0.25, "sam": 0.3},
-        adamw_ratio=0.4,
+        part_learning_rates={"vlm": 0.2, "sam": 0.1},
+        adamw_ratio=0.5,
     )
 
 

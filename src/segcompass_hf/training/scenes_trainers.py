@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 
@@ -24,6 +27,8 @@ class RecipeTrainer(Trainer):
         self, *args, part_learning_rates: dict[str, float] | None = None, adamw_ratio: float = 0.33, **kwargs
     ):
         super().__init__(*args, **kwargs)
+        # In the original format a LLaVA is saved under other names; resuming (strict=False) would drop them in silence.
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         self.part_learning_rates = part_learning_rates or {}
         self.adamw_ratio = adamw_ratio
         self._sums: dict[str, list[float]] = {}
@@ -44,6 +49,16 @@ class RecipeTrainer(Trainer):
             weight_decay=self.args.weight_decay,
         )
         return self.optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        stored = load_file(f"{resume_from_checkpoint}/model.safetensors")
+        missing = [name for name in stored if name not in self.model.state_dict()]
+        if missing:
+            raise ValueError(
+                f"{resume_from_checkpoint} holds {len(missing)} weights under names this model does not have, such as "
+                f"{missing[0]}; delete the folder to train the stage from its start."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def report(self, **values: torch.Tensor | float) -> None:
         """Add to the means that the next log line shows."""
@@ -137,12 +152,50 @@ class VisionTrainer(RecipeTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-class WarmupTrainer(RecipeTrainer):
-    """Stage 3: language loss on the reference completions; the patch words keep image and word spaces together."""
+class AnswerWords:
+    """Loss that lets the state of a place, where the answer names it, point at the number before it.
 
-    def __init__(self, *args, tokenizer, patch_weight: float = 0.2, **kwargs):
+    What the slots read is the state at the SAE layer. Left alone, the first layers hardly tell the place that is the
+    answer from the same place among the candidates, and a sparse code of them even less; slots then find nothing to
+    attend to.
+    """
+
+    scale = 4.0
+
+    def __init__(self, tokenizer, num_slots: int = 4):
+        index = tokenizer.convert_tokens_to_ids
+        self.cells = torch.tensor(index(list(CELLS)))
+        self.classes = torch.tensor(index(["no", *(str(n + 1) for n in range(num_slots))]))
+
+    def __call__(self, states, input_ids, embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        """`states` (batch, tokens, hidden) at the SAE layer; returns the loss and the accuracy on answers."""
+        cells, classes = self.cells.to(input_ids.device), self.classes.to(input_ids.device)
+        is_cell = torch.isin(input_ids, cells)
+        is_cell[:, 0] = False
+        rows, columns = is_cell.nonzero(as_tuple=True)
+        before = input_ids[rows, columns - 1]
+        match = before[:, None] == classes[1:]  # only an answer has a number before a place
+        label = torch.where(match.any(1), match.long().argmax(1) + 1, torch.zeros_like(before))
+        direction = F.normalize(states[rows, columns].float(), dim=-1) * self.scale
+        words = F.normalize(embeddings[classes].float(), dim=-1) * self.scale
+        logits = direction @ words.t()
+        right = (logits.argmax(-1) == label)[label > 0].float().mean()
+        return F.cross_entropy(logits, label), right
+
+
+class WarmupTrainer(RecipeTrainer):
+    """Stage 3: language loss on the reference completions.
+
+    Beside it the patch words keep image and word spaces together, and the answer words mark answers at the SAE layer.
+    """
+
+    def __init__(
+        self, *args, tokenizer, sae_layer: int, patch_weight: float = 0.2, answer_weight: float = 0.2, **kwargs
+    ):
         super().__init__(*args, **kwargs)
         self.patch_words, self.patch_weight = PatchWords(tokenizer), patch_weight
+        self.answer_words, self.answer_weight = AnswerWords(tokenizer), answer_weight
+        self.sae_layer = sae_layer
         self._cell_ids = self.patch_words.cells
         self._features: list[torch.Tensor] = []
         self.model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: self._features.append(out))
@@ -150,7 +203,8 @@ class WarmupTrainer(RecipeTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._features.clear()
         names = ("input_ids", "attention_mask", "pixel_values")
-        logits = model(**{name: inputs[name] for name in names}, use_cache=False).logits
+        output = model(**{name: inputs[name] for name in names}, output_hidden_states=True, use_cache=False)
+        states, logits = output.hidden_states[self.sae_layer], output.logits
         target = inputs["labels"][:, 1:]
         on = target != -100
         target, logits = target[on], logits[:, :-1][on].float()
@@ -162,9 +216,11 @@ class WarmupTrainer(RecipeTrainer):
         labels = patch_labels(inputs["ids"].cpu(), inputs["objects"].cpu())
         labels = {name: value.to(loss.device) for name, value in labels.items()}
         patches = self._features[0]  # (batch, 64, hidden)
-        patch_loss, seen = self.patch_words(patches, self.model.get_input_embeddings().weight, labels)
-        self.report(**seen)
-        return loss + self.patch_weight * patch_loss
+        embeddings = self.model.get_input_embeddings().weight
+        patch_loss, seen = self.patch_words(patches, embeddings, labels)
+        answer_loss, answer_accuracy = self.answer_words(states, inputs["input_ids"], embeddings)
+        self.report(**seen, answer_accuracy=answer_accuracy)
+        return loss + self.patch_weight * patch_loss + self.answer_weight * answer_loss
 
 
 class MaskTrainer(RecipeTrainer):
