@@ -20,6 +20,7 @@ from transformers import (
     ProcessorMixin,
     SamImageProcessorPil,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import logging
 

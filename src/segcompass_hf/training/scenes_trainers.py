@@ -27,7 +27,7 @@ class RecipeTrainer(Trainer):
         self, *args, part_learning_rates: dict[str, float] | None = None, adamw_ratio: float = 0.33, **kwargs
     ):
         super().__init__(*args, **kwargs)
-        # In the original format a LLaVA is saved under other names; resuming (strict=False) would drop them in silence.
+        # In the original format a LLaVA has other names on disk; resuming (strict=False) would drop them in silence.
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         self.part_learning_rates = part_learning_rates or {}
         self.adamw_ratio = adamw_ratio
