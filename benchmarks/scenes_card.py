@@ -28,9 +28,9 @@ tags:
 # scenes-tiny
 
 A complete SegCompass model of {parameters:.1f} million parameters ({megabytes:.1f} MB in fp16, loads in float32),
-trained from scratch on Scenes, the procedural data set of `segcompass_hf`: a LLaVA-shaped VLM (CLIP ViT, 4
-layers of width 128; Llama, 4 layers of width 128), a sparse autoencoder of 1,024 features on the states after 2 layers,
-4 slots, and a SAM of 112 x 112 pixels. It was made by `make checkpoint` (`examples/train_scenes_tiny.py`).
+trained from scratch on Scenes, the procedural data set of `segcompass_hf`: a LLaVA-shaped VLM (CLIP ViT, 4 layers of
+width 128; Llama, 4 layers of width 128), a sparse autoencoder of 1,024 features on the states after 2 layers, 4 slots,
+and a SAM of 112 x 112 pixels. It was made by `make checkpoint` (`examples/train_scenes_tiny.py`).
 
 ## What it is for
 
