@@ -198,18 +198,23 @@ def export_checkpoint(output_dir: str | Path, destination: str | Path | None = N
     model = SegCompassForReasoningSegmentation.from_pretrained(Path(output_dir) / "joint", dtype=torch.float32)
     SegCompassProcessor.from_pretrained(Path(output_dir) / "joint").save_pretrained(folder)
     model.to(torch.float16).save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    for code in folder.glob("*.py"):  # remote code is for checkpoints that travel without the package
+        code.unlink()
     config = json.loads((folder / "config.json").read_text())
-    _float32(config)  # fp16 saves space on disk only; CPUs are slow in it
+    _tidy(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
 
 
-def _float32(config: dict) -> None:
+def _tidy(config: dict) -> None:
+    """fp16 saves space on disk only, CPUs are slow in it; where the parts came from is nobody's path but ours."""
+    config.pop("_name_or_path", None)
     if "dtype" in config:
         config["dtype"] = "float32"
     for value in config.values():
         if isinstance(value, dict):
-            _float32(value)
+            _tidy(value)
 
 
 def _finish(name: str, model: nn.Module, folder: Path) -> None:
