@@ -14,7 +14,6 @@ import transformers
 from transformers import (
     AddedToken,
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     BatchFeature,
     ProcessorMixin,
@@ -22,7 +21,6 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-from transformers.utils import logging
 
 from .images_segcompass import (
     check_masks,
@@ -32,8 +30,6 @@ from .images_segcompass import (
     soft_mask_targets,
     to_rgb_image,
 )
-
-logger = logging.get_logger(__name__)
 
 REF_TOKEN, THINK_START, THINK_END = "<REF_POS>", "<think>", "</think>"
 INSTRUCTION_TEMPLATE = (
