@@ -174,7 +174,9 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         mask_dice_weight=1.0,
         mask_focal_weight=5.0,
     )
-    nn.init.normal_(model.codebook.weight, std=0.08)
+    # A concept starts as what it writes into the state, so that embeddings begin with the geometry of the states.
+    with torch.no_grad():
+        model.codebook.weight.copy_(model.sae.W_dec)
     model.freeze_for_training()
     data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
     return model, JointTrainer(
