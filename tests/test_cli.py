@@ -178,7 +178,8 @@ def test_damaged_checkpoints(damaged, image_file, capsys):
     name = next(key for key in sorted(weights) if key.startswith("slot_mapper"))
     rest = {key: value for key, value in weights.items() if key != name}
     save_file(rest, damaged / "model.safetensors", {"format": "pt"})
-    assert f"1 weights are missing, as {name}" in _fails(capsys, *argv)
+    line = _fails(capsys, *argv)
+    assert "cannot load a checkpoint" in line and name in line
 
     poisoned = weights | {name: torch.full_like(weights[name], float("nan"))}
     save_file(poisoned, damaged / "model.safetensors", {"format": "pt"})

@@ -17,7 +17,7 @@ from segcompass_hf import SegCompassConfig, _registration
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "segcompass_hf"
 # Files that are published as remote code: flat, next to one another.
-CORE = sorted([*SOURCE.glob("modeling_*.py"), *SOURCE.glob("*_segcompass.py")])
+CORE = sorted({*SOURCE.glob("modeling_*.py"), *SOURCE.glob("*_segcompass.py")})
 
 
 # One fresh interpreter per import order; the questions are asked together because starting one takes seconds.
