@@ -168,7 +168,8 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         max_reasoning_tokens=128,
         short_reasoning_tokens=16,
         lm_loss_weight=0.5,
-        conf_loss_weight=0.5,
+        conf_loss_weight=1.0,
+        match_confidence_weight=1.0,  # with 0.3 slots go on taking each other's objects, and none gets confident
         heatmap_bce_weight=5.0,
         heatmap_dice_weight=2.0,
         mask_dice_weight=1.0,
