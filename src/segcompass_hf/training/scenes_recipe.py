@@ -1,4 +1,4 @@
-"""How scenes-tiny is made: five stages from random weights, each resumable, on two CPU cores or one GPU."""
+"""How scenes-tiny is made: six stages from random weights, each resumable, on two CPU cores or one GPU."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_joint import JointCollator, JointTrainer
 from .scenes_parts import build_processor, build_sae_config, build_sam, build_tokenizer, build_vlm
 from .scenes_sae import SceneSaeTrainer, StateDataset, harvest, sae_report
+from .scenes_slots import SlotTrainer
 from .scenes_trainers import MaskTrainer, VisionTrainer, WarmupTrainer
 
 SAE_LAYER = 2  # of 4
@@ -39,12 +40,20 @@ STAGES = {
     "masks": Stage(steps=1000, batch_size=16, learning_rate=6e-3, seed=1),
     "warmup": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
     "sae": Stage(steps=2500, batch_size=2048, learning_rate=2e-3, seed=3),
-    "joint": Stage(steps=2000, batch_size=32, learning_rate=6e-3, seed=4),
+    "slots": Stage(steps=1000, batch_size=32, learning_rate=6e-3, seed=5),
+    "joint": Stage(steps=800, batch_size=32, learning_rate=4e-3, seed=4),
 }
 SAE_SCENES = 3000  # whose tokens the SAE is trained on
 
 # Each stage writes its result to a folder of its name; what it starts from:
-NEEDS = {"vision": (), "masks": (), "warmup": ("vision",), "sae": ("warmup",), "joint": ("warmup", "sae", "masks")}
+NEEDS = {
+    "vision": (),
+    "masks": (),
+    "warmup": ("vision",),
+    "sae": ("warmup",),
+    "slots": ("warmup", "sae", "masks"),
+    "joint": ("slots",),
+}
 
 
 def _arguments(name: str, stage: Stage, folder: Path, logging_steps: int = 50) -> TrainingArguments:
@@ -152,7 +161,7 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     )
 
 
-def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     processor = build_processor()
     model = SegCompassForReasoningSegmentation.from_pretrained_parts(
         AutoModelForImageTextToText.from_pretrained(
@@ -178,6 +187,21 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     # A concept starts as what it writes into the state, so that embeddings begin with the geometry of the states.
     with torch.no_grad():
         model.codebook.weight.copy_(model.sae.W_dec)
+    SlotTrainer.add_head(model)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    return model, SlotTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=SceneCollator(processor.tokenizer),
+        adamw_ratio=0.5,
+    )
+
+
+def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+    processor = build_processor()
+    model = SegCompassForReasoningSegmentation.from_pretrained(output_dir / "slots", dtype=torch.float32)
+    model.vlm.set_attn_implementation("eager")
     model.freeze_for_training()
     data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
     return model, JointTrainer(
@@ -224,6 +248,8 @@ def _finish(name: str, model: nn.Module, folder: Path) -> None:
     """Save a stage's result without what only its training needed."""
     if name == "masks":
         del model.auxiliary_head, model.place_head
+    if name == "slots":
+        del model.slot_words
     if name == "sae":
         model.fold_decoder_norms_()
     if name == "joint":
