@@ -51,11 +51,12 @@ pipe(image, instruction="the largest red circle")
 ## Training
 
 Six stages on transformers' Trainer: the vision tower learns to name patches in the words of the language model; a SAM
-learns to turn blobs into masks; the VLM learns reference reasoning; the SAE is trained on its states; codebook and slot
-encoder learn which object each slot is about; then the language, segmentation and confidence losses train layers 2 and
-3, codebook, slots, slot mapper and mask decoder, with the SAE and everything below it frozen. All kinds of instruction had reference reasoning. No reinforcement learning.
-Unseen in training: 10 combinations of size, colour and shape (`test_combinations`), 4 of colour and shape
-(`test_pairs`), 11 forms of instruction (`test_compositions`), more than 7 objects (`test_crowded`).
+learns to turn blobs into masks; the VLM learns reference reasoning; the SAE is trained on its states; codebook and
+slot encoder learn which object each slot is about; then the language, segmentation and confidence losses train layers
+2 and 3, codebook, slots, slot mapper and mask decoder, with the SAE and everything below it frozen. All kinds of
+instruction had reference reasoning. No reinforcement learning. Unseen in training: 10 combinations of size, colour and
+shape (`test_combinations`), 4 of colour and shape (`test_pairs`), 11 forms of instruction (`test_compositions`), more
+than 7 objects (`test_crowded`).
 
 """
 
