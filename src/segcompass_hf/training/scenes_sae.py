@@ -54,7 +54,7 @@ def sae_report(sae, states: torch.Tensor, chunk: int = 8192) -> dict[str, float]
     for part in normalized.split(chunk):
         acts = sae.encode(part)
         error += (sae.decode(acts) - part).pow(2).sum().item()
-        fired += (acts > 0).float().sum(0)
+        fired += (acts > 0).float().sum(0).cpu()
         active += (acts > 0).float().sum().item()
     total = (normalized - normalized.mean(0)).pow(2).sum().item()
     return {
@@ -129,3 +129,7 @@ class _Resample(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self.trainer.resample_every == 0 and state.global_step < 0.6 * state.max_steps:
             self.trainer.resample()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        states = self.trainer.train_dataset.tensors[0]
+        self.trainer.log(sae_report(self.trainer.model, states[:: max(1, len(states) // 20_000)].to(args.device)))
