@@ -30,7 +30,6 @@ import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.data.schema import decode_masks
 from segcompass_hf.metrics import SampleScore, score_sample
-from segcompass_hf.modeling_masks import SamMaskStage
 
 logger = logging.getLogger("scenes_evaluation")
 
@@ -164,13 +163,11 @@ class ScenesEvaluator:
         )
         labels = self._inputs(rows, masks=targets, overflow="merge")
         soft = labels["mask_labels"].clamp(0.02, 0.98)
-        stage = SamMaskStage(self.model.sam)
-        pred_masks = stage.decode(emb, soft.logit(), stage.valid_area(area))
         exists = torch.arange(soft.shape[1], device=soft.device) < labels["num_objects"][:, None]
         slot_logits = torch.where(exists, 100.0, -100.0)
         yield (
-            "ideal heatmaps",
-            replace(own, heatmap_logits=soft.logit(), slot_logits=slot_logits, pred_masks=pred_masks),
+            "ideal masks",
+            replace(own, heatmap_logits=soft.logit(), slot_logits=slot_logits, pred_masks=soft.logit()),
         )
 
     def _inputs(self, rows: list[dict[str, Any]], **kwargs: Any) -> dict[str, torch.Tensor]:

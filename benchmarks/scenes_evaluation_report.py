@@ -34,7 +34,8 @@ KINDS = "Own reasoning / reference reasoning (share of right answers; samples)."
 LOSSES = """\
 `objects read right`: all objects in the first step of the reasoning are those of the reference, with place, size,
 colour and shape. `answer right`: the answer's text is the reference's. The losses add up: with the gIoU of the own
-reasoning they make 1. `ideal heatmaps` are the targets themselves, given to the mask decoder as prompts."""
+reasoning they make 1. `ideal masks` are the targets themselves at the resolution of the model's masks: the ceiling of
+any mask decoder."""
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -70,7 +71,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def sources_of_loss(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Where gIoU is lost: perception, reasoning, the concept path, the mask decoder.
+    """Where gIoU is lost: perception, reasoning, masks, resolution.
 
     `lost` adds up: 1 = gIoU with own reasoning + all entries. Text errors (own against reference reasoning) are put
     down to perception where the objects listed first differ from the reference's, else to reasoning where only the
@@ -93,10 +94,10 @@ def sources_of_loss(records: list[dict[str, Any]]) -> dict[str, Any]:
             "perception: objects misread, answer wrong": float((text * (~right & ~seen)).mean()),
             "reasoning: objects right, answer wrong": float((text * (~right & seen)).mean()),
             "other text differences, answer right": float((text * right).mean()),
-            "concept path: reference reasoning against ideal heatmaps": float(
-                (iou["ideal heatmaps"] - iou["reference reasoning"]).mean()
+            "slots, heatmaps and mask decoder: reference reasoning against ideal masks": float(
+                (iou["ideal masks"] - iou["reference reasoning"]).mean()
             ),
-            "mask decoder and resolution: ideal heatmaps against 1": float((1 - iou["ideal heatmaps"]).mean()),
+            "resolution: ideal masks against 1": float((1 - iou["ideal masks"]).mean()),
         },
     }
 
@@ -195,7 +196,7 @@ def _losses(splits: dict[str, Any]) -> str:
         ["answer right, where objects are", *(_interval(s["answer_right_where_objects_right"]) for s in sources)],
         ["gIoU where the answer is right", *(_number(s["gIoU_where_answer_right"]) for s in sources)],
         ["gIoU where the answer is wrong", *(_number(s["gIoU_where_answer_wrong"]) for s in sources)],
-        ["gIoU with ideal heatmaps", *(_interval(f["metrics"]["ideal heatmaps"]["gIoU"]) for f in splits.values())],
+        ["gIoU with ideal masks", *(_interval(f["metrics"]["ideal masks"]["gIoU"]) for f in splits.values())],
     ]
     for name in sources[0]["lost"] if sources else []:
         rows.append([f"lost to {name}", *(_number(s["lost"][name]) for s in sources)])

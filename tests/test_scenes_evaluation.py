@@ -92,7 +92,7 @@ def test_share_interval():
 
 def record(own, reference, ideal, objects_right, answer_right, kind="attribute", target=True):
     """A sample whose variants have the given IoU out of 100 pixels."""
-    scores = {"own reasoning": own, "reference reasoning": reference, "ideal heatmaps": ideal}
+    scores = {"own reasoning": own, "reference reasoning": reference, "ideal masks": ideal}
     scores |= {name: 0 for name in report.VARIANTS if name not in scores}
     scores = {name: SampleScore(iou, 100, iou, 100 if target else 0) for name, iou in scores.items()}
     return {
@@ -154,7 +154,7 @@ def test_own_reasoning_is_what_segment_gives_for_one_sample(rows, evaluator, rec
         alone = score_sample(np.asarray(result["masks"]), decode_masks(row["masks"], (112, 112)))
         assert alone.predicted_pixels > 0
         assert one["scores"]["own reasoning"] == pytest.approx(alone, abs=20)  # pixels on the threshold, of 12,544
-        assert set(one["scores"]) == {*report.VARIANTS, "ideal heatmaps"}
+        assert set(one["scores"]) == {*report.VARIANTS, "ideal masks"}
         assert one["well_formed"] is False and one["answer_right"] is False  # an untrained model
 
 
@@ -207,7 +207,7 @@ def test_ablations_replace_what_they_say(rows, variants):
 
 def test_ideal_heatmaps_are_the_targets(rows, variants):
     _, outputs, _ = variants
-    ideal = outputs["ideal heatmaps"]
+    ideal = outputs["ideal masks"]
     assert (ideal.slot_logits > 0).sum(1).tolist() == [len(row["masks"]) for row in rows]
     for heatmaps, row in zip(ideal.heatmap_logits, rows, strict=True):
         for heatmap, rle in zip(heatmaps, row["masks"], strict=False):
