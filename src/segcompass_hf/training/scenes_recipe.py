@@ -45,6 +45,8 @@ STAGES = {
 }
 SAE_SCENES = 3000  # whose tokens the SAE is trained on
 
+LOG = "log.jsonl"  # written last: a stage that has it is finished
+
 # Each stage writes its result to a folder of its name; what it starts from:
 NEEDS = {
     "vision": (),
@@ -97,18 +99,19 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
     """
     output_dir = Path(output_dir)
     folder, stage = output_dir / name, stage or STAGES[name]
-    if (folder / "config.json").exists():
+    if (folder / LOG).exists():
         return folder
     for needed in NEEDS[name]:
-        if not (output_dir / needed / "config.json").exists():
+        if not (output_dir / needed / LOG).exists():
             raise FileNotFoundError(f"stage {name!r} starts from {needed!r}, which has no result in {output_dir}.")
     set_seed(stage.seed)
-    model, trainer = globals()[f"_{name}"](output_dir, stage, _arguments(name, stage, folder))
+    model, trainer = _BUILDERS[name](output_dir, stage, _arguments(name, stage, folder))
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "state")) if folder.exists() else None)
     if trainer.is_world_process_zero():
-        with open(folder / "log.jsonl", "w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
         _finish(name, model, folder)
+        log = folder / f"{LOG}.tmp"
+        log.write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+        log.replace(folder / LOG)
     trainer.accelerator.wait_for_everyone()
     return folder
 
@@ -212,6 +215,16 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         part_learning_rates={"vlm": 0.2, "sam": 0.1},
         adamw_ratio=0.5,
     )
+
+
+_BUILDERS = {
+    "vision": _vision,
+    "masks": _masks,
+    "warmup": _warmup,
+    "sae": _sae,
+    "slots": _slots,
+    "joint": _joint,
+}
 
 
 def export_checkpoint(output_dir: str | Path, destination: str | Path | None = None) -> Path:
