@@ -64,7 +64,7 @@ class RecipeTrainer(Trainer):
         """Add to the means that the next log line shows."""
         for name, value in values.items():
             total = self._sums.setdefault(name, [0.0, 0])
-            total[0] += float(value)
+            total[0] += float(value.detach() if isinstance(value, torch.Tensor) else value)
             total[1] += 1
 
     def log(self, logs, *args, **kwargs):
