@@ -7,6 +7,7 @@ command goes on from the last checkpoint of the stage that was running. `--insta
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -20,13 +21,14 @@ PARALLEL = ("warmup", "joint")  # the stages that are worth two processes
 FIRST = ("vision", "masks")  # independent of each other: side by side on CPU
 
 
-def start(stage: str, output: str) -> subprocess.Popen:
+def start(stage: str, output: str, scale: float) -> subprocess.Popen:
     """Run one stage in processes of its own."""
     launcher = [sys.executable]
     if stage in PARALLEL and not torch.cuda.is_available():
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launcher, __file__, "--output", output, "--stage", stage], env=environment)
+    options = ["--output", output, "--stage", stage, "--scale", str(scale)]
+    return subprocess.Popen([*launcher, __file__, *options], env=environment)
 
 
 def wait(*processes: subprocess.Popen) -> None:
@@ -39,16 +41,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="runs/scenes-tiny", help="one folder per stage is made in here")
     parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the steps: 0.002 to see every stage work")
     parser.add_argument("--install", action="store_true", help="write the result into the package as the bundled one")
     arguments = parser.parse_args()
     if arguments.stage:
-        run_stage(arguments.stage, arguments.output)
+        stage = STAGES[arguments.stage]
+        steps = max(4, round(arguments.scale * stage.steps))
+        run_stage(arguments.stage, arguments.output, dataclasses.replace(stage, steps=steps))
         return
     began = time.time()
-    wait(*[start(stage, arguments.output) for stage in FIRST])
+    wait(*[start(stage, arguments.output, arguments.scale) for stage in FIRST])
     for stage in STAGES:
         if stage not in FIRST:
-            wait(start(stage, arguments.output))
+            wait(start(stage, arguments.output, arguments.scale))
         print(f"{stage} done, {(time.time() - began) / 60:.0f} minutes since the start", flush=True)
     destination = f"{arguments.output}/checkpoint"
     print("checkpoint:", export_checkpoint(arguments.output, destination))
