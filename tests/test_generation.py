@@ -162,6 +162,8 @@ class TestSegmentFormat:
         text = {k: inputs[k] for k in ("input_ids", "attention_mask", "pixel_values")}
         plain = model.generate(**text, max_new_tokens=12, do_sample=False)
         assert torch.equal(output.sequences, plain)
+        everything = model.generate(**inputs, max_new_tokens=12, do_sample=False)  # SAM's inputs do no harm
+        assert torch.equal(everything, plain)
         assert not (output.sequences[:, inputs["input_ids"].shape[1] :] == model.config.image_token_id).any()
         with pytest.raises(ValueError, match="constrain_format=False switches off"):
             model.segment(**inputs, max_new_tokens=12, constrain_format=False, reasoning="none")
@@ -268,6 +270,15 @@ class TestRefusals:
         _, inputs = prompts()
         with pytest.raises(ValueError, match="num_beams=2"):
             tiny.tiny_model().segment(**inputs, num_beams=2)
+        model = tiny.tiny_model()
+        model.generation_config.num_beams = 3
+        with pytest.raises(ValueError, match="num_beams=3"):
+            model.segment(**inputs)
+
+    def test_drafted_tokens(self):
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match="prompt_lookup_num_tokens drafts tokens"):
+            tiny.tiny_model().segment(**inputs, prompt_lookup_num_tokens=3)
 
     def test_no_image(self):
         _, inputs = prompts()

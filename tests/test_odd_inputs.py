@@ -176,6 +176,13 @@ class TestImages:
         with pytest.raises(ValueError, match="look transposed.*EXIF"):
             processor_of("llava")(images=data, instruction="it", masks=np.ones((1, 20, 40), bool))
 
+    def test_masks_of_another_form_say_what_is_expected(self):
+        processor, image = processor_of("llava"), Image.new("RGB", (20, 20))
+        with pytest.raises(ValueError, match="Decode COCO RLE first"):
+            processor(images=image, instruction="it", masks=[[{"size": [20, 20], "counts": "`<"}]])
+        with pytest.raises(ValueError, match="image's own size.$"):  # a square is not transposed
+            processor(images=image, instruction="it", masks=np.ones((1, 1, 1, 20, 20), bool))
+
     @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
     @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 3), (8000, 200), (199, 1)])
     def test_extreme_sizes(self, family, size):

@@ -111,6 +111,15 @@ def test_inputs_of_every_form_give_the_same_answer(pipe, tmp_path):
     assert pipe([]) == []
 
 
+def test_dataset_in_the_row_schema(pipe):
+    scenes = pytest.importorskip("segcompass_hf.data.scenes")
+    pytest.importorskip("datasets")
+    rows = scenes.build("val", 3, seed=0)
+    options = {**OPTIONS, "reasoning": "none"}
+    answers = list(pipe(rows, batch_size=2, **options))
+    assert [a["reasoning"] for a in answers] == [pipe(dict(row), **options)["reasoning"] for row in rows]
+
+
 def test_bad_inputs_say_what_is_expected(pipe):
     image = tiny.tiny_image()
     with pytest.raises(ValueError, match="non-empty string; got None"):

@@ -48,6 +48,8 @@ class VlmDelegationMixin:
 
     def generate(self, *args, **kwargs):
         """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`."""
+        for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes"):
+            kwargs.pop(name, None)  # the processor makes them for the masks; text needs none
         config = kwargs.get("generation_config") or self.generation_config
         chosen = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []
         suppressed = sorted({*chosen, *self.vision_token_ids})

@@ -158,11 +158,17 @@ def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
         if len(shapes) > 1:
             raise ValueError(f"{name}: the masks have shapes {sorted(shapes)}; each must be {size} (height, width).")
         masks = np.stack([np.asarray(mask) for mask in masks])
-    masks = torch.as_tensor(np.asarray(masks))
+    masks = np.asarray(masks)
+    if masks.dtype.kind not in "biuf":
+        raise ValueError(
+            f"{name} are no arrays of numbers; expected (n, {size[0]}, {size[1]}). Decode COCO RLE first, for example "
+            "with segcompass_hf.data.schema.decode_masks(row['masks'], (height, width))."
+        )
+    masks = torch.as_tensor(masks)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or tuple(masks.shape[-2:]) != tuple(size):
         hint = ""
-        if tuple(masks.shape[-2:]) == tuple(size)[::-1]:
+        if size[0] != size[1] and tuple(masks.shape[-2:]) == tuple(size)[::-1]:
             hint = " They look transposed: masks are (height, width), and belong to the image after its EXIF rotation."
         raise ValueError(
             f"{name}: the masks have shape {tuple(masks.shape)}; expected (n, {size[0]}, {size[1]}): one (height, "

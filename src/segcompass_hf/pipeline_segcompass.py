@@ -37,7 +37,8 @@ class ReasoningSegmentationPipeline(Pipeline):
         r"""Segment one image or several.
 
         Args:
-            inputs (image, `dict`, or a list or generator of them): An image, or `{"image": ..., "instruction": ...}`.
+            inputs (image, `dict`, or a list, generator or `datasets.Dataset` of them):
+                An image, or `{"image": ..., "instruction": ...}`.
             instruction (`str` or `list[str]`, *optional*): What to find; one for all images, or one per image. Not
                 needed where every input brings its own.
             batch_size (`int`, *optional*, defaults to 1): Samples that go through the model together.
@@ -60,6 +61,8 @@ class ReasoningSegmentationPipeline(Pipeline):
                 )
             inputs = [{"image": image, "instruction": text} for image, text in zip(images, instruction, strict=True)]
             instruction = None
+        if type(inputs).__module__.partition(".")[0] == "datasets":
+            inputs = (row for row in inputs)  # rows hold image and instruction; answers come as they are iterated
         if isinstance(inputs, (list, tuple)) and len(inputs) == 0:
             return []
         return super().__call__(inputs, instruction=instruction, **kwargs)
