@@ -79,6 +79,20 @@ class TestRoundTrip:
         model.save_pretrained(tmp_path)
         assert_same_weights(model, AutoModel.from_pretrained(tmp_path))
 
+    @pytest.mark.parametrize("variant", [None, "fp16"])
+    def test_saving_over_another_layout_leaves_no_old_weights(self, tmp_path, variant):
+        model = tiny.tiny_model()
+        for size in ("50GB", "200KB", "50GB"):
+            torch.nn.init.normal_(model.codebook.weight)
+            model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+            assert_same_weights(model, AutoModel.from_pretrained(tmp_path, variant=variant))
+
+    def test_index_beside_a_single_file_is_not_read(self, tmp_path):
+        model = tiny.tiny_model()
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+        assert_same_weights(model, AutoModel.from_pretrained(tmp_path))
+
     def test_attention_implementation_reaches_every_part(self, tmp_path):
         tiny.tiny_model().save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")

@@ -108,13 +108,19 @@ class LoadingMixin:
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         # TRL picks its loader by the second entry.
         self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}
-        return super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        saved = super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
+        if kwargs.get("is_main_process", True):
+            _remove_stale_weights(save_directory, kwargs.get("variant"))
+        return saved
 
 
 def _check_shards(folder: Any, kwargs: dict) -> None:
     """Raise where the index of a local checkpoint names files that are not there."""
     folder = Path(str(folder), kwargs.get("subfolder") or "")
     for index in folder.glob("*.safetensors.index*.json"):
+        variant = index.name.removeprefix("model.safetensors.index").removesuffix("json")  # "." or ".fp16."
+        if (folder / f"model{variant}safetensors").is_file():
+            continue  # loading prefers the one file
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [shard for shard in shards if not (folder / shard).is_file()]
         if missing:
@@ -122,6 +128,17 @@ def _check_shards(folder: Any, kwargs: dict) -> None:
                 f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {index.name} names: "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; copy or download them again."
             )
+
+
+def _remove_stale_weights(folder: Any, variant: str | None) -> None:
+    """Leave only what was saved last: transformers keeps the one file beside new shards, and would load it first."""
+    folder, dot = Path(str(folder)), f".{variant}." if variant else "."
+    single, index = folder / f"model{dot}safetensors", folder / f"model.safetensors.index{dot}json"
+    if single.is_file() and index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        # Saving one file removes the shards of the last time, but not their index.
+        stale = single if all((folder / shard).is_file() for shard in shards) else index
+        stale.unlink()
 
 
 def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
