@@ -3,11 +3,12 @@
 
 import pytest
 import torch
-from tiny import tiny_sam_config
-from transformers import SamModel
+from tiny import tiny_sam_config, tiny_vlm_config
+from transformers import AutoModelForImageTextToText, SamModel
 
+from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.hub.original_keys import convert_original_sam_state_dict, revert_to_original_state_dict
-from segcompass_hf.modeling_masks import SamMaskStage, valid_area
+from segcompass_hf.modeling_masks import SamMaskStage, positional_embeddings, valid_area
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,25 @@ def test_valid_area_by_hand(sizes, map_size, canvas, filled):
     expected = torch.zeros(1, 1, map_size, map_size, dtype=torch.bool)
     expected[..., : filled[0], : filled[1]] = True
     assert torch.equal(area, expected)
+
+
+def test_positions_stay_exact_in_autocast_and_next_to_bf16_weights(sam, tmp_path):
+    expected = sam.get_image_wide_positional_embeddings()
+    assert torch.equal(positional_embeddings(sam), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (sam.get_image_wide_positional_embeddings() - expected).abs().max() > 1e-3  # what it guards against
+        assert torch.equal(positional_embeddings(sam), expected)
+    sam.save_pretrained(tmp_path)
+    parts = SegCompassForReasoningSegmentation.from_pretrained_parts(
+        AutoModelForImageTextToText.from_config(tiny_vlm_config()),
+        str(tmp_path),
+        sae_config={"d_sae": 64},
+        d_slot=32,
+        slot_encoder_heads=4,
+        dtype="bfloat16",
+    )
+    assert parts.sam.mask_decoder.mask_tokens.weight.dtype == torch.bfloat16
+    assert torch.equal(positional_embeddings(parts.sam), expected)
 
 
 def test_valid_area_of_a_batch_and_of_this_sam(stage):

@@ -53,7 +53,9 @@ class LoadingMixin:
                 tokenizer = AutoTokenizer.from_pretrained(vlm)
             vlm = AutoModelForImageTextToText.from_pretrained(vlm, **load)
         if isinstance(sam, str) or hasattr(sam, "__fspath__"):
-            sam = SamModel.from_pretrained(sam, **load)
+            sam = SamModel.from_pretrained(sam)
+            if load and dtype != "auto":
+                _cast_sam(sam, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if isinstance(sae, str) or hasattr(sae, "__fspath__"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
@@ -112,6 +114,12 @@ class LoadingMixin:
         if kwargs.get("is_main_process", True):
             _remove_stale_weights(save_directory, kwargs.get("variant"))
         return saved
+
+
+def _cast_sam(sam: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast a SAM but for its positional matrices, as loading a whole checkpoint does: bf16 would break them."""
+    for name, parameter in sam.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if "positional_embedding" in name else dtype)
 
 
 def _check_shards(folder: Any, kwargs: dict) -> None:

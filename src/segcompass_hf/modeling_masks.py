@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Image -> SAM embeddings; heatmaps as mask prompts -> low-resolution masks (step 5 of the method)."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -38,6 +39,20 @@ def valid_area(reshaped_input_sizes: torch.Tensor, map_size: int | tuple[int, in
         filled = (sizes * side + canvas - 1) // canvas  # (batch_size,)
         inside.append(torch.arange(side, device=sizes.device) < filled[:, None])
     return (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+
+
+def positional_embeddings(sam: nn.Module) -> torch.Tensor:
+    """SAM's `get_image_wide_positional_embeddings`, `(1, channels, h, w)`, in float32 whatever the dtype around it.
+
+    The angles go through many turns: computed in bf16 (by autocast, or in a model cast to it) they are noise.
+    """
+    matrix = sam.shared_image_embedding.positional_embedding  # (2, channels / 2), a fixed random projection
+    side = sam.config.prompt_encoder_config.image_embedding_size
+    place = (torch.arange(side, device=matrix.device, dtype=torch.float32) + 0.5) / side * 2 - 1  # in (-1, 1)
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    with torch.autocast(matrix.device.type, enabled=False):
+        angles = 2 * math.pi * (torch.stack([x, y], dim=-1) @ matrix.float())  # (h, w, channels / 2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None]
 
 
 class SamMaskStage:
@@ -140,7 +155,7 @@ class SamMaskStage:
         sparse, dense = prompt_encoder(  # sparse is None with mask prompts alone
             input_points=None, input_labels=None, input_boxes=None, input_masks=prompts[:, None].to(dtype)
         )
-        positional = self.sam.get_image_wide_positional_embeddings()  # (1, channels, h, w), kept in float32
+        positional = positional_embeddings(self.sam)
         pred_masks, _ = mask_decoder(
             image_embeddings=image_embeddings.to(dtype),
             image_positional_embeddings=positional.to(dtype).expand(prompts.shape[0], -1, -1, -1),

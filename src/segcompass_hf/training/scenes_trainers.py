@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer
 
+from ..modeling_masks import positional_embeddings
 from .muon import MuonWithAdamW
 from .scenes_batches import ATTRIBUTES, CELLS, patch_labels
 
@@ -264,7 +265,7 @@ class MaskTrainer(RecipeTrainer):
         batch, objects = prompts.shape[:2]
         repeated = embeddings.repeat_interleave(objects, 0)
         sparse, dense = model.prompt_encoder(None, None, None, prompts.flatten(0, 1)[:, None])
-        position = model.get_image_wide_positional_embeddings().repeat(batch * objects, 1, 1, 1)
+        position = positional_embeddings(model).repeat(batch * objects, 1, 1, 1)
         masks = model.mask_decoder(
             image_embeddings=repeated,
             image_positional_embeddings=position,
