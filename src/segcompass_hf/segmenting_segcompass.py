@@ -91,7 +91,7 @@ class SegmentingMixin:
             [`SegCompassSegmentationOutput`]
 
         Raises:
-            ValueError: A prompt with padding on the right or with a completion, beam search, too few
+            ValueError: A prompt with padding on the right or with a completion, beam search or drafts, too few
                 `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
         """
         batch_size, prompt_length = input_ids.shape
@@ -202,11 +202,19 @@ class SegmentingMixin:
             kwargs.pop(name, None)
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("some prompts are padded on the right; segment() continues them: pad on the left.")
-        if kwargs.get("num_beams", 1) not in (None, 1):
+        config = kwargs.get("generation_config") or self.generation_config
+        num_beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        if num_beams != 1:
             raise ValueError(
-                f"num_beams={kwargs['num_beams']}: beams change places while they are written, so captured states "
-                "would belong to other beams; use greedy decoding or sampling."
+                f"num_beams={num_beams}: beams change places while they are written, so captured states would belong "
+                "to other beams; use greedy decoding or sampling."
             )
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
+                raise ValueError(
+                    f"{name} drafts tokens that may be rejected, so captured states would belong to other tokens; "
+                    "leave it out."
+                )
 
     def _end_token_ids(self, kwargs: dict) -> list[int]:
         """Ids that end an answer; the first is the one written."""
