@@ -1,6 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Generation: the format is guaranteed, states are captured without a second pass, broken weights are named."""
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -274,6 +276,17 @@ class TestRefusals:
         model.generation_config.num_beams = 3
         with pytest.raises(ValueError, match="num_beams=3"):
             model.segment(**inputs)
+
+    def test_sampling_asked_by_a_generation_config(self, monkeypatch):
+        _, inputs = prompts()
+        model, asked = tiny.tiny_model(), []
+        generate = model.vlm.generate
+        monkeypatch.setattr(model.vlm, "generate", lambda **kw: asked.append(kw["do_sample"]) or generate(**kw))
+        config = copy.deepcopy(model.generation_config)
+        config.do_sample = True
+        model.segment(**inputs, generation_config=config, max_new_tokens=12)
+        model.segment(**inputs, max_new_tokens=12)
+        assert asked == [True, False]
 
     def test_drafted_tokens(self):
         _, inputs = prompts()

@@ -85,7 +85,8 @@ class SegmentingMixin:
             interventions (*optional*): See [`ConceptIntervention`]; on concepts they change masks, on the residual
                 stream the reasoning too.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
-            kwargs: The VLM's inputs, and anything `generate` takes; greedy decoding unless `do_sample=True`.
+            kwargs: The VLM's inputs, and anything `generate` takes; greedy decoding unless `do_sample=True`, there
+                or in a `generation_config`.
 
         Returns:
             [`SegCompassSegmentationOutput`]
@@ -110,6 +111,7 @@ class SegmentingMixin:
         generator_inputs["logits_processor"] = [*processors, *(kwargs.get("logits_processor") or [])]
         if end_ids:
             generator_inputs["eos_token_id"] = end_ids
+        sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
         self.eval()  # in training mode gradient checkpointing would silently drop the cache
         try:
             with self._capture(interventions, attention_mask, self.modality_ids(input_ids)) as capture:
@@ -117,7 +119,7 @@ class SegmentingMixin:
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     max_new_tokens=max_new_tokens,
-                    **{"do_sample": False, "use_cache": True, **generator_inputs},
+                    **{"do_sample": sampling, "use_cache": True, **generator_inputs},
                 )
                 sequences = getattr(sequences, "sequences", sequences)
                 copies = sequences.shape[0] // batch_size
