@@ -413,6 +413,10 @@ class TestParts:
         with torch.no_grad():
             assert torch.equal(vlm(**inputs).logits, before)
 
+    def test_a_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="vlm names the folder"):
+            SegCompassForReasoningSegmentation.from_pretrained_parts(tmp_path / "nowhere", "org/sam")
+
     def test_from_folders(self, tmp_path):
         vlm, sam, sae = self.parts()
         tokenizer = tiny.tiny_tokenizer()

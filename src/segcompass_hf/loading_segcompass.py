@@ -44,19 +44,22 @@ class LoadingMixin:
                 as many embedding rows as it has tokens. Left out and `vlm` a path: that path's tokenizer.
             dtype (`torch.dtype` or `str`, *optional*): Of everything; the checkpoints' own when left out.
             config_kwargs: Further fields of [`SegCompassConfig`].
+
+        Raises:
+            FileNotFoundError: A part is named by a folder that does not exist.
         """
         load = {} if dtype is None else {"dtype": dtype}
         if tokenizer is None:
             tokenizer = getattr(processor, "tokenizer", processor)
-        if isinstance(vlm, str) or hasattr(vlm, "__fspath__"):
+        if _is_source(vlm, "vlm"):
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(vlm)
             vlm = AutoModelForImageTextToText.from_pretrained(vlm, **load)
-        if isinstance(sam, str) or hasattr(sam, "__fspath__"):
+        if _is_source(sam, "sam"):
             sam = SamModel.from_pretrained(sam)
             if load and dtype != "auto":
                 _cast_sam(sam, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-        if isinstance(sae, str) or hasattr(sae, "__fspath__"):
+        if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
             config_kwargs = {**add_tokens(tokenizer, vlm), **config_kwargs}
@@ -114,6 +117,17 @@ class LoadingMixin:
         if kwargs.get("is_main_process", True):
             _remove_stale_weights(save_directory, kwargs.get("variant"))
         return saved
+
+
+def _is_source(part: Any, name: str) -> bool:
+    """Whether a part is named (by a Hub id or folder) rather than given as a module; a missing folder is refused here,
+    where the message can name the part."""
+    if not isinstance(part, str) and not hasattr(part, "__fspath__"):
+        return False
+    text = str(part)
+    if (text.startswith((".", "/", "~")) or not isinstance(part, str)) and not Path(text).is_dir():
+        raise FileNotFoundError(f"{name} names the folder {text!r}, which does not exist; give a folder or a Hub id.")
+    return True
 
 
 def _cast_sam(sam: PreTrainedModel, dtype: torch.dtype) -> None:
