@@ -58,8 +58,9 @@ instruction had reference reasoning. No reinforcement learning. Unseen in traini
 shape (`test_combinations`), 4 of colour and shape (`test_pairs`), 11 forms of instruction (`test_compositions`), more
 than 7 objects (`test_crowded`).
 
-The committed recipe differs from the run that made these weights in one point: the loss that marks answers at the SAE
-layer was added at step 2,500 of the warm-up's 4,500; the recipe has it from the first.
+The committed recipe differs from the run that made these weights: the loss that marks answers at the SAE
+layer was added at step 2,500 of the warm-up's 4,500; the recipe has it from the first. SAM's positions were computed in
+bfloat16 under autocast in that run; now they are in float32, as in the figures below.
 
 """
 
