@@ -59,8 +59,8 @@ shape (`test_combinations`), 4 of colour and shape (`test_pairs`), 11 forms of i
 than 7 objects (`test_crowded`).
 
 The committed recipe differs from the run that made these weights: the loss that marks answers at the SAE
-layer was added at step 2,500 of the warm-up's 4,500; the recipe has it from the first. SAM's positions were computed in
-bfloat16 under autocast in that run; now they are in float32, as in the figures below.
+layer was added at step 2,500 of the warm-up's 4,500; the recipe has it from the first. SAM's positions were computed
+in bfloat16 under autocast in that run; now they are in float32, as in the figures below.
 
 """
 
