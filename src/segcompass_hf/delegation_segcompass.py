@@ -35,7 +35,10 @@ class VlmDelegationMixin:
         self.vlm.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.vlm.get_output_embeddings()
+        head = self.vlm.get_output_embeddings()
+        if head is not None and not hasattr(head, "bias"):
+            head.bias = None  # PEFT's wrapper for trained rows has only a weight; TRL's fused head reads both
+        return head
 
     def set_output_embeddings(self, value: nn.Module):
         self.vlm.set_output_embeddings(value)

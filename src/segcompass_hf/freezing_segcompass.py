@@ -79,7 +79,8 @@ def parameter_groups(
 ) -> list[dict]:
     """Optimizer groups with a learning rate per part of the model, and no weight decay where it would do harm.
 
-    Biases, norms and other vectors are not decayed, and neither are embedding weights of which only some rows train.
+    Biases, norms and other vectors are not decayed, and neither are embedding weights of which only some rows train
+    (in place, or as PEFT's `trainable_token_indices`).
 
     Args:
         model (`SegCompassForReasoningSegmentation`): Its trainable parameters are grouped.
@@ -103,6 +104,6 @@ def parameter_groups(
             continue
         prefix = max((p for p in factors if name.startswith(p)), key=len, default=None)
         rate = learning_rate * (1.0 if prefix is None else factors[prefix])
-        decays = parameter.ndim > 1 and id(parameter) not in row_weights
+        decays = parameter.ndim > 1 and id(parameter) not in row_weights and "trainable_tokens" not in name
         groups.setdefault((rate, weight_decay if decays else 0.0), []).append(parameter)
     return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]

@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """From parts or a folder to a model and back, without losing a weight on the way."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedM
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import ADDED_TOKENS
+from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
 
 logger = logging.get_logger(__name__)
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 class LoadingMixin:
@@ -88,11 +91,21 @@ class LoadingMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """Load a checkpoint; see `PreTrainedModel.from_pretrained`.
 
+        A bitsandbytes `quantization_config` that names no `llm_int8_skip_modules` quantises the language model's
+        decoder layers only: vision tower, projector, `lm_head`, SAE, heads and SAM keep their precision.
+
         Raises:
             FileNotFoundError: A shard of the checkpoint is missing.
             ValueError: The checkpoint lacks weights: they would be random, and so would the masks.
         """
         _check_shards(pretrained_model_name_or_path, kwargs)
+        quantization = kwargs.get("quantization_config")
+        if hasattr(quantization, "llm_int8_skip_modules") and quantization.llm_int8_skip_modules is None:
+            config = kwargs.get("config") or cls.config_class.from_pretrained(
+                pretrained_model_name_or_path, **{name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+            )
+            kwargs["quantization_config"] = copy.deepcopy(quantization)
+            kwargs["quantization_config"].llm_int8_skip_modules = full_precision_modules(config, cls)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing and kwargs.get("state_dict") is None:
@@ -161,6 +174,28 @@ def _remove_stale_weights(folder: Any, variant: str | None) -> None:
         # Saving one file removes the shards of the last time, but not their index.
         stale = single if all((folder / shard).is_file() for shard in shards) else index
         stale.unlink()
+
+
+def full_precision_modules(config: SegCompassConfig, model_class: type) -> list[str]:
+    """Names of the largest modules without a decoder layer of the language model: what quantising must skip.
+
+    Args:
+        config ([`SegCompassConfig`]): Of the composition.
+        model_class (`type`): Its class; built without memory, on the meta device.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    layers = decoder_layers(model.base_model)
+    names, parents = [], [("", model)]
+    while parents:
+        prefix, parent = parents.pop()
+        for name, child in parent.named_children():
+            holds_layers = any(module is layers for module in child.modules())
+            if holds_layers and child is not layers:
+                parents.append((f"{prefix}{name}.", child))
+            elif not holds_layers:
+                names.append(f"{prefix}{name}")
+    return sorted(names)
 
 
 def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:

@@ -114,7 +114,7 @@ class SlotMapper(nn.Module):
                 f"reference_states {tuple(reference_states.shape)}, slots {tuple(slots.shape)} and image_embeddings "
                 f"{tuple(image_embeddings.shape)} must agree in batch size, and the first two in the number of slots."
             )
-        dtype = self.fuse_proj.weight.dtype
+        dtype = self.fuse_norm.weight.dtype  # a quantised linear layer's weight would be uint8
         fused = torch.cat([reference_states.to(dtype), self.slot_proj(slots.to(dtype))], dim=-1)
         slot_states = F.silu(self.fuse_proj(self.fuse_norm(fused)))  # (batch_size, num_slots, hidden_size)
         confidence = F.silu(self.confidence_fc1(self.confidence_norm(slot_states)))

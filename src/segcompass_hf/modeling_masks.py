@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 PADDING_LOGIT = -50.0  # heatmap logit on the padded area, as the original feeds its prompt encoder
 
@@ -151,18 +152,22 @@ class SamMaskStage:
     def _decode_flat(self, image_embeddings: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Masks `(n, H, W)` of `n` prompts `(n, H, W)` over as many embeddings `(n, channels, h, w)`."""
         prompt_encoder, mask_decoder = self.sam.prompt_encoder, self.sam.mask_decoder
-        dtype = mask_decoder.mask_tokens.weight.dtype
         sparse, dense = prompt_encoder(  # sparse is None with mask prompts alone
-            input_points=None, input_labels=None, input_boxes=None, input_masks=prompts[:, None].to(dtype)
+            input_points=None,
+            input_labels=None,
+            input_boxes=None,
+            input_masks=prompts[:, None].to(prompt_encoder.mask_embed.conv1.weight.dtype),
         )
         positional = positional_embeddings(self.sam)
-        pred_masks, _ = mask_decoder(
-            image_embeddings=image_embeddings.to(dtype),
-            image_positional_embeddings=positional.to(dtype).expand(prompts.shape[0], -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )
+        dtype, cast = _one_dtype(mask_decoder)
+        inputs = {
+            "image_embeddings": image_embeddings.to(dtype),
+            "image_positional_embeddings": positional.to(dtype).expand(prompts.shape[0], -1, -1, -1),
+            "sparse_prompt_embeddings": sparse,
+            "dense_prompt_embeddings": dense.to(dtype),
+            "multimask_output": False,
+        }
+        pred_masks, _ = functional_call(mask_decoder, cast, kwargs=inputs) if cast else mask_decoder(**inputs)
         return pred_masks.reshape(prompts.shape)  # from (n, 1, 1, H, W)
 
     def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -185,3 +190,14 @@ class SamMaskStage:
         for name, parameter in self.sam.named_parameters():
             if name.startswith(unused) or (name.startswith(single_mask) and not name.startswith(f"{single_mask}0.")):
                 yield name, parameter
+
+
+def _one_dtype(module: nn.Module) -> tuple[torch.dtype, dict[str, torch.Tensor]]:
+    """The widest dtype of a module's weights, and by name those that must be cast to it: QLoRA trainers turn what
+    trains to bf16 and leave its frozen neighbours as they are."""
+    parameters = dict(module.named_parameters())
+    dtypes = {parameter.dtype for parameter in parameters.values()}
+    if len(dtypes) == 1:
+        return dtypes.pop(), {}
+    widest = max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+    return widest, {name: value.to(widest) for name, value in parameters.items() if value.dtype != widest}

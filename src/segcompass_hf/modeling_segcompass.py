@@ -165,6 +165,9 @@ class SegCompassForReasoningSegmentation(LoadingMixin, SegmentingMixin, VlmDeleg
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
         # The children hold copies: resizing the VLM's embeddings must show in what we save.
         config.vlm_config, config.sam_config, config.sae_config = self.vlm.config, self.sam.config, self.sae.config
+        # The VLM ties its rows itself; PEFT asks the whole model, and would train two sets of rows where it says no.
+        config.tie_word_embeddings = bool(getattr(self.vlm.config, "tie_word_embeddings", False))
+        self._tied_weights_keys = {f"vlm.{key}": f"vlm.{of}" for key, of in self.vlm.all_tied_weights_keys.items()}
         self.codebook = ConceptCodebook(config.sae_config.d_sae, config.d_slot)
         self.slot_encoder = SlotEncoder(config)
         sam_dim = config.sam_config.mask_decoder_config.hidden_size
