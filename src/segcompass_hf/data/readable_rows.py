@@ -1,0 +1,224 @@
+"""Data sets in the row schema whose damaged rows are named, counted, and skipped or fatal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers.utils import logging
+
+from ..images_segcompass import to_rgb_image
+from .schema import decode_masks
+
+logger = logging.get_logger(__name__)
+
+MAX_IN_A_ROW = 1000  # unreadable neighbours, after which the data set rather than a row is taken to be broken
+
+
+def is_image_dataset(dataset: Any) -> bool:
+    """Whether a `datasets` data set has an `image` or `images` column."""
+    names = getattr(dataset, "column_names", None) or []
+    return "image" in names or "images" in names
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Decode a row's images and masks in full.
+
+    Args:
+        row (`dict`): `image` or `images`, and where the row has them `masks`, `distractor_masks` and `ignore`: COCO
+            RLEs of the size of the image.
+
+    Raises:
+        ValueError, FileNotFoundError: With what is wrong.
+    """
+    images = row["images"] if row.get("images") is not None else [row.get("image")]
+    sizes = [to_rgb_image(image).size for image in images]
+    for column in ("masks", "distractor_masks", "ignore"):
+        rles = row.get(column)
+        if rles is None:
+            continue
+        try:
+            decode_masks([rles] if isinstance(rles, dict) else rles, sizes[0][::-1])
+        except Exception as error:
+            raise ValueError(f"{column}: {error}") from error
+
+
+class UnreadableLog:
+    """Names unreadable rows, once per process: as warnings and as lines of a file that all processes append to.
+
+    Args:
+        file (`str` or `Path`, *optional*): `.jsonl`, kept when training resumes.
+        name (`str`): of the data set, to tell those of one file apart.
+    """
+
+    def __init__(self, file: str | Path | None, name: str):
+        self.file, self.name = None if file is None else Path(file), name
+
+    def add(self, index: int, sample_id: Any, reason: str, action: str) -> None:
+        shown = f"row {index}" + (f" ({sample_id})" if sample_id is not None else "")
+        logger.warning(f"{self.name}: {shown} is unreadable and {action}: {reason}")
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            line = {"dataset": self.name, "index": index, "sample_id": sample_id, "reason": reason}
+            with open(self.file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")  # one small write in append mode: lines do not mix
+
+
+def count_unreadable(file: str | Path) -> int:
+    """Different unreadable rows that all processes, workers and starts of a run have listed in a file."""
+    if not Path(file).is_file():
+        return 0
+    found = set()
+    for line in Path(file).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a kill is written again when the row comes up again
+        found.add((row["dataset"], row["index"]))
+    return len(found)
+
+
+class ReadableRows(torch.utils.data.Dataset):
+    """A map-style data set without its unreadable rows: same length, each in turn the next readable one.
+
+    What takes an unreadable row's place depends on the data alone, so that every process, worker and repetition of an
+    index gets the same row: GRPO's groups stay groups and step counts stay aligned.
+
+    Args:
+        dataset (`datasets.Dataset`): in the row schema, see `check_row` for what is read.
+        on_unreadable (`str`, *optional*, defaults to `"skip"`): `"skip"` or `"error"`.
+        log_file (`str` or `Path`, *optional*): `.jsonl` to list them in: index, `sample_id`, reason.
+        name (`str`, *optional*, defaults to `"rows"`): of the data set, in messages.
+
+    Raises:
+        RuntimeError: All rows, or a thousand in a row, are unreadable.
+        ValueError: A row is, and `on_unreadable="error"`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        on_unreadable: Literal["skip", "error"] = "skip",
+        log_file: str | Path | None = None,
+        name: str = "rows",
+    ):
+        if on_unreadable not in ("skip", "error"):
+            raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
+        self.dataset, self.on_unreadable, self.log = dataset, on_unreadable, UnreadableLog(log_file, name)
+        self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, seen by all workers
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_unreadable(self) -> int:
+        """Unreadable rows met so far by this process and its data loader workers."""
+        return int(self.known.sum())
+
+    @property
+    def column_names(self) -> list[str]:
+        return self.dataset.column_names
+
+    @property
+    def features(self) -> Any:
+        return self.dataset.features
+
+    def set_epoch(self, epoch: int) -> None:
+        """Passed on to a data set that has epochs."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        size = len(self.dataset)
+        if not -size <= index < size:
+            raise IndexError(f"row {index} of {size}.")
+        tried = min(size, MAX_IN_A_ROW)
+        for offset in range(tried):
+            row = self._read((index + offset) % size)
+            if row is not None:
+                return row
+        raise RuntimeError(
+            f"{self.log.name}: {tried} of {size} rows in a row are unreadable, from row {index % size}; the reasons "
+            f"are in the warnings before{'' if self.log.file is None else f' and in {self.log.file}'}. Is the folder "
+            "of images in place?"
+        )
+
+    def _read(self, index: int) -> dict[str, Any] | None:
+        if self.known[index]:
+            return None
+        try:
+            row = self.dataset[index]
+            check_row(row)
+            return row
+        except MemoryError:
+            raise
+        except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
+            reason = f"{type(error).__name__}: {error}"
+            if self.on_unreadable == "error":
+                self.log.add(index, self._sample_id(index), reason, "training stops")
+                raise ValueError(
+                    f"{self.log.name}: row {index} ({self._sample_id(index)}) is unreadable: {reason}. Repair or "
+                    'remove it, or skip such rows with unreadable_rows="skip".'
+                ) from error
+            self.known[index] = 1
+            self.log.add(index, self._sample_id(index), reason, "skipped")
+            return None
+
+    def _sample_id(self, index: int) -> str | None:
+        """Read without the image, which may be what fails."""
+        if "sample_id" not in (getattr(self.dataset, "column_names", None) or []):
+            return None
+        return self.dataset.with_format(None).select_columns(["sample_id"])[index]["sample_id"]
+
+
+def readable_stream(
+    dataset: Any,
+    on_unreadable: Literal["skip", "error"] = "skip",
+    log_file: str | Path | None = None,
+    name: str = "rows",
+) -> Any:
+    """The same for a `datasets.IterableDataset`, which stays one: unreadable rows drop out of the stream.
+
+    Args: as [`ReadableRows`]; rows are numbered in the order in which they come.
+    """
+    import datasets
+
+    if on_unreadable not in ("skip", "error"):
+        raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
+    features = dataset.features
+    images = [key for key, value in (features or {}).items() if isinstance(value, datasets.Image)]
+    encoded = dataset
+    for key in images:
+        encoded = encoded.cast_column(key, datasets.Image(decode=False))
+    readable = encoded.filter(_StreamCheck(on_unreadable, UnreadableLog(log_file, name)), with_indices=True)
+    for key in images:
+        readable = readable.cast_column(key, features[key])
+    return readable
+
+
+class _StreamCheck:
+    """Filter of a stream whose images come as undecoded `{"bytes", "path"}`."""
+
+    def __init__(self, on_unreadable: str, log: UnreadableLog):
+        self.on_unreadable, self.log, self.in_a_row = on_unreadable, log, 0
+
+    def __call__(self, row: dict[str, Any], index: int) -> bool:
+        try:
+            check_row(row)
+        except MemoryError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self.in_a_row += 1
+            fatal = self.on_unreadable == "error" or self.in_a_row >= MAX_IN_A_ROW
+            self.log.add(index, row.get("sample_id"), reason, "training stops" if fatal else "skipped")
+            if fatal:
+                raise ValueError(
+                    f"{self.log.name}: row {index} ({row.get('sample_id')}) is unreadable: {reason}"
+                    + (f"; so are the {self.in_a_row - 1} before it." if self.on_unreadable != "error" else ".")
+                ) from error
+            return False
+        self.in_a_row = 0
+        return True
