@@ -1,6 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """What generation, Trainer and TRL ask of a model is answered by the VLM inside ours."""
 
+import copy
+
 from torch import nn
 
 
@@ -55,8 +57,13 @@ class VlmDelegationMixin:
             kwargs.pop(name, None)  # the processor makes them for the masks; text needs none
         config = kwargs.get("generation_config") or self.generation_config
         chosen = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []
-        suppressed = sorted({*chosen, *self.vision_token_ids})
-        return self.vlm.generate(*args, suppress_tokens=suppressed or None, **kwargs)
+        suppressed = sorted({*chosen, *self.vision_token_ids}) or None
+        if "generation_config" in kwargs:  # mixed with single settings, transformers warns on every call
+            kwargs["generation_config"] = copy.deepcopy(config)
+            kwargs["generation_config"].suppress_tokens = suppressed
+        else:
+            kwargs["suppress_tokens"] = suppressed
+        return self.vlm.generate(*args, **kwargs)
 
     @property
     def vision_token_ids(self) -> list[int]:
