@@ -29,19 +29,24 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
     model.sam.mask_decoder.requires_grad_(True)
     for _, parameter in model.mask_stage.unused_parameters():
         parameter.requires_grad_(False)
-    _train_token_rows(model, train_token_rows)
+    config = model.config
+    ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
+    train_rows(model, train_token_rows, ids)
 
 
-def _train_token_rows(model: nn.Module, train_token_rows: str) -> None:
-    """Let gradients reach the embedding rows of the added tokens only.
+def train_rows(model: nn.Module, train_token_rows: str, ids: list[int]) -> None:
+    """Let gradients reach only the embedding rows of given tokens.
 
     The weights themselves stay whole parameters, because TRL's fused head, vLLM and `save_pretrained` read them; a
     hook zeroes the gradient of every other row. Weight decay would shrink those too: `parameter_groups` exempts them.
+
+    Args:
+        model (`PreTrainedModel`): A VLM or `SegCompassForReasoningSegmentation`, whose embeddings are frozen.
+        train_token_rows (`str`): `"head"`, `"none"` or `"both"`.
+        ids (`list[int]`): The rows.
     """
     for handle in model.__dict__.pop("_token_row_handles", []):
         handle.remove()
-    config = model.config
-    ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
     if train_token_rows == "none" or not ids:
         return
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()

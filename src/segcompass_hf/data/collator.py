@@ -1,0 +1,188 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Rows of any data set in the row schema -> inputs of the model, for training and for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.utils.data import get_worker_info
+from transformers import BatchFeature
+
+from ..images_segcompass import to_rgb_image
+from .schema import decode_mask, decode_masks
+
+MAX_WORKERS = 64  # data loader workers that count apart; beyond that two share a counter
+
+
+@dataclass
+class SegmentationCollator:
+    """Collates rows for `model.forward`, or with `with_reasoning=False` for `model.segment`.
+
+    Images may be PIL images, paths, arrays, or what `datasets.Image(decode=False)` gives (`{"bytes", "path"}`).
+
+    A row without reference reasoning (real referring data has none) still gets an answer, with an empty think block,
+    so that its `<REF_POS>` states and masks can be trained. `missing_reasoning` says what its language loss sees:
+
+    - `"format"`: the opening tag, the `<REF_POS>` tokens and the end, but not the closing tag. Predicting that one
+      right behind the opening tag is what would teach the model not to think.
+    - `"empty"`: all of it; the model learns to answer such data without thinking.
+    - `"skip"`: nothing of that row.
+
+    For evaluation (`with_reasoning=False`) the batch also holds `references`: per row a `dict` with `sample_id`,
+    `kind`, `source`, `masks` `(n, H, W)` bool of all objects at the image's size, and `ignore` `(H, W)` or `None`.
+    Take it out before calling the model.
+
+    Args:
+        processor (`SegCompassProcessor`): Makes the inputs.
+        overflow (`str`, defaults to `"drop"`): More objects than slots: `"drop"` the smallest, and count them;
+            `"merge"` the smallest into one mask (evaluation, where every pixel counts); `"error"`.
+        missing_reasoning (`str`, defaults to `"format"`): See above.
+        inputs (`str`, defaults to `"segmentation"`): `"language"` leaves out SAM's image (warm-up).
+        with_reasoning (`bool`, defaults to `True`): Append the reference answers, with `labels`.
+        with_masks (`bool`, defaults to `True`): Add `mask_labels` and `num_objects`.
+        extra (`Callable`, *optional*): Called with the rows, their images and the batch; returns further entries.
+
+    Example:
+
+    ```python
+    >>> collator = SegmentationCollator(processor)  # doctest: +SKIP
+    >>> model(**collator(rows)).loss  # doctest: +SKIP
+    ```
+    """
+
+    processor: Any
+    overflow: Literal["drop", "merge", "error"] = "drop"
+    missing_reasoning: Literal["format", "empty", "skip"] = "format"
+    inputs: Literal["segmentation", "language"] = "segmentation"
+    with_reasoning: bool = True
+    with_masks: bool = True
+    extra: Callable[[Sequence[dict], list, BatchFeature], dict[str, Any]] | None = None
+
+    def __post_init__(self):
+        choices = {
+            "overflow": ("drop", "merge", "error"),
+            "missing_reasoning": ("format", "empty", "skip"),
+            "inputs": ("segmentation", "language"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not known; expected one of {known}.")
+        # Shared memory: what data loader workers count, each in a row of its own, the main process can read.
+        self._dropped = torch.zeros(1 + MAX_WORKERS, 2, dtype=torch.long).share_memory_()
+
+    @classmethod
+    def for_evaluation(cls, processor: Any, **kwargs) -> SegmentationCollator:
+        """Prompts for `model.segment`, and `references` with every object of every row."""
+        return cls(processor, **({"overflow": "merge", "with_reasoning": False, "with_masks": False} | kwargs))
+
+    @property
+    def dropped_objects(self) -> int:
+        """Objects left out because their row has more than the model has slots, in all rows collated so far."""
+        return int(self._dropped[:, 0].sum())
+
+    @property
+    def overfull_rows(self) -> int:
+        """Rows with such objects. Rows that are collated again (epochs, batches skipped on resume) count again."""
+        return int(self._dropped[:, 1].sum())
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> BatchFeature:
+        """Collate.
+
+        Args:
+            rows (`Sequence[dict]`): In the row schema; `image` and `instruction` are needed, `masks` with
+                `with_masks` and in evaluation.
+
+        Returns:
+            `BatchFeature`: what `SegCompassProcessor` returns, see there.
+
+        Raises:
+            ValueError: an image or mask cannot be read, or a row has too many objects with `overflow="error"`; the
+                message starts with the row's `sample_id`.
+        """
+        if not rows:
+            raise ValueError("there are no rows to collate.")
+        images = [_of_row(row, to_rgb_image, row["image"]) for row in rows]
+        needs_masks = self.with_masks or not self.with_reasoning
+        sizes = [(image.height, image.width) for image in images]
+        masks = None
+        if needs_masks:
+            masks = [_of_row(row, decode_masks, row["masks"], size) for row, size in zip(rows, sizes, strict=True)]
+        if self.with_masks:
+            for row, objects in zip(rows, masks, strict=True):
+                self._count_overflow(row, len(objects))
+        batch = self._inputs(rows, images, masks if self.with_masks else None)
+        if self.with_reasoning:
+            self._mask_missing_reasoning(rows, batch)
+        else:
+            batch["references"] = [_reference(row, objects) for row, objects in zip(rows, masks, strict=True)]
+        if self.extra is not None:
+            batch.update(self.extra(rows, images, batch))
+        return batch
+
+    def _inputs(self, rows: Sequence[dict[str, Any]], images: list, masks: list | None) -> BatchFeature:
+        reasonings = [row.get("reasoning") or "" for row in rows] if self.with_reasoning else None
+        instructions = [row["instruction"] for row in rows]
+        if self.inputs == "segmentation":
+            return self.processor(
+                images=images, instruction=instructions, reasoning=reasonings, masks=masks, overflow=self.overflow
+            )
+        return language_inputs(self.processor, images, instructions, reasonings)
+
+    def _count_overflow(self, row: dict[str, Any], num_objects: int) -> None:
+        extra = num_objects - self.processor.num_slots
+        if extra <= 0:
+            return
+        if self.overflow == "error":
+            raise ValueError(
+                f"sample {row.get('sample_id')!r} has {num_objects} target objects but the model has "
+                f'{self.processor.num_slots} slots; pass overflow="drop" or "merge", or use a model with more slots.'
+            )
+        if self.overflow == "drop":
+            worker = get_worker_info()
+            self._dropped[0 if worker is None else 1 + worker.id % MAX_WORKERS] += torch.tensor([extra, 1])
+
+    def _mask_missing_reasoning(self, rows: Sequence[dict[str, Any]], batch: BatchFeature) -> None:
+        if self.missing_reasoning == "empty":
+            return
+        for index, row in enumerate(rows):
+            if not (row.get("reasoning") or "").strip():
+                labels = batch["labels"][index]
+                hidden = labels == self.processor.think_end_token_id if self.missing_reasoning == "format" else ...
+                labels[hidden] = -100
+
+
+def language_inputs(
+    processor: Any, images: list, instructions: list[str], reasonings: list[str] | None = None
+) -> BatchFeature:
+    """The VLM's own inputs, with reference answers if given, without the work of SAM's image processor.
+
+    Args:
+        processor (`SegCompassProcessor`): Makes them.
+        images (`list`): One per row.
+        instructions (`list[str]`): One per row.
+        reasonings (`list[str]`, *optional*): Append the answers: adds `completion_mask` and `labels`.
+    """
+    prompts = [processor.build_prompt(instruction) for instruction in instructions]
+    batch = processor(
+        images=[[image] for image in images], text=prompts, return_tensors="pt", padding=True, padding_side="left"
+    )
+    if reasonings is not None:
+        batch.update(processor._append_completions(batch, reasonings))
+    return batch
+
+
+def _reference(row: dict[str, Any], masks: Any) -> dict[str, Any]:
+    ignore = row.get("ignore")
+    reference = {name: row.get(name) for name in ("sample_id", "kind", "source")}
+    return {**reference, "masks": masks, "ignore": None if ignore is None else _of_row(row, decode_mask, ignore)}
+
+
+def _of_row(row: dict[str, Any], function: Callable, *args) -> Any:
+    """`function(*args)`, whose errors name the row."""
+    try:
+        return function(*args)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"sample {row.get('sample_id')!r}: {error}") from error

@@ -1,0 +1,54 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Greedy segmentation of rows with the model's own reasoning, scored at the images' size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..data.collator import SegmentationCollator
+from ..metrics.segmentation import SampleScore, metrics_of_scores, score_sample
+
+
+class ScoredRow(NamedTuple):
+    """What a row's segmentation came to: its id, pixel counts, and how many slots were kept."""
+
+    sample_id: str | None
+    score: SampleScore
+    kept_slots: int
+
+
+@torch.no_grad()
+def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8, **segment_kwargs) -> list[ScoredRow]:
+    """Segment rows greedily, as a user would, and compare with every object of every row.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): Is left in the mode (training or not) it is in.
+        processor (`SegCompassProcessor`): Its processor.
+        rows (sequence of `dict`): In the row schema.
+        batch_size (`int`, defaults to 8): Rows at a time.
+        segment_kwargs: For `model.segment`, such as `max_new_tokens`.
+
+    Returns:
+        `list[ScoredRow]`: in the order of the rows.
+    """
+    collator = SegmentationCollator.for_evaluation(processor)
+    scored = []
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        references = batch.pop("references")
+        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        output = model.segment(**inputs, **segment_kwargs)
+        results = processor.post_process_segmentation(output, batch["original_sizes"], batch["reshaped_input_sizes"])
+        for reference, result in zip(references, results, strict=True):
+            score = score_sample(result["masks"].numpy(), reference["masks"], reference["ignore"])
+            scored.append(ScoredRow(reference["sample_id"], score, len(result["masks"])))
+    return scored
+
+
+def segmentation_report(scored: Sequence[ScoredRow]) -> dict[str, float]:
+    """gIoU, cIoU, N-acc and T-acc in [0, 1], and the mean of `kept_slots`."""
+    figures = metrics_of_scores(row.score for row in scored)
+    return {**figures, "kept_slots": sum(row.kept_slots for row in scored) / len(scored)}
