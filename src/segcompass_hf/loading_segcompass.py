@@ -99,14 +99,13 @@ class LoadingMixin:
             ValueError: The checkpoint lacks weights: they would be random, and so would the masks.
         """
         _check_shards(pretrained_model_name_or_path, kwargs)
-        quantization = kwargs.get("quantization_config")
-        if hasattr(quantization, "llm_int8_skip_modules") and quantization.llm_int8_skip_modules is None:
-            config = kwargs.get("config") or cls.config_class.from_pretrained(
-                pretrained_model_name_or_path, **{name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-            )
-            kwargs["quantization_config"] = copy.deepcopy(quantization)
-            kwargs["quantization_config"].llm_int8_skip_modules = full_precision_modules(config, cls)
+        _fill_skip_list(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes repacks 4-bit weights at the first evaluation on such a CPU, and from then on computes
+                # in bf16 and passes no gradient: training would go on without the layers below.
+                module.support_avx512bf16_for_cpu = False
         missing = sorted(info["missing_keys"])
         if missing and kwargs.get("state_dict") is None:
             raise ValueError(
@@ -174,6 +173,17 @@ def _remove_stale_weights(folder: Any, variant: str | None) -> None:
         # Saving one file removes the shards of the last time, but not their index.
         stale = single if all((folder / shard).is_file() for shard in shards) else index
         stale.unlink()
+
+
+def _fill_skip_list(cls: type, source: Any, kwargs: dict) -> None:
+    """Where a bitsandbytes configuration does not say what to leave alone, put a copy that does into `kwargs`."""
+    quantization = kwargs.get("quantization_config")
+    if getattr(quantization, "llm_int8_skip_modules", ()) is not None:
+        return
+    hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    config = kwargs.get("config") or cls.config_class.from_pretrained(source, **hub)
+    kwargs["quantization_config"] = copy.deepcopy(quantization)
+    kwargs["quantization_config"].llm_int8_skip_modules = full_precision_modules(config, cls)
 
 
 def full_precision_modules(config: SegCompassConfig, model_class: type) -> list[str]:
