@@ -18,6 +18,7 @@ from .configuration_segcompass import SegCompassSaeConfig
 
 JUMPRELU_BANDWIDTH = 0.05  # width of the window around a threshold in which it receives a gradient
 BATCHTOPK_THRESHOLD_MOMENTUM = 0.99  # of the running threshold that replaces batch top-k outside training
+AUXILIARY_COEFFICIENT = 1 / 32  # of the dead features' loss, as in Gao et al. 2024
 LAYER_NORM_EPS = 1e-5
 
 
@@ -26,15 +27,17 @@ class SegCompassSaeOutput(ModelOutput):
     """Output of [`SegCompassSae`].
 
     Args:
-        loss (`torch.Tensor` of shape `()`): `mse_loss + l1_coefficient * sparsity_loss` (+ `auxiliary_loss`).
+        loss (`torch.Tensor` of shape `()`): `mse_loss + l1_coefficient * sparsity_loss` (+ `auxiliary_loss`, for
+            top-k times 1/32).
         reconstruction (`torch.Tensor` of shape `(..., d_in)`): In the space of the input; zero where masked.
         feature_acts (`torch.Tensor` of shape `(..., d_sae)`): Feature activations; zero where masked.
         mse_loss (`torch.Tensor` of shape `()`): Squared error summed over `d_in`, mean over the tokens, measured
             after the input normalisation.
         sparsity_loss (`torch.Tensor` of shape `()`): Mean over the tokens of the decoder-weighted L1 norm (standard,
             gated) or of the number of active features (JumpReLU); 0 for top-k, which needs none.
-        auxiliary_loss (`torch.Tensor` of shape `()`, *optional*): Gated only: squared error of the gate's own
-            reconstruction.
+        auxiliary_loss (`torch.Tensor` of shape `()`, *optional*): Gated: squared error of the gate's own
+            reconstruction. Top-k and batch top-k with `dead_features`: squared error with which dead features rebuild
+            what the living ones miss.
     """
 
     loss: torch.Tensor | None = None
@@ -163,6 +166,14 @@ class SegCompassSae(PreTrainedModel):
             init.constant_(module.threshold, 0.01)
 
     @property
+    def takes_top_k(self) -> bool:
+        """Whether features compete for `config.k` places."""
+        config = self.config
+        return config.architecture in ("topk", "batchtopk") or (
+            config.architecture == "standard" and config.activation == "topk"
+        )
+
+    @property
     def decoder_directions(self) -> torch.Tensor:
         """What each feature writes, as unit vectors of shape `(d_sae, d_in)` in the normalised space."""
         return F.normalize(self.W_dec, dim=-1)
@@ -249,16 +260,22 @@ class SegCompassSae(PreTrainedModel):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         modality_ids: torch.Tensor | None = None,
+        dead_features: torch.Tensor | None = None,
     ) -> SegCompassSaeOutput:
         """Reconstruct hidden states and compute the SAE's training loss over the unmasked tokens.
 
-        For `standard` it is the paper's: `||x - x'||^2 + l1_coefficient * sum_j h_j ||W_dec,j||`, averaged.
+        For `standard` it is the paper's: `||x - x'||^2 + l1_coefficient * sum_j h_j ||W_dec,j||`, averaged. For top-k
+        and batch top-k, which give no gradient to features that never are among the largest, `dead_features` adds the
+        auxiliary loss of Gao et al. 2024 (arXiv 2406.04093, appendix A.2): the `d_in / 2` largest dead features of
+        each token rebuild the error `x - x'`.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(..., d_in)`): Hidden states of the VLM.
             attention_mask (`torch.Tensor` of shape `(...)`, *optional*): 1 for tokens that count; the others are never
                 encoded.
             modality_ids (`torch.LongTensor` of shape `(...)`, *optional*): 0 text, 1 image; for `per_modality`.
+            dead_features (`torch.BoolTensor` of shape `(d_sae,)`, *optional*): Features that have not fired for long;
+                read by the top-k architectures only.
 
         Raises:
             ValueError: No token counts.
@@ -281,8 +298,13 @@ class SegCompassSae(PreTrainedModel):
         mse_loss = (reconstruction - normalized).pow(2).sum(-1).mean()
         sparsity_loss, auxiliary_loss = self._penalties(pre_activations, feature_acts, normalized)
         loss = mse_loss + self.config.l1_coefficient * sparsity_loss
+        if auxiliary_loss is not None:
+            loss = loss + auxiliary_loss
+        elif self.takes_top_k and dead_features is not None:
+            auxiliary_loss = self._dead_feature_loss(pre_activations, normalized - reconstruction, dead_features)
+            loss = loss + AUXILIARY_COEFFICIENT * auxiliary_loss
         return SegCompassSaeOutput(
-            loss=loss if auxiliary_loss is None else loss + auxiliary_loss,
+            loss=loss,
             reconstruction=_scatter(normalization.undo(reconstruction), keep),
             feature_acts=_scatter(feature_acts, keep),
             mse_loss=mse_loss,
@@ -301,7 +323,7 @@ class SegCompassSae(PreTrainedModel):
                 features would change.
         """
         architecture, activation = self.config.architecture, self.config.activation
-        if architecture in ("topk", "batchtopk") or (architecture == "standard" and activation != "relu"):
+        if self.takes_top_k or (architecture == "standard" and activation != "relu"):
             raise ValueError(
                 f"decoder norms of architecture={architecture!r} with activation={activation!r} cannot be folded "
                 "without changing its features; only standard with relu, gated and jumprelu can."
@@ -373,7 +395,7 @@ class SegCompassSae(PreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sparsity and auxiliary losses of the architecture, both `()`."""
         architecture = self.config.architecture
-        if architecture in ("topk", "batchtopk") or (architecture == "standard" and self.config.activation == "topk"):
+        if self.takes_top_k:
             return feature_acts.new_zeros(()), None
         if architecture == "jumprelu":
             return _Step.apply(pre_activations, self.threshold).sum(-1).mean(), None
@@ -384,6 +406,17 @@ class SegCompassSae(PreTrainedModel):
         # Through a frozen copy of the decoder, which would else learn to make up for the gate's shrunken values.
         reconstruction = F.linear(gate, self.W_dec.detach().T, self.b_dec.detach())
         return (gate * decoder_norm).sum(-1).mean(), (reconstruction - normalized).pow(2).sum(-1).mean()
+
+    def _dead_feature_loss(
+        self, pre_activations: torch.Tensor, error: torch.Tensor, dead_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Squared error, `()`, with which the largest dead features of each token rebuild `error` `(tokens, d_in)`."""
+        dead = dead_features.nonzero().squeeze(1)  # (num_dead,)
+        if dead.numel() == 0:
+            return error.new_zeros(())
+        feature_acts = _keep_top_k(pre_activations[:, dead], min(dead.numel(), max(1, self.config.d_in // 2)))
+        rebuilt = feature_acts @ self.W_dec[dead]  # (tokens, d_in), without bias: an error has no mean to add
+        return (rebuilt - error.detach()).pow(2).sum(-1).mean()
 
 
 def _scatter(rows: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
