@@ -1,1 +1,32 @@
-"""Training: the recipe that makes the bundled checkpoint."""
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training, stage by stage: warm-up, SAE, supervised segmentation, joint training with reinforcement.
+
+Each name is loaded when first used, so that an SAE can be trained where TRL is not installed. The modules `scenes_*`
+are the recipe that made the bundled checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "SegCompassGRPOConfig": "grpo_config",
+    "SegCompassGRPOTrainer": "grpo_trainer",
+    "format_reward": "rewards",
+    "mask_reward": "rewards",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -40,7 +40,10 @@ class JointOutput(FusedCausalLMOutput):
 def add_joint_forward(
     model: nn.Module, temperature: float, cast_to_fp32: bool, reference: Callable | None = None
 ) -> None:
-    """Let `model(..., fused_lm_head=True, segmentation=...)` return a [`JointOutput`]; other calls stay as they were.
+    """Let `model(..., labels=..., fused_lm_head=True)` return a [`JointOutput`]; other calls stay as they were.
+
+    With `segmentation=` (targets, see `SegCompassGRPOTrainer._compute_loss`) it holds the segmentation losses and the
+    reference's log-probabilities; without, the policy's log-probabilities alone.
 
     Call it after TRL's `add_fused_lm_head`. The outputs are returned, not kept on the module: DistributedDataParallel
     finds the parameters in use by walking from what is returned.
@@ -55,8 +58,8 @@ def add_joint_forward(
 
     # Keeps the signature: `generate` and PEFT look at it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, segmentation: dict | None = None, **kwargs):
-        if segmentation is None:
+    def forward(self, *args, fused_lm_head: bool = False, segmentation: dict | None = None, **kwargs):
+        if not fused_lm_head:
             return other_forward(*args, **kwargs)
         return _joint_forward(self, head, reference, segmentation, **kwargs)
 
@@ -67,15 +70,18 @@ def _joint_forward(
     model: nn.Module,
     head: FusedHead,
     reference: Callable | None,
-    segmentation: dict[str, Any],
+    segmentation: dict[str, Any] | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
-    fused_lm_head: bool = True,
     **vlm_inputs,
 ) -> JointOutput:
-    completion_mask = segmentation["completion_mask"]
-    labels = labels[:, -completion_mask.shape[1] - 1 :]  # only the completion is scored
+    # Only the completion is scored: its labels, and the token before them.
+    if segmentation is None:
+        reference = None
+        labels = labels[:, max(int((labels != -100).any(0).long().argmax()) - 1, 0) :]
+    else:
+        labels = labels[:, -segmentation["completion_mask"].shape[1] - 1 :]
     vlm_inputs = model._with_positions({"attention_mask": attention_mask, **vlm_inputs})
     layer = model.config.sae_layer
     trace = LayerTrace(model.base_model, layer) if reference is not None else nullcontext()
@@ -85,6 +91,8 @@ def _joint_forward(
     layer_states, last_states = capture.states()
     scored = head(last_states[:, -labels.shape[1] :], labels)
     output = JointOutput(loss=scored.loss, log_probs=scored.log_probs, entropy=scored.entropy)
+    if segmentation is None:
+        return output
     if reference is not None:
         output.ref_log_probs = reference(trace, labels)
     losses = _segmentation(model, layer_states, last_states, input_ids, attention_mask, segmentation, vlm_inputs)

@@ -137,11 +137,10 @@ def rollout_metrics(
         wanted = (column["mask_labels"][: column["num_objects"]] > 0.5).any(0) & column["valid_area"]
         union = int((predicted | wanted).sum())
         ious.append(int((predicted & wanted).sum()) / union if union else 1.0)
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
-    formed = sum(is_well_formed(text, column["num_slots"]) for text, column in zip(texts, columns, strict=True))
+    formed = sum(is_well_formed(text, column["num_slots"]) for text, column in zip(completions, columns, strict=True))
     return {
         "segmentation/giou": (sum(ious), len(ious)),
         "segmentation/kept_slots": (float(kept_slots), len(ious)),
         "segmentation/dropped_objects": (float(sum(targets.num_dropped)), len(ious)),
-        "format_share": (float(formed), len(texts)),
+        "format_share": (float(formed), len(columns)),
     }

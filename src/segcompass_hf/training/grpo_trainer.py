@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +16,10 @@ from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 
-from ..data.readable_rows import readable_rows
 from ..generation_segcompass import HiddenStateCapture, run_last_token
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
+from .adapters import check_peft_config, restore_head_precision
 from .grpo_config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .grpo_forward import JointCall, add_joint_forward
 from .grpo_rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
@@ -25,6 +27,8 @@ from .grpo_targets import prompt_of, segmentation_targets
 from .reference_policy import AdapterFreeReference, ReferencePolicy
 from .rewards import format_reward, mask_reward
 from .robust import RobustTrainerMixin
+from .sample_pictures import SamplePictureLogger, picture_sample
+from .vllm_rollouts import vllm_rollouts
 
 
 class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
@@ -91,32 +95,41 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             )
         if processing_class is None:
             processing_class = SegCompassProcessor.from_pretrained(core.config.name_or_path)
-        if core is model and peft_config is None:
+        if peft_config is not None:
+            check_peft_config(core, peft_config)
+        elif core is model:
             _freeze(core, args)
         if reward_funcs is None:
             reward_funcs = [format_reward, mask_reward]
             args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
         self._joint_call: JointCall | None = None
         self._rollouts: RolloutMasks | None = None
-        # TRL would load a whole second model as reference; ours shares what is frozen.
-        beta, args.beta = args.beta, 0.0
+        beta = args.beta
+        if core is model and peft_config is None:
+            args.beta = 0.0  # TRL would load a whole second model as reference; ours shares what is frozen
         try:
-            super().__init__(
-                model,
-                reward_funcs,
-                args=args,
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-                **kwargs,
-            )
+            with vllm_rollouts(Path(args.output_dir) / "vllm") if args.use_vllm else nullcontext():
+                super().__init__(
+                    model,
+                    reward_funcs,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    peft_config=peft_config,
+                    **kwargs,
+                )
         finally:
             args.beta = beta
         self.beta = beta
-        # Image files are read here, row by row, so that a broken one costs one row and not the run.
-        self.train_dataset = readable_rows(self.train_dataset, args.unreadable_rows, args.output_dir)
-        self.model_accepts_loss_kwargs = False
+        if getattr(core, "is_quantized", False):
+            restore_head_precision(self.model)
+        self.pictures = SamplePictureLogger(
+            Path(args.output_dir) / "samples",
+            args.sample_pictures_steps,
+            args.num_sample_pictures,
+            self.callback_handler.callbacks,
+        )
         add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
 
     # The parts.
@@ -241,8 +254,19 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         for name, (total, count) in zip(sums, self.accelerator.reduce(totals, "sum").tolist(), strict=True):
             self._metrics[mode][name].append(total / count if count else float("nan"))
 
-    def _log_pictures(self, inputs, completions, rewards) -> None:
-        pass
+    def _log_pictures(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
+        """Pictures of this process's first groups, one completion each; `rewards` are those of all processes."""
+        if not self.model.training or not self.pictures.wants(self.state.global_step):
+            return
+        targets, first = self._rollouts.targets, self.accelerator.process_index * len(inputs)
+
+        def samples():
+            for row in range(0, len(inputs), self.num_generations):
+                scores = dict(zip(self.reward_func_names, rewards[first + row].tolist(), strict=True))
+                sizes = targets.original_sizes[row], targets.reshaped_input_sizes[row]
+                yield picture_sample(self.processing_class, inputs[row], completions[row], *sizes, scores)
+
+        self.pictures.log(self.state.global_step, samples())
 
     # Training: one forward for all losses.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,23 +84,28 @@ class FusedHead:
     """
 
     def __init__(self, model: nn.Module, lm_head: Any, temperature: float, cast_to_fp32: bool, outputs: tuple):
-        self.config, self.get_output_embeddings = model.config, lm_head
+        self.config, self.lm_head = model.config, lm_head
         add_fused_lm_head(self, temperature=temperature, cast_lm_head_to_fp32=cast_to_fp32, outputs=outputs)
 
     def forward(self):
         """Replaced by the fused forward."""
 
     def base_model(self, hidden_states: torch.Tensor, **kwargs) -> Any:
-        return _LastHiddenState(hidden_states)
+        return SimpleNamespace(last_hidden_state=hidden_states)
+
+    def get_output_embeddings(self) -> Any:
+        """The head with its effective weight: PEFT keeps trained rows beside it."""
+        head = self.lm_head()
+        adapter = getattr(head, "token_adapter", None)
+        if adapter is None:
+            return head
+        if adapter.disable_adapters:
+            return adapter.base_layer
+        return SimpleNamespace(weight=adapter.get_merged_weights(adapter.active_adapters), bias=None)
 
     def __call__(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> Any:
         """States `(batch, tokens, hidden)` and labels `(batch, tokens)` -> fields `(batch, tokens - 1)`."""
         return self.forward(hidden_states=hidden_states, labels=labels, fused_lm_head=True)
-
-
-class _LastHiddenState:
-    def __init__(self, last_hidden_state: torch.Tensor):
-        self.last_hidden_state = last_hidden_state
 
 
 class ReferencePolicy(nn.Module):
