@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import send_to_device
 from transformers.utils import logging
 
 from ..data.readable_rows import ReadableRows, count_unreadable, is_image_dataset, readable_stream
@@ -86,6 +87,8 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     A subclass with further state of its own extends `loop_state` and `load_loop_state`.
     """
 
+    _rewindable_sampler: RewindableSampler | None = None
+
     def __init__(self, *args, **kwargs):
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
@@ -120,7 +123,14 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     def _get_train_sampler(self, *args, **kwargs):
         sampler = super()._get_train_sampler(*args, **kwargs)
         own_generator = isinstance(getattr(sampler, "generator", None), torch.Generator)
-        return RewindableSampler(sampler) if own_generator and not hasattr(sampler, "set_epoch") else sampler
+        if own_generator and not hasattr(sampler, "set_epoch"):
+            sampler = self._rewindable_sampler = RewindableSampler(sampler)
+        return sampler
+
+    def _run_epoch(self, *args, **kwargs):
+        if self._rewindable_sampler is not None:  # accelerate's wrappers do not reach it when they skip batches
+            self._rewindable_sampler.set_epoch(kwargs["epoch"])
+        return super()._run_epoch(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -158,12 +168,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         if "grpo_step" in state:
             self._step = state["grpo_step"]
             self._metrics["train"].update(state["grpo_metrics"])
-            self._buffered_inputs = self._to_device(state.get("grpo_buffer"))
-
-    def _to_device(self, buffer):
-        from accelerate.utils import send_to_device
-
-        return send_to_device(buffer, self.args.device)
+            self._buffered_inputs = send_to_device(state.get("grpo_buffer"), self.args.device)
 
     def _loop_state_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"loop_state_{self.args.process_index}.pt")

@@ -9,10 +9,12 @@ import re
 import shutil
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list, is_peft_model
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from .robust_weights import check_weights_fit
+from .robust_weights import check_shards_fit, check_weights_fit
 
 logger = logging.get_logger(__name__)
 
@@ -146,8 +148,6 @@ class WholeCheckpointsMixin:
                 logger.warning(f"removed {name} from {self.args.output_dir}: it had not been saved completely.")
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
-            from accelerate.utils import broadcast_object_list
-
             chosen: list = [None]
             if self.accelerator.is_main_process:
                 try:
@@ -228,8 +228,6 @@ class WholeCheckpointsMixin:
 
         `save_pretrained` writes a VLM's older names by default, which resuming would not find.
         """
-        from transformers import PreTrainedModel
-
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if not isinstance(model, PreTrainedModel):
             yield
@@ -251,8 +249,11 @@ class WholeCheckpointsMixin:
                 model.save_pretrained = own
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        model = self.model if model is None else model
         if not self.is_fsdp_enabled:
-            check_weights_fit(resume_from_checkpoint, self.model if model is None else model)
+            check_weights_fit(resume_from_checkpoint, model)
+        elif self.accelerator.is_fsdp2 and not is_peft_model(model):  # of PEFT models it holds the adapters alone
+            check_shards_fit(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:

@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 _NAMES_SHOWN = 3  # parameters named in a warning
+_DDP_PREFIX = "module."
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +74,7 @@ class NonFiniteStepsMixin:
 
     def _inspect_gradients(self, model) -> None:
         """Note the parameters with a non-finite gradient on this process; a pass by norms first, names only if bad."""
-        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        named = [(n.removeprefix(_DDP_PREFIX), p.grad) for n, p in model.named_parameters() if p.grad is not None]
         self._nonfinite_gradients = []
         if has_nonfinite_norm([gradient for _, gradient in named]):
             self._nonfinite_gradients = nonfinite_names(named) or ["their norm overflows"]
@@ -82,6 +84,7 @@ class NonFiniteStepsMixin:
         losses = [loss for loss in losses if not math.isfinite(loss)]
         gradients = self._nonfinite_gradients or []
         self._nonfinite_losses, self._nonfinite_gradients = [], None
+        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         if not gradients and grad_norm is not None and not math.isfinite(float(grad_norm)):
             gradients = ["the norm over all processes overflows"]
         seen = torch.tensor([len(losses), len(gradients)], device=self.accelerator.device)
@@ -93,12 +96,10 @@ class NonFiniteStepsMixin:
             return
         what = self._describe(losses, gradients)
         self._count_nonfinite(model, what, scaler_may_recover=not bad_losses)
-        self._skip_optimizer_step(skipped_by_scaler=bool(bad_gradients) and self._scaler() is not None)
+        self._skip_optimizer_step(overflow=bad_gradients > 0)
 
     def _describe(self, losses: list[float], gradients: list[str]) -> str:
         """What any process saw, in words; all processes get the same text."""
-        from accelerate.utils import gather_object
-
         seen = gather_object([(losses, gradients)])
         losses = [loss for part, _ in seen for loss in part]
         gradients = list(dict.fromkeys(name for _, part in seen for name in part))
@@ -135,13 +136,11 @@ class NonFiniteStepsMixin:
         Raises:
             RuntimeError: With the first names.
         """
-        named = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
+        named = [(n.removeprefix(_DDP_PREFIX), p.detach()) for n, p in model.named_parameters() if p.requires_grad]
         bad = nonfinite_names(named) if has_nonfinite_norm([tensor for _, tensor in named]) else []
         count = torch.tensor([len(bad)], device=self.accelerator.device)
         if not self.accelerator.reduce(count, reduction="sum").item():
             return
-        from accelerate.utils import gather_object
-
         names = list(dict.fromkeys(gather_object(bad)))
         raise RuntimeError(
             f"{len(names)} trained weights are not finite {when}, such as {', '.join(names[:_NAMES_SHOWN])}; training "
@@ -153,13 +152,15 @@ class NonFiniteStepsMixin:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler if scaler is not None and scaler.is_enabled() else None
 
-    def _skip_optimizer_step(self, skipped_by_scaler: bool) -> None:
-        """Replace the next call of `optimizer.step`, and say so to the schedule, which waits as after an overflow."""
+    def _skip_optimizer_step(self, overflow: bool) -> None:
+        """Replace the next call of `optimizer.step`, and say so to the schedule, which waits as after an overflow.
+
+        An fp16 scaler lowers its scale where the gradients overflowed; left to itself it would see only those of its
+        own process.
+        """
         if self.is_deepspeed_enabled:
             self._stop_unless_deepspeed_skipped()
             return
-        if skipped_by_scaler:
-            return  # it knows, skips by itself and lowers its scale; without its own step it would not
         optimizer, scaler = self.optimizer, self._scaler()
         real_step = optimizer.step
 
@@ -167,7 +168,7 @@ class NonFiniteStepsMixin:
             optimizer.step = real_step
             optimizer._is_overflow = True
             if scaler is not None:
-                scaler.update()  # forgets that the gradients are unscaled already
+                scaler.update(scaler.get_scale() * (scaler.get_backoff_factor() if overflow else 1.0))
 
         optimizer.step = skip
 

@@ -76,6 +76,28 @@ def check_weights_fit(folder: str | Path, model: Any) -> None:
         _compare(folder, stored, state, optional=ignored | _tied(state, stored))
 
 
+def check_shards_fit(folder: str | Path, model: Any) -> None:
+    """The same for FSDP2's sharded checkpoints, which hold more than is loaded without a word.
+
+    Args:
+        folder (`str` or `Path`): A checkpoint; without `pytorch_model_fsdp_0` in it, torch itself loads strictly.
+        model (`torch.nn.Module`): Already sharded.
+
+    Raises:
+        ValueError: Names or shapes differ.
+    """
+    shards = Path(folder) / "pytorch_model_fsdp_0"
+    if not (shards / ".metadata").is_file():
+        return
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    metadata = FileSystemReader(shards).read_metadata().state_dict_metadata
+    stored = {name.removeprefix("model."): tuple(getattr(entry, "size", ())) for name, entry in metadata.items()}
+    state = get_model_state_dict(model)
+    _compare(folder, stored, state, optional=_tied(state, stored))
+
+
 def _tied(state: dict[str, torch.Tensor], stored: dict) -> set[str]:
     """Names that share their memory with a stored one."""
     places = {_place(state[name]) for name in stored if name in state}

@@ -1,0 +1,116 @@
+"""Runs of two gloo processes, forks of this one: `python robust_two_processes.py FOLDER`.
+
+Each process leaves `FOLDER/<scenario>-<rank>.pt` with what it logged and its weights.
+"""
+
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from robust_runs import Arguments, Net, PlainTrainer, Points
+
+
+class SpoilingTrainer(PlainTrainer):
+    """NaN in the loss of process 1, or in one of its gradients before they are averaged, at the steps named."""
+
+    spoilt_loss: tuple = ()
+    spoilt_gradient: tuple = ()
+    deadly_save: tuple = ()
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        if self.args.process_index == 1 and not self.accelerator.sync_gradients:  # the first of two micro-steps
+            if self.state.global_step + 1 in self.spoilt_loss:
+                loss = loss + (loss.detach() * float("nan"))  # the gradient stays finite
+            if self.state.global_step + 1 in self.spoilt_gradient:
+                loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step in self.deadly_save and self.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)  # process 0 is done with its part, or soon will be
+        super()._save_rng_state(output_dir)
+
+
+def trainer(folder, **settings):
+    torch.manual_seed(0)
+    args = Arguments(
+        str(folder),
+        use_cpu=True,
+        ddp_backend="gloo",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        learning_rate=0.05,
+        weight_decay=0.1,
+        logging_steps=1,
+        save_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+        **settings,
+    )
+    return SpoilingTrainer(model=Net(), args=args, train_dataset=Points())
+
+
+def work(folder, name, resume, spoil, settings):
+    for key, value in spoil.items():
+        setattr(SpoilingTrainer, key, value)
+    robust = trainer(folder / name.split("-")[0], **settings)
+    error = None
+    try:
+        robust.train(resume_from_checkpoint=resume)
+    except RuntimeError as raised:
+        error = str(raised)
+    result = {
+        "world_size": robust.accelerator.num_processes,
+        "wrapped": type(robust.model_wrapped).__name__,
+        "curve": [(line["step"], line["loss"]) for line in robust.state.log_history if "loss" in line],
+        "nonfinite_steps": robust.nonfinite_steps,
+        "weights": robust.model.state_dict(),
+        "optimizer_steps": robust.optimizer.state_dict()["state"][0]["step"].item(),
+        "error": error,
+    }
+    torch.save(result, f"{folder / name}-{robust.args.process_index}.pt")
+
+
+def run(folder, name, resume=None, spoil=(), settings=()):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+                work(folder, name, resume, dict(spoil), dict(settings))
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    died = [os.waitpid(children[1], 0)]
+    if os.waitstatus_to_exitcode(died[0][1]) == -signal.SIGKILL:
+        os.kill(children[0], signal.SIGKILL)  # it would wait for the dead one; a launcher does the same
+    os.waitpid(children[0], 0)
+
+
+def main(folder):
+    folder = Path(folder)
+    run(folder, "whole")
+    run(folder, "killed", spoil={"deadly_save": (9,)})
+    run(folder, "killed-resumed", resume=True)
+    run(folder, "loss", spoil={"spoilt_loss": (4,)})
+    run(folder, "gradient", spoil={"spoilt_gradient": (4,)}, settings={"max_grad_norm": 0.0})
+    run(folder, "row", spoil={"spoilt_loss": (4, 5)}, settings={"max_nonfinite_steps": 2})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
