@@ -123,7 +123,7 @@ class SegmentationCollator:
         return batch
 
     def _inputs(self, rows: Sequence[dict[str, Any]], images: list, masks: list | None) -> BatchFeature:
-        reasonings = [row.get("reasoning") or "" for row in rows] if self.with_reasoning else None
+        reasonings = [_reasoning(row) for row in rows] if self.with_reasoning else None
         instructions = [row["instruction"] for row in rows]
         if self.inputs == "segmentation":
             return self.processor(
@@ -148,7 +148,7 @@ class SegmentationCollator:
         if self.missing_reasoning == "empty":
             return
         for index, row in enumerate(rows):
-            if not (row.get("reasoning") or "").strip():
+            if not _reasoning(row):
                 labels = batch["labels"][index]
                 hidden = labels == self.processor.think_end_token_id if self.missing_reasoning == "format" else ...
                 labels[hidden] = -100
@@ -174,6 +174,11 @@ def language_inputs(
     return batch
 
 
+def _reasoning(row: dict[str, Any]) -> str:
+    words = row.get("reasoning") or ""
+    return words if words.strip() else ""
+
+
 def _reference(row: dict[str, Any], masks: Any) -> dict[str, Any]:
     ignore = row.get("ignore")
     reference = {name: row.get(name) for name in ("sample_id", "kind", "source")}
@@ -184,5 +189,7 @@ def _of_row(row: dict[str, Any], function: Callable, *args) -> Any:
     """`function(*args)`, whose errors name the row."""
     try:
         return function(*args)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"sample {row.get('sample_id')!r}: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"sample {row.get('sample_id')!r}: {error}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"sample {row.get('sample_id')!r}: {error!s:.300}") from error
