@@ -38,9 +38,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
     Differs from [`~transformers.Trainer`] in its data: rows of an image-text data set, in the row schema or
     interleaved (see [`RowEncoder`]), map-style or streaming, go through the VLM up to the layer, and batches of single
     tokens come out of an [`ActivationBuffer`] (filled from an [`ActivationCache`] with `args.cache_dir`). The VLM is
-    frozen and no part of the model. Several processes harvest rows of their own. Evaluation reports explained variance,
-    L0, dead features and recovered cross-entropy. The saved folder is a [`SegCompassSae`] whose configuration names the
-    layer.
+    frozen and no part of the model. Several processes harvest rows of their own. Evaluation reports explained
+    variance, L0, dead features and recovered cross-entropy. The saved folder is a [`SegCompassSae`] whose
+    configuration names the layer.
 
     Args:
         model ([`SegCompassSae`], *optional*): To go on from; a new one by `args` when left out.
