@@ -30,6 +30,7 @@ GENERATION_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_
 
 def wrapped(family: str = "llava", tie: bool = False, **kwargs) -> PeftModel:
     model = tiny.tiny_model(family, tie=tie)
+    torch.manual_seed(0)  # LoRA starts at random
     return get_peft_model(model, lora_config(model, r=4, dropout=0.0, **kwargs)).eval()
 
 
@@ -55,6 +56,13 @@ def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) ->
 
 def trainable(model) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def cast_as_trl_does(model: PeftModel) -> PeftModel:
+    """What GRPOTrainer does to an adapter on a quantised base."""
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
 
 
 class TestLoraConfig:
@@ -378,14 +386,9 @@ class TestSaveAndReload:
 
 
 class TestPrecision:
-    def cast_as_trl_does(self, model):
-        for parameter in trainable(model).values():
-            parameter.data = parameter.data.to(torch.bfloat16)
-        return model
-
     def test_heads_in_bf16_beside_frozen_parts_in_fp32(self):
         expected = outputs_of(wrapped())
-        model = self.cast_as_trl_does(wrapped())
+        model = cast_as_trl_does(wrapped())
         for got, value in zip(outputs_of(model), expected, strict=True):
             assert (got.float() - value).abs().max() < 0.05 * value.abs().max()
         assert model.segment(**inputs_of(), max_new_tokens=12).pred_masks.isfinite().all()
@@ -395,14 +398,14 @@ class TestPrecision:
     def test_restored_heads_are_those_of_the_base(self):
         model = wrapped()
         expected, kept = outputs_of(model), {name: id(p) for name, p in trainable(model).items()}
-        assert restore_head_precision(self.cast_as_trl_does(model)) is model
+        assert restore_head_precision(cast_as_trl_does(model)) is model
         assert largest_difference(outputs_of(model), expected) == 0  # LoRA adds nothing yet
         for name, parameter in trainable(model).items():
             assert parameter.dtype == (torch.bfloat16 if "lora_" in name else torch.float32), name
             assert id(parameter) == kept[name]  # an optimizer made before would still hold it
 
     def test_trained_heads_keep_what_they_learned(self):
-        model = self.cast_as_trl_does(move(wrapped()))
+        model = cast_as_trl_does(move(wrapped()))
         rounded = {name: p.float() for name, p in trainable(model).items()}
         restore_head_precision(model)
         assert all(torch.equal(p.float(), rounded[name]) for name, p in trainable(model).items())

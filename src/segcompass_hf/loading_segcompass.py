@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, SamModel
 from transformers.utils import logging
 
@@ -85,6 +86,9 @@ class LoadingMixin:
         for module in (model.sae, model.codebook, model.slot_encoder, model.slot_mapper):
             module.to(device=vlm.device, dtype=head_dtype)
         model.sam.to(vlm.device)
+        if hasattr(getattr(vlm.config, "quantization_config", None), "llm_int8_skip_modules"):
+            _hand_on_quantization(model, vlm)
+        _keep_gradients_on_cpu(model)
         return model.eval()
 
     @classmethod
@@ -101,11 +105,7 @@ class LoadingMixin:
         _check_shards(pretrained_model_name_or_path, kwargs)
         _fill_skip_list(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        for module in model.modules():
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                # bitsandbytes repacks 4-bit weights at the first evaluation on such a CPU, and from then on computes
-                # in bf16 and passes no gradient: training would go on without the layers below.
-                module.support_avx512bf16_for_cpu = False
+        _keep_gradients_on_cpu(model)
         missing = sorted(info["missing_keys"])
         if missing and kwargs.get("state_dict") is None:
             raise ValueError(
@@ -175,6 +175,14 @@ def _remove_stale_weights(folder: Any, variant: str | None) -> None:
         stale.unlink()
 
 
+def _keep_gradients_on_cpu(model: nn.Module) -> None:
+    """Switch off what bitsandbytes does on CPUs with AVX512-BF16: the first evaluation repacks 4-bit weights; from
+    then on products are in bf16 and pass no gradient, and training would go on without the layers below."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def _fill_skip_list(cls: type, source: Any, kwargs: dict) -> None:
     """Where a bitsandbytes configuration does not say what to leave alone, put a copy that does into `kwargs`."""
     quantization = kwargs.get("quantization_config")
@@ -195,17 +203,36 @@ def full_precision_modules(config: SegCompassConfig, model_class: type) -> list[
     """
     with torch.device("meta"):
         model = model_class(config)
-    layers = decoder_layers(model.base_model)
+    return _largest_without(model, {decoder_layers(model.base_model)})
+
+
+def _largest_without(model: nn.Module, marked: set[nn.Module]) -> list[str]:
+    """Names of the largest modules that neither are marked nor hold one that is."""
     names, parents = [], [("", model)]
     while parents:
         prefix, parent = parents.pop()
         for name, child in parent.named_children():
-            holds_layers = any(module is layers for module in child.modules())
-            if holds_layers and child is not layers:
+            if child not in marked and any(module in marked for module in child.modules()):
                 parents.append((f"{prefix}{name}.", child))
-            elif not holds_layers:
+            elif child not in marked:
                 names.append(f"{prefix}{name}")
     return sorted(names)
+
+
+def _hand_on_quantization(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
+    """Let a composition say of its quantised VLM what saving, reloading and trainers ask of the whole model."""
+    quantizer = copy.copy(vlm.hf_quantizer)
+    quantizer.quantization_config = copy.deepcopy(quantizer.quantization_config)
+    kinds = ("Params4bit", "Int8Params")  # bitsandbytes' own, which is not imported here
+    quantized = {module for module in vlm.modules() if type(getattr(module, "weight", None)).__name__ in kinds}
+    parts = {name: model.get_submodule(name) for name in _largest_without(model, quantized)}
+    quantizer.quantization_config.llm_int8_skip_modules = [
+        name for name, part in parts.items() if any(isinstance(module, nn.Linear) for module in part.modules())
+    ]
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    for name in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        if hasattr(vlm, name):
+            setattr(model, name, getattr(vlm, name))
 
 
 def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
