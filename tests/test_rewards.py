@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from segcompass_hf.training import original_rewards, rewards
+from segcompass_hf.training import mask_scores, original_rewards, rewards
 from segcompass_hf.training.original_rewards import original_format_reward, original_mask_reward
 from segcompass_hf.training.rewards import format_problem, format_reward, is_well_formed, mask_reward
 
@@ -221,6 +221,19 @@ class TestMaskReward:
         assert full == pytest.approx([0.97], abs=1e-3)  # 97 of 100 columns
         assert mask_reward(pred_masks=logits.to(dtype), **arguments) == pytest.approx(full, abs=1e-5)
 
+    def test_small_batches_of_a_large_rollout(self, monkeypatch):
+        masks, labels, slot_logits = torch.randn(7, 2, 4, 4), torch.rand(7, 2, 4, 4), torch.randn(7, 2)
+        arguments = {"pred_masks": masks, "mask_labels": labels, "num_objects": [0, 1, 2, 1, 2, 0, 1]}
+        whole = mask_reward(**arguments, slot_logits=slot_logits)
+        monkeypatch.setattr(mask_scores, "CPU_BATCH_VALUES", 3 * 2 * 4 * 4)  # three completions at a time
+        assert mask_reward(**arguments, slot_logits=slot_logits) == pytest.approx(whole, abs=1e-6)
+        slot_logits[5, 1] = math.nan
+        with pytest.raises(ValueError, match="completion 5 has NaN"):
+            mask_reward(**arguments, slot_logits=slot_logits)
+
+    def test_no_completion(self):
+        assert mask_reward(pred_masks=[], mask_labels=[], num_objects=[]) == []
+
 
 class TestSingleObject:
     def test_formula_by_hand(self):
@@ -297,13 +310,14 @@ class TestErrors:
             (
                 "mask_labels",
                 torch.zeros(3, 2, 5, 5),
-                r"mask_labels has shape \(3, 2, 5, 5\), expected \(3, num_masks, 4, 4\)",
+                r"mask_labels has an entry of shape \(2, 5, 5\), expected \(2, 4, 4\)",
             ),
-            ("num_objects", [1], r"num_objects has shape \(1,\), expected \(3\)"),
-            ("pred_masks", torch.zeros(3, 4, 4), r"pred_masks has shape \(3, 4, 4\)"),
-            ("pred_masks", [torch.zeros(2, 4, 4), torch.zeros(3, 4, 4)], "must agree"),
-            ("slot_logits", torch.zeros(3, 1), r"slot_logits has shape \(3, 1\), expected \(3, 2\)"),
-            ("valid_area", torch.ones(3, 5, 5), r"valid_area has shape \(3, 1, 5, 5\), expected \(3, 1, 4, 4\)"),
+            ("num_objects", [1], "num_objects has 1 entries for 3 completions"),
+            ("pred_masks", torch.zeros(3, 4, 4), r"shape \(4, 4\), expected \(num_slots, height, width\)"),
+            ("pred_masks", [torch.zeros(n, 4, 4) for n in (2, 3, 2)], r"shape \(3, 4, 4\), expected \(2, 4, 4\)"),
+            ("slot_logits", torch.zeros(3, 1), r"slot_logits has an entry of shape \(1,\), expected \(2\)"),
+            ("valid_area", torch.ones(3, 5, 5), r"valid_area has an entry of shape \(1, 5, 5\), expected \(1, 4, 4\)"),
+            ("slot_logit_threshold", [0.0], "slot_logit_threshold has 1 entries for 3 completions"),
         ):
             with pytest.raises(ValueError, match=message):
                 mask_reward(**good | {name: value})

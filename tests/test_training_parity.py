@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_original_parity import TOLERANCE, golden, under
 
-from segcompass_hf.training.mask_scores import matched_iou_rewards
+from segcompass_hf.training.mask_scores import matched_iou_rewards, matched_iou_table
 from segcompass_hf.training.original_rewards import original_format_reward, original_mask_reward
 
 FORMAT_WEIGHT, MASK_WEIGHT = 0.3, 0.7
@@ -91,7 +91,8 @@ class TestRewards:
             inputs = under(tensors, f"{name}.in.")
             probabilities, labels = inputs["ref_logits_256"].sigmoid(), inputs["mask_float_256"]
             counts = inputs["n_multi_objects"]
-            found = matched_iou_rewards(probabilities, labels, counts, torch.ones(labels.shape[:2]))
+            table = matched_iou_table(probabilities, labels, counts, kept=torch.ones(labels.shape[:2]))
+            found = matched_iou_rewards(table.numpy())
             for sample, (slots, objects) in enumerate(description["cases"][name]["assignment_r_c"]):
                 if not slots:
                     continue

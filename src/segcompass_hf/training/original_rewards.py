@@ -9,10 +9,10 @@ import torch
 
 from segcompass_hf.training.mask_scores import (
     check_numbers,
+    mask_batches,
     matched_iou_rewards,
-    single_object_score,
-    stack_samples,
-    stack_values,
+    matched_iou_table,
+    single_object_table,
 )
 from segcompass_hf.training.rewards import MAX_REASONING_CHARACTERS, MAX_STRAY_WORDS, REF_TOKEN, completion_text
 
@@ -87,14 +87,18 @@ def original_mask_reward(
     """
     if mask_values not in ("logits", "probabilities"):
         raise ValueError(f'mask_values={mask_values!r} is not known; expected "logits" or "probabilities".')
-    masks, labels, counts, _ = stack_samples(pred_masks, mask_labels, num_objects, None)
-    probabilities = masks.float().sigmoid() if mask_values == "logits" else masks.float().clamp(0, 1)
-    labels = labels.float().clamp(0, 1)
-    if masks.shape[1] == 1:
-        scores = single_object_score(probabilities[:, 0], labels[:, 0])[0].cpu().numpy()
-        for sample, score in enumerate(scores):
-            check_numbers(sample, score)
-        return scores.tolist()
-    slot_logits = stack_values(slot_logits, "slot_logits").to(masks.device).float()
-    kept = (slot_logits >= 0.5).float().masked_fill(slot_logits.isnan(), torch.nan)
-    return matched_iou_rewards(probabilities, labels, counts, kept)
+    tables = []
+    for batch in mask_batches(pred_masks, mask_labels, num_objects, slot_logits, None):
+        masks, labels = batch.pred_masks.float(), batch.mask_labels.float().clamp(0, 1)
+        probabilities = masks.sigmoid() if mask_values == "logits" else masks.clamp(0, 1)
+        kept = (batch.slot_logits >= 0.5).float().masked_fill(batch.slot_logits.isnan(), torch.nan)
+        table_of = single_object_table if kept.shape[1] == 1 else matched_iou_table
+        tables.append(table_of(probabilities, labels, batch.num_objects, kept))
+    if not tables:
+        return []
+    table = torch.cat(tables).cpu().numpy()
+    if table.ndim == 3:
+        return matched_iou_rewards(table)
+    for sample, score in enumerate(table[:, 0]):
+        check_numbers(sample, score)
+    return table[:, 0].tolist()

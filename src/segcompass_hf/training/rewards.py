@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from segcompass_hf.training.mask_scores import matched_iou_rewards, single_object_rewards, stack_samples, stack_values
+from segcompass_hf.training.mask_scores import (
+    mask_batches,
+    matched_iou_rewards,
+    matched_iou_table,
+    single_object_rewards,
+    single_object_table,
+)
 
 THINK_START, THINK_END, REF_TOKEN = "<think>", "</think>", "<REF_POS>"
 MAX_REASONING_CHARACTERS = 2048
@@ -197,17 +203,15 @@ def mask_reward(
     ... )
     [1.0, 0.5, 1.0]
     """
-    logits, labels, counts, area = stack_samples(pred_masks, mask_labels, num_objects, valid_area)
-    kept = torch.ones(logits.shape[:2], device=logits.device)
-    if slot_logits is not None:
-        slot_logits = stack_values(slot_logits, "slot_logits").to(logits.device).float()
-        if slot_logits.shape != kept.shape:
-            raise ValueError(
-                f"slot_logits has shape {tuple(slot_logits.shape)}, expected {tuple(kept.shape)}: one logit per slot."
-            )
-        threshold = torch.as_tensor(slot_logit_threshold, dtype=torch.float32, device=logits.device)
-        kept = (slot_logits > threshold.reshape(-1, 1)).float().masked_fill(slot_logits.isnan(), torch.nan)
-    probabilities = logits.float().sigmoid()
-    if logits.shape[1] == 1:
-        return single_object_rewards(probabilities, labels, counts, kept, area)
-    return matched_iou_rewards(probabilities, labels, counts, kept, area)
+    tables = []
+    for batch in mask_batches(pred_masks, mask_labels, num_objects, slot_logits, valid_area, slot_logit_threshold):
+        kept = torch.ones(batch.pred_masks.shape[:2], device=batch.pred_masks.device)
+        if batch.slot_logits is not None:
+            kept = (batch.slot_logits > batch.thresholds).float().masked_fill(batch.slot_logits.isnan(), torch.nan)
+        table_of = single_object_table if kept.shape[1] == 1 else matched_iou_table
+        probabilities = batch.pred_masks.float().sigmoid()
+        tables.append(table_of(probabilities, batch.mask_labels, batch.num_objects, kept, batch.valid_area))
+    if not tables:
+        return []
+    table = torch.cat(tables).cpu().numpy()
+    return single_object_rewards(table) if table.ndim == 2 else matched_iou_rewards(table)
