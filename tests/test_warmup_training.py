@@ -1,0 +1,346 @@
+"""Warm-up: word-patch alignment by hand, what trains, any VLM, adapters, saving and resuming."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from supervised import Gradients, arguments, make_trainer, tiny_row, uneven_rows
+from tiny import FAMILIES as ALL_FAMILIES
+from tiny import tiny_image, tiny_model, tiny_processor, tiny_vlm_config
+from transformers import AutoModelForImageTextToText
+
+from segcompass_hf.data.collator import SegmentationCollator
+from segcompass_hf.data.schema import encode_mask
+from segcompass_hf.training.alignment import AlignmentTargets, alignment_loss, instruction_words, patch_coverage
+from segcompass_hf.training.warmup import WarmupTrainer
+from segcompass_hf.training.warmup_config import WarmupConfig
+
+FAMILIES = ("llava", "qwen2_5_vl")
+
+
+def bare_vlm(family: str = "llava", **overrides):
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(tiny_vlm_config(family, **overrides))
+
+
+def warmup(tmp_path, model, rows=None, family="llava", **settings):
+    keywords = {name: settings.pop(name) for name in ("peft_config", "eval_dataset", "callbacks") if name in settings}
+    return WarmupTrainer(
+        model=model,
+        args=arguments(WarmupConfig, tmp_path, **settings),
+        train_dataset=rows or uneven_rows(),
+        processing_class=tiny_processor(family),
+        **keywords,
+    )
+
+
+# Word-patch alignment
+
+
+def test_alignment_loss_by_hand():
+    # Tokens: a target word, another word, two patches. The word points at the first patch, which the mask covers whole
+    # (0.8 of it in pixels: coverage counts relative to the best patch); the second patch is half as covered.
+    states = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [1.0, 0.0], [0.0, 1.0]]])
+    words = torch.tensor([[True, False, False, False]])
+    text = torch.tensor([[True, True, False, False]])
+    is_image = torch.tensor([[False, False, True, True]])
+    coverage = torch.tensor([[0.0, 0.0, 0.8, 0.4]])
+    loss, count = alignment_loss(states, words, text, coverage, is_image, temperature=0.5)
+    # Cosines over temperature: word -> patches (2, 0), other word -> patches (0, 2).
+    e = math.exp(2)
+    to_patches = -math.log((1.0 * e + 0.5 * 1) / (e + 1))
+    first, second = math.log(e / (e + 1)), math.log(1 / (1 + e))  # the word among the words, seen from each patch
+    to_words = -(1.0 * first + 0.5 * second) / 1.5
+    assert count == 1 and loss.item() == pytest.approx((to_patches + to_words) / 2, rel=1e-5)
+
+
+def test_alignment_loss_of_a_batch_is_the_sum_of_its_samples():
+    torch.manual_seed(1)
+    states = torch.randn(3, 6, 8)
+    words, text = torch.zeros(3, 6, dtype=torch.bool), torch.zeros(3, 6, dtype=torch.bool)
+    words[:, 1], text[:, :3] = True, True
+    coverage, is_image = torch.zeros(3, 6), torch.zeros(3, 6, dtype=torch.bool)
+    is_image[:, 3:], coverage[:2, 4] = True, 1.0  # the third sample has no target
+    whole, count = alignment_loss(states, words, text, coverage, is_image)
+    parts = [
+        alignment_loss(states[i : i + 1], words[:1], text[:1], coverage[i : i + 1], is_image[:1]) for i in range(3)
+    ]
+    assert count == 2 and [n for _, n in parts] == [1, 1, 0]
+    assert torch.allclose(whole, sum(loss for loss, _ in parts)) and parts[2][0] == 0
+
+
+def test_instruction_words():
+    row = {"instruction": "Please segment the small dark-blue ring, and all that's left of the 2nd cup!"}
+    assert instruction_words(row) == ["small", "dark-blue", "ring", "that's", "left", "2nd", "cup"]
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_coverage_follows_the_familys_own_image_processor(family):
+    # A square image: no cropping anywhere. Its right half is the object.
+    processor, mask = tiny_processor(family), np.zeros((56, 56), bool)
+    mask[:, 28:] = True
+    tokens = processor(images=tiny_image(0, (56, 56)), instruction="red")["input_ids"][0] == processor.image_token_id
+    coverage = patch_coverage(processor.image_processor, mask, int(tokens.sum()))
+    side = math.isqrt(len(coverage))
+    grid = coverage.view(side, side)
+    assert torch.allclose(grid[:, : side // 2], torch.zeros(1), atol=0.05)
+    assert torch.allclose(grid[:, side // 2 :], torch.ones(1), atol=0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coverage_is_where_the_vlm_sees_the_object(family):
+    # The image tokens whose features change when the object is painted are those that the mask covers.
+    model, processor = bare_vlm(family).eval(), tiny_processor(family)
+    empty = np.full((56, 56, 3), 90, np.uint8)
+    mask = np.zeros((56, 56), bool)
+    mask[30:54, 2:24] = True  # bottom left
+    painted = np.where(mask[..., None], np.uint8(250), empty)
+    states = []
+    for image in (empty, painted):
+        inputs = processor(images=[[image]], text=[processor.build_prompt("red")], return_tensors="pt")
+        hidden = model(**inputs, output_hidden_states=True).hidden_states[0][0]
+        states.append(hidden[inputs["input_ids"][0] == processor.image_token_id])
+    change = (states[1] - states[0]).norm(dim=-1)
+    coverage = patch_coverage(processor.image_processor, mask, len(change))
+    assert torch.equal(coverage > 0.3, change > change.max() / 2) and (coverage > 0.3).any()
+
+
+def test_coverage_of_a_cropped_image():
+    # LLaVA's processor crops 56 x 28 to the middle: what is at the far left is out of sight.
+    image_processor = tiny_processor("llava").image_processor
+    left, middle = np.zeros((28, 56), bool), np.zeros((28, 56), bool)
+    left[:, :14], middle[:, 14:28] = True, True
+    assert patch_coverage(image_processor, left, 4).max() < 0.05
+    assert torch.allclose(patch_coverage(image_processor, middle, 4), torch.tensor([1.0, 0, 1, 0]), atol=0.1)
+    with pytest.raises(ValueError, match="alignment_weight=0"):
+        patch_coverage(image_processor, middle, 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_words_are_marked_where_they_stand(family):
+    processor = tiny_processor(family)
+    # "candidates" and "wrong" also stand in the template, after the instruction.
+    row = tiny_row(0, 1, "a red circle", instruction="the red candidates, not red ones")
+    for text, expected in (("instruction", ["red", "candidates", "red", "ones"]), ("reasoning", ["red"])):
+        collator = SegmentationCollator(processor, extra=AlignmentTargets(processor, text=text))
+        batch = collator([row, tiny_row(1, 0, "a much longer reasoning, so that there is padding")])
+        marked = batch["input_ids"][0][batch["alignment_words"][0]]
+        found = processor.tokenizer.decode(marked).split()
+        assert [word for word in found if word not in ("not", "ones")] == [w for w in expected if w != "ones"]
+        assert (batch["alignment_words"] <= batch["alignment_text"]).all()
+        is_image = batch["input_ids"] == processor.image_token_id
+        assert not (batch["alignment_text"] & is_image).any() and (batch["alignment_coverage"][~is_image] == 0).all()
+        assert batch["alignment_coverage"][0].max() > 0.9 and batch["alignment_coverage"][1].max() == 0
+        assert not (batch["alignment_text"] & (batch["attention_mask"] == 0)).any()
+
+
+def test_alignment_text_is_checked():
+    with pytest.raises(ValueError, match="text='image'"):
+        AlignmentTargets(tiny_processor(), text="image")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_gradient_reaches_embeddings_and_projector(family, tmp_path):
+    gradients = Gradients()
+    settings = {"alignment_weight": 1.0, "alignment_layer": 0, "missing_reasoning": "skip"}
+    rows = [tiny_row(0, 1, None), tiny_row(1, 2, None)]  # no language loss: all gradients are the alignment's
+    trainer = warmup(tmp_path, bare_vlm(family), rows, family, callbacks=[gradients], **settings)
+    trainer.train()
+    projector = "multi_modal_projector" if family == "llava" else "visual.merger"
+    reached = {name for name, gradient in gradients.values.items() if gradient.abs().max() > 1e-6}
+    assert any(projector in name for name in reached) and any("embed_tokens" in name for name in reached)
+    assert not any(".layers." in name for name in reached)  # layer 0 is before all of them
+    assert not any("vision_tower" in name or "visual.blocks" in name for name in gradients.values)
+
+
+@pytest.mark.parametrize(("family", "layer"), [("llava", 0), ("qwen2_5_vl", 2)])
+def test_alignment_falls_in_training(family, layer, tmp_path):
+    rows = []
+    for index in range(4):  # the object is at the left or at the right, and the words say which
+        mask = np.zeros((56, 56), bool)
+        mask[:, :28] = index % 2 == 0
+        mask[:, 28:] = index % 2 == 1
+        picture = np.where(mask[..., None], np.uint8([200, 30, 30]), np.uint8([30, 30, 90 + index]))
+        rows.append(tiny_row(index, masks=[encode_mask(mask)], image=picture, instruction="the red square"))
+    settings = {"alignment_weight": 1.0, "alignment_layer": layer, "max_steps": 20, "learning_rate": 3e-3}
+    trainer = warmup(tmp_path, bare_vlm(family), rows, family, **settings)
+    trainer.train()
+    logs = trainer.state.log_history
+    assert logs[19]["alignment_loss"] < 0.5 * logs[0]["alignment_loss"]
+    assert logs[19]["language_loss"] < logs[0]["language_loss"]
+
+
+# What trains
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_format_is_learned_and_the_loss_falls(family, tmp_path):
+    rows = [tiny_row(index, 1, "red") for index in range(2)]
+    settings = {"max_steps": 60, "learning_rate": 3e-3, "logging_steps": 20, "eval_max_new_tokens": 12}
+    trainer = warmup(tmp_path, bare_vlm(family), rows, family, eval_dataset=rows, **settings)
+    assert trainer.format_share(rows) == 0.0
+    trainer.train()
+    assert trainer.state.log_history[-2]["token_accuracy"] > 0.95
+    metrics = trainer.evaluate()
+    assert metrics["eval_format_share"] == 1.0 and metrics["eval_loss"] < 0.2
+    assert trainer.answer(rows[:1]) == ["<think>red</think>" + "<REF_POS>" * 4]
+
+
+def moved_parameters(trainer) -> set[str]:
+    before = {name: value.clone() for name, value in trainer.vlm.named_parameters()}
+    trainer.train()
+    return {name for name, value in trainer.vlm.named_parameters() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parts_that_train(family, tmp_path):
+    vision, projector = {
+        "llava": ("model.vision_tower.", "model.multi_modal_projector."),
+        "qwen2_5_vl": ("model.visual.blocks.", "model.visual.merger."),
+    }[family]
+    expected = {"all": (True, True, True), "without_vision": (False, True, True), "decoder": (False, False, True)}
+    for trainable, (moves_vision, moves_projector, moves_layers) in expected.items():
+        trainer = warmup(tmp_path, bare_vlm(family), family=family, trainable=trainable)
+        moved = moved_parameters(trainer)
+        for prefix, moves in (
+            (vision, moves_vision),
+            (projector, moves_projector),
+            ("model.language_model.layers.0.", moves_layers),
+            ("lm_head.weight", True),
+        ):
+            assert any(name.startswith(prefix) for name in moved) == moves, (trainable, prefix)
+
+
+def test_decoder_alone_trains_the_rows_of_the_added_tokens(tmp_path):
+    vlm, processor = bare_vlm(), tiny_processor()
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    warmup(tmp_path, vlm, trainable="decoder", weight_decay=0.5).train()
+    ids = sorted([processor.ref_token_id, processor.think_start_token_id, processor.think_end_token_id])
+    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+        rows = (vlm.state_dict()[name] != before[name]).any(1).nonzero()[:, 0].tolist()
+        assert rows == ids, name
+
+
+def test_learning_rate_factors(tmp_path):
+    factors = '{"model.multi_modal_projector": 10, "model.language_model.layers.3": 0.5}'
+    trainer = warmup(tmp_path, bare_vlm(), learning_rate_factors=factors)
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    model = trainer.vlm.model
+    assert rates[id(model.multi_modal_projector.linear_1.weight)] == pytest.approx(1e-2)
+    assert rates[id(model.language_model.layers[3].mlp.up_proj.weight)] == pytest.approx(5e-4)
+    assert rates[id(model.language_model.layers[2].mlp.up_proj.weight)] == pytest.approx(1e-3)
+    assert id(next(model.vision_tower.parameters())) not in rates
+
+
+def test_inner_vlm_of_a_segcompass_is_trained_in_place(tmp_path):
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = warmup(tmp_path / "run", model)
+    assert trainer.alignment_layer == 2
+    trainer.train()
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("vlm.") for name in moved)
+    trainer.save_model(str(tmp_path / "saved"))
+    from transformers import AutoModel
+
+    loaded = AutoModel.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_adapters(whole, tie, tmp_path):
+    from peft import LoraConfig
+
+    model = tiny_model(tie=tie) if whole else bare_vlm(tie=tie)
+    vlm = model.vlm if whole else model
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    config = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    trainer = warmup(
+        tmp_path / "run", model, peft_config=config, max_steps=8, learning_rate=1e-2, alignment_weight=0.1
+    )
+    trainer.train()
+    assert trainer.state.log_history[7]["language_loss"] < 0.9 * trainer.state.log_history[0]["language_loss"]
+    inputs = SegmentationCollator(tiny_processor(), inputs="language", with_masks=False)([tiny_row()])
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "completion_mask")}
+    with torch.no_grad():
+        adapted = trainer.model.eval()(**inputs).logits
+    merged = trainer.merge_adapters()
+    assert merged is model if whole else merged is trainer.vlm
+    after = trainer.vlm.state_dict()
+    assert set(after) == set(before)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    embeddings = {"model.language_model.embed_tokens.weight", "lm_head.weight"}
+    assert embeddings <= moved and all("q_proj" in n or "v_proj" in n or n in embeddings for n in moved)
+    ids = [tiny_processor().ref_token_id, tiny_processor().think_start_token_id, tiny_processor().think_end_token_id]
+    for name in embeddings:
+        assert (after[name] != before[name]).any(1).nonzero()[:, 0].tolist() == sorted(ids), name
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.vlm.eval()(**inputs).logits, adapted, rtol=1e-4, atol=1e-4)
+    trainer.save_model(str(tmp_path / "saved"))
+    auto = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert torch.allclose((auto.vlm if whole else auto).lm_head.weight, trainer.vlm.lm_head.weight)
+
+
+# Any VLM, any start
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_other_families(family, tmp_path):
+    trainer = warmup(tmp_path, bare_vlm(family), family=family, alignment_weight=0.5, eval_max_new_tokens=4)
+    trainer.train()
+    assert 0 < trainer.state.log_history[0]["alignment_loss"] < 10
+    assert trainer.format_share(uneven_rows(), 2) == 0.0
+
+
+def test_tokens_must_be_embedded(tmp_path):
+    from segcompass_hf.loading_segcompass import add_tokens
+
+    processor = tiny_processor()
+    vlm = bare_vlm(vocab_size=len(processor.tokenizer) - 3)
+    with pytest.raises(ValueError, match="add_tokens"):
+        warmup(tmp_path, vlm)
+    add_tokens(processor.tokenizer, vlm)
+    warmup(tmp_path, vlm).train()
+    with pytest.raises(ValueError, match="processing_class"):
+        WarmupTrainer(bare_vlm(), arguments(WarmupConfig, tmp_path))
+    for settings in ({"alignment_weight": -1.0}, {"alignment_temperature": 0.0}):
+        with pytest.raises(ValueError, match="alignment"):
+            arguments(WarmupConfig, tmp_path, **settings)
+
+
+def test_padding_changes_nothing(tmp_path):
+    # Prompts of different lengths: the shorter one is padded on the left, its answer on the right.
+    rows = [tiny_row(0, 1, "red"), tiny_row(1, 1, "the larger of two", instruction="the largest red circle of them")]
+    trainer, sums = make_trainer("warmup", "llava", tmp_path, rows), []
+    for part in (rows, rows[:1], rows[1:]):
+        batch = trainer.data_collator(part)
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+        trainer.args.alignment_weight, weight = 0.0, trainer.args.alignment_weight
+        with torch.no_grad():
+            language = trainer.compute_loss(trainer.model, dict(batch))
+        trainer.args.alignment_weight = weight
+        sums.append((language, loss - language, (batch["labels"] != -100).sum()))
+    (both, both_aligned, total), (first, first_aligned, n), (second, second_aligned, m) = sums
+    assert total == n + m
+    torch.testing.assert_close(both, (n * first + m * second) / total, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both_aligned, (first_aligned + second_aligned) / 2, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_resuming_gives_the_same_curve(whole, tmp_path):
+    def trainer(folder):
+        model = tiny_model() if whole else bare_vlm()
+        settings = {"max_steps": 4, "per_device_train_batch_size": 2, "lr_scheduler_type": "linear"}
+        settings |= {"save_strategy": "steps", "save_steps": 2, "alignment_weight": 0.5}
+        return warmup(tmp_path / folder, model, **settings)
+
+    expected, resumed = trainer("run"), trainer("run")
+    expected.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for name, value in expected.vlm.state_dict().items():
+        assert torch.equal(value, resumed.vlm.state_dict()[name]), name
+    curves = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (expected, resumed)]
+    assert curves[0] == curves[1] and len(curves[0]) == 4
