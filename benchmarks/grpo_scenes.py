@@ -2,7 +2,7 @@
 
     python benchmarks/grpo_scenes.py --seeds 0 1 2 --steps 120
 
-`start`: the bundled checkpoint is fine-tuned for some steps on completions that are spoilt on purpose: half of them
+`start`: the bundled checkpoint is fine-tuned for some steps on completions that are spoilt on purpose: three in five
 break the format (a `<REF_POS>` too few or too many, no `</think>`), and 40 % stop reasoning before the answer, which
 costs masks but not format. `run`: SegCompassGRPOTrainer from there, once per seed. `report`: a table and a plot from
 the records. What is done already is not done again; runs resume where they were killed.
@@ -44,7 +44,7 @@ class SpoiltCompletions:
             words = reasoning.split()
             reasoning = " ".join(words[: self.random.randint(1, max(1, len(words) // 2))])
         text = self.processor.build_completion(reasoning)
-        kind = self.random.choice(["fine", "fine", "fine", "too few", "too many", "not closed"])
+        kind = self.random.choice(["fine", "fine", "too few", "too many", "not closed"])
         if kind == "too few":
             return text[: text.rfind("<REF_POS>")]
         if kind == "too many":
@@ -55,7 +55,8 @@ class SpoiltCompletions:
         tokenizer = self.processor.tokenizer
         prompts = [self.processor.build_prompt(row["instruction"]) for row in rows]
         completions = [self.spoil(row["reasoning"]) + tokenizer.eos_token for row in rows]
-        batch = self.processor(images=[[row["image"]] for row in rows], text=prompts, padding=True, return_tensors="pt")
+        images = [[row["image"]] for row in rows]
+        batch = self.processor(images=images, text=prompts, padding=True, return_tensors="pt")
         ids = [torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in completions]
         mask = [torch.ones_like(one) for one in ids]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.pad_token_id)
