@@ -11,6 +11,8 @@ import pytest
 import torch
 from test_original_parity import TOLERANCE, golden, under
 
+from segcompass_hf.losses_segcompass import segmentation_loss
+from segcompass_hf.modeling_masks import valid_area
 from segcompass_hf.training.mask_scores import matched_iou_rewards, matched_iou_table
 from segcompass_hf.training.original_rewards import original_format_reward, original_mask_reward
 
@@ -100,6 +102,53 @@ class TestRewards:
                 assert found[sample] == pytest.approx(iou.sum().item() / labels.shape[1], abs=1e-5)
 
 
+class TestWeightSchedules:
+    """The original's weights per step through the trainer's own settings, and the whole loss with them."""
+
+    @pytest.mark.parametrize("setting", ["default", "before", "after"])
+    def test_weights_of_the_step(self, setting, tmp_path):
+        from segcompass_hf.configuration_segcompass import SegCompassConfig
+        from segcompass_hf.training.grpo_config import SegCompassGRPOConfig
+
+        tensors, description = golden("losses")
+        original = description["settings"][setting]["config"]
+        rate, switch = original["heatmap_dice_rate"], original["adjust_loss_step"]
+
+        def within(suffix: str) -> dict[str, float]:
+            dice, focal = original[f"dice_loss_coef{suffix}"], original[f"focal_loss_coef{suffix}"]
+            return {"mask_dice_weight": dice, "heatmap_dice_weight": rate * dice, "mask_focal_weight": focal}
+
+        args = SegCompassGRPOConfig(
+            output_dir=str(tmp_path),
+            seg_loss_weight=original["seg_loss_coef"],
+            conf_loss_weight=original["conf_loss_coef"],
+            match_confidence_weight=0.0,
+            **within(""),
+            loss_weight_switch_step=switch if switch >= 0 else None,
+            switched_loss_weights=within("_new") if switch >= 0 else None,
+            num_generations=2,
+            per_device_train_batch_size=2,
+            use_cpu=True,
+            report_to="none",
+        )
+        inputs = under(tensors, "multi.in.")
+        side = inputs["mask_logits"].shape[-1]
+        output = segmentation_loss(
+            inputs["ref_logits_256"],
+            inputs["mask_logits"],
+            inputs["conf_logits"],
+            inputs["mask_float_256"],
+            inputs["n_multi_objects"],
+            valid_area(inputs["unpadded_hw"], map_size=side, canvas=4 * side),
+            match_valid_area_only=False,
+            empty_samples="zero",
+            **args.loss_weights(SegCompassConfig(), description["settings"][setting]["global_steps"]),
+        )
+        expected = description["cases"]["multi"]["out"][setting]
+        total = original["seg_loss_coef"] * expected["seg_loss"] + original["conf_loss_coef"] * expected["conf_loss"]
+        torch.testing.assert_close(output.loss, torch.tensor(total), **TOLERANCE)
+
+
 @pytest.fixture(scope="module")
 def grpo_trainer(tmp_path_factory):
     """TRL's own trainer around a language model of 16 hidden units; its model is never what a test looks at."""
@@ -138,6 +187,18 @@ def grpo_trainer(tmp_path_factory):
         train_dataset=Dataset.from_dict({"prompt": ["a", "b"]}),
         processing_class=tokenizer,
     )
+
+
+def test_our_defaults_are_what_is_compared(grpo_trainer):
+    from dataclasses import fields
+
+    from segcompass_hf.training.grpo_config import SegCompassGRPOConfig
+
+    ours = {field.name: field.default for field in fields(SegCompassGRPOConfig)}
+    compared = ("loss_type", "scale_rewards", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta")
+    compared += ("importance_sampling_level", "multi_objective_aggregation", "num_iterations", "temperature")
+    assert {name: ours[name] for name in compared} == {name: getattr(grpo_trainer.args, name) for name in compared}
+    assert (ours["beta"], ours["num_generations"]) == (0.2, 8)
 
 
 class TestAdvantages:

@@ -59,6 +59,9 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
     num_generations: int | None = field(default=8, metadata={"help": "Completions per prompt (group size)."})
     max_completion_length: int | None = field(default=512, metadata={"help": "Tokens per completion at most."})
     beta: float = field(default=0.2, metadata={"help": "KL coefficient."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Weight the KL by the importance ratio; TRL's default, not the method's."}
+    )
     loss_type: str = field(default="bnpo", metadata={"help": "GRPO loss: mean over the tokens of a micro-batch."})
 
     policy_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the GRPO loss."})
