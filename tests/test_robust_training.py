@@ -1,0 +1,321 @@
+"""Training that goes on after a bad number and a kill. Subprocess runs: `training_scripts/robust_*.py`."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from robust_trainers import Arguments, RobustTrainer, logged, make_trainer
+from torch import nn
+from transformers import HfArgumentParser, TrainerCallback
+
+from segcompass_hf.training.robust import RewindableSampler, RobustTrainingArguments
+from segcompass_hf.training.robust_checkpoints import what_is_missing
+from segcompass_hf.training.robust_steps import has_nonfinite_norm, nonfinite_names
+
+SCRIPTS = Path(__file__).parent / "training_scripts"
+NAN, INF = float("nan"), float("inf")
+
+
+# Settings.
+
+
+def test_settings_mix_with_trl_and_parse():
+    from trl import GRPOConfig, TrlParser
+
+    @dataclass
+    class Joint(RobustTrainingArguments, GRPOConfig):
+        pass
+
+    (args,) = TrlParser(Joint).parse_args_and_config(
+        "--output_dir x --use_cpu True --unreadable_rows error --max_nonfinite_steps 3".split()
+    )
+    assert (args.unreadable_rows, args.max_nonfinite_steps, args.num_generations) == ("error", 3, 8)
+    (plain,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(["--output_dir", "x"])
+    assert (plain.unreadable_rows, plain.max_nonfinite_steps) == ("skip", 10)
+    with pytest.raises(SystemExit):
+        HfArgumentParser(Arguments).parse_args_into_dataclasses(["--output_dir", "x", "--unreadable_rows", "drop"])
+
+
+@pytest.mark.parametrize("setting", [{"unreadable_rows": "drop"}, {"max_nonfinite_steps": 0}])
+def test_settings_out_of_range_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Arguments("x", **setting)
+
+
+# Numbers that are not finite.
+
+
+def test_nonfinite_names_and_norm():
+    tensors = [
+        ("a", torch.ones(3)),
+        ("b", torch.tensor([1.0, NAN])),
+        ("c", torch.tensor([-INF])),
+        ("d", torch.ones(0)),
+    ]
+    assert nonfinite_names(tensors) == ["b", "c"]
+    assert has_nonfinite_norm([tensor for _, tensor in tensors])
+    assert not has_nonfinite_norm([torch.ones(3), torch.ones(2, dtype=torch.bfloat16), torch.ones(0)])
+    assert has_nonfinite_norm([torch.full((4,), 3e38)])  # finite values, norm 6e38
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 100.0])
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_bad_loss_leaves_weights_momentum_and_schedule(tmp_path, caplog, bad, max_grad_norm):
+    trainer = make_trainer(
+        tmp_path,
+        [1, bad, 2],
+        max_grad_norm=max_grad_norm,
+        optim_args="momentum=0.5",
+        weight_decay=0.0,
+        lr_scheduler_type="linear",
+        max_steps=3,
+    )
+    trainer.create_optimizer()
+    trainer.optimizer.param_groups[0]["momentum"] = 0.5
+    trainer.train()
+    # Rates 0.1, then 0.1 * 2/3: the schedule waited. Momentum buffers 1, then 0.5 * 1 + 2 = 2.5.
+    assert trainer.model.w.item() == pytest.approx(1 - 0.1 * 1 - 0.1 * 2 / 3 * 2.5, abs=1e-6)
+    assert trainer.optimizer.state_dict()["state"][0]["momentum_buffer"].item() == pytest.approx(2.5)
+    assert trainer.lr_scheduler.last_epoch == 2
+    assert logged(trainer, "nonfinite_steps") == [0, 1, 1]
+    assert trainer.state.global_step == 3
+    (warning,) = [record.message for record in caplog.records if "is skipped" in record.message]
+    assert "step 2 is skipped" in warning and f"the loss is {bad}" in warning and "1 of at most 10" in warning
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 100.0])
+def test_a_bad_gradient_of_a_finite_loss_is_named(tmp_path, caplog, max_grad_norm):
+    rows = [
+        {"x": torch.tensor([x]), "gradient_factor": torch.tensor([f])} for x, f in ((1.0, 1.0), (3.0, INF), (2.0, 1.0))
+    ]
+    trainer = make_trainer(tmp_path, rows, max_grad_norm=max_grad_norm, optim="adamw_torch", weight_decay=0.5)
+    trainer.train()
+    # AdamW, first two steps with gradients 1 and 2: each shrinks w by lr * decay and moves it by lr * m / sqrt(v).
+    w = (1 - 0.1 * 0.5 * 1) - 0.1
+    m, v = 0.9 * 0.1 + 0.1 * 2, 0.999 * 0.001 + 0.001 * 4
+    w = w * (1 - 0.05) - 0.1 * (m / (1 - 0.81)) / math.sqrt(v / (1 - 0.999**2))
+    assert trainer.model.w.item() == pytest.approx(w, abs=1e-5)
+    assert trainer.optimizer.state_dict()["state"][0]["step"].item() == 2
+    assert trainer.nonfinite_steps == 1
+    (warning,) = [record.message for record in caplog.records if "is skipped" in record.message]
+    assert "non-finite gradients: w" in warning and "loss" not in warning
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_one_bad_micro_batch_spoils_its_window_only(tmp_path, place):
+    rows = [3.0, 4.0, 5.0, 6.0, 6.0, 6.0]
+    rows[place] = NAN
+    trainer = make_trainer(tmp_path, rows, gradient_accumulation_steps=3)
+    trainer.train()
+    assert trainer.model.w.item() == pytest.approx(1 - 0.1 * 6, abs=1e-6)
+    assert (trainer.nonfinite_steps, trainer.nonfinite_in_row) == (1, 0)
+
+
+def test_under_bf16_autocast(tmp_path):
+    model = nn.Module()
+    model.layer = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.layer.weight, 1.0)
+    model.forward = lambda x: {"loss": model.layer(x).sum()}
+    rows = [{"x": torch.tensor([x])} for x in (1.0, INF, 2.0)]
+    trainer = make_trainer(tmp_path, rows, model, bf16=True)
+    trainer.remove_unused_columns = False
+    trainer.train()
+    assert trainer.model.layer.weight.item() == pytest.approx(1 - 0.1 * 1 - 0.1 * 2, abs=1e-6)
+    assert trainer.nonfinite_steps == 1
+
+
+def test_some_in_a_row_stop_and_the_checkpoint_stays(tmp_path):
+    trainer = make_trainer(
+        tmp_path, [1, NAN, 2, NAN, NAN, NAN, 5], max_nonfinite_steps=3, save_strategy="steps", save_steps=3
+    )
+    with pytest.raises(RuntimeError, match=r"3 steps in a row, up to step 6.*loss is nan.*learning_rate"):
+        trainer.train()
+    assert trainer.nonfinite_steps == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+    assert what_is_missing(tmp_path / "checkpoint-3") is None
+    assert trainer.model.w.item() == pytest.approx(1 - 0.1 - 0.2, abs=1e-6)
+
+
+def test_counters_survive_a_resume(tmp_path):
+    rows, settings = [NAN, 1, NAN, NAN, NAN, 1], {"save_strategy": "steps", "save_steps": 4}
+    make_trainer(tmp_path, rows, max_steps=4, **settings).train()
+    trainer = make_trainer(tmp_path, rows, max_nonfinite_steps=3, **settings)
+    with pytest.raises(RuntimeError, match="3 steps in a row, up to step 5"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.nonfinite_steps == 4
+
+
+def test_broken_weights_stop_at_once_and_are_not_saved(tmp_path):
+    class Break(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == 4:
+                model.w.data.fill_(NAN)
+
+    settings = {"callbacks": [Break()], "save_strategy": "steps"}
+    with pytest.raises(RuntimeError, match=r"1 trained weights are not finite at the save of step 4, such as w"):
+        make_trainer(tmp_path / "a", [1] * 6, save_steps=2, **settings).train()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["checkpoint-2"]
+    with pytest.raises(RuntimeError, match=r"1 trained weights are not finite after step 4"):
+        make_trainer(tmp_path / "b", [1] * 6, save_steps=3, **settings).train()
+
+
+class ScaledTrainer(RobustTrainer):
+    """The fp16 scaler of a GPU, on the CPU: accelerate makes one only there."""
+
+    start = 1024.0
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        scaler = self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=self.start)
+        self.accelerator.unscale_gradients = lambda optimizer=None: scaler.unscale_(self.optimizer.optimizer)
+
+
+def test_fp16_overflow_lowers_the_scale_and_does_not_count_in_a_row(tmp_path):
+    rows = [{"x": torch.tensor([1.0]), "gradient_factor": torch.tensor([f])} for f in (1.0, INF, NAN, 1.0)]
+    trainer = make_trainer(tmp_path, rows, trainer_class=ScaledTrainer, max_nonfinite_steps=1)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1024 / 4  # halved by each of the two
+    assert (trainer.nonfinite_steps, trainer.nonfinite_in_row) == (2, 0)
+    assert trainer.model.w.item() == pytest.approx(1 - 0.2, abs=1e-6)
+    assert trainer.lr_scheduler.last_epoch == 2
+
+
+def test_fp16_bad_loss_counts_and_keeps_the_scale(tmp_path):
+    class DetachedNan(ScaledTrainer):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            return loss + NAN if self.state.global_step == 1 else loss  # the gradient stays finite
+
+    trainer = make_trainer(tmp_path, [1, 1, 1], trainer_class=DetachedNan, max_nonfinite_steps=2)
+    trainer.train()
+    assert trainer.accelerator.scaler.get_scale() == 1024
+    assert trainer.nonfinite_steps == 1
+    assert trainer.model.w.item() == pytest.approx(1 - 0.2, abs=1e-6)
+
+
+def test_fp16_at_its_lowest_scale_counts(tmp_path):
+    class Lowest(ScaledTrainer):
+        start = 1.0
+
+    rows = [{"x": torch.tensor([1.0]), "gradient_factor": torch.tensor([INF])}] * 3
+    with pytest.raises(RuntimeError, match="2 steps in a row"):
+        make_trainer(tmp_path, rows, trainer_class=Lowest, max_nonfinite_steps=2).train()
+
+
+def test_rewound_sampler_draws_the_permutations_of_each_epoch():
+    from trl.trainer.utils import RepeatSampler
+
+    plain = RepeatSampler(range(5), mini_repeat_count=2, batch_size=2, repeat_count=2, seed=3)
+    epochs = [list(plain) for _ in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2]
+    sampler = RewindableSampler(RepeatSampler(range(5), mini_repeat_count=2, batch_size=2, repeat_count=2, seed=3))
+    for epoch in (2, 0, 1):
+        sampler.set_epoch(epoch)
+        assert list(sampler) == epochs[epoch]
+    assert len(sampler) == len(plain)
+
+
+# Killed and resumed.
+
+
+def run_script(name, folder):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent / "src")}
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / name), str(folder)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory):
+    return run_script("robust_runs.py", tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def grpo_runs(tmp_path_factory):
+    return run_script("robust_grpo_runs.py", tmp_path_factory.mktemp("grpo"))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    return run_script("robust_two_processes.py", tmp_path_factory.mktemp("two"))
+
+
+def assert_resumed_like_whole(folder, scenario, started):
+    whole = torch.load(folder / "whole-run.pt")
+    resumed = torch.load(folder / f"{scenario}-resumed.pt")
+    assert resumed["started"] == started
+    assert resumed["curve"] == whole["curve"]  # losses, gradient norms, rates, metrics: to the last bit
+    assert whole["weights"].keys() == resumed["weights"].keys()
+    assert all(torch.equal(tensor, resumed["weights"][name]) for name, tensor in whole["weights"].items())
+
+
+@pytest.mark.parametrize(
+    ("scenario", "left", "started"),
+    [
+        # An epoch is 5 steps, logs come every 3, checkpoints every 2 and at the last, step 15; three are kept.
+        ("in_step", [4, 6, 8], 8),
+        ("in_step_after_epoch", [2, 4], 4),
+        ("half_written", [2, 4, 6], 6),
+        ("before_rename", [6, 8, 10], 10),
+        ("in_rotation", [6, 8, 10], 10),
+        ("between_renames", [12, 15], 15),
+    ],
+)
+def test_killed_run_resumes_to_the_same_weights(plain_runs, scenario, left, started):
+    report = json.loads((plain_runs / "reports.json").read_text())[scenario]
+    assert report["killed"] == -9
+    assert sorted(int(name.split("-")[1]) for name in report["left"] if name != "_unfinished") == left
+    assert report["broken"] == []
+    assert ("_unfinished" in report["left"]) == (not scenario.startswith("in_step"))
+    assert report["resumed"] == 0
+    assert report["afterwards"] == ["checkpoint-12", "checkpoint-14", "checkpoint-15"]
+    if scenario == "between_renames":  # the run had been completed once: nothing is left to train
+        assert torch.load(plain_runs / f"{scenario}-resumed.pt")["started"] == started
+    else:
+        assert_resumed_like_whole(plain_runs, scenario, started)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scenario", "started"), [("in_step", 3), ("half_written", 6)])
+def test_killed_grpo_resumes_inside_a_generation_cycle(grpo_runs, scenario, started):
+    """4 steps share their completions and make an epoch; checkpoints 3 and 6 lie inside of such a cycle."""
+    assert json.loads((grpo_runs / "reports.json").read_text())[scenario]["killed"] == -9
+    assert_resumed_like_whole(grpo_runs, scenario, started)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_weights(two_processes):
+    for rank in range(2):
+        whole = torch.load(two_processes / f"whole-{rank}.pt")
+        resumed = torch.load(two_processes / f"killed-resumed-{rank}.pt")
+        assert (whole["world_size"], whole["wrapped"]) == (2, "DistributedDataParallel")
+        assert len(whole["curve"]) == 10 and resumed["curve"] == whole["curve"]
+        assert all(torch.equal(tensor, resumed["weights"][name]) for name, tensor in whole["weights"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["loss", "gradient"])
+def test_what_one_process_sees_all_skip(two_processes, scenario):
+    whole = torch.load(two_processes / "whole-0.pt")
+    first, second = (torch.load(two_processes / f"{scenario}-{rank}.pt") for rank in range(2))
+    for result in (first, second):
+        assert (result["nonfinite_steps"], result["optimizer_steps"], result["error"]) == (1, 9, None)
+    assert all(torch.equal(tensor, second["weights"][name]) for name, tensor in first["weights"].items())
+    assert not torch.equal(first["weights"]["first.weight"], whole["weights"]["first.weight"])
+
+
+@pytest.mark.slow
+def test_all_processes_stop_together(two_processes):
+    for rank in range(2):
+        result = torch.load(two_processes / f"row-{rank}.pt")
+        assert result["optimizer_steps"] == 3
+        assert "2 steps in a row, up to step 5" in result["error"]
+    assert [path.name for path in (two_processes / "row").glob("checkpoint-*")] == ["checkpoint-3"]
