@@ -150,7 +150,7 @@ class SamplePictureLogger:
             return
         try:
             self._write(step, islice(samples, self.num_samples))
-        except Exception as error:  # noqa: BLE001 - a picture is never worth a training run
+        except Exception as error:  # a picture is never worth a training run
             self._warn("write", f"sample pictures of step {step} are incomplete: {type(error).__name__}: {error}")
 
     def _write(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -209,7 +209,7 @@ class SamplePictureLogger:
                     module.log({name: module.Image(str(path), caption=words), "train/global_step": step})
                 elif isinstance(callback, tuple(INTEGRATION_TO_CALLBACK.values())):
                     self._warn(tracker, f"sample pictures do not go to {tracker}; they are in {self.folder}.")
-            except Exception as error:  # noqa: BLE001 - trackers fail in their own ways (network, quota)
+            except Exception as error:  # trackers fail in their own ways (network, quota)
                 self._warn(tracker, f"{tracker} did not take a sample picture: {type(error).__name__}: {error}")
 
     def _warn(self, what: str, message: str) -> None:
