@@ -5,8 +5,10 @@ import torch
 from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_vlm_config
 from torch import nn
 
-from segcompass_hf.training.memory import TrainingSetup, estimate_memory, fake_model, parameter_bytes
+from segcompass_hf.training.memory import estimate_memory, parameter_bytes
 from segcompass_hf.training.memory_meter import MemoryMeter
+from segcompass_hf.training.memory_model import fake_model
+from segcompass_hf.training.memory_setup import TrainingSetup
 from segcompass_hf.training.memory_shapes import SAM_SHAPES, VLM_SHAPES, composite_config, sam_config, vlm_config
 from segcompass_hf.training.memory_step import _checkpoint, sampling_bytes, training_bytes
 

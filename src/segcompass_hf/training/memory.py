@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""How much memory a GPU needs for joint training, from the configuration alone.
+"""How much memory a GPU needs for a stage of training, from the configuration alone.
 
 Weights, gradients and optimizer states are counted parameter by parameter on a model without values. Activations are
 counted by running one training step of it on fake tensors (shapes without data), so that every backbone is counted by
@@ -8,19 +8,16 @@ its own code. Nothing is downloaded and no GPU is needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..configuration_segcompass import SegCompassConfig
 from ..generation_segcompass import decoder_layers
-from ..modeling_segcompass import SegCompassForReasoningSegmentation
-from .memory_step import sampling_bytes, training_bytes
+from .memory_model import cast_weights, fake_model
+from .memory_setup import TrainingSetup
+from .memory_step import sae_bytes, sampling_bytes, training_bytes
 
 GIB = 2**30
 CUDA_CONTEXT = 0.75 * GIB  # assumed, not computed: CUDA, cuBLAS and their workspaces
@@ -28,70 +25,19 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # per weight: 4 bits, one byte per bl
 EIGHT_BIT_STATE = 1 + 4 / 256  # per element: a byte, and a float32 scale per block of 256
 SMALL_TENSOR = 4096  # bitsandbytes keeps the states of smaller tensors in float32
 
-Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_8bit"]
-Sharding = Literal["none", "fsdp", "zero3"]
-
-
-@dataclass(frozen=True)
-class TrainingSetup:
-    """What decides the memory of joint training beside the model.
-
-    Args:
-        batch_size (`int`): Completions per GPU in one forward pass (`per_device_train_batch_size`).
-        rollouts (`int`): Completions per GPU that are sampled at once (`batch_size * steps_per_generation`).
-        prompt_tokens, completion_tokens (`int`): Per sequence; image tokens are part of the prompt.
-        active_concepts (`int`): Concepts above the threshold per token.
-        objects (`int`): Objects per sample, each of which is decoded to a mask; at most the number of slots.
-        dtype, trainable_dtype (`torch.dtype`): Of the weights that are frozen and of those that train.
-        autocast (`bool`): Whether computation runs in bfloat16 (`bf16`).
-        gradient_checkpointing (`bool`): Whether layers are computed again in the backward pass.
-        optim (`str`): Name of the optimizer, as in `TrainingArguments`.
-        reference (`bool`): Whether there is a KL term (`beta > 0`).
-        load_in_4bit (`bool`): Whether the linear layers of the decoder are held in NF4.
-        gpus (`int`): Processes that share the work.
-        sharding (`str`): `"none"` (one GPU or DDP), `"fsdp"` (FSDP2, everything sharded) or `"zero3"`.
-    """
-
-    batch_size: int = 4
-    rollouts: int = 16
-    prompt_tokens: int = 700
-    completion_tokens: int = 512
-    active_concepts: int = 64
-    objects: int = 4
-    dtype: torch.dtype = torch.float32
-    trainable_dtype: torch.dtype = torch.float32
-    autocast: bool = True
-    gradient_checkpointing: bool = True
-    optim: Optimizer = "adamw_torch_fused"
-    reference: bool = True
-    load_in_4bit: bool = False
-    gpus: int = 1
-    sharding: Sharding = "none"
-
-    def __post_init__(self):
-        if self.sharding != "none" and self.gpus < 2:
-            raise ValueError(f"sharding={self.sharding!r} shares weights between GPUs and needs 2 or more, got 1.")
-        if self.optim not in get_args(Optimizer):
-            raise ValueError(
-                f"the states of optim={self.optim!r} are not known; known are {', '.join(get_args(Optimizer))}."
-            )
-        if self.batch_size > self.rollouts:
-            raise ValueError(
-                f"a forward pass takes {self.batch_size} completions but only {self.rollouts} are sampled per GPU."
-            )
-
 
 @dataclass
 class MemoryEstimate:
     """Bytes per GPU. Not all of it is needed at once: see `training`, `sampling` and `peak`.
 
     Args:
-        weights (`float`): Of the whole model, float32 masters of sharded or quantized training included.
+        weights (`float`): Of the whole model.
         optimizer (`float`): Its states.
         reference (`float`): Copies of the trainable layers that the KL term needs; frozen ones are shared.
         gradients (`float`): Of all that trains; DDP's buckets double them.
         gathered (`float`): Weights (and gradients in work) that sharded training brings together for a while.
-        activations (`float`): What the forward pass keeps for the backward pass, and bfloat16 copies of weights.
+        activations (`float`): What the forward pass keeps for the backward pass, bfloat16 copies of weights included;
+            for the SAE the buffer of activations too.
         working (`float`): What is needed beyond that at the fullest moment of a step, log-probabilities included.
         cache (`float`): Keys and values while sampling, and the states captured on the way.
         prefill (`float`): The pass over the prompts while sampling, or SAM's image encoder, whichever needs more.
@@ -124,8 +70,8 @@ class MemoryEstimate:
 
     @property
     def sampling(self) -> float:
-        """The fullest moment of sampling."""
-        return self.held + self.gathered + self.cache + self.prefill
+        """The fullest moment of sampling; 0 where a stage does not sample."""
+        return self.held + self.gathered + self.cache + self.prefill if self.cache else 0.0
 
     @property
     def peak(self) -> float:
@@ -140,46 +86,10 @@ class MemoryEstimate:
         return "\n".join(lines + [f"{name:<14}{size / GIB:>9.2f} GiB" for name, size in rows])
 
 
-@contextmanager
-def fake_model(config: SegCompassConfig, peft_config: Any | None = None) -> Iterator[nn.Module]:
-    """A model of shapes without values, frozen as in training; inside the context tensors have no values either.
-
-    Args:
-        config ([`SegCompassConfig`]): Of the model.
-        peft_config (`peft.PeftConfig`, *optional*): Adapters; what they replace does not train then.
-    """
-    with torch.device("meta"):
-        model = SegCompassForReasoningSegmentation(config)
-        if peft_config is not None:
-            from peft import get_peft_model
-
-            get_peft_model(model, peft_config)  # changes the model itself
-    with FakeTensorMode():
-        _to_fake(model)
-        if peft_config is None:
-            model.freeze_for_training()
-        yield model.train()
-
-
-def _to_fake(model: nn.Module) -> None:
-    """Replace tensors of the meta device by fake ones of the CPU, where autocast and attention act as in training."""
-    made: dict[int, torch.Tensor] = {}  # tied weights stay tied
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
-                tensors[name] = made[id(tensor)]
-
-
 def estimate_memory(
     config: SegCompassConfig, setup: TrainingSetup | None = None, peft_config: Any | None = None
 ) -> MemoryEstimate:
-    """Estimate the memory that joint training needs on each GPU.
+    """Estimate the memory that a stage of training needs on each GPU.
 
     Args:
         config ([`SegCompassConfig`]): Of the model, see `memory_shapes.composite_config`.
@@ -188,25 +98,35 @@ def estimate_memory(
 
     Returns:
         [`MemoryEstimate`], in bytes.
+
+    Raises:
+        ValueError: GRPO with KL under ZeRO-3 without adapters, which the trainer refuses too.
     """
     setup = setup or TrainingSetup()
-    with fake_model(config, peft_config) as model:
+    if setup.stage == "grpo" and setup.reference and setup.sharding == "zero3" and peft_config is None:
+        raise ValueError(
+            "the trainer makes no reference policy under ZeRO-3; use sharding='fsdp', adapters, or no KL "
+            "(reference=False)."
+        )
+    with fake_model(config, peft_config, setup.stage) as model:
         parts = parameter_bytes(model, setup)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         parts["gathered"] = _gathered(model, setup)
-        _cast(model, setup)
-        parts["activations"], parts["working"] = training_bytes(model, setup)
+        cast_weights(model, setup)
+        count = sae_bytes if setup.stage == "sae" else training_bytes
+        parts["activations"], parts["working"] = count(model, setup)
         parts["working"] += _dequantized(model, setup)
-        parts["cache"], parts["prefill"] = sampling_bytes(model, setup)
-    return MemoryEstimate(**parts, context=CUDA_CONTEXT, parameters=parameters, trainable=trainable)
+        parts["cache"], parts["prefill"] = sampling_bytes(model, setup) if setup.stage == "grpo" else (0.0, 0.0)
+    parts["context"] = CUDA_CONTEXT if setup.gpus else 0.0
+    return MemoryEstimate(**parts, parameters=parameters, trainable=trainable)
 
 
 def parameter_bytes(model: nn.Module, setup: TrainingSetup) -> dict[str, float]:
     """Bytes per GPU of `weights`, `gradients`, `optimizer` and `reference`, counted parameter by parameter."""
     quantized = _quantized(model, setup)
     # An adapter is switched off for the reference policy; without one, what trains of the VLM is copied.
-    copied = setup.reference and not hasattr(model, "peft_config")
+    copied = setup.stage == "grpo" and setup.reference and not hasattr(model, "peft_config")
     weights = sum(buffer.nbytes for buffer in model.buffers())
     gradients = optimizer = reference = 0.0
     for name, parameter in model.named_parameters():
@@ -261,14 +181,3 @@ def _dequantized(model: nn.Module, setup: TrainingSetup) -> float:
     quantized = _quantized(model, setup)
     sizes = [parameter.numel() for name, parameter in model.named_parameters() if name in quantized]
     return 2.0 * max(sizes, default=0)
-
-
-def _cast(model: nn.Module, setup: TrainingSetup) -> None:
-    """Bring weights to the dtypes they have while computing."""
-    for name, parameter in model.named_parameters():
-        if "positional_embedding" in name or "shared_embedding" in name:
-            continue  # SAM's positions stay in float32
-        if setup.sharding != "none" and setup.autocast:
-            parameter.data = parameter.data.to(torch.bfloat16)
-        else:
-            parameter.data = parameter.data.to(setup.trainable_dtype if parameter.requires_grad else setup.dtype)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..generation_segcompass import decoder_layers
@@ -15,7 +16,7 @@ from ..modeling_concepts import MAX_CHUNK_ELEMENTS
 from .memory_meter import MemoryMeter
 
 if TYPE_CHECKING:
-    from .memory import TrainingSetup
+    from .memory_setup import TrainingSetup
 
 # Tiles of TRL's fused head: tokens and words of the vocabulary that are projected at a time.
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
@@ -33,22 +34,40 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
     """
     if setup.gradient_checkpointing:
         _checkpoint(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.empty_like(parameter)  # as after an earlier micro-batch
-    known = [*model.parameters(), *model.buffers()]
-    known += [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    with MemoryMeter(known) as meter:
+    with MemoryMeter(_held(model)) as meter:
         with _autocast(setup):
             states = _language_pass(model, setup.batch_size, setup.prompt_tokens + setup.completion_tokens)
-            loss = _log_probs(model, setup, states).sum()
-            if setup.reference:
-                with torch.no_grad():  # the reference policy repeats the upper layers
-                    _log_probs(model, setup, _language_pass(model, *states.shape[:2]))
-            loss = loss + _segmentation(model, setup, states)
+            if setup.stage == "grpo":
+                loss = _log_probs(model, setup, states).sum()
+                if setup.reference:
+                    with torch.no_grad():  # the reference policy repeats the upper layers
+                        _log_probs(model, setup, _language_pass(model, *states.shape[:2]))
+            else:
+                loss = _language_loss(model, setup, states)
+            if setup.stage != "warmup":
+                loss = loss + _segmentation(model, setup, states)
         kept = meter.live
         loss.backward()
     return kept, meter.peak - kept
+
+
+def sae_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
+    """The same for SAE pre-training: a step on `batch_size` tokens, and a pass of `rows_per_batch` rows to get them."""
+    sae = model.sae
+    tokens = setup.prompt_tokens + setup.completion_tokens
+    with torch.no_grad(), MemoryMeter(_held(model)) as harvest:
+        _language_pass(model, setup.rows_per_batch, tokens)
+    buffer = setup.buffer_tokens * sae.config.d_in * setup.dtype.itemsize
+    with MemoryMeter(_held(model)) as meter:
+        with _autocast(setup):
+            states = sae.normalize(torch.empty(setup.batch_size, sae.config.d_in))[0].clone()  # tokens that count
+            feature_acts = sae.encode(states)
+            squared_error = (sae.decode(feature_acts) - states).pow(2).sum(-1).mean()
+            sparsity = (feature_acts * sae.W_dec.norm(dim=-1)).sum(-1).mean()
+            returned = torch.zeros_like(feature_acts) + feature_acts.detach()  # noqa: F841 - put back in place
+        kept = meter.live
+        (squared_error + sparsity).backward()
+    return kept + buffer, max(meter.peak, harvest.peak) - kept
 
 
 def sampling_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
@@ -73,12 +92,21 @@ def sampling_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
     return cache + captured, max(peaks)
 
 
+def _held(model: nn.Module) -> list[torch.Tensor]:
+    """Weights, buffers, and gradients as after an earlier micro-batch."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    return [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+
+
 def _language_pass(model: nn.Module, batch_size: int, tokens: int) -> torch.Tensor:
     """Last states `(batch_size, tokens, hidden)`; the padding mask is passed in full, as with padded batches."""
     layers = decoder_layers(model.base_model)
     text_model = next(module for module in model.base_model.modules() if getattr(module, "layers", None) is layers)
-    dtype = model.get_input_embeddings().weight.dtype
-    embeddings = torch.empty(batch_size, tokens, model.config.hidden_size, dtype=dtype)
+    weight = model.get_input_embeddings().weight
+    embeddings = torch.empty(batch_size, tokens, weight.shape[1], dtype=weight.dtype)
+    embeddings.requires_grad_(weight.requires_grad and torch.is_grad_enabled())
     mask = torch.ones(batch_size, 1, tokens, tokens, dtype=torch.bool)
     return text_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
@@ -94,7 +122,10 @@ def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) 
     concepts = _EvenConcepts(batch_size, tokens, setup.active_concepts, states.dtype)
     slots = model.encode_slots(concepts, torch.ones(batch_size, tokens)).slots
     side, channels = model.mask_stage.embedding_size, model.config.sam_config.mask_decoder_config.hidden_size
-    embeddings = torch.empty(batch_size, channels, side, side, dtype=model.sam.dtype)
+    if setup.stage == "grpo":  # encoded one by one before the step
+        embeddings = torch.empty(batch_size, channels, side, side, dtype=model.sam.dtype)
+    else:
+        embeddings = model.encode_image(torch.empty(batch_size, 3, model.mask_stage.canvas, model.mask_stage.canvas))
     labels = torch.empty(batch_size, config.num_slots, 4 * side, 4 * side)
     area = torch.ones(batch_size, 1, 4 * side, 4 * side, dtype=torch.bool)
     mapped = model.slot_mapper(states[:, -config.num_slots :], slots, embeddings)
@@ -143,6 +174,13 @@ class _FusedHead(torch.autograd.Function):
             sums.append(torch.zeros_like(weight, dtype=torch.float32))
         _tile(states, weight)
         return sums[0].to(states.dtype), sums[1].to(weight.dtype) if len(sums) > 1 else None
+
+
+def _language_loss(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the reference answers, as `language_loss.language_loss_sums` computes it."""
+    logits = model.get_output_embeddings()(states[:, -setup.completion_tokens - 1 :])
+    targets = torch.zeros(setup.batch_size * setup.completion_tokens, dtype=torch.long)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).clone().float(), targets, reduction="sum")
 
 
 def _tile(states: torch.Tensor, weight: torch.Tensor) -> None:
