@@ -118,6 +118,8 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # bf16 breaks SAM's positional encoding (errors up to 0.13).
     _keep_in_fp32_modules_strict = ["shared_image_embedding", "shared_embedding"]
+    # Units of sharding beside the layers of VLM and SAM: called by `forward`, so that sharded training can gather them.
+    _no_split_modules = ["SamVisionEncoder", "SamMaskDecoder", "ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -173,6 +175,8 @@ class SegCompassForReasoningSegmentation(LoadingMixin, SegmentingMixin, VlmDeleg
         sam_dim = config.sam_config.mask_decoder_config.hidden_size
         self.slot_mapper = SlotMapper(config, hidden_size=config.hidden_size, sam_dim=sam_dim)
         self.post_init()
+        # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     @property
     def mask_stage(self) -> SamMaskStage:

@@ -25,6 +25,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer as trl_grpo_trainer
 
+from .fsdp import core_model
+
 _ADAPTER_PARTS = ("lora_", "trainable_tokens_")  # parameters of peft that are merged into others or mean nothing alone
 _WRAPPER_PARTS = ("base_layer", "token_adapter", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod")
 _NEVER = -100.0  # vLLM clamps its logit bias here; a probability of e^-100
@@ -62,7 +64,7 @@ class SegCompassVLLMGeneration(VLLMGeneration):
         if getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
             raise ValueError("vLLM rollouts read FSDP2 parameters, got FSDP1; set fsdp_version: 2 in the config.")
         self.folder = Path(folder)
-        bias = {token_id: _NEVER for token_id in composite(model).vision_token_ids}
+        bias = {token_id: _NEVER for token_id in core_model(model).vision_token_ids}
         generation_kwargs = dict(generation_kwargs or {})
         generation_kwargs["logit_bias"] = {**bias, **(generation_kwargs.get("logit_bias") or {})}
         super().__init__(model, accelerator, processing_class, generation_kwargs=generation_kwargs, **kwargs)
@@ -118,11 +120,6 @@ def vllm_rollouts(folder: str | Path) -> Iterator[None]:
         trl_grpo_trainer.VLLMGeneration = parent
 
 
-def composite(model: nn.Module) -> PreTrainedModel:
-    """The SegCompass model inside `PeftModel`, or itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
-
-
 @contextmanager
 def _no_gather(parameters: list[nn.Parameter]) -> Iterator[None]:
     yield
@@ -149,7 +146,7 @@ def vllm_weights(
         ValueError: An adapter whose effect is no change of a weight (DoRA, biases), or a family whose files hold
             weights in another form.
     """
-    vlm = composite(model).vlm
+    vlm = core_model(model).vlm
     owners = dict(_weight_owners(vlm))
     names = file_names(vlm, {name: owner.shape for name, (owner, _) in owners.items()})
     for name, (parameter, wrapper) in owners.items():
@@ -282,7 +279,7 @@ def export_for_vllm(
     """
     from trl.distributed import DistributedBackend
 
-    folder, vlm = Path(folder), composite(model).vlm
+    folder, vlm = Path(folder), core_model(model).vlm
     gather = _no_gather if accelerator is None else DistributedBackend(accelerator).gather_params
     device = None if accelerator is None else accelerator.device
     writes = accelerator is None or accelerator.is_main_process

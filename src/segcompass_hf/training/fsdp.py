@@ -1,0 +1,158 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""FSDP2: which modules are sharded together, methods that work outside `forward`, rows that train under sharding."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
+
+from .reference_policy import final_norm
+
+# What is called from outside. Some read weights that belong to no smaller unit than the model, and none could come
+# before the model's own `forward`: FSDP2 takes what runs first for the root.
+FORWARD_METHODS = ("generate", "segment", "encode_image", "encode_concepts", "encode_slots", "predict_masks")
+
+
+def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
+    """Shard a SegCompass model with FSDP2, in place, into the units that accelerate makes of it.
+
+    Units: what `_no_split_modules` names (decoder layers, vision blocks, SAM's image encoder and mask decoder,
+    codebook, slot encoder, slot mapper), the embeddings, the final norm with the head (whose weight is read outside
+    its `forward`, so it stays whole until the backward pass), and the rest. Freeze before you shard; the optimizer
+    comes afterwards.
+
+    Args:
+        model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): Sharded in place.
+        fsdp_kwargs: For `torch.distributed.fsdp.fully_shard`: `mesh`, `mp_policy`, `offload_policy`, ...
+
+    Returns:
+        `nn.Module`: The model.
+    """
+    core = core_model(model)
+    names = set(core._no_split_modules)
+    for module in reversed(list(core.modules())):  # children before parents
+        if type(module).__name__ in names:
+            fully_shard(module, **fsdp_kwargs)
+    embeddings, head = core.get_input_embeddings(), core.get_output_embeddings()
+    tail = [final_norm(core.base_model), head]
+    if embeddings.weight is head.weight:
+        tail.insert(1, embeddings)  # one weight cannot be in two units
+    else:
+        fully_shard(embeddings, **fsdp_kwargs)
+    fully_shard(tail, **{**fsdp_kwargs, "reshard_after_forward": False})
+    fully_shard(model, **{key: value for key, value in fsdp_kwargs.items() if key != "reshard_after_forward"})
+    return finish_sharding(model)
+
+
+def finish_sharding(model: nn.Module) -> nn.Module:
+    """What a sharded SegCompass model needs besides: without FSDP2 nothing happens; more than once does no harm.
+
+    - Methods called outside `forward` gather the weights they read.
+    - The head is whole once the final norm has run: TRL's fused head reads its weight without calling it, and
+      accelerate, which knows no final norm this deep inside a model, shards it on its own.
+    - The gradient hooks that let only the rows of the added tokens train are put on the shards: `fully_shard` replaces
+      parameters and leaves hooks behind, and the whole head would train.
+
+    Args:
+        model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): As sharded by accelerate or
+            [`prepare_fsdp2`].
+    """
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation before may have left some whole
+        core = core_model(model)
+        if "_fsdp_methods" not in core.__dict__:
+            core.__dict__["_fsdp_methods"] = _gather_in_methods(model, core)
+            _gather_head_after_norm(core)
+        _train_only_token_rows(core)
+    return model
+
+
+class FinishShardingCallback(TrainerCallback):
+    """Calls [`finish_sharding`] when training begins, after accelerate has sharded the model."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        finish_sharding(model)
+
+
+def core_model(model: nn.Module) -> nn.Module:
+    """The SegCompass model inside a `PeftModel`, or itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
+
+
+def _gather_in_methods(root: nn.Module, core: nn.Module) -> dict[str, int]:
+    """Let [`FORWARD_METHODS`] run the root's hooks around them, unless they are called from within one another."""
+    inside = {"depth": 0}
+
+    def enter(*_):
+        inside["depth"] += 1
+
+    def leave(*_):
+        inside["depth"] -= 1
+
+    root.register_forward_pre_hook(enter)
+    root.register_forward_hook(leave, always_call=True)
+    for name in FORWARD_METHODS:
+        plain = getattr(core, name)
+        register_fsdp_forward_method(root, name)
+        gathered = getattr(root, name)
+
+        @functools.wraps(plain)
+        def method(*args, plain=plain, gathered=gathered, **kwargs):
+            if inside["depth"]:
+                return plain(*args, **kwargs)
+            enter()
+            try:
+                return gathered(*args, **kwargs)
+            finally:
+                leave()
+
+        for module in {id(root): root, id(core): core}.values():
+            setattr(module, name, method)
+    return inside
+
+
+def _gather_head_after_norm(core: nn.Module) -> None:
+    head = core.get_output_embeddings()
+    if isinstance(head, FSDPModule):
+        final_norm(core.base_model).register_forward_hook(lambda *_: head.unshard())
+
+
+def _train_only_token_rows(core: nn.Module) -> None:
+    """Zero, on every shard, the gradient of the embedding rows that `freeze_for_training` leaves fixed."""
+    for handle in core.__dict__.pop("_shard_row_handles", []):
+        handle.remove()
+    if not core.__dict__.get("_token_row_handles"):
+        return
+    weights = {id(m.weight): m.weight for m in (core.get_output_embeddings(), core.get_input_embeddings())}
+    config = core.config
+    ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
+    core.__dict__["_shard_row_handles"] = [
+        weight.register_post_accumulate_grad_hook(_KeepShardRows(weight, ids))
+        for weight in weights.values()
+        if weight.requires_grad and isinstance(weight, DTensor)
+    ]
+
+
+class _KeepShardRows:
+    """Hook on a weight sharded along its rows: zeroes the gradient of all rows but the given ones."""
+
+    def __init__(self, weight: DTensor, rows: list[int]):
+        fixed = torch.ones(weight.shape[0], 1, dtype=torch.uint8)
+        fixed[rows] = 0
+        shard = distribute_tensor(fixed, weight.device_mesh, weight.placements)  # as the weight is sharded
+        self.fixed = shard.to_local().bool()  # (rows of this process, 1)
+
+    @torch.no_grad()
+    def __call__(self, weight: DTensor) -> None:
+        gradient = weight.grad.to_local()
+        gradient.masked_fill_(self.fixed.to(gradient.device), 0)
+
+
+__all__ = ["FORWARD_METHODS", "FinishShardingCallback", "finish_sharding", "prepare_fsdp2"]
