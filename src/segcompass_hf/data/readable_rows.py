@@ -14,6 +14,7 @@ from .schema import decode_masks
 
 logger = logging.get_logger(__name__)
 
+_UNREADABLE, _READABLE = 1, 2
 MAX_IN_A_ROW = 1000  # unreadable neighbours, after which the data set rather than a row is taken to be broken
 
 
@@ -56,12 +57,14 @@ class UnreadableLog:
     def __init__(self, file: str | Path | None, name: str):
         self.file, self.name = None if file is None else Path(file), name
 
-    def add(self, index: int, sample_id: Any, reason: str, action: str) -> None:
+    def add(self, index: int, sample_id: Any, reason: str, action: str, stable: bool = True) -> None:
+        """`stable` tells whether the row has this index whenever it is read; in a stream it need not."""
         shown = f"row {index}" + (f" ({sample_id})" if sample_id is not None else "")
         logger.warning(f"{self.name}: {shown} is unreadable and {action}: {reason}")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            line = {"dataset": self.name, "index": index, "sample_id": sample_id, "reason": reason}
+            known_by = index if stable or sample_id is None else None
+            line = {"dataset": self.name, "index": known_by, "sample_id": sample_id, "reason": reason}
             with open(self.file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")  # one small write in append mode: lines do not mix
 
@@ -76,7 +79,7 @@ def count_unreadable(file: str | Path) -> int:
             row = json.loads(line)
         except ValueError:
             continue  # a line cut short by a kill is written again when the row comes up again
-        found.add((row["dataset"], row["index"]))
+        found.add((row["dataset"], row["index"], None if row["index"] is not None else row["sample_id"]))
     return len(found)
 
 
@@ -107,7 +110,7 @@ class ReadableRows(torch.utils.data.Dataset):
         if on_unreadable not in ("skip", "error"):
             raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
         self.dataset, self.on_unreadable, self.log = dataset, on_unreadable, UnreadableLog(log_file, name)
-        self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, seen by all workers
+        self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, shared by all workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -115,7 +118,7 @@ class ReadableRows(torch.utils.data.Dataset):
     @property
     def num_unreadable(self) -> int:
         """Unreadable rows met so far by this process and its data loader workers."""
-        return int(self.known.sum())
+        return int((self.known == _UNREADABLE).sum())
 
     @property
     def column_names(self) -> list[str]:
@@ -146,25 +149,36 @@ class ReadableRows(torch.utils.data.Dataset):
         )
 
     def _read(self, index: int) -> dict[str, Any] | None:
-        if self.known[index]:
+        if self.known[index] == _UNREADABLE:
             return None
         try:
-            row = self.dataset[index]
-            check_row(row)
-            return row
+            try:
+                return self._read_once(index)
+            except OSError:  # a network disk may have a bad moment, a damaged file fails again
+                return self._read_once(index)
         except MemoryError:
             raise
         except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
-            reason = f"{type(error).__name__}: {error}"
-            if self.on_unreadable == "error":
-                self.log.add(index, self._sample_id(index), reason, "training stops")
-                raise ValueError(
-                    f"{self.log.name}: row {index} ({self._sample_id(index)}) is unreadable: {reason}. Repair or "
-                    'remove it, or skip such rows with unreadable_rows="skip".'
-                ) from error
-            self.known[index] = 1
-            self.log.add(index, self._sample_id(index), reason, "skipped")
+            self._refuse(index, error)
             return None
+
+    def _read_once(self, index: int) -> dict[str, Any]:
+        row = self.dataset[index]
+        if self.known[index] != _READABLE:
+            check_row(row)
+            self.known[index] = _READABLE
+        return row
+
+    def _refuse(self, index: int, error: Exception) -> None:
+        sample_id, reason = self._sample_id(index), f"{type(error).__name__}: {error}"
+        if self.on_unreadable == "error":
+            self.log.add(index, sample_id, reason, "training stops")
+            raise ValueError(
+                f"{self.log.name}: row {index} ({sample_id}) is unreadable: {reason}. Repair or remove it, or skip "
+                'such rows with unreadable_rows="skip".'
+            ) from error
+        self.known[index] = _UNREADABLE
+        self.log.add(index, sample_id, reason, "skipped")
 
     def _sample_id(self, index: int) -> str | None:
         """Read without the image, which may be what fails."""
@@ -193,9 +207,17 @@ def readable_stream(
     for key in images:
         encoded = encoded.cast_column(key, datasets.Image(decode=False))
     readable = encoded.filter(_StreamCheck(on_unreadable, UnreadableLog(log_file, name)), with_indices=True)
-    for key in images:
-        readable = readable.cast_column(key, features[key])
-    return readable
+    return readable.map(_Decode({key: features[key] for key in images}), features=features) if images else readable
+
+
+class _Decode:
+    """Images of a row from their bytes; a cast to the first features would come too late for rows already typed."""
+
+    def __init__(self, columns: dict[str, Any]):
+        self.columns = columns
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {key: column.decode_example(row[key]) for key, column in self.columns.items() if row[key] is not None}
 
 
 class _StreamCheck:
@@ -213,7 +235,8 @@ class _StreamCheck:
             reason = f"{type(error).__name__}: {error}"
             self.in_a_row += 1
             fatal = self.on_unreadable == "error" or self.in_a_row >= MAX_IN_A_ROW
-            self.log.add(index, row.get("sample_id"), reason, "training stops" if fatal else "skipped")
+            action = "training stops" if fatal else "skipped"
+            self.log.add(index, row.get("sample_id"), reason, action, stable=False)
             if fatal:
                 raise ValueError(
                     f"{self.log.name}: row {index} ({row.get('sample_id')}) is unreadable: {reason}"
