@@ -1,1 +1,45 @@
-"""Data sets in one row format (`schema`): Scenes, the procedural benchmark."""
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Data sets in one row format (`schema`): the benchmarks, your own folders, and Scenes, the procedural benchmark.
+
+Every builder returns a `datasets.Dataset` in the row schema and takes `report=BuildReport()`, which then lists what
+could not be used. Each name is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "BuildReport": "build_report",
+    "SegmentationCollator": "collator",
+    "build_coco": "coco",
+    "build_folder": "folder",
+    "build_grefcoco": "refer",
+    "build_reasonseg": "reasonseg",
+    "build_refcoco": "refer",
+    "decode_mask": "schema",
+    "decode_masks": "schema",
+    "encode_mask": "schema",
+    "eval_image_ids": "leakage",
+    "from_hosted_reasonseg": "reasonseg",
+    "row_features": "schema",
+}
+_MODULES = ("scenes",)
+__all__ = [*_EXPORTS, *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

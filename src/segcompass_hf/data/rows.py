@@ -1,0 +1,139 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Rows in the row schema -> a `datasets.Dataset` on disk, written as they come; images stay files until used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .build_report import BuildReport, RowProblem
+from .schema import row_features
+
+ROWS_PER_BATCH = 1000
+EXIF_ORIENTATION = 0x0112
+
+_DEFAULTS = {
+    "image": None,
+    "instruction": None,
+    "masks": (),
+    "distractor_masks": None,
+    "ignore": None,
+    "instance_ids": None,
+    "sample_id": None,
+    "image_id": None,
+    "source": None,
+    "split": None,
+    "kind": None,
+    "is_reasoning": False,
+    "reasoning": None,
+}
+
+
+def make_row(**fields: Any) -> dict[str, Any]:
+    """One row with every column of the schema.
+
+    Args:
+        **fields: Columns of `schema.row_features()`. `image` (path, bytes, PIL image or `{"bytes", "path"}`),
+            `instruction`, `sample_id` and `source` are needed. Others default to unknown (`None`), `masks` to no
+            target, `is_reasoning` to `False`, `instance_ids` to the masks' places.
+
+    Raises:
+        TypeError: A column is unknown or a needed one is missing.
+    """
+    unknown = sorted(set(fields) - set(_DEFAULTS))
+    missing = [name for name in ("image", "instruction", "sample_id", "source") if fields.get(name) is None]
+    if unknown or missing:
+        raise TypeError(f"a row lacks {missing} and has unknown columns {unknown}; it has {sorted(_DEFAULTS)}.")
+    row = _DEFAULTS | fields
+    row["masks"] = list(row["masks"])
+    if row["instance_ids"] is None:
+        row["instance_ids"] = list(range(len(row["masks"])))
+    if len(row["instance_ids"]) != len(row["masks"]):
+        raise TypeError(f"{row['sample_id']}: {len(row['instance_ids'])} instance ids, {len(row['masks'])} masks.")
+    return row
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(height, width) of an image as it is shown, that is with its EXIF rotation, from the file's header alone.
+
+    Raises:
+        RowProblem: `"missing_image"` or `"unreadable_image"`.
+    """
+    if not os.path.isfile(path):
+        raise RowProblem("missing_image", f"there is no file {os.fspath(path)!r}.")
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RowProblem("unreadable_image", f"{os.fspath(path)!r} cannot be read as an image ({error}).") from error
+    return (width, height) if turned else (height, width)
+
+
+def dataset_from_rows(
+    rows: Iterable[dict[str, Any]],
+    name: str = "rows",
+    report: BuildReport | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Any:
+    """Write rows to an Arrow file and open it, memory-mapped: neither needs memory for the whole.
+
+    The rows are made every time, so that the report is complete; the file is named after its content, so that equal
+    builds share one file (and the results of `Dataset.map` on it), and a changed source never meets an old one.
+
+    Args:
+        rows (`Iterable[dict]`): What `make_row` returns.
+        name (`str`): Start of the file's name, and what messages call the data set.
+        report (`BuildReport`, *optional*): Gets the number of rows, and is logged.
+        cache_dir (path, *optional*): Where the file lies; by default in the cache of `datasets`.
+
+    Returns:
+        `datasets.Dataset`
+
+    Raises:
+        ValueError: There is no row, with the problems that led to it.
+    """
+    import datasets
+    import pyarrow as pa
+
+    report = BuildReport() if report is None else report
+    features = row_features()
+    folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "segcompass_hf")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, count = iter(rows), 0
+    handle, unfinished = tempfile.mkstemp(suffix=".part", dir=folder)
+    try:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+            while batch := list(islice(rows, ROWS_PER_BATCH)):
+                encoded = [row | {"image": features["image"].encode_example(row["image"])} for row in batch]
+                writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=features.arrow_schema))
+                count += len(batch)
+        report.num_rows += count
+        report.log(name)
+        if not count:
+            raise ValueError(f"{name} has no row that can be used: {report.summary()}")
+        with open(unfinished, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        path = folder / f"{name}-{digest.hexdigest()[:24]}.arrow"
+        if not path.exists():  # else keep the time of the file, which is part of the data set's fingerprint
+            os.chmod(unfinished, 0o644)  # temporary files are private
+            os.replace(unfinished, path)
+    finally:
+        if os.path.exists(unfinished):
+            os.unlink(unfinished)
+    return datasets.Dataset.from_file(str(path))
+
+
+def _digest(file: Any) -> Any:
+    """`hashlib.file_digest` of Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest
