@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling import inputs_of
 from transformers import AutoModel
@@ -263,6 +263,24 @@ class TestWrapped:
             if "lora_" in name:
                 assert decay == 0.1
 
+    def test_second_adapter_as_trl_makes_one_for_its_reference(self):
+        from trl.trainer.utils import use_adapter
+
+        model = wrapped()
+        model.add_adapter("ref", model.peft_config["default"])
+        before, trains = outputs_of(model), set(trainable(model))
+        assert trains == set(trainable(wrapped()))
+        after = outputs_of(move(model))
+        with use_adapter(model, "ref"):
+            assert largest_difference(outputs_of(model), before) == 0
+        assert set(trainable(model)) == trains and largest_difference(outputs_of(model), after) == 0
+
+    def test_freezing_is_peft_s_own_business(self):
+        with pytest.raises(ValueError, match="an adapter is attached"):
+            wrapped().freeze_for_training()
+        merged = wrapped().merge_and_unload()
+        assert merged.freeze_for_training() is merged
+
     def test_fused_head_of_trl_reads_the_trained_rows(self):
         from trl.trainer.utils import add_fused_lm_head
 
@@ -342,6 +360,10 @@ class TestSaveAndReload:
         model.save_pretrained(tmp_path)
         assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
         assert largest_difference(outputs_of(AutoModel.from_pretrained(tmp_path)), expected) == 0
+
+    def test_auto_peft_model(self, folders):
+        model = AutoPeftModel.from_pretrained(folders[1], import_allowlist=["segcompass_hf.modeling_segcompass"])
+        assert largest_difference(outputs_of(model), folders[2]) == 0
 
     def test_tied_embeddings(self, tmp_path):
         tiny.tiny_model("gemma3", tie=True).save_pretrained(tmp_path / "base")

@@ -9,7 +9,14 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from test_adapters import cast_as_trl_does, largest_difference, move, outputs_of, trainable
 from test_modeling import inputs_of
 from torch import nn
-from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import segcompass_hf  # noqa: F401  registers the Auto classes
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
@@ -49,6 +56,18 @@ def qlora(folder, **kwargs):
     model = load(folder, **kwargs)
     torch.manual_seed(0)  # LoRA starts at random
     return get_peft_model(model, lora_config(model, r=4, dropout=0.0)).eval()
+
+
+def falling_losses(model, steps: int = 5) -> bool:
+    """Whether a few steps on one batch lower the loss by a tenth."""
+    optimizer = torch.optim.AdamW(model.parameter_groups(3e-3))
+    losses = []
+    for _ in range(steps):
+        losses.append(model(**inputs_of(training=True)).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return bool(losses[-1] < 0.9 * losses[0])
 
 
 class TestWhatIsQuantised:
@@ -136,6 +155,28 @@ class TestOutputs:
         assert largest_difference(outputs_of(reloaded), outputs_of(model)) == 0
 
 
+class TestBundledCheckpoint:
+    def test_segments_as_well_in_4_bit(self):
+        from segcompass_hf.data import scenes
+        from segcompass_hf.data.schema import decode_masks
+        from segcompass_hf.metrics import segmentation_metrics
+
+        path = segcompass_hf.bundled_checkpoint()
+        processor, rows = AutoProcessor.from_pretrained(path), list(scenes.iterate("val", 16, seed=11))
+        truth = [decode_masks(row["masks"], row["image"].size[::-1]) for row in rows]
+        images, instructions = [row["image"] for row in rows], [row["instruction"] for row in rows]
+        inputs = processor(images=images, instruction=instructions, return_tensors="pt")
+        full = AutoModel.from_pretrained(path)
+        scores = []
+        for model in (full, AutoModel.from_pretrained(path, quantization_config=quantization_config(full))):
+            output = model.segment(**inputs)
+            results = processor.post_process_segmentation(
+                output, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+            )
+            scores.append(segmentation_metrics([result["masks"] for result in results], truth)["gIoU"])
+        assert scores[0] > 0.8 and abs(scores[1] - scores[0]) < 0.03
+
+
 class TestSaving:
     @pytest.mark.parametrize("device_map", [CPU, None])
     def test_saved_and_reloaded(self, bases, tmp_path, device_map):
@@ -173,14 +214,7 @@ class TestQLora:
     def test_steps_move_the_adapter_and_the_heads_only(self, bases):
         model = qlora(bases["llava"]).train()
         before = {name: value.clone() for name, value in model.named_parameters()}
-        optimizer = torch.optim.AdamW(model.parameter_groups(3e-3))
-        losses = []
-        for _ in range(5):
-            losses.append(model(**inputs_of(training=True)).loss)
-            losses[-1].backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        assert losses[-1] < 0.9 * losses[0]
+        assert falling_losses(model)
         moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
         assert moved == set(trainable(model))
         assert all("layers.2." in name or "layers.3." in name for name in moved if "lora_" in name)
@@ -222,6 +256,42 @@ class TestQLora:
         given = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         loaded = AutoModel.from_pretrained(tmp_path, quantization_config=given, device_map=CPU)
         assert largest_difference(outputs_of(loaded), outputs_of(model)) < 1e-5
+
+    def test_merged_into_4_bit_weights_the_sum_is_rounded_again(self, bases, tmp_path):
+        model = move(qlora(bases["llava"]))
+        expected = outputs_of(model)
+        merged = model.merge_and_unload()
+        assert check_quantization(merged)
+        assert largest_difference(outputs_of(merged), expected) > 1e-2
+        merged.save_pretrained(tmp_path)
+        assert largest_difference(outputs_of(AutoModel.from_pretrained(tmp_path)), outputs_of(merged)) == 0
+
+    def test_8_bit_base(self, bases):
+        model = load(bases["llava"], bits=8)
+        model = get_peft_model(model, lora_config(model, r=4)).train()
+        assert falling_losses(model) and len([name for name in trainable(model) if "lora_" in name]) == 2 * 14
+
+    def test_quantised_layers_cannot_train_without_an_adapter(self, bases):
+        with pytest.raises(ValueError, match="14 weights of the decoder layers that train are quantised"):
+            load(bases["llava"]).freeze_for_training()
+
+    def test_joint_training(self, bases, tmp_path):
+        """GRPO and the segmentation loss on a 4-bit base; TRL turns what trains to bf16, the heads come back."""
+        from grpo import tiny_trainer
+
+        model = load(bases["llava"])
+        trainer = tiny_trainer(tmp_path, model=model, peft_config=lora_config(model, r=4, dropout=0.0), beta=0.1)
+        kinds = {name: parameter.dtype for name, parameter in trainable(trainer.model).items()}
+        assert {dtype for name, dtype in kinds.items() if "lora_" in name} == {torch.bfloat16}
+        assert {dtype for name, dtype in kinds.items() if "lora_" not in name} == {torch.float32}
+        before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+        trainer.train()
+        moved = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+        assert moved <= set(kinds) and {"lora_B", "codebook", "slot_mapper", "mask_decoder", "lm_head"} <= {
+            part for name in moved for part in name.split(".")
+        }
+        logged = [entry for entry in trainer.state.log_history if "segmentation/loss" in entry]
+        assert len(logged) == 2 and all(entry["segmentation/loss"] > 0 for entry in logged)
 
     def test_heads_after_trl_cast_what_trains(self, bases):
         expected = outputs_of(qlora(bases["llava"]))

@@ -19,7 +19,11 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
     Args:
         model (`SegCompassForReasoningSegmentation`): Changed in place.
         train_token_rows (`str`): `"head"`, `"none"` or `"both"`.
+
+    Raises:
+        ValueError: An adapter is attached, or the decoder layers to train are quantised.
     """
+    _check_trainable(model)
     model.requires_grad_(False)
     for index, layer in enumerate(decoder_layers(model.base_model)):
         layer.requires_grad_(index >= model.config.sae_layer)
@@ -32,6 +36,21 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
     config = model.config
     ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
     train_rows(model, train_token_rows, ids)
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if getattr(model, "peft_config", None):
+        raise ValueError(
+            "an adapter is attached, and PEFT has chosen what trains: its copies of the heads, not the originals that "
+            "this would unfreeze; leave freeze_for_training out, or merge the adapter first."
+        )
+    layers = decoder_layers(model.base_model)[model.config.sae_layer :]
+    packed = [name for name, weight in layers.named_parameters() if not weight.dtype.is_floating_point]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} weights of the decoder layers that train are quantised and take no gradient; put an "
+            "adapter on them (training.lora_config), or load the model in full precision."
+        )
 
 
 def train_rows(model: nn.Module, train_token_rows: str, ids: list[int]) -> None:
