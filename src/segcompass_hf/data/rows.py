@@ -116,9 +116,9 @@ def dataset_from_rows(
                 writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=features.arrow_schema))
                 count += len(batch)
         report.num_rows += count
-        report.log(name)
         if not count:
             raise ValueError(f"{name} has no row that can be used: {report.summary()}")
+        report.log(name)
         with open(unfinished, "rb") as file:
             digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
         path = folder / f"{name}-{digest.hexdigest()[:24]}.arrow"

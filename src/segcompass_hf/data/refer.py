@@ -1,0 +1,240 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO, from the files their authors published."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from .build_report import BuildReport, RowProblem
+from .coco_instances import CocoInstances, Photographs, describe_folder, image_key, read_json
+from .rows import dataset_from_rows, make_row
+from .safe_pickle import load_plain_pickle
+
+UNC = ("train", "val", "testA", "testB")
+# Benchmark -> who split it -> splits.
+SPLITS = {
+    "refcoco": {"unc": UNC, "google": ("train", "val", "test")},
+    "refcoco+": {"unc": UNC},
+    "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
+    "grefcoco": {"unc": UNC},
+}
+
+
+def build_refcoco(
+    root: str | os.PathLike,
+    images_dir: str | os.PathLike,
+    name: str = "refcoco",
+    split_by: str = "unc",
+    split: str = "train",
+    exclude_images: Collection[Any] | None = None,
+    report: BuildReport | None = None,
+) -> Any:
+    """RefCOCO, RefCOCO+ or RefCOCOg in the row schema: one object per sample, every sentence a sample.
+
+    `distractor_masks` are all other annotated objects of the image. The text is the benchmarks' `sent` (lower case).
+
+    Args:
+        root: Folder with `refs(unc).p` (or `google`, `umd`) and `instances.json`, or the one that holds it as
+            `refcoco/`, `refcoco+/` or `refcocog/`.
+        images_dir: COCO train2014 photographs, here or in `train2014/`, as `COCO_train2014_000000000009.jpg` or
+            `000000000009.jpg`.
+        name (`str`): `"refcoco"`, `"refcoco+"` or `"refcocog"`.
+        split_by (`str`): `"unc"`; for RefCOCOg `"umd"` or `"google"`.
+        split (`str`): `"train"`, `"val"`, and `"testA"` and `"testB"` (unc) or `"test"` (umd).
+        exclude_images (`Collection`, *optional*): Ids or file names of images to leave out, see `eval_image_ids`.
+        report (`BuildReport`, *optional*): Lists what could not be used.
+
+    Returns:
+        `datasets.Dataset`, memory-mapped, with images as paths.
+
+    Raises:
+        FileNotFoundError: A file or folder is not there; the message says what is.
+        ValueError: There is no such split, a file is broken or a pickle unsafe, or no sample could be used.
+    """
+    if name == "grefcoco":
+        raise ValueError("gRefCOCO has several objects per sample: use build_grefcoco.")
+    return _build(name, root, images_dir, split_by, split, exclude_images, report)
+
+
+def build_grefcoco(
+    root: str | os.PathLike,
+    images_dir: str | os.PathLike,
+    split_by: str = "unc",
+    split: str = "train",
+    exclude_images: Collection[Any] | None = None,
+    report: BuildReport | None = None,
+) -> Any:
+    """gRefCOCO in the row schema: none, one or several objects per sample; `kind` is `none`, `single` or `multi`.
+
+    Args: as [`build_refcoco`]; `root` holds `grefs(unc).json` and `instances.json`, or them in `grefcoco/`.
+    """
+    return _build("grefcoco", root, images_dir, split_by, split, exclude_images, report)
+
+
+def _build(name, root, images_dir, split_by, split, exclude_images, report) -> Any:
+    report = BuildReport() if report is None else report
+    samples = _Samples(name, root, images_dir, split_by, split, exclude_images, report)
+    return dataset_from_rows(samples.rows(), f"{name}-{split_by}-{split}", report)
+
+
+def find_folder(root: str | os.PathLike, name: str) -> Path:
+    """The folder of a benchmark: `root/name`, or `root` itself where that holds the files.
+
+    Raises:
+        FileNotFoundError: with what `root` holds.
+        ValueError: there is no such benchmark, or `root` is the folder of another one.
+    """
+    if name not in SPLITS:
+        raise ValueError(f"there is no benchmark {name!r}; choose one of {', '.join(SPLITS)}.")
+    root = Path(root)
+    if (root / name).is_dir():
+        return root / name
+    if any((root / refs_file(name, split_by)).is_file() for split_by in SPLITS[name]):
+        if root.name in SPLITS and root.name != name:
+            raise ValueError(f"{str(root)!r} is the folder of {root.name}, not of {name}; give its parent.")
+        return root
+    files = " or ".join(refs_file(name, split_by) for split_by in SPLITS[name])
+    raise FileNotFoundError(f"{name}: there is no {name}/ and no {files}: {describe_folder(root)}")
+
+
+def refs_file(name: str, split_by: str) -> str:
+    return f"grefs({split_by}).json" if name == "grefcoco" else f"refs({split_by}).p"
+
+
+def read_refs(folder: Path, name: str, split_by: str, report: BuildReport) -> list[dict[str, Any]]:
+    """The usable refs of all splits of a benchmark.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is not there, broken, unsafe or of another format.
+    """
+    path = folder / refs_file(name, split_by)
+    if path.suffix == ".json" or not path.is_file():
+        refs = read_json(path, report)
+    else:
+        try:
+            refs = load_plain_pickle(path)
+        except ValueError as error:
+            report.add("bad_pickle", path.name, str(error), lost=False)
+            raise
+    if not isinstance(refs, list):
+        report.add("bad_annotation", path.name, f"holds a {type(refs).__name__}", lost=False)
+        raise ValueError(f"{str(path)!r} holds a {type(refs).__name__}; expected a list of refs.")
+    usable = []
+    for index, ref in enumerate(refs):
+        keys = ("ref_id", "image_id", "ann_id", "split", "sentences")
+        lacking = [key for key in keys if not isinstance(ref, dict) or key not in ref]
+        if lacking or not isinstance(ref["sentences"], list) or type(ref["image_id"]) is not int:
+            detail = f"lacks {', '.join(lacking)}" if lacking else "has sentences or an image_id of another type"
+            report.add("bad_annotation", f"{path.name} ref at {index}", detail)
+        else:
+            usable.append(ref)
+    return usable
+
+
+class _Samples:
+    """Every sentence of one split as a row, in the order of the file."""
+
+    def __init__(self, name, root, images_dir, split_by, split, exclude_images, report: BuildReport):
+        folder = find_folder(root, name)
+        if split_by not in SPLITS[name]:
+            raise ValueError(f"{name} is split by {' or '.join(SPLITS[name])}, not by {split_by!r}.")
+        if split not in SPLITS[name][split_by]:
+            raise ValueError(f"{name} ({split_by}) has the splits {', '.join(SPLITS[name][split_by])}, not {split!r}.")
+        if isinstance(exclude_images, str):
+            raise ValueError(f"exclude_images is the text {exclude_images!r}; expected a collection of image ids.")
+        self.photographs = Photographs(images_dir)
+        self.name, self.split_by, self.split, self.report = name, split_by, split, report
+        self.excluded = {image_key(image) for image in exclude_images or ()}
+        refs = read_refs(folder, name, split_by, report)
+        self.refs = [ref for ref in refs if ref["split"] == split]
+        if not self.refs:
+            found = ", ".join(f"{key} ({count})" for key, count in Counter(ref["split"] for ref in refs).items())
+            path = str(folder / refs_file(name, split_by))
+            raise ValueError(f"{path!r} has no refs of split {split!r}; it has {found or 'none'}.")
+        wanted = {str(ref["image_id"]) for ref in self.refs} - self.excluded
+        self.instances = CocoInstances(folder / "instances.json", report, wanted)
+        self._seen: dict[str, tuple] = {}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        for ref in self.refs:
+            if str(ref["image_id"]) in self.excluded:
+                self.report.left_out["excluded images"] += len(ref["sentences"])
+                continue
+            stem = f"{self.name}-{self.split_by}-{self.split}-{ref['ref_id']}"
+            if not ref["sentences"]:
+                self.report.add("empty_text", stem, "the ref has no sentence.", lost=False)
+            try:
+                fields = self._fields(ref, stem)
+            except RowProblem as problem:
+                fields = problem
+            for position, sentence in enumerate(ref["sentences"]):
+                number = sentence.get("sent_id", position) if isinstance(sentence, dict) else position
+                sample_id = f"{stem}-{number}"
+                try:
+                    if isinstance(fields, RowProblem):
+                        raise RowProblem(fields.kind, str(fields))
+                    text = _text(sentence)
+                    sample_id = self._unique(sample_id, (text, fields["image_id"], tuple(fields["instance_ids"])))
+                    yield make_row(instruction=text, sample_id=sample_id, **fields)
+                except RowProblem as problem:
+                    self.report.add(problem.kind, sample_id, str(problem))
+
+    def _unique(self, sample_id: str, content: tuple) -> str:
+        """The id, numbered where another sample has it. The same sample twice is one."""
+        wanted, number = sample_id, 1
+        while sample_id in self._seen:
+            if self._seen[sample_id] == content:
+                raise RowProblem("duplicate_id", "the same sentence with the same ref_id and sent_id came before.")
+            number += 1
+            sample_id = f"{wanted}-{number}"
+        if number > 1:
+            detail = f"another sample has this ref_id and sent_id; this one is called {sample_id}"
+            self.report.add("duplicate_id", wanted, detail, lost=False)
+        self._seen[sample_id] = content
+        return sample_id
+
+    def _fields(self, ref: dict[str, Any], stem: str) -> dict[str, Any]:
+        """The columns that all sentences of a ref share."""
+        image_id, targets = ref["image_id"], self._targets(ref, stem)
+        size = self.instances.size(image_id)
+        # RefCOCO's own file names end with the annotation's id, which no photograph's does.
+        path = self.photographs.path(image_id, size, [self.instances.images[image_id].get("file_name")])
+        return {
+            "image": path,
+            "masks": [self.instances.rle(number, image_id) for number in targets],
+            "distractor_masks": self.instances.others(image_id, targets),
+            "instance_ids": targets,
+            "image_id": str(image_id),
+            "source": self.name,
+            "split": self.split,
+            "kind": ("none", "single", "multi")[min(len(targets), 2)],
+        }
+
+    def _targets(self, ref: dict[str, Any], stem: str) -> list[int]:
+        given, flag = ref["ann_id"], ref.get("no_target")
+        numbers = given if self.name == "grefcoco" and isinstance(given, list) else [given]
+        if not all(type(number) is int for number in numbers):
+            raise RowProblem("bad_annotation", f"ann_id is {given!r:.60}; expected annotation ids.")
+        none = self.name == "grefcoco" and (numbers == [-1] or (not numbers and flag is True))
+        if none:
+            return []
+        if flag or not numbers or -1 in numbers:
+            raise RowProblem("bad_annotation", f"ann_id {given!r:.60} and no_target {flag!r} contradict each other.")
+        targets = list(dict.fromkeys(numbers))
+        if len(targets) < len(numbers):
+            self.report.add("duplicate_id", stem, f"ann_id {given!r:.60} repeats an object, used once", lost=False)
+        return targets
+
+
+def _text(sentence: Any) -> str:
+    """The sentence as the benchmarks evaluate it."""
+    if not isinstance(sentence, dict):
+        raise RowProblem("bad_annotation", f"the sentence is {sentence!r:.60}; expected a dict.")
+    text = sentence.get("sent") or sentence.get("raw")
+    if not isinstance(text, str) or not text.strip():
+        raise RowProblem("empty_text", f"the sentence is {text!r}.")
+    return text.strip()
