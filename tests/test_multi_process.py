@@ -14,6 +14,7 @@ pytest.importorskip("trl")  # `training` needs it
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "training_scripts"))
 
+import mp_grpo  # noqa: E402
 from mp_common import (  # noqa: E402
     NUM_OBJECTS,
     batch,
@@ -74,6 +75,12 @@ def alone():
         return found[family, tie]
 
     return compute
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grpo")
+    return folder, launch("mp_grpo.py", folder, *mp_grpo.CASES)
 
 
 def same_gradients(got, expected):
@@ -167,3 +174,15 @@ def test_full_state_of_a_sharded_model_saves_and_loads(core, alone, family):
     for name, parameter in model.named_parameters():  # the weights after one step of SGD at 0.1
         stepped = parameter - 0.1 * expected[name] if name in expected else parameter
         torch.testing.assert_close(loaded.get_parameter(name), stepped, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", mp_grpo.CASES)
+def test_grpo_step_equals_that_of_one_process(grpo, case, tmp_path):
+    """Weights after a step of SGD at 1: policy, segmentation, confidence and KL losses in one."""
+    alone = mp_grpo.run(case, tmp_path, alone=True)
+    assert alone["world_size"] == 1 and any(bool(g.any()) for g in alone["gradients"].values())
+    for result in grpo[1]:
+        assert result[case]["world_size"] == WORLD_SIZE
+        assert result[case]["wrapped"] == "DistributedDataParallel"
+        same_gradients(result[case]["gradients"], alone["gradients"])
+        assert result[case]["logs"] == pytest.approx(alone["logs"], abs=1e-5)
