@@ -196,15 +196,13 @@ class ActivationBuffer:
         index = self._order[self._served : self._served + self.batch_tokens]
         self._served += self.batch_tokens
         batch = block.take(index)
+        if self._served == self.block_tokens:  # the next block begins where this one ended
+            self._place, self._skip, _ = self._rest
+            self._block_index, self._served, self._block = self._block_index + 1, 0, None
         return {"hidden_states": batch.states, "modality_ids": batch.modality_ids.long()}
 
     def block(self) -> TokenStates:
         """The block that the next batch is taken from, in the order of harvest."""
-        if self._block is not None and self._served >= self.block_tokens:
-            place, gone, _ = self._rest
-            self._place, self._skip, self._served = place, gone, 0
-            self._block_index += 1
-            self._block = None
         if self._block is None:
             self._block = self._fill()
             generator = torch.Generator().manual_seed(_mix(self.seed, self._block_index))

@@ -28,10 +28,10 @@ SAMPLE_ROWS = 32  # rows read to estimate the tokens of a row
 def cache_bytes(num_tokens: int, d_in: int, dtype: str = "bfloat16") -> int:
     """Size on disk of the states of so many tokens, with one byte each for the modality.
 
-    ```python
+    Example:
+
     >>> cache_bytes(1_000_000, d_in=4096, dtype="bfloat16")
     8193000000
-    ```
     """
     return num_tokens * (d_in * DTYPES[dtype].itemsize + 1)
 

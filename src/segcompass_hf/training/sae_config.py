@@ -31,7 +31,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         l1_coefficient (`float`, defaults to 5.0): Weight of the sparsity term; no use to `topk` and `batchtopk`.
         l1_warmup_ratio (`float`, defaults to 0.0): First share of the steps over which that weight grows from 0.
         decoder_norm (`str`, defaults to `"auto"`): `"unit"` keeps every decoder row at norm 1, `"free"` lets it be;
-            `"auto"` is free where the loss weighs activations by it (`standard`, `gated`), else unit.
+            `"auto"` is free for `standard`, whose loss weighs activations by it, and unit for the others.
         initial_b_dec (`str`, defaults to `"mean"`): A new SAE's `b_dec`: the mean of the first block, or `"zeros"`.
         dead_after_tokens (`int`, defaults to 1000000): Tokens without firing before a feature counts as dead.
         resample_every (`int`, *optional*): Steps between resamplings of dead features (`standard` only): they take the

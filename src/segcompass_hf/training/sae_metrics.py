@@ -22,12 +22,12 @@ class StateErrors:
 
     `explained_variance = 1 - sum |x - x'|^2 / sum |x - mean(x)|^2`.
 
-    ```python
+    Example:
+
     >>> errors = StateErrors()
     >>> errors.add(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [1.0]]))
     >>> errors.explained_variance()  # error 1, variance about the mean 1 + 1
     0.5
-    ```
     """
 
     tokens: float = 0.0
@@ -175,10 +175,10 @@ def density_shares(counts: torch.Tensor, tokens: int) -> dict[str, float]:
         counts (`torch.Tensor` of shape `(d_sae,)`): Tokens each feature fired on.
         tokens (`int`): Of so many.
 
-    ```python
+    Example:
+
     >>> density_shares(torch.tensor([0, 1, 20, 50]), tokens=100)["1e-2"]  # 0.01 <= 1 / 100 < 0.1
     0.25
-    ```
     """
     density = counts.double() / max(1, tokens)
     shares = {"never": (counts == 0).double().mean().item()}

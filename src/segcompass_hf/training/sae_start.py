@@ -10,7 +10,6 @@ from ..modeling_sae import SegCompassSae
 from .sae_config import SaeTrainingConfig
 
 DEFAULT_K = 32  # active features per token of a new top-k SAE
-FREE_DECODER_NORM = 0.1  # of a new SAE whose loss weighs activations by it
 
 
 def new_sae(vlm: nn.Module, layer: int, args: SaeTrainingConfig) -> SegCompassSae:
@@ -27,8 +26,8 @@ def new_sae(vlm: nn.Module, layer: int, args: SaeTrainingConfig) -> SegCompassSa
         l1_coefficient=args.l1_coefficient,
     )
     sae = SegCompassSae(config)
-    weighted = args.architecture in ("standard", "gated") and args.decoder_norm != "unit"
-    spread_directions_(sae, FREE_DECODER_NORM if weighted else 1.0, args.seed)
+    # So many features are active at first that their sum would be far longer than the state, except with top-k.
+    spread_directions_(sae, args.seed, encoder_norm=1.0 if takes_top_k else min(1.0, 2 * config.d_in / config.d_sae))
     return sae
 
 
@@ -71,12 +70,9 @@ def start_from_data_(sae: SegCompassSae, states: torch.Tensor, modality_ids: tor
 
 
 @torch.no_grad()
-def spread_directions_(sae: SegCompassSae, norm: float, seed: int) -> None:
-    """Give a new SAE decoder rows of one norm in random directions; features read what they write.
-
-    The encoder's columns are the same directions at length `1`, so that a feature starts with what a state has of it.
-    """
+def spread_directions_(sae: SegCompassSae, seed: int, encoder_norm: float) -> None:
+    """Give a new SAE decoder rows of norm 1 in random directions; features read what they write, times a factor."""
     generator = torch.Generator().manual_seed(seed)
     directions = nn.functional.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=-1)
-    sae.W_dec.copy_(norm * directions)
-    sae.W_enc.copy_(directions.T)
+    sae.W_dec.copy_(directions)
+    sae.W_enc.copy_(encoder_norm * directions.T)

@@ -71,6 +71,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             vlm = AutoModelForImageTextToText.from_pretrained(vlm)
         layer = choose_layer(vlm, model, args)
         vlm = getattr(vlm, "vlm", vlm)
+        if args.train_tokens is not None:
+            args.max_steps = max(1, args.train_tokens // _step_tokens(args))
         self.is_new_sae = model is None
         model = model if model is not None else new_sae(vlm, layer, args)
         model.config.layer = layer
@@ -126,13 +128,20 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return cache
 
     def set_initial_training_values(self, args, dataloader):
-        """Steps from tokens: those asked for, or estimated for the epochs asked for."""
+        """Steps from the estimated tokens of the epochs asked for, where steps are not given."""
         if args.max_steps <= 0:
-            batch = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
-            tokens = args.train_tokens or self._estimated_tokens()
-            args.max_steps = max(1, tokens // batch)
-            logger.warning(f"training for {args.max_steps:,} steps of {batch:,} tokens, about {tokens:,} in all.")
+            tokens = self._estimated_tokens()
+            args.max_steps = max(1, tokens // _step_tokens(args))
+            logger.warning(f"training for {args.max_steps:,} steps, about {tokens:,} tokens in all.")
         return super().set_initial_training_values(args, dataloader)
+
+    @property
+    def passes(self) -> float:
+        """Passes over the data up to the current block; whole ones where the length is unknown."""
+        epoch, start = self.buffer.place
+        source = self.buffer.source
+        length = source.num_tokens if isinstance(source, ActivationCache) else source.stream.rows_per_epoch
+        return epoch + start / length if length else float(epoch)
 
     def _estimated_tokens(self) -> int:
         tokens = estimate_tokens(self.source)
@@ -140,8 +149,6 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             raise ValueError("the data set is a stream without a length; set max_steps or train_tokens.")
         if self.args.world_size > 1:
             tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
-        else:
-            tokens = tokens * self.args.world_size
         return round(tokens * self.args.num_train_epochs)
 
     # Training
@@ -152,7 +159,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         if self.args.decoder_norm != "auto":
             return self.args.decoder_norm == "unit"
         sae = self.accelerator.unwrap_model(self.model)
-        return sae.takes_top_k or sae.config.architecture == "jumprelu"
+        return sae.takes_top_k or sae.config.architecture != "standard"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         dead = self.firing.dead(self.args.dead_after_tokens)
@@ -274,8 +281,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
     # Resuming
 
     def loop_state(self) -> dict[str, Any]:
-        state = super().loop_state()
-        return state | {
+        return super().loop_state() | {
+            "sae_means": self.means.sums,
             "sae_buffer": self.buffer.state_dict(),
             "sae_firing": self.firing.state_dict(),
             "sae_processes": self.args.world_size,
@@ -288,6 +295,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
                 f"the checkpoint was written by {state['sae_processes']} processes and this run has "
                 f"{self.args.world_size}; each reads rows of its own, so the number must be the same."
             )
+        self.means.sums = state["sae_means"]
         self.buffer.load_state_dict(state["sae_buffer"])
         self.firing.load_state_dict(state["sae_firing"])
 
@@ -314,13 +322,14 @@ class _Upkeep(TrainerCallback):
             set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def on_step_end(self, args, state, control, **kwargs):
-        epoch, start = self.trainer.buffer.place
-        per_epoch = self.trainer.source.stream.rows_per_epoch
-        if per_epoch is not None and args.cache_dir is None:
-            state.epoch = epoch + start / per_epoch
+        state.epoch = self.trainer.passes
         every = args.resample_every
         if every and state.global_step % every == 0 and state.global_step <= args.resample_until * state.max_steps:
             self.trainer.resample()
+
+
+def _step_tokens(args: SaeTrainingConfig) -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 __all__ = ["SaeTrainer"]

@@ -15,13 +15,13 @@ RESAMPLED_ENCODER_SCALE = 0.2  # of the mean encoder norm: small, so that a new 
 class FiringCounts:
     """How often each feature fires, and for how many tokens it has been silent.
 
-    ```python
+    Example:
+
     >>> counts = FiringCounts(d_sae=3)
     >>> counts.add(torch.tensor([[0.5, 0.0, 0.0], [0.0, 0.0, 2.0]]))
     >>> counts.add(torch.tensor([[0.1, 0.0, 0.0]]))
     >>> counts.silent_tokens.tolist(), counts.dead(after_tokens=3).tolist()
     ([0, 3, 1], [False, True, False])
-    ```
     """
 
     def __init__(self, d_sae: int, device: torch.device | str = "cpu"):
