@@ -290,8 +290,8 @@ class TestQLora:
         assert moved <= set(kinds) and {"lora_B", "codebook", "slot_mapper", "mask_decoder", "lm_head"} <= {
             part for name in moved for part in name.split(".")
         }
-        logged = [entry for entry in trainer.state.log_history if "segmentation/loss" in entry]
-        assert len(logged) == 2 and all(entry["segmentation/loss"] > 0 for entry in logged)
+        logged = [entry for entry in trainer.state.log_history if "segmentation/mask_dice" in entry]
+        assert len(logged) == 2 and all(entry["segmentation/mask_dice"] > 0 for entry in logged)
 
     def test_heads_after_trl_cast_what_trains(self, bases):
         expected = outputs_of(qlora(bases["llava"]))
