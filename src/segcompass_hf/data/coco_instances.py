@@ -126,12 +126,9 @@ class CocoInstances:
             RowProblem: `"missing_annotation"`, or what `polygons_to_rle` finds.
         """
         annotation = self.annotations.get(annotation_id)
-        if annotation is None:
-            raise RowProblem("missing_annotation", f"annotation {annotation_id} is not in {self.name}.")
-        if annotation["image_id"] != image_id:
+        if annotation is None or annotation["image_id"] != image_id:
             raise RowProblem(
-                "bad_annotation",
-                f"annotation {annotation_id} is of image {annotation['image_id']}, not of {image_id}.",
+                "missing_annotation", f"image {image_id} has no annotation {annotation_id} in {self.name}."
             )
         if annotation_id not in self._rles:
             try:

@@ -85,8 +85,8 @@ def find_folder(root: str | os.PathLike, name: str) -> Path:
     """The folder of a benchmark: `root/name`, or `root` itself where that holds the files.
 
     Raises:
-        FileNotFoundError: with what `root` holds.
-        ValueError: there is no such benchmark, or `root` is the folder of another one.
+        FileNotFoundError: it is not there, with what `root` holds instead.
+        ValueError: there is no such benchmark.
     """
     if name not in SPLITS:
         raise ValueError(f"there is no benchmark {name!r}; choose one of {', '.join(SPLITS)}.")
