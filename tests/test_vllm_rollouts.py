@@ -276,3 +276,45 @@ def test_patch_is_taken_back_and_image_tokens_are_never_written(tmp_path, stand_
     assert module.VLLMGeneration is vllm_generation.VLLMGeneration
     bias = trainer.vllm_generation.generation_kwargs["logit_bias"]
     assert bias == {token: -100.0 for token in trainer.model.vision_token_ids} and len(bias) == 4
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_joint_training_through_the_stand_in(adapters, tmp_path, stand_in):
+    """Masks for the reward come from a forward over what the engine wrote."""
+    from grpo import by_length, tiny_trainer
+
+    from segcompass_hf.training import mask_reward
+    from segcompass_hf.training.adapters import lora_config
+
+    seen = []
+
+    def mask_reward_seen(**columns):
+        seen.extend(columns["pred_masks"])
+        return mask_reward(**columns)
+
+    model = tiny.tiny_model("llava")
+    start = dict(rollouts.vllm_weights(model))
+    start = {name: weight.clone() for name, weight in start.items()}
+    trainer = tiny_trainer(
+        tmp_path,
+        model=model,
+        reward_funcs=[by_length, mask_reward_seen],
+        peft_config=lora_config(model, r=2) if adapters else None,
+        use_vllm=True,
+        vllm_mode="colocate",
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    (engine,) = stand_in
+    assert engine.folder == str(tmp_path / "vllm")
+    assert len(seen) == 8 and all(mask.shape == (tiny.NUM_SLOTS, 32, 32) for mask in seen)
+    trainer.vllm_generation.sync_weights()
+    sent = dict(rollouts.vllm_weights(trainer.model))
+    names = rollouts.file_names(engine.model, {n: w.shape for n, w in engine.model.named_parameters()})
+    assert all(torch.equal(weight, sent[names[name]]) for name, weight in engine.model.named_parameters())
+    moved = {name for name, weight in sent.items() if not torch.equal(weight, start[name])}
+    assert "language_model.model.layers.3.self_attn.q_proj.weight" in moved  # above the SAE
+    assert not [name for name in moved if ".layers.0." in name or "vision_tower" in name]  # below it
+    rows = (sent["language_model.lm_head.weight"] != start["language_model.lm_head.weight"]).any(1).nonzero().flatten()
+    config = engine.processor.tokenizer.convert_tokens_to_ids(["<REF_POS>", "<think>", "</think>"])
+    assert set(rows.tolist()) <= set(config) and len(rows)

@@ -118,7 +118,7 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # bf16 breaks SAM's positional encoding (errors up to 0.13).
     _keep_in_fp32_modules_strict = ["shared_image_embedding", "shared_embedding"]
-    # Units of sharding beside the layers of VLM and SAM: called by `forward`, so that sharded training can gather them.
+    # Units of sharding beside the layers of VLM and SAM: what is called as a module, so that its weights are gathered.
     _no_split_modules = ["SamVisionEncoder", "SamMaskDecoder", "ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
