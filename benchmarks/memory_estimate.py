@@ -33,7 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="yaml of one of the example scripts")
     parser.add_argument("--stage", choices=STAGES, default="grpo")
     parser.add_argument("--vlm", help="Hub id of the VLM in the checkpoint that the configuration starts from")
-    parser.add_argument("--sam", default="facebook/sam-vit-huge", help="the same of SAM")
+    parser.add_argument("--sam", help="the same of SAM")
     parser.add_argument("--gpus", type=int, default=1, help="0: a CPU")
     parser.add_argument("--sharding", choices=("none", "fsdp", "zero3"), default="none")
     parser.add_argument("--prompt-tokens", type=int, default=700, help="image tokens included")
@@ -52,10 +52,9 @@ def training_arguments(stage: str, path: str):
 
 def model_config(options: argparse.Namespace, script: dict) -> SegCompassConfig:
     """Configuration of the model that a yaml file starts from or composes."""
-    path = segcompass_hf.bundled_checkpoint() if script.get("model") == "bundled" else script.get("model")
-    vlm = options.vlm or script.get("vlm")
-    if vlm is None:
-        return SegCompassConfig.from_pretrained(path)
+    vlm, path = options.vlm or script.get("vlm"), script.get("model", "bundled")
+    if vlm in (None, "bundled"):
+        return SegCompassConfig.from_pretrained(segcompass_hf.bundled_checkpoint() if path == "bundled" else path)
     slots = {"num_slots": script["num_slots"]} if "num_slots" in script else {}
     return composite_config(vlm, options.sam or script.get("sam"), **slots)
 
@@ -65,14 +64,13 @@ def estimate(options: argparse.Namespace) -> MemoryEstimate:
         script = yaml.safe_load(file)
     config = model_config(options, script)
     adapter = None
-    if script.get("lora"):
+    if script.get("lora_r"):
         from segcompass_hf.training.adapters import lora_config
 
         with torch.device("meta"):
             model = SegCompassForReasoningSegmentation(config)
-        names = {"lora_r": "r", "lora_alpha": "alpha"}
-        adapter = lora_config(model, **{names[name]: script[name] for name in names if name in script})
-    dtype = getattr(torch, script.get("dtype", "float32"))
+        adapter = lora_config(model, r=script["lora_r"], alpha=2 * script["lora_r"])
+    dtype = getattr(torch, script.get("dtype", script.get("vlm_dtype", "float32")))
     others = {name: getattr(options, name) for name in ("gpus", "sharding", "prompt_tokens", "active_concepts")}
     if options.stage != "grpo":
         others["completion_tokens"] = options.completion_tokens
@@ -80,17 +78,21 @@ def estimate(options: argparse.Namespace) -> MemoryEstimate:
         options.stage,
         training_arguments(options.stage, options.config),
         dtype=dtype,
-        trainable_dtype=torch.float32 if script.get("lora") else dtype,
+        trainable_dtype=torch.float32 if script.get("lora_r") else dtype,
         load_in_4bit=bool(script.get("load_in_4bit")),
         **others,
     )
     return estimate_memory(config, setup, adapter)
 
 
+def readable(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
 def main() -> None:
     result = estimate(parse())
     print(result.table())
-    print(f"\nExpected memory: {result.peak / GIB:.1f} GiB")
+    print(f"\nExpected memory: {readable(result.peak)}")
 
 
 if __name__ == "__main__":

@@ -164,15 +164,18 @@ def _quantized(model: nn.Module, setup: TrainingSetup) -> set[str]:
 
 
 def _gathered(model: nn.Module, setup: TrainingSetup) -> float:
-    """Weights that sharded training brings together: two layers, and all that is in no layer; and their gradients."""
+    """Weights that sharded training brings together: two units, and all that is in no unit; and their gradients."""
     if setup.sharding == "none":
         return 0.0
-    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
-    in_layers = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_layers]
-    weights = 2 * largest + sum(parameter.numel() for parameter in rest)
-    gradients = largest + sum(parameter.numel() for parameter in rest if parameter.requires_grad)
+    names, taken, units = set(model._no_split_modules or ()), set(), []
+    for module in reversed(list(model.modules())):  # children before parents
+        if type(module).__name__ in names:
+            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+            taken.update(map(id, own))
+            units.append(sum(parameter.numel() for parameter in own))
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    weights = 2 * max(units) + sum(parameter.numel() for parameter in rest)
+    gradients = max(units) + sum(parameter.numel() for parameter in rest if parameter.requires_grad)
     return (2 if setup.autocast else 4) * (weights + gradients)
 
 

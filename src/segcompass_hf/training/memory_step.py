@@ -52,7 +52,7 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
 
 
 def sae_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
-    """The same for SAE pre-training: a step on `batch_size` tokens, and a pass of `rows_per_batch` rows to get them."""
+    """The same for SAE pre-training: a step on `batch_size` tokens, a pass of `rows_per_batch` rows to get them."""
     sae = model.sae
     tokens = setup.prompt_tokens + setup.completion_tokens
     with torch.no_grad(), MemoryMeter(_held(model)) as harvest:
