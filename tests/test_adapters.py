@@ -373,6 +373,7 @@ class TestSaveAndReload:
         model.save_pretrained(tmp_path / "adapter")
         loaded = load_adapter(None, tmp_path / "adapter")
         assert largest_difference(outputs_of(loaded, "gemma3"), expected) == 0
+        assert largest_difference(outputs_of(AutoModel.from_pretrained(tmp_path / "adapter"), "gemma3"), expected) == 0
         loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
         merged = AutoModel.from_pretrained(tmp_path / "merged")
         assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight

@@ -106,7 +106,7 @@ class LoadingMixin:
         _fill_skip_list(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _keep_gradients_on_cpu(model)
-        missing = sorted(info["missing_keys"])
+        missing = _without_aliases(model, info["missing_keys"])
         if missing and kwargs.get("state_dict") is None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model ({', '.join(missing[:3])}"
@@ -173,6 +173,13 @@ def _remove_stale_weights(folder: Any, variant: str | None) -> None:
         # Saving one file removes the shards of the last time, but not their index.
         stale = single if all((folder / shard).is_file() for shard in shards) else index
         stale.unlink()
+
+
+def _without_aliases(model: nn.Module, missing: set[str]) -> list[str]:
+    """Missing names but for second names of weights that are there (PEFT's rows of tied embeddings have two)."""
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    found = {id(weight) for name, weight in weights.items() if name not in missing}
+    return sorted(name for name in missing if id(weights.get(name)) not in found)
 
 
 def _keep_gradients_on_cpu(model: nn.Module) -> None:
