@@ -306,6 +306,12 @@ def test_objects_beyond_the_slots_are_counted(tmp_path):
         segmentation_targets(rows, processor, model, torch.device("cpu"), "error")
 
 
+def test_rows_without_masks_are_named():
+    row = {name: value for name, value in tiny_rows((1,))[0].items() if name != "masks"}
+    with pytest.raises(ValueError, match="sample row-0 has no masks; its columns are"):
+        segmentation_targets([row], tiny_processor(), tiny_model(), torch.device("cpu"))
+
+
 def test_targets_of_a_group_are_made_once_and_equal_the_processors(monkeypatch):
     model, processor = tiny_model(), tiny_processor()
     rows = [row for row in tiny_rows((2, 0)) for _ in range(3)]

@@ -70,6 +70,13 @@ def segmentation_targets(
     Raises:
         ValueError: a mask does not fit its image, or there are too many and `overflow` is `"error"`.
     """
+    for row in rows:
+        missing = [name for name in ("image", "masks") if name not in row]
+        if missing:
+            raise ValueError(
+                f"{_name(row)} has no {' and no '.join(missing)}; its columns are {sorted(row)}. Rows are in the row "
+                "schema: bring your data into it with a builder of segcompass_hf.data."
+            )
     images = [to_rgb_image(row["image"], f"image of {_name(row)}") for row in rows]
     keys = [_key(row, image) for row, image in zip(rows, images, strict=True)]
     first = {key: index for index, key in reversed(list(enumerate(keys)))}  # key -> first row that has it
