@@ -17,6 +17,7 @@ from segcompass_hf.training.language_loss import language_loss_sums, logits_to_k
 from segcompass_hf.training.metric_means import MetricMeans
 from segcompass_hf.training.segmentation import init_codebook_from_sae, union_iou
 from segcompass_hf.training.segmentation_config import SegmentationConfig
+from segcompass_hf.training.segmentation_evaluation import FirstRows
 from segcompass_hf.training.window_counts import count_window
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -353,9 +354,19 @@ def test_evaluation_is_the_models_own_segmentation(tmp_path):
         assert metrics[f"eval_{name}"] == pytest.approx(value), name
     assert metrics["eval_kept_slots"] == pytest.approx(sum(map(len, predictions)) / 3)
     assert metrics["eval_loss"] > 0
-    assert trainer.segment_rows(rows, 1)["gIoU"] == pytest.approx(
+    both = trainer.evaluate({"all": rows, "first": rows[:1]})  # several evaluation sets
+    assert both["eval_all_gIoU"] == pytest.approx(metrics["eval_gIoU"]) and both["eval_first_N-acc"] == 1.0
+    assert trainer.segment_rows(iter(rows), 1)["gIoU"] == pytest.approx(
         segmentation_metrics(predictions[:1], references[:1])["gIoU"]
     )
+
+
+def test_first_rows():
+    rows = list(range(10))
+    assert list(FirstRows(rows, 5)) == [0, 1, 2, 3, 4] and len(FirstRows(rows)) == 10
+    shares = [list(FirstRows(rows, 5, index, 2)) for index in range(2)]
+    assert shares == [[0, 2, 4], [1, 3]] and list(FirstRows(rows, 1, 1, 2)) == []
+    assert FirstRows(iter(rows), 7, 1, 3)[:2] == [1, 4]  # a stream
 
 
 def test_resuming_gives_the_same_curve(tmp_path):

@@ -305,6 +305,8 @@ def test_tokens_must_be_embedded(tmp_path):
     warmup(tmp_path, vlm).train()
     with pytest.raises(ValueError, match="processing_class"):
         WarmupTrainer(bare_vlm(), arguments(WarmupConfig, tmp_path))
+    with pytest.raises(ValueError, match="alignment_layer"):
+        warmup(tmp_path, bare_vlm(), alignment_layer=5)
     for settings in ({"alignment_weight": -1.0}, {"alignment_temperature": 0.0}):
         with pytest.raises(ValueError, match="alignment"):
             arguments(WarmupConfig, tmp_path, **settings)

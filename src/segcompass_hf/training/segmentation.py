@@ -17,7 +17,7 @@ from .language_loss import language_loss_sums, logits_to_keep
 from .metric_means import MetricMeansMixin
 from .robust import RobustTrainerMixin
 from .segmentation_config import LOSS_WEIGHTS, SegmentationConfig
-from .segmentation_evaluation import segment_and_score, segmentation_report
+from .segmentation_evaluation import FirstRows, segment_and_score, segmentation_report
 from .window_counts import WindowCounts, WindowCountsMixin
 
 logger = logging.get_logger(__name__)
@@ -83,6 +83,11 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             processing_class=processing_class,
             **kwargs,
         )
+        self.label_names = ["labels"]  # adapters hide the model's own signature from Trainer
+        if self.is_fsdp_enabled:
+            from .fsdp import FinishShardingCallback
+
+            self.add_callback(FinishShardingCallback())
         self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
         if args.slots_alone_share or args.drop_references_share:
             self.segcompass.slot_mapper.register_forward_pre_hook(self._drop_references)
@@ -110,8 +115,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         )
         language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
         loss = output.losses.loss
-        if weights["lm_loss_weight"]:
-            loss = loss + weights["lm_loss_weight"] * language_loss / counts.tokens
+        # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
+        loss = loss + weights["lm_loss_weight"] * language_loss / counts.tokens
         if model.training:
             self.means.add("language_loss", language_loss, num_tokens)
             self.means.add("token_accuracy", num_right, num_tokens)
@@ -185,28 +190,29 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         finally:
             self.data_collator = train_collator
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss on reference answers, and the metrics of greedy segmentation on the first rows of the data set."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.num_eval_segmentations and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-            figures = self.segment_rows(dataset, self.args.num_eval_segmentations)
-            figures = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
-            self.log(figures)
-            metrics.update(figures)
-        return metrics
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.num_eval_segmentations:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                logger.warning_once(
+                    "evaluation does not segment: processes that share weights would have to write answers of one "
+                    "length; evaluate a saved checkpoint instead, and set num_eval_segmentations=0."
+                )
+                return output
+            figures = self.segment_rows(dataloader.dataset, self.args.num_eval_segmentations)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
 
     def segment_rows(self, rows: Any, num_rows: int = -1) -> dict[str, float]:
         """Metrics of greedy segmentation of the first `num_rows` (-1: all) rows, shared among the processes."""
         from accelerate.utils import gather_object
 
-        num_rows = len(rows) if num_rows < 0 else min(num_rows, len(rows))
-        mine = range(self.accelerator.process_index, num_rows, self.accelerator.num_processes)
         limit = self.args.eval_max_new_tokens
         scored = segment_and_score(
             self.segcompass,
             self.processing_class,
-            _Subset(rows, mine),
+            FirstRows(rows, num_rows, self.accelerator.process_index, self.accelerator.num_processes),
             self.args.per_device_eval_batch_size,
             **({} if limit is None else {"max_new_tokens": limit}),
         )
@@ -220,17 +226,6 @@ def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
 
     check_peft_config(model, peft_config)
     return get_peft_model(model, peft_config)
-
-
-class _Subset:
-    def __init__(self, rows: Any, indices: range):
-        self.rows, self.indices = rows, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[self.indices[index]]
 
 
 def union_iou(masks: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8
     Args:
         model (`SegCompassForReasoningSegmentation`): Is left in the mode (training or not) it is in.
         processor (`SegCompassProcessor`): Its processor.
-        rows (sequence of `dict`): In the row schema.
+        rows (`Sequence[dict]`): In the row schema; a slice of them is a list.
         batch_size (`int`, defaults to 8): Rows at a time.
         segment_kwargs: For `model.segment`, such as `max_new_tokens`.
 
@@ -37,7 +38,7 @@ def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8
     collator = SegmentationCollator.for_evaluation(processor)
     scored = []
     for start in range(0, len(rows), batch_size):
-        batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
+        batch = collator(rows[start : start + batch_size])
         references = batch.pop("references")
         inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         output = model.segment(**inputs, **segment_kwargs)
@@ -52,3 +53,26 @@ def segmentation_report(scored: Sequence[ScoredRow]) -> dict[str, float]:
     """gIoU, cIoU, N-acc and T-acc in [0, 1], and the mean of `kept_slots`."""
     figures = metrics_of_scores(row.score for row in scored)
     return {**figures, "kept_slots": sum(row.kept_slots for row in scored) / len(scored)}
+
+
+class FirstRows(Sequence):
+    """This process's share of the first rows of a data set: every `num_processes`-th.
+
+    Args:
+        dataset: A data set with indices, or a stream, whose first rows are kept in memory.
+        num_rows (`int`): -1 takes all.
+        process_index, num_processes (`int`): Who of how many asks.
+    """
+
+    def __init__(self, dataset: Any, num_rows: int = -1, process_index: int = 0, num_processes: int = 1):
+        if not hasattr(dataset, "__getitem__"):
+            dataset = list(islice(dataset, num_rows if num_rows >= 0 else None))
+        total = len(dataset) if num_rows < 0 else min(num_rows, len(dataset))
+        self.dataset, self.indices = dataset, range(process_index, total, num_processes)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        chosen = self.indices[index]
+        return [self.dataset[i] for i in chosen] if isinstance(index, slice) else self.dataset[chosen]

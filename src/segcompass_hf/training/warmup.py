@@ -14,12 +14,14 @@ from transformers.utils import logging
 from ..configuration_segcompass import default_sae_layer
 from ..data.collator import SegmentationCollator, language_inputs
 from ..freezing_segcompass import parameter_groups
+from ..generation_segcompass import decoder_layers
 from ..images_segcompass import to_rgb_image
 from .alignment import AlignmentTargets, alignment_loss, instruction_words
 from .language_loss import language_loss_sums, logits_to_keep
 from .metric_means import MetricMeansMixin
 from .rewards import format_reward
 from .robust import RobustTrainerMixin
+from .segmentation_evaluation import FirstRows
 from .warmup_config import WarmupConfig
 from .warmup_parts import add_adapters_to_vlm, choose_trainable
 from .window_counts import WindowCountsMixin
@@ -75,6 +77,12 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         if self.alignment_layer is None:
             config = model.config
             self.alignment_layer = config.sae_layer if self.segcompass is not None else default_sae_layer(config)
+        depth = len(decoder_layers(self.vlm.base_model))
+        if not 0 <= self.alignment_layer <= depth:
+            raise ValueError(
+                f"alignment_layer is an index into hidden_states, 0 (embeddings) to {depth} for this VLM, got "
+                f"{self.alignment_layer}."
+            )
         token_ids = [getattr(processing_class, f"{name}_token_id") for name in ("ref", "think_start", "think_end")]
         if peft_config is None:
             choose_trainable(self.vlm, args.trainable, token_ids)
@@ -135,25 +143,28 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The loss on reference answers, and how many free answers are well-formed."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.num_eval_generations and hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
-            share = {f"{metric_key_prefix}_format_share": self.format_share(dataset, self.args.num_eval_generations)}
-            self.log(share)
-            metrics.update(share)
-        return metrics
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.num_eval_generations:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                logger.warning_once(
+                    "evaluation writes no answers: processes that share weights would have to write answers of one "
+                    "length; look at a saved checkpoint instead, and set num_eval_generations=0."
+                )
+                return output
+            share = self.format_share(dataloader.dataset, self.args.num_eval_generations)
+            output.metrics[f"{metric_key_prefix}_format_share"] = share
+        return output
 
     def format_share(self, rows: Any, num_rows: int = -1) -> float:
         """Share of the first `num_rows` (-1: all) rows whose free greedy answer is well-formed."""
         from accelerate.utils import gather_object
 
-        num_rows = len(rows) if num_rows < 0 else min(num_rows, len(rows))
-        mine = list(range(self.accelerator.process_index, num_rows, self.accelerator.num_processes))
+        mine = FirstRows(rows, num_rows, self.accelerator.process_index, self.accelerator.num_processes)
         size, rewards = self.args.per_device_eval_batch_size, []
         for start in range(0, len(mine), size):
-            answers = self.answer([rows[index] for index in mine[start : start + size]])
+            answers = self.answer(mine[start : start + size])
             logger.info("a free answer: %s", answers[0])
             rewards += format_reward(answers, num_slots=self.processing_class.num_slots)
         rewards = gather_object(rewards)
