@@ -237,6 +237,17 @@ class TestWrapped:
         changed = {name for name, value in after if not torch.equal(value, before[name])}
         assert changed <= set(trainable(model)) and len(changed) > 0.9 * len(moving)  # some steps round to nothing
 
+    def test_every_weight_gets_a_gradient_without_objects_too(self):
+        """DistributedDataParallel waits for all of them, whatever is in the batch."""
+        model = wrapped().train()
+        none = [tiny.tiny_mask(0, (40, 30))]
+        inputs = tiny.tiny_processor()(
+            images=[tiny.tiny_image()], instruction=["nothing"], reasoning=["none"], masks=none, return_tensors="pt"
+        )
+        assert inputs["num_objects"].tolist() == [0]
+        model(**inputs).loss.backward()
+        assert not [name for name, parameter in trainable(model).items() if parameter.grad is None]
+
     def test_steps_of_training_lower_the_loss(self):
         model = wrapped().train()
         inputs = inputs_of(training=True)
