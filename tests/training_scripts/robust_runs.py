@@ -158,7 +158,7 @@ def run(make_trainer, folder, name, resume=None, death=None):
             trainer = make_trainer(folder)
             trainer.train(resume_from_checkpoint=resume)
             curve = [
-                {key: value for key, value in line.items() if "time" not in key and "per_second" not in key}
+                {key: value for key, value in line.items() if key not in ("step_time", "unreadable_rows")}
                 for line in trainer.state.log_history
                 if "loss" in line
             ]
@@ -207,6 +207,7 @@ DEATHS_OF_PLAIN = {
 
 def main(folder, make_trainer, deaths):
     folder = Path(folder)
+    folder.mkdir(exist_ok=True)
     reports = {"whole": run(make_trainer, folder / "whole", "run")}
     for name, death in deaths.items():
         reports[name] = killed_and_resumed(make_trainer, folder / name, death, name == "between_renames")

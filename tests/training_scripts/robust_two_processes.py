@@ -1,4 +1,4 @@
-"""Runs of two gloo processes, forks of this one: `python robust_two_processes.py FOLDER`.
+"""Runs of two gloo processes, forks of this one, under DDP and FSDP2: `python robust_two_processes.py FOLDER`.
 
 Each process leaves `FOLDER/<scenario>-<rank>.pt` with what it logged and its weights.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from robust_runs import Arguments, Net, PlainTrainer, Points
+from torch.distributed.fsdp import fully_shard
 
 
 class SpoilingTrainer(PlainTrainer):
@@ -19,7 +20,14 @@ class SpoilingTrainer(PlainTrainer):
 
     spoilt_loss: tuple = ()
     spoilt_gradient: tuple = ()
+    spoilt_shard: tuple = ()
     deadly_save: tuple = ()
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        if self.args.process_index == 1 and self.state.global_step + 1 in self.spoilt_shard:
+            model.first.weight.grad.to_local().fill_(float("nan"))  # rows that process 0 does not hold
+        return loss
 
     def compute_loss(self, model, *args, **kwargs):
         loss = super().compute_loss(model, *args, **kwargs)
@@ -38,22 +46,33 @@ class SpoilingTrainer(PlainTrainer):
 
 def trainer(folder, **settings):
     torch.manual_seed(0)
+    defaults = {"gradient_accumulation_steps": 2, "save_steps": 3}
     args = Arguments(
         str(folder),
         use_cpu=True,
         ddp_backend="gloo",
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=2,
         num_train_epochs=2,
         learning_rate=0.05,
         weight_decay=0.1,
         logging_steps=1,
-        save_steps=3,
         report_to=[],
         disable_tqdm=True,
-        **settings,
+        **defaults | settings,
     )
-    return SpoilingTrainer(model=Net(), args=args, train_dataset=Points())
+    model = Net()
+    if "fsdp" in str(folder.name):
+        # Trainer leaves a sharded model as it is; accelerate itself would not shard one on a CPU.
+        fully_shard(model.first)
+        fully_shard(model)
+        model.is_distributed_loading_by_transformers = (
+            True  # Trainer leaves it as it is; accelerate would not on a CPU
+        )
+    return SpoilingTrainer(model=model, args=args, train_dataset=Points())
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def work(folder, name, resume, spoil, settings):
@@ -70,7 +89,8 @@ def work(folder, name, resume, spoil, settings):
         "wrapped": type(robust.model_wrapped).__name__,
         "curve": [(line["step"], line["loss"]) for line in robust.state.log_history if "loss" in line],
         "nonfinite_steps": robust.nonfinite_steps,
-        "weights": robust.model.state_dict(),
+        "weights": {name: full(tensor) for name, tensor in robust.model.state_dict().items()},
+        "sharded": hasattr(robust.model.first.weight, "to_local"),
         "optimizer_steps": robust.optimizer.state_dict()["state"][0]["step"].item(),
         "error": error,
     }
@@ -109,6 +129,9 @@ def main(folder):
     run(folder, "killed-resumed", resume=True)
     run(folder, "loss", spoil={"spoilt_loss": (4,)})
     run(folder, "gradient", spoil={"spoilt_gradient": (4,)}, settings={"max_grad_norm": 0.0})
+    once = {"save_strategy": "no", "gradient_accumulation_steps": 1, "max_steps": 6}
+    run(folder, "fsdp", spoil={"spoilt_shard": (4,)}, settings=once)
+    run(folder, "fsdp0", spoil={"spoilt_shard": (4,)}, settings=once | {"max_grad_norm": 0.0})
     run(folder, "row", spoil={"spoilt_loss": (4, 5)}, settings={"max_nonfinite_steps": 2})
 
 

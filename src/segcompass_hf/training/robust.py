@@ -95,6 +95,10 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self.train_dataset = self._readable_streams(self.train_dataset, "train")
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
 
+    def train(self, *args, **kwargs):
+        self._reset_nonfinite()
+        return super().train(*args, **kwargs)
+
     def _robust_setting(self, name: str) -> Any:
         return getattr(self.args, name, getattr(RobustTrainingArguments, name))
 

@@ -53,12 +53,13 @@ class NonFiniteStepsMixin:
 
     def _reset_nonfinite(self) -> None:
         self.nonfinite_steps, self.nonfinite_in_row = 0, 0
-        self._nonfinite_losses: list[torch.Tensor] = []
-        self._nonfinite_gradients: list[str] | None = None
+        self._window_losses: list[torch.Tensor] = []
+        self._nonfinite_gradients: list[str] = []
+        self._gradient_norm_overflows = False
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._nonfinite_losses.append(loss.detach())
+        self._window_losses.append(loss.detach())
         return loss
 
     def _clip_grad_norm(self, model):
@@ -75,26 +76,23 @@ class NonFiniteStepsMixin:
     def _inspect_gradients(self, model) -> None:
         """Note the parameters with a non-finite gradient on this process; a pass by norms first, names only if bad."""
         named = [(n.removeprefix(_DDP_PREFIX), p.grad) for n, p in model.named_parameters() if p.grad is not None]
-        self._nonfinite_gradients = []
-        if has_nonfinite_norm([gradient for _, gradient in named]):
-            self._nonfinite_gradients = nonfinite_names(named) or ["their norm overflows"]
+        self._gradient_norm_overflows = has_nonfinite_norm([gradient for _, gradient in named])
+        self._nonfinite_gradients = nonfinite_names(named) if self._gradient_norm_overflows else []
 
     def _judge_step(self, model, grad_norm) -> None:
-        losses = [loss.item() for loss in self._nonfinite_losses]
+        losses = [loss.item() for loss in self._window_losses]
         losses = [loss for loss in losses if not math.isfinite(loss)]
-        gradients = self._nonfinite_gradients or []
-        self._nonfinite_losses, self._nonfinite_gradients = [], None
+        self._window_losses = []
         grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        if not gradients and grad_norm is not None and not math.isfinite(float(grad_norm)):
-            gradients = ["the norm over all processes overflows"]
-        seen = torch.tensor([len(losses), len(gradients)], device=self.accelerator.device)
+        overflows = self._gradient_norm_overflows or (grad_norm is not None and not math.isfinite(float(grad_norm)))
+        seen = torch.tensor([len(losses), int(overflows)], device=self.accelerator.device)
         bad_losses, bad_gradients = self.accelerator.reduce(seen, reduction="sum").tolist()
         if not bad_losses and not bad_gradients:
             self.nonfinite_in_row = 0
             if self._scaler() is None:
                 self.optimizer._is_overflow = False  # accelerate resets it only where it has a scaler
             return
-        what = self._describe(losses, gradients)
+        what = self._describe(losses, self._nonfinite_gradients)
         self._count_nonfinite(model, what, scaler_may_recover=not bad_losses)
         self._skip_optimizer_step(overflow=bad_gradients > 0)
 
@@ -109,7 +107,7 @@ class NonFiniteStepsMixin:
         if gradients:
             more = f" and {len(gradients) - _NAMES_SHOWN} more" if len(gradients) > _NAMES_SHOWN else ""
             parts.append(f"non-finite gradients: {', '.join(gradients[:_NAMES_SHOWN])}{more}")
-        return "; ".join(parts)
+        return "; ".join(parts) or "the norm of the gradients overflows"
 
     def _count_nonfinite(self, model, what: str, scaler_may_recover: bool) -> None:
         step, limit = self.state.global_step + 1, self._robust_setting("max_nonfinite_steps")
