@@ -58,7 +58,7 @@ def write(
         (folder / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
     (folder / "instances.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     for entry in images:
-        path = photographs / entry["file_name"]
+        path = photographs / image(entry["id"])["file_name"]
         if not path.exists():
             Image.new("RGB", (entry["width"], entry["height"]), (90, 120, 60)).save(path)
     return root, photographs

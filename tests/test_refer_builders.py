@@ -274,6 +274,7 @@ LARGER = encode_mask(np.ones((31, 40)))
         (broken(annotation={"image_id": 25}), "missing_annotation", 2, "image 9 has no annotation 901"),
         (broken(ref={"ann_id": 5}), "missing_annotation", 2, "image 9 has no annotation 5 in instances.json"),
         (broken(ref={"ann_id": "901"}), "bad_annotation", 2, "expected annotation ids"),
+        (broken(ref={"ann_id": 2**64}), "bad_annotation", 2, "expected annotation ids"),
         (broken(ref={"ann_id": -1}), "bad_annotation", 2, "contradict"),
         (broken(ref={"image_id": 77}), "bad_annotation", 2, "image 77 is not in instances.json"),
         (broken(text={"sent_id": 1, "sent": "  "}), "empty_text", 1, "the sentence is '  '"),
@@ -339,6 +340,7 @@ def test_unusable_entries_are_counted(tmp_path):
     files = two_images()
     files["refs"] += ["a ref", {"ref_id": 8, "image_id": 9}, ref(7, 9, 901, [])]
     files["annotations"] += ["an annotation", {"id": 5}]
+    files["images"][0]["file_name"] = 9  # found by its id
     dataset, report = build(files, tmp_path)
     assert len(dataset) == 3
     assert report.counts == {"bad_annotation": 4, "empty_text": 1}

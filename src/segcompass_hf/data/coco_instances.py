@@ -202,7 +202,7 @@ class Photographs:
 
     def _find(self, image_id: int, size: tuple[int, int], file_names: Collection[str | None]) -> str:
         plain = f"{image_id:012d}.jpg"
-        given = [os.path.basename(name) for name in file_names if name]
+        given = [os.path.basename(name) for name in file_names if isinstance(name, str) and name]
         names = list(dict.fromkeys([*given, f"COCO_train2014_{plain}", plain]))
         paths = [os.path.join(self.folder, sub, name) for sub in SUBFOLDERS for name in names]
         path = next((path for path in paths if os.path.isfile(path)), None)

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Any
+
+import numpy as np
 
 from .build_report import RowProblem
 from .schema import _pycocotools
@@ -43,35 +43,35 @@ def polygons_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any
 
 
 def _drawn(polygons: list, height: int, width: int) -> dict[str, Any]:
-    if polygons and all(_is_number(value) for value in polygons):
+    if polygons and not isinstance(polygons[0], (list, tuple)):
         polygons = [polygons]  # one polygon without the outer list
-    for index, polygon in enumerate(polygons):
-        _check_polygon(polygon, index, height, width)
+    checked = [_checked_polygon(polygon, index, height, width) for index, polygon in enumerate(polygons)]
     # Four numbers would be read as a box by pycocotools.
-    enclosing = [[float(value) for value in polygon] for polygon in polygons if len(polygon) >= 6]
+    enclosing = [polygon.tolist() for polygon in checked if polygon.size >= 6]
     if not enclosing:
         raise RowProblem("empty_mask", f"there is no polygon of three or more points among {len(polygons)}.")
     coco_mask = _pycocotools()
     return coco_mask.merge(coco_mask.frPyObjects(enclosing, height, width))
 
 
-def _check_polygon(polygon: Any, index: int, height: int, width: int) -> None:
-    if not isinstance(polygon, (list, tuple)) or not all(_is_number(value) for value in polygon):
+def _checked_polygon(polygon: Any, index: int, height: int, width: int) -> np.ndarray:
+    try:
+        values = np.asarray(polygon if isinstance(polygon, (list, tuple)) else None)
+    except ValueError:
+        values = np.asarray(None)  # lists of different lengths inside
+    if values.ndim != 1 or values.dtype.kind not in "iuf" or not np.isfinite(values).all():
         raise RowProblem("bad_annotation", f"polygon {index} is no list of finite numbers: {polygon!r:.60}.")
-    if len(polygon) % 2:
-        raise RowProblem("bad_annotation", f"polygon {index} has {len(polygon)} numbers; x and y come in pairs.")
+    if values.size % 2:
+        raise RowProblem("bad_annotation", f"polygon {index} has {values.size} numbers; x and y come in pairs.")
     # Points a little outside are cut off at the border. Far away ones make pycocotools allocate their whole outline.
-    for values, side, name in ((polygon[::2], width, "x"), (polygon[1::2], height, "y")):
-        if values and not (-side <= min(values) and max(values) <= 2 * side):
+    for places, side, name in ((values[::2], width, "x"), (values[1::2], height, "y")):
+        if places.size and not (-side <= places.min() and places.max() <= 2 * side):
             raise RowProblem(
                 "bad_annotation",
-                f"polygon {index} has {name} from {min(values):g} to {max(values):g} but the image is {height} x "
+                f"polygon {index} has {name} from {places.min():g} to {places.max():g} but the image is {height} x "
                 f"{width} (height x width): is it of another image, or in other units than pixels?",
             )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return values.astype(float)
 
 
 def _checked_rle(rle: dict, height: int, width: int) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def find_folder(root: str | os.PathLike, name: str) -> Path:
         return root / name
     if any((root / refs_file(name, split_by)).is_file() for split_by in SPLITS[name]):
         if root.name in SPLITS and root.name != name:
-            raise ValueError(f"{str(root)!r} is the folder of {root.name}, not of {name}; give its parent.")
+            raise FileNotFoundError(f"{str(root)!r} is the folder of {root.name}, not of {name}; give its parent.")
         return root
     files = " or ".join(refs_file(name, split_by) for split_by in SPLITS[name])
     raise FileNotFoundError(f"{name}: there is no {name}/ and no {files}: {describe_folder(root)}")
@@ -127,8 +127,9 @@ def read_refs(folder: Path, name: str, split_by: str, report: BuildReport) -> li
     for index, ref in enumerate(refs):
         keys = ("ref_id", "image_id", "ann_id", "split", "sentences")
         lacking = [key for key in keys if not isinstance(ref, dict) or key not in ref]
-        if lacking or not isinstance(ref["sentences"], list) or type(ref["image_id"]) is not int:
-            detail = f"lacks {', '.join(lacking)}" if lacking else "has sentences or an image_id of another type"
+        types = {"sentences": list, "image_id": int, "split": str}
+        if lacking or not all(isinstance(ref[key], kind) for key, kind in types.items()):
+            detail = f"lacks {', '.join(lacking)}" if lacking else "has a split, image_id or sentences of another type"
             report.add("bad_annotation", f"{path.name} ref at {index}", detail)
         else:
             usable.append(ref)
@@ -217,7 +218,7 @@ class _Samples:
     def _targets(self, ref: dict[str, Any], stem: str) -> list[int]:
         given, flag = ref["ann_id"], ref.get("no_target")
         numbers = given if self.name == "grefcoco" and isinstance(given, list) else [given]
-        if not all(type(number) is int for number in numbers):
+        if not all(type(number) is int and -1 <= number < 2**63 for number in numbers):
             raise RowProblem("bad_annotation", f"ann_id is {given!r:.60}; expected annotation ids.")
         none = self.name == "grefcoco" and (numbers == [-1] or (not numbers and flag is True))
         if none:
