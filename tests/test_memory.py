@@ -279,3 +279,24 @@ def test_errors_say_what_is_known():
         TrainingSetup(sharding="fsdp")
     with pytest.raises(ValueError, match=r"takes 8 completions but only 4"):
         TrainingSetup(batch_size=8, rollouts=4)
+
+
+def test_a_step_of_the_sae_is_as_measured():
+    from segcompass_hf.modeling_sae import SegCompassSae
+
+    config = _middle_config("llava")
+    setup = TrainingSetup(**SMALL | {"batch_size": 512}, stage="sae", rows_per_batch=1, buffer_tokens=1000)
+    estimate = estimate_memory(config, setup)
+    sae = SegCompassSae(config.sae_config).train()
+    for parameter in sae.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*sae.parameters(), *sae.buffers(), *(parameter.grad for parameter in sae.parameters())]
+    with MemoryMeter(known) as meter:
+        output = sae(torch.randn(512, 256))
+        kept = meter.live
+        output.loss.backward()
+    assert estimate.trainable == sum(parameter.numel() for parameter in sae.parameters())
+    buffer = 1000 * 256 * 4
+    assert estimate.activations - buffer == pytest.approx(kept, rel=0.1)
+    assert estimate.activations - buffer + estimate.working == pytest.approx(meter.peak, rel=0.1)
+    assert estimate.sampling == 0

@@ -62,9 +62,9 @@ def sae_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
         with _autocast(setup):
             states = sae.normalize(torch.empty(setup.batch_size, sae.config.d_in))[0].clone()  # tokens that count
             feature_acts = sae.encode(states)
-            squared_error = (sae.decode(feature_acts) - states).pow(2).sum(-1).mean()
+            reconstruction = sae.decode(feature_acts)  # returned, so that it lives as long as the activations
+            squared_error = (reconstruction - states).pow(2).sum(-1).mean()
             sparsity = (feature_acts * sae.W_dec.norm(dim=-1)).sum(-1).mean()
-            returned = torch.zeros_like(feature_acts) + feature_acts.detach()  # noqa: F841 - put back in place
         kept = meter.live
         (squared_error + sparsity).backward()
     return kept + buffer, max(meter.peak, harvest.peak) - kept
