@@ -312,6 +312,32 @@ def test_tokens_must_be_embedded(tmp_path):
             arguments(WarmupConfig, tmp_path, **settings)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_next_stage_starts_from_the_saved_folder(family, tmp_path):
+    from tiny import tiny_sam_config
+    from transformers import SamModel
+
+    from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
+
+    processor = tiny_processor(family, instruction_template="Segment {instruction}.")
+    trainer = WarmupTrainer(
+        bare_vlm(family), arguments(WarmupConfig, tmp_path / "run"), uneven_rows(), processing_class=processor
+    )
+    trainer.train()
+    folder = str(tmp_path / "saved")
+    trainer.save_model(folder)
+    again = SegCompassProcessor.from_parts(folder, 64, num_slots=2)
+    assert again.num_slots == 2 and again.instruction_template == "Segment {instruction}."
+    assert again.vlm_processor_class == processor.vlm_processor_class
+    assert SegCompassProcessor.from_parts(again, 64).build_prompt("red") == processor.build_prompt("red")
+    sam = SamModel(tiny_sam_config())
+    model = SegCompassForReasoningSegmentation.from_pretrained_parts(folder, sam, num_slots=2, processor=again)
+    trained = trainer.vlm.state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in model.vlm.state_dict().items())
+    inputs = again(images=tiny_image(0), instruction="red", reasoning="red")
+    assert model.config.ref_token_id == again.ref_token_id and model(**inputs).slot_logits.shape == (1, 2)
+
+
 def test_padding_changes_nothing(tmp_path):
     # Prompts of different lengths: the shorter one is padded on the left, its answer on the right.
     rows = [tiny_row(0, 1, "red"), tiny_row(1, 1, "the larger of two", instruction="the largest red circle of them")]

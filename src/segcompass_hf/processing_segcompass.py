@@ -125,12 +125,19 @@ class SegCompassProcessor(ProcessorMixin):
 
         Args:
             vlm_processor (`ProcessorMixin`, `str` or `os.PathLike`):
-                A VLM's processor, or the id or folder of one (also where `AutoProcessor` wants a video processor).
+                A VLM's processor, or the id or folder of one (also where `AutoProcessor` wants a video processor). Of
+                a `SegCompassProcessor` its VLM's, and the templates.
             sam_processor (`SamProcessor`, `SamImageProcessor`, `SamConfig`, `str`, `os.PathLike` or `int`):
                 SAM's processor, configuration, id or folder, or the side of its canvas in pixels (patches of 16).
             num_slots (`int`, *optional*, defaults to 4): Slots of the model.
             kwargs: Further arguments of the constructor.
         """
+        own = {}
+        if isinstance(vlm_processor, (str, os.PathLike)) and _is_own_folder(vlm_processor):
+            vlm_processor = cls.from_pretrained(vlm_processor)
+        if hasattr(vlm_processor, "vlm_processor_class"):  # one of ours, as the warm-up saves with a VLM
+            own = {name: getattr(vlm_processor, name) for name in ("instruction_template", "completion_template")}
+            vlm_processor = vlm_processor.vlm_processor
         if isinstance(vlm_processor, (str, os.PathLike)):
             image_processor, tokenizer, class_name, class_kwargs, template = _load_vlm_parts(str(vlm_processor))
         else:
@@ -142,7 +149,8 @@ class SegCompassProcessor(ProcessorMixin):
             names = _own_arguments(type(vlm_processor))
             class_kwargs = {name: getattr(vlm_processor, name) for name in names if hasattr(vlm_processor, name)}
         fields = {"vlm_processor_class": class_name, "vlm_processor_kwargs": class_kwargs, "chat_template": template}
-        return cls(image_processor, tokenizer, _sam_image_processor(sam_processor), num_slots, **(fields | kwargs))
+        sam_image_processor = _sam_image_processor(sam_processor)
+        return cls(image_processor, tokenizer, sam_image_processor, num_slots, **(fields | own | kwargs))
 
     # What the VLM family brings
 
@@ -623,6 +631,11 @@ def _processor_class(name: str) -> type:
 
     methods = {"__init__": __init__, "check_argument_for_proper_class": check_argument_for_proper_class}
     return type(f"{name}WithoutVideo", (base,), methods)
+
+
+def _is_own_folder(path: str | os.PathLike) -> bool:
+    fields, _ = ProcessorMixin.get_processor_dict(str(path))
+    return fields.get("processor_class") == "SegCompassProcessor"
 
 
 def _load_vlm_parts(path: str) -> tuple:

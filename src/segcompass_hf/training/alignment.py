@@ -184,7 +184,8 @@ def alignment_loss(
         directions = F.normalize(states[index].float(), dim=-1)
         covered = coverage[index][is_image[index]].float()
         covered = covered / covered.max()  # (patches,)
-        scores = directions[text[index]] @ directions[is_image[index]].T / temperature  # (tokens, patches)
+        with torch.autocast(states.device.type, enabled=False):  # bf16 is too coarse for cosines over 0.07
+            scores = directions[text[index]] @ directions[is_image[index]].T / temperature  # (tokens, patches)
         is_word = words[index][text[index]]
         with_patches = F.log_softmax(scores[is_word], dim=1) + covered.clamp(min=1e-12).log()
         with_words = F.log_softmax(scores, dim=0)[is_word]

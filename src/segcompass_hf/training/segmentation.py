@@ -63,10 +63,11 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
     ):
         if processing_class is None:
             raise ValueError("processing_class is None; pass the SegCompassProcessor of the model.")
-        options = {"missing_reasoning": args.missing_reasoning}
+        self.eval_collator = data_collator
         if data_collator is None:
+            options = {"missing_reasoning": args.missing_reasoning}
             data_collator = SegmentationCollator(processing_class, overflow=args.overflow, **options)
-        self.eval_collator = SegmentationCollator(processing_class, overflow="merge", **options)
+            self.eval_collator = SegmentationCollator(processing_class, overflow="merge", **options)
         model_config = model.config
         if args.codebook_init == "sae_decoder":
             init_codebook_from_sae(model)
@@ -161,7 +162,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         return states * keep, *others
 
     def extra_logs(self) -> dict[str, float]:
-        dropped = getattr(self.data_collator, "dropped_objects", 0)
+        dropped = torch.tensor(getattr(self.data_collator, "dropped_objects", 0), device=self.args.device)
+        dropped = int(self.accelerator.reduce(dropped, reduction="sum"))
         return {"dropped_objects": dropped} if dropped else {}
 
     # Optimizer
