@@ -30,7 +30,7 @@ L0 = 16
 ARCHITECTURES = {  # with the sparsity weight that the controller starts from
     "standard": {"l1_coefficient": 3.0},
     "gated": {"l1_coefficient": 3.0},
-    "jumprelu": {"l1_coefficient": 0.5},
+    "jumprelu": {"l1_coefficient": 0.5, "k": 2 * L0},
     "topk": {"k": L0},
     "batchtopk": {"k": L0},
 }
@@ -46,7 +46,8 @@ class HoldL0(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "l0" in logs:
-            self.sae.config.l1_coefficient *= min(1.5, max(0.67, (logs["l0"] / L0) ** 0.3))
+            weight = self.sae.config.l1_coefficient * (logs["l0"] / L0) ** 0.3
+            self.sae.config.l1_coefficient = min(10.0, max(0.1, weight))
 
 
 def settings(arguments: argparse.Namespace, folder: str, **architecture) -> SaeTrainingConfig:

@@ -175,6 +175,18 @@ class TestRowEncoder:
         ids = RowEncoder(processor, max_length=length - 1)([(0, interleaved())])["input_ids"][0]
         assert (ids == processor.image_token_id).sum() == 4
 
+    @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+    def test_lengths_are_known_without_processing_the_images(self, family, monkeypatch):
+        encoder = RowEncoder(tiny_processor(family))
+        texts = ["the ring", f"{encoder.image_markup} the ring {encoder.image_markup}", encoder.image_markup]
+        images = [[], [tiny_image(1), tiny_image(2, (200, 50))], [tiny_image(3)]]
+        exact = [int(encoder._tensors([t], [i])["attention_mask"].sum()) for t, i in zip(texts, images, strict=True)]
+        encoder._length(texts[2], images[2])  # looks at one image as a whole
+        processed = []
+        monkeypatch.setattr(type(encoder.processor.image_processor), "__call__", lambda *a, **k: processed.append(a))
+        assert [encoder._length(t, i) for t, i in zip(texts[1:], images[1:], strict=True)] == exact[1:]
+        assert not processed
+
     def test_long_rows_of_the_schema_are_refused(self, processor):
         with pytest.raises(ValueError, match="row 7 is .* tokens long, max_length is 9"):
             RowEncoder(processor, max_length=9)([(7, rows()[0])])

@@ -22,6 +22,7 @@ from segcompass_hf.training.sae_activations import ActivationHarvester
 from segcompass_hf.training.sae_config import SaeTrainingConfig
 from segcompass_hf.training.sae_metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
 from segcompass_hf.training.sae_rows import RowEncoder
+from segcompass_hf.training.sae_start import fit_thresholds_
 from segcompass_hf.training.sae_trainer import SaeTrainer
 from segcompass_hf.training.sae_upkeep import FiringCounts, resample_dead_features_
 
@@ -356,6 +357,21 @@ class TestTraining:
         trainer.train()
         torch.testing.assert_close(means[0], means[1], atol=1e-5, rtol=1e-4)
 
+    def test_thresholds_start_where_k_features_fire(self):
+        sae = by_hand(architecture="jumprelu")
+        states = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, -3.0], [4.0, 5.0]])
+        # Pre-activations x: 1, 2, 3, 4; y: 0, 0, -3, 5; x + y: 1, 2, 0, 9. Of four tokens k / 3 is one for k = 1.
+        fit_thresholds_(sae, states, k=1)
+        torch.testing.assert_close(sae.threshold.data, torch.tensor([3.0, 0.01, 2.0]))
+        assert (sae.encode(states) > 0).sum(0).tolist() == [1, 1, 1]
+
+    def test_jumprelu_starts_at_k(self, model, processor, tmp_path):
+        trainer = trainer_of(
+            model, processor, tmp_path, architecture="jumprelu", k=4, max_steps=1, logging_steps=1, learning_rate=0.0
+        )
+        trainer.train()
+        assert trainer.state.log_history[0]["l0"] == pytest.approx(4, abs=1)
+
     def test_normalisation_per_modality_is_fitted(self, model, processor, tmp_path):
         trainer = trainer_of(model, processor, tmp_path, normalize_activations="per_modality")
         trainer.train()
@@ -481,6 +497,9 @@ RESUMES = {name: {"architecture": name} for name in ARCHITECTURES} | {
 }
 
 
+MORE_RESUMES = ("gated", "jumprelu", "topk", "block of odd size", "l1 warm-up")  # differ little from the others
+
+
 class TestResume:
     def run(self, model, processor, folder, stop=None, resume=False, make_data=lambda: rows(8), **overrides):
         overrides = {"save_strategy": "steps", "save_steps": 5, "logging_steps": 2} | overrides
@@ -505,7 +524,9 @@ class TestResume:
             assert logs[1][-1][name] == logs[0][-1][name]
         return whole, resumed
 
-    @pytest.mark.parametrize("name", RESUMES)
+    @pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in MORE_RESUMES)) for name in RESUMES]
+    )
     def test_the_same_weights(self, model, processor, tmp_path, name):
         whole, _ = self.compare(model, processor, tmp_path, **RESUMES[name])
         batches = 5 * whole.args.gradient_accumulation_steps
@@ -539,6 +560,7 @@ sys.path[:0] = {paths!r}
 from test_sae_activations import rows
 from test_sae_training import settings
 from tiny import tiny_model, tiny_processor
+from segcompass_hf.training.sae_start import fit_thresholds_
 from segcompass_hf.training.sae_trainer import SaeTrainer
 
 args = settings({folder!r}, architecture={architecture!r}, **{overrides!r})

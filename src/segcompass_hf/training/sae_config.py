@@ -22,7 +22,8 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         architecture (`str`, defaults to `"standard"`): `standard` (ReLU, the paper's), `gated`, `jumprelu`, `topk` or
             `batchtopk`. This and the next five describe the SAE that the trainer makes when it is given none.
         d_sae (`int`, defaults to 65536): Features.
-        k (`int`, *optional*): Active features per token of `topk` and `batchtopk`; 32 when left out.
+        k (`int`, *optional*): Active features per token of `topk` and `batchtopk`; 32 when left out. Of `jumprelu` the
+            number at which its thresholds start; they start at 0.01 when left out, and then need long to rise.
         normalize_activations (`str`, defaults to `"none"`): See [`SegCompassSaeConfig`]. Where image and text tokens
             differ much in norm, `"per_token"` is needed, or text is not learned.
         apply_b_dec_to_input (`bool`, defaults to `False`): Subtract `b_dec` before encoding.
@@ -69,7 +70,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         default="standard", metadata={"help": "Of a new SAE."}
     )
     d_sae: int = field(default=65_536, metadata={"help": "Features of a new SAE."})
-    k: int | None = field(default=None, metadata={"help": "Active features per token, for topk and batchtopk."})
+    k: int | None = field(default=None, metadata={"help": "Active features per token (jumprelu: at the start)."})
     normalize_activations: Literal["none", "layer_norm", "constant_norm_rescale", "per_token", "per_modality"] = field(
         default="none", metadata={"help": "What is done to a state before encoding."}
     )

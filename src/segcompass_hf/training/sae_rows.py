@@ -22,6 +22,9 @@ class RowStream:
     `world_size` gets every `world_size`-th, and an epoch drops what is left over, so that all processes have the same
     number of rows.
 
+    Every process reads a whole stream and keeps its own rows; what it takes up again it reads past. Beside a VLM's
+    passes both cost little.
+
     Args:
         dataset: Map-style (`len` and indices) or iterable, such as `datasets.Dataset` and `IterableDataset`.
         hold_out_every (`int`, *optional*): Every such row of the data set is held out for evaluation.
@@ -135,7 +138,8 @@ class RowEncoder:
         self.processor, self.max_length, self.unreadable_rows = processor, max_length, unreadable_rows
         self.unreadable_log = unreadable_log or UnreadableLog(None, "rows")
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._image_markup = None
+        self._image_markup: str | None = None
+        self._image_frame: int | None = None
 
     def __call__(self, rows: list[tuple[int, dict]]) -> dict[str, torch.Tensor] | None:
         """Inputs of the VLM for rows with their index: `input_ids`, `attention_mask` `(rows, length)` and the rest.
@@ -181,7 +185,20 @@ class RowEncoder:
         return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
 
     def _length(self, text: str, images: list) -> int:
-        return int(self._tensors([text], [images])["attention_mask"].sum())
+        """Tokens of one row, without processing its images where the family can count their tokens by size."""
+        count = getattr(getattr(self.processor, "vlm_processor", self.processor), "_get_num_multimodal_tokens", None)
+        if count is None or not images:
+            return int(self._tensors([text], [images])["attention_mask"].sum())
+
+        def estimate(text, images):
+            tokens = count(image_sizes=[(image.height, image.width) for image in images]).num_image_tokens
+            return len(self.tokenizer(text)["input_ids"]) - len(images) + sum(tokens)
+
+        if self._image_frame is None:  # what the family puts around an image that its template does not show
+            alone = self.image_markup, images[:1]
+            exact = int(self._tensors([alone[0]], [alone[1]])["attention_mask"].sum())
+            self._image_frame = exact - estimate(*alone)
+        return estimate(text, images) + self._image_frame * len(images)
 
     def _conversation(self, instruction: str, reasoning: str | None) -> str:
         processor = self.processor

@@ -31,6 +31,8 @@ from .sae_upkeep import (
 
 logger = logging.get_logger(__name__)
 
+START_TOKENS = 65_536  # from which a new SAE's statistics are taken
+
 
 class SaeTrainer(RobustTrainerMixin, Trainer):
     """Trains a [`SegCompassSae`] on the states of one layer of a VLM, harvested while training.
@@ -71,6 +73,11 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             vlm = AutoModelForImageTextToText.from_pretrained(vlm)
         layer = choose_layer(vlm, model, args)
         vlm = getattr(vlm, "vlm", vlm)
+        if args.n_gpu > 1:  # torch's DataParallel would split what belongs to features among the devices
+            logger.warning(
+                f"{args.n_gpu} GPUs are visible to one process and one is used; start with accelerate launch."
+            )
+            args._n_gpu = 1
         if args.train_tokens is not None:
             args.max_steps = max(1, args.train_tokens // _step_tokens(args))
         self.is_new_sae = model is None
@@ -124,7 +131,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         folder = os.path.join(args.cache_dir, f"process-{args.process_index}")
         cache = ActivationCache(folder, cache_key(self.source), args.cache_dtype)
         cache.fill(self.source, self.model.config.d_in, args.cache_max_tokens)
-        self.accelerator.wait_for_everyone()  # the first step waits for the slowest; a collective might time out
+        self.accelerator.wait_for_everyone()
         return cache
 
     def set_initial_training_values(self, args, dataloader):
@@ -212,10 +219,10 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     @torch.no_grad()
     def start_from_data(self) -> None:
-        """Fit a new SAE to the first block of the first process."""
-        sae, block = self.accelerator.unwrap_model(self.model), self.buffer.block()
+        """Fit a new SAE to the first block of the first process, or to the beginning of a large one."""
+        sae, block = self.accelerator.unwrap_model(self.model), self.buffer.block().take(slice(START_TOKENS))
         states, modality_ids = block.states.to(self.args.device), block.modality_ids.long().to(self.args.device)
-        start_from_data_(sae, states, modality_ids, self.args.initial_b_dec)
+        start_from_data_(sae, states, modality_ids, self.args)
         self._share_weights(sae)
 
     @torch.no_grad()
