@@ -237,3 +237,44 @@ def test_rewound_sampler_draws_the_permutations_of_each_epoch():
         sampler.set_epoch(epoch)
         assert list(sampler) == epochs[epoch]
     assert len(sampler) == len(plain)
+
+
+def test_completions_of_another_cycle_are_not_used(tmp_path, caplog):
+    class Cycle(RobustTrainer):
+        """The parts of GRPOTrainer that are stored."""
+
+        _step, num_iterations, _buffered_inputs = 5, 2, [{"advantages": torch.ones(2)}, {"advantages": torch.zeros(2)}]
+        _tr_loss, _globalstep_last_logged, _total_loss_scalar = torch.tensor(0.5), 3, 0.0
+
+    def cycle(steps_per_generation=2):
+        trainer = make_trainer(tmp_path, [1], trainer_class=Cycle)
+        sizes = {"steps_per_generation": steps_per_generation, "num_iterations": 2, "num_generations": 2}
+        for name, size in sizes.items():
+            setattr(trainer.args, name, size)
+        trainer._metrics = {"train": {"reward": [0.25]}}
+        return trainer
+
+    state = cycle().loop_state()  # 5 is no multiple of 2 * 2
+    assert state["grpo_buffer"][0]["advantages"].tolist() == [1, 1] and state["grpo_metrics"] == {"reward": [0.25]}
+    same, other = cycle(), cycle(steps_per_generation=4)
+    for trainer in (same, other):
+        trainer._step, trainer._buffered_inputs, trainer._metrics = 0, None, {"train": {}}
+        trainer.load_loop_state(state)
+        assert trainer._metrics["train"] == {"reward": [0.25]}
+        assert (trainer._tr_loss.item(), trainer._globalstep_last_logged, trainer._total_loss_scalar) == (0.5, 3, -0.5)
+    assert same._step == 5 and same._buffered_inputs[1]["advantages"].tolist() == [0, 0]
+    assert other._step == 0 and other._buffered_inputs is None
+    assert "sampling starts anew" in caplog.text
+    at_its_end = cycle()
+    at_its_end._step = 8
+    assert "grpo_buffer" not in at_its_end.loop_state()
+
+
+def test_length_grouping_still_finds_its_column(tmp_path):
+    from datasets import Dataset
+    from PIL import Image
+
+    rows = Dataset.from_dict({"image": [Image.new("RGB", (8, 8))] * 3, "length": [3, 1, 2]})
+    trainer = make_trainer(tmp_path, [], train_sampling_strategy="group_by_length", remove_unused_columns=False)
+    trainer.train_dataset = rows
+    assert sorted(trainer.get_train_dataloader().batch_sampler.sampler) == [0, 1, 2]

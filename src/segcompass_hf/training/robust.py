@@ -124,8 +124,9 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             )
         return super()._get_dataloader(dataset, description, *args, **kwargs)
 
-    def _get_train_sampler(self, *args, **kwargs):
-        sampler = super()._get_train_sampler(*args, **kwargs)
+    def _get_train_sampler(self, dataset=None):
+        # Samplers ask for length or columns, which the data set below answers for them.
+        sampler = super()._get_train_sampler(dataset.dataset if isinstance(dataset, ReadableRows) else dataset)
         own_generator = isinstance(getattr(sampler, "generator", None), torch.Generator)
         if own_generator and not hasattr(sampler, "set_epoch"):
             sampler = self._rewindable_sampler = RewindableSampler(sampler)
@@ -157,7 +158,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             "last_logged_step": self._globalstep_last_logged,
         }
         if hasattr(self, "_buffered_inputs"):  # GRPO
-            state["grpo_step"] = self._step
+            state["grpo_cycle"], state["grpo_step"] = self._generation_cycle(), self._step
             state["grpo_metrics"] = {name: list(values) for name, values in self._metrics["train"].items()}
             if self._step % (self.args.steps_per_generation * self.num_iterations):
                 state["grpo_buffer"] = self._buffered_inputs  # inside a cycle: completions that are not used up
@@ -169,10 +170,23 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self._tr_loss = state["summed_loss"].to(self.args.device)
         self._total_loss_scalar -= self._tr_loss.item()  # the mean that train() returns is over its own steps
         self._globalstep_last_logged = state["last_logged_step"]
-        if "grpo_step" in state:
+        if "grpo_step" not in state:
+            return
+        self._metrics["train"].update(state["grpo_metrics"])
+        if state["grpo_cycle"] == self._generation_cycle():
             self._step = state["grpo_step"]
-            self._metrics["train"].update(state["grpo_metrics"])
             self._buffered_inputs = send_to_device(state.get("grpo_buffer"), self.args.device)
+        else:
+            logger.warning(
+                f"the checkpoint was saved with {state['grpo_cycle']}, this run has {self._generation_cycle()}: its "
+                "completions are not used further and sampling starts anew, so the curve will differ."
+            )
+
+    def _generation_cycle(self) -> dict[str, int]:
+        """What completions in use depend on: they are of no use to a run with other sizes."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        sizes = {name: getattr(self.args, name) for name in (*names, "num_iterations", "num_generations")}
+        return {"world_size": self.args.world_size, **sizes}
 
     def _loop_state_file(self, checkpoint: str) -> str:
         return os.path.join(checkpoint, f"loop_state_{self.args.process_index}.pt")

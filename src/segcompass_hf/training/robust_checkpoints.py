@@ -38,6 +38,8 @@ def list_files(folder: str | Path) -> None:
 
 def _flush(path: Path) -> None:
     """A rename may reach the disk before the content does, were the machine to stop."""
+    if os.name == "nt":
+        return  # it flushes neither folders nor files opened to read
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -255,6 +257,11 @@ class WholeCheckpointsMixin:
         elif self.accelerator.is_fsdp2 and not is_peft_model(model):  # of PEFT models it holds the adapters alone
             check_shards_fit(resume_from_checkpoint, model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Names were compared before: what is missing is tied to something that is there, or left out of saves."""
+        if load_result.missing_keys and hasattr(self.model, "tie_weights"):
+            self.model.tie_weights()
 
     def _load_best_model(self) -> None:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
