@@ -5,13 +5,15 @@ Both run in one process on the same random weights and tokens, one after the oth
 and gradients. `train_step_formulations.py` says what the original does and what each saving changes. On a CPU, and at
 LLaVA-1.5-7B's shapes on a GPU:
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py --ladder --rss
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --rss
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --workloads a --ladder --name train_step_ladder
     python benchmarks/train_step.py --preset llava-7b --device cuda --ladder
 
 Workload (a): rows of 576 image tokens, 100 words of prompt and 250 of completion, no padding. Workload (b): rows of
 differing length in the original's layout (fixed widths, padding computed; the second pass reads the completion twice
 with its padding as tokens, and the SAE all of it) against ours (padded to the longest row, read once). There the SAE's
-input differs by design, so that log-probabilities and the gradients of the policy loss are compared.
+input differs by design, so that log-probabilities and the gradients of the policy loss are compared. The original
+pads to 1,400 + 2,000 tokens, and so does the `llava-7b` preset; the CPU preset pads to 1,024 + 512.
 
 The CPU preset is LLaVA-1.5-7B with 3/32 of the width and 3/8 of the depth, frozen below the middle like it. The head
 (vocabulary / (depth x width)), the SAE (d_sae / (depth x width)) and the vision tower keep their share of a VLM pass:
@@ -19,7 +21,8 @@ the table beside the results counts floating-point operations at both sizes. Wha
 (its cost grows with tokens, not with width), in every pass of every formulation alike; SAM's decoder (24 x 24 x 96 for
 64 x 64 x 256) is nearer to its share of memory than of arithmetic, as it is bound by memory. Two sequences are the
 micro-batch of the original's scripts. The policy's trained layers are 5 % off the reference's, so that the KL term is
-not zero. Gradient checkpointing is off on both sides.
+not zero. Gradient checkpointing is off on both sides unless asked for (`--gradient-checkpointing`); the original's
+scripts turn it on, which takes most of what its second pass keeps off the memory and puts recomputation on the time.
 
 Time is wall time on CUDA; on a CPU it is the CPU time of the process, which other load hardly distorts (with one
 thread; wall time is recorded too). Gains are medians over rounds of the ratio within a round.
@@ -30,27 +33,20 @@ in processes of their own by the resident set's high-water mark (Linux).
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
 
 import torch
 import transformers
 import trl
-from train_step_formulations import LADDER, NAIVE, OURS, WITHOUT_KL, Formulation, References, StepInputs, run_forward
+from train_step_formulations import LADDER, NAIVE, OURS, WITHOUT_KL
+from train_step_measuring import Bench, check, inputs_of, measure, resident_set, scaled_tiles
 from train_step_report import to_markdown
-from train_step_workloads import PRESETS, build_model, let_policy_drift, make_inputs, proportions
-
-from segcompass_hf import losses_segcompass
-from segcompass_hf.training.memory_meter import MemoryMeter
+from train_step_workloads import PRESETS, proportions
 
 TOLERANCE = 1e-5
 RESULTS = Path(__file__).parent / "results"
@@ -64,226 +60,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", choices=["a", "b"], default=["a", "b"])
     parser.add_argument("--ladder", action="store_true", help="every saving in turn, and both ends without KL, on (a)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; every formulation runs once in each")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_true", help="on both sides, as a setting of training"
+    )
     parser.add_argument("--rss", action="store_true", help="also the resident set, in processes of their own")
-    parser.add_argument("--output", type=Path, default=None, help="JSON record; a .md beside it (default: results/)")
+    parser.add_argument("--name", default=None, help="of the record (.json, .md) in benchmarks/results")
+    parser.add_argument("--output", type=Path, default=None, help="the record's path, where it goes elsewhere")
     parser.add_argument("--rss-of", nargs=2, metavar=("NAME", "WORKLOAD"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     return args
-
-
-class Bench:
-    """Model, reference policies and optimizer; every step starts from the same weights."""
-
-    def __init__(self, args: argparse.Namespace, references: list[str]):
-        self.preset, self.device = PRESETS[args.preset], torch.device(args.device)
-        self.model = build_model(self.preset, args.device, getattr(torch, args.dtype))
-        self.references = References(self.model)
-        for kind in references:
-            self.references.build(kind)
-        let_policy_drift(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameter_groups(2e-6, 0.01), lr=2e-6, fused=True)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.weights = [parameter.detach().clone() for parameter in self.trained]
-        for parameter in self.trained:  # AdamW's states come into being
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.reset()
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        for parameter, weight in zip(self.trained, self.weights, strict=True):
-            parameter.copy_(weight)
-        self.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def step(self, formulation: Formulation, inputs: StepInputs) -> dict[str, float]:
-        """One optimizer step; seconds of its parts and of all by `clock`, and wall seconds of forward and all."""
-        self.reset()
-        marks = [self._mark()]
-        loss = run_forward(self.model, self.references, formulation, inputs).loss(inputs)
-        marks.append(self._mark())
-        loss.backward()
-        marks.append(self._mark())
-        self.optimizer.step()
-        marks.append(self._mark())
-        started, scored, differentiated, stepped = (mark[0] for mark in marks)
-        return {
-            "forward": scored - started,
-            "backward": differentiated - scored,
-            "optimizer": stepped - differentiated,
-            "step": stepped - started,
-            "wall_forward": marks[1][1] - marks[0][1],
-            "wall_step": marks[3][1] - marks[0][1],
-        }
-
-    def clock(self) -> float:
-        """Wall time on CUDA; elsewhere the CPU time of the process, which other load hardly distorts."""
-        return time.perf_counter() if self.device.type == "cuda" else time.process_time()
-
-    def _mark(self) -> tuple[float, float]:
-        self.synchronize()
-        return self.clock(), time.perf_counter()
-
-    def counted_step(
-        self, formulation: Formulation, inputs: StepInputs, objective: Literal["joint", "policy"] = "joint"
-    ) -> tuple[int, dict]:
-        """Bytes that a step adds at its fullest to what is held all the time; and what it computed, to compare.
-
-        With the `policy` objective the segmentation losses are left out.
-        """
-        self.reset()
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-        known = [*self.model.parameters(), *self.model.buffers(), *self._states()]
-        with nullcontext() if cuda else MemoryMeter(known) as meter:
-            output = run_forward(self.model, self.references, formulation, inputs)
-            loss = output.loss(inputs)
-            policy_loss = loss - output.segmentation
-            result = {"loss": loss.item(), "policy_loss": policy_loss.item()}
-            result["log_probs"] = _real_tokens(output.log_probs, inputs)
-            result["ref_log_probs"] = _real_tokens(output.ref_log_probs, inputs)
-            loss = policy_loss if objective == "policy" else loss
-            del output, policy_loss
-            loss.backward()
-            self.optimizer.step()
-        peak = torch.cuda.max_memory_allocated(self.device) - before if cuda else meter.peak
-        result["gradients"] = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        return peak, result
-
-    def held(self, formulation: Formulation) -> dict[str, int]:
-        """Bytes of weights, reference policy and AdamW states."""
-        weights = sum(tensor.nbytes for tensor in [*self.model.parameters(), *self.model.buffers()])
-        reference = self.references.bytes(formulation.reference)
-        return {"weights": weights, "reference": reference, "optimizer": sum(state.nbytes for state in self._states())}
-
-    def _states(self) -> list[torch.Tensor]:
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [state for state in states if isinstance(state, torch.Tensor)]
-
-
-def inputs_of(bench: Bench, formulation: Formulation, workload: str) -> StepInputs:
-    layout = "original" if formulation.second_pass != "none" else "ours"
-    return make_inputs(bench.model, bench.preset, workload, layout)
-
-
-def check(bench: Bench, workload: str, formulations: list[Formulation]) -> tuple[dict[str, dict], dict[str, int]]:
-    """Differences of formulations to the first in losses, log-probabilities and gradients; and all their peaks."""
-    found, peaks, first = {}, {}, None
-    for formulation in formulations:
-        inputs = inputs_of(bench, formulation, workload)
-        peaks[formulation.name], result = bench.counted_step(formulation, inputs)
-        if formulation.reference == "none":
-            continue
-        if workload == "b":  # the SAE's inputs differ by design: compare what does not come from them
-            _, result = bench.counted_step(formulation, inputs, "policy")
-        if first is None:
-            first = result
-        else:
-            found[formulation.name] = _difference(result, first, workload)
-        print(f"({workload}) {formulation.name}: {peaks[formulation.name] / 2**20:.0f} MiB", file=sys.stderr)
-    return found, peaks
-
-
-def _real_tokens(log_probs: torch.Tensor | None, inputs: StepInputs) -> torch.Tensor | None:
-    """Log-probabilities of completion tokens, row by row without padding."""
-    return None if log_probs is None else log_probs.detach()[inputs.completion_mask.bool()].float()
-
-
-def _difference(result: dict, first: dict, workload: str) -> dict:
-    compared = "loss" if workload == "a" else "policy_loss"
-    own, other = result["gradients"], first["gradients"]
-    if own.keys() != other.keys():
-        raise RuntimeError(f"not the same parameters have gradients: {sorted(own.keys() ^ other.keys())}.")
-    largest, difference = {}, {}
-    for name, gradient in other.items():
-        # By part of the model: some gradients are nothing but rounding (biases of attention keys).
-        part = name.split(".")[0]
-        largest[part] = max(largest.get(part, 0.0), gradient.abs().max().item())
-        difference[part] = max(difference.get(part, 0.0), (own[name] - gradient).abs().max().item())
-    return {
-        "compared": compared,
-        "values": [first[compared], result[compared]],
-        "loss": abs(result[compared] - first[compared]),
-        "log_probs": (result["log_probs"] - first["log_probs"]).abs().max().item(),
-        "ref_log_probs": (result["ref_log_probs"] - first["ref_log_probs"]).abs().max().item(),
-        "gradients": max(difference.values()),
-        "gradients_relative": max(difference[part] / largest[part] for part in largest if largest[part]),
-        "parts": {part: {"largest": largest[part], "difference": difference[part]} for part in largest},
-    }
-
-
-@contextmanager
-def matching_clock(bench: Bench):
-    """Yields a list of the seconds that every matching of slots to objects takes."""
-    match_slots, seconds = losses_segcompass.match_slots, []
-
-    def timed(*args, **kwargs):
-        bench.synchronize()
-        started = bench.clock()
-        assignments = match_slots(*args, **kwargs)
-        bench.synchronize()
-        seconds.append(bench.clock() - started)
-        return assignments
-
-    losses_segcompass.match_slots = timed
-    try:
-        yield seconds
-    finally:
-        losses_segcompass.match_slots = match_slots
-
-
-def measure(bench: Bench, workload: str, formulations: list[Formulation], repeats: int) -> dict[str, dict]:
-    """Medians over `repeats` rounds, each of which runs every formulation once."""
-    inputs = {formulation.name: inputs_of(bench, formulation, workload) for formulation in formulations}
-    rounds: dict[str, list[dict]] = {formulation.name: [] for formulation in formulations}
-    for number in range(repeats):
-        # Back and forth, so that no formulation always follows the same one.
-        for formulation in formulations if number % 2 == 0 else formulations[::-1]:
-            with matching_clock(bench) as seconds:
-                times = bench.step(formulation, inputs[formulation.name])
-            rounds[formulation.name].append(times | {"matching": sum(seconds)})
-            print(f"({workload}) {number + 1}/{repeats} {formulation.name}: {times['step']:.2f} s", file=sys.stderr)
-    records = {}
-    for formulation in formulations:
-        runs, base = rounds[formulation.name], rounds[formulations[0].name]
-        record = {f"{part}_s": statistics.median(run[part] for run in runs) for part in runs[0]}
-        for part in ("forward", "step", "wall_forward", "wall_step"):
-            ratios = [first[part] / run[part] for first, run in zip(base, runs, strict=True)]
-            record[f"{part}_gain"] = statistics.median(ratios)
-            record[f"{part}_gains"] = ratios
-        record["matching_share"] = statistics.median(run["matching"] / run["step"] for run in runs)
-        records[formulation.name] = record
-    return records
-
-
-def resident_set(args: argparse.Namespace, name: str, workload: str) -> dict[str, int]:
-    """What a step adds to the resident set of this process at its fullest, and the whole set then."""
-    import ctypes
-
-    formulation = {NAIVE.name: NAIVE, OURS.name: OURS}[name]
-    bench = Bench(args, [formulation.reference])
-    inputs = inputs_of(bench, formulation, workload)
-    bench.step(formulation, inputs)
-    bench.reset()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    bench.step(formulation, inputs)
-    peak = _status("VmHWM")
-    return {"step_bytes": peak - before, "total_bytes": peak}
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def resident_sets(args: argparse.Namespace) -> dict[str, dict]:
@@ -292,6 +78,7 @@ def resident_sets(args: argparse.Namespace) -> dict[str, dict]:
     for workload in args.workloads:
         for formulation in (NAIVE, OURS):
             command = [sys.executable, __file__, "--preset", args.preset, "--rss-of", formulation.name, workload]
+            command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(workload, {})[formulation.name] = json.loads(output.splitlines()[-1])
     return found
@@ -315,17 +102,24 @@ def machine(device: str) -> dict:
     }
 
 
+def _without_output(arguments: list[str]) -> list[str]:
+    """The command line but for where the record goes."""
+    at = arguments.index("--output") if "--output" in arguments else len(arguments)
+    return arguments[:at] + arguments[at + 2 :]
+
+
 def benchmark(args: argparse.Namespace) -> dict:
     """The whole record."""
     load = [os.getloadavg()[0]] if hasattr(os, "getloadavg") else []
     bench = Bench(args, ["whole", "shared"])
     record = {
-        "command": "python benchmarks/train_step.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/train_step.py", *_without_output(sys.argv[1:])]),
         "machine": machine(args.device),
         "setting": {
             "preset": args.preset,
             "dtype": args.dtype,
             "repeats": args.repeats,
+            "gradient_checkpointing": args.gradient_checkpointing,
             "clock": "wall time" if bench.device.type == "cuda" else "CPU time",
             **vars(bench.preset),
         },
@@ -357,12 +151,13 @@ def benchmark(args: argparse.Namespace) -> dict:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    if args.rss_of:
-        print(json.dumps(resident_set(args, *args.rss_of)))
-        return 0
-    record = benchmark(args)
+    with scaled_tiles(PRESETS[args.preset]):
+        if args.rss_of:
+            print(json.dumps(resident_set(args, *args.rss_of)))
+            return 0
+        record = benchmark(args)
     name = "train_step" if args.preset == "cpu" else f"train_step_{args.preset}_{args.device.replace(':', '')}"
-    path = args.output or RESULTS / f"{name}.json"
+    path = args.output or RESULTS / f"{args.name or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     path.with_suffix(".md").write_text(to_markdown(record))

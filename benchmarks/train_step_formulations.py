@@ -235,7 +235,7 @@ def _labels(inputs: StepInputs) -> torch.Tensor:
 def _log_probs(logits: torch.Tensor, inputs: StepInputs, with_entropy: bool = False) -> torch.Tensor:
     """Log-probabilities of the completion from logits of all tokens; the entropy is computed, logged nowhere."""
     width = inputs.completion_mask.shape[1]
-    all_log_probs = logits[:, -width - 1 : -1].log_softmax(-1)  # (batch_size, completion_width, vocab_size)
+    all_log_probs = logits[:, -width - 1 : -1].log_softmax(-1, dtype=torch.float32)  # (batch_size, width, vocab_size)
     if with_entropy:
         with torch.no_grad():
             (all_log_probs.exp() * all_log_probs).sum(-1)

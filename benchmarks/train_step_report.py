@@ -8,6 +8,7 @@ LAYOUTS = {"a": "no padding", "b": "the original's layout against ours"}
 
 def to_markdown(record: dict) -> str:
     machine, setting = record["machine"], record["setting"]
+    checkpointing = "on" if setting["gradient_checkpointing"] else "off"
     load = record.get("load_average", [])
     load = f"; load average {' to '.join(f'{value:.1f}' for value in load)}" if load else ""
     lines = [
@@ -19,8 +20,8 @@ def to_markdown(record: dict) -> str:
         "",
         f"Language model of width {setting['width']} with {setting['depth']} layers, vocabulary "
         f"{setting['vocabulary']:,}, SAE of {setting['d_sae']:,} features behind layer {setting['depth'] // 2}, "
-        f"{setting['batch_size']} sequences. The docstring of `train_step.py` says what is measured and how; what the "
-        "original does is in `train_step_formulations.py`.",
+        f"{setting['batch_size']} sequences; gradient checkpointing {checkpointing}. The docstring of `train_step.py` "
+        "says what is measured and how; what the original does is in `train_step_formulations.py`.",
         "",
         f"Targets on (a): {TARGETS}. A gain of 2x means half the time; memory is given as a share of the naive one.",
         "",

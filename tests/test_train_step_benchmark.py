@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import train_step
+import train_step_measuring as measuring
 from train_step_formulations import LADDER, NAIVE, OURS, WITHOUT_KL, References, run_forward
 from train_step_workloads import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, make_inputs, proportions
 
@@ -18,7 +19,7 @@ TINY = PRESETS["tiny"]
 
 @pytest.fixture(scope="module")
 def bench():
-    return train_step.Bench(train_step.parse_arguments(["--preset", "tiny"]), ["whole", "shared"])
+    return measuring.Bench(train_step.parse_arguments(["--preset", "tiny"]), ["whole", "shared"])
 
 
 def test_ladder_ends_in_what_the_package_does():
@@ -29,7 +30,7 @@ def test_ladder_ends_in_what_the_package_does():
 
 
 def test_same_loss_and_gradients(bench):
-    found, peaks = train_step.check(bench, "a", [*LADDER, OURS, *WITHOUT_KL])
+    found, peaks = measuring.check(bench, "a", [*LADDER, OURS, *WITHOUT_KL])
     assert set(found) == {row.name for row in [*LADDER[1:], OURS]}
     assert set(peaks) == {row.name for row in [*LADDER, OURS, *WITHOUT_KL]}
     assert peaks["ours"] == pytest.approx(peaks["+ matched slots decoded"], rel=0.01)
@@ -41,7 +42,7 @@ def test_same_loss_and_gradients(bench):
 
 
 def test_original_layout_agrees_where_it_can(bench):
-    row = train_step.check(bench, "b", [NAIVE, OURS])[0]["ours"]
+    row = measuring.check(bench, "b", [NAIVE, OURS])[0]["ours"]
     assert row["compared"] == "policy_loss"
     assert max(row[key] for key in ("loss", "log_probs", "ref_log_probs", "gradients_relative")) <= 1e-5
 
@@ -49,7 +50,7 @@ def test_original_layout_agrees_where_it_can(bench):
 def test_kl_term_is_there_and_is_left_out(bench):
     losses = {}
     for formulation in (NAIVE, *WITHOUT_KL):
-        inputs = train_step.inputs_of(bench, formulation, "a")
+        inputs = measuring.inputs_of(bench, formulation, "a")
         with torch.no_grad():
             output = run_forward(bench.model, bench.references, formulation, inputs)
             losses[formulation.name] = output.loss(inputs).item()
@@ -99,7 +100,7 @@ class TestRecord:
         assert "Matching slots to objects takes" in text and "| SAE encode | 3.00 | 3.00 |" in text
 
     def test_memory_is_exact(self, bench):
-        inputs = train_step.inputs_of(bench, OURS, "a")
+        inputs = measuring.inputs_of(bench, OURS, "a")
         first, result = bench.counted_step(OURS, inputs)
         trained = sum(gradient.nbytes for gradient in result["gradients"].values())
         assert first == bench.counted_step(OURS, inputs)[0] > trained  # gradients and activations
@@ -113,7 +114,7 @@ class TestRecord:
         assert bench.held(NAIVE)["reference"] == whole
 
     def test_every_step_starts_from_the_same_weights(self, bench):
-        inputs = train_step.inputs_of(bench, OURS, "a")
+        inputs = measuring.inputs_of(bench, OURS, "a")
         bench.step(OURS, inputs)
         assert any(not torch.equal(p, w) for p, w in zip(bench.trained, bench.weights, strict=True))
         bench.reset()
