@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def launch(script, *arguments):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    paths = [HERE.parent / "src", HERE, HERE / "training_scripts"]
+    paths = [HERE.parent / "src", HERE, HERE / "training_scripts", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [
         sys.executable,
@@ -186,3 +187,23 @@ def test_grpo_step_equals_that_of_one_process(grpo, case, tmp_path):
         assert result[case]["wrapped"] == "DistributedDataParallel"
         same_gradients(result[case]["gradients"], alone["gradients"])
         assert result[case]["logs"] == pytest.approx(alone["logs"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_zero3_gives_the_loss_and_gradients_of_one_process(alone, tmp_path):
+    """Where DeepSpeed is installed; it runs on CPUs. Without a reference policy, which ZeRO-3 cannot have."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    joint = with_joint_forward(joint_model()[0], None)
+    loss = joint_loss(joint, batch())
+    loss.backward()
+    expected = {"supervised": alone(), "joint": (loss.detach(), gradients(joint))}
+    outside = [outside_forward(model_of(), "llava", slice(2 * rank, 2 * rank + 2)) for rank in range(WORLD_SIZE)]
+    for rank, result in enumerate(launch("mp_zero3.py", tmp_path)):
+        assert result["world_size"] == WORLD_SIZE
+        for case, (loss, found) in expected.items():
+            assert result[case]["partitioned"]
+            torch.testing.assert_close(result[case]["loss"], loss, atol=1e-5, rtol=1e-5)
+            same_gradients(result[case]["gradients"], found)
+            for name, value in outside[rank].items():
+                torch.testing.assert_close(result[case]["outside"][name], value, atol=1e-5, rtol=1e-5)

@@ -79,7 +79,8 @@ def joint_loss(model, inputs):
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     output = model(**inputs, fused_lm_head=True, segmentation=segmentation)
     mask = segmentation["completion_mask"]
-    distance = ((output.log_probs - output.ref_log_probs) ** 2 - output.log_probs) * mask
+    reference = 0.0 if output.ref_log_probs is None else output.ref_log_probs
+    distance = ((output.log_probs - reference) ** 2 - output.log_probs) * mask
     return (distance.sum(1) / mask.sum(1)).sum() / 4 + output.segmentation
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""FSDP2: which modules are sharded together, methods that work outside `forward`, rows that train under sharding."""
+"""Sharding by FSDP2 and ZeRO-3: units, methods that work outside `forward`, rows that train."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
 
 
 def finish_sharding(model: nn.Module) -> nn.Module:
-    """What a sharded SegCompass model needs besides: without FSDP2 nothing happens; more than once does no harm.
+    """What a sharded SegCompass model needs besides: without sharding nothing happens; more than once does no harm.
 
     - Methods called outside `forward` gather the weights they read.
     - The head is whole once the final norm has run: TRL's fused head reads its weight without calling it, and
@@ -58,10 +58,15 @@ def finish_sharding(model: nn.Module) -> nn.Module:
     - The gradient hooks that let only the rows of the added tokens train are put on the shards: `fully_shard` replaces
       parameters and leaves hooks behind, and the whole head would train.
 
+    - Under DeepSpeed ZeRO-3, which gathers what a module's `forward` reads, the SAE and SAM's positional matrix are
+      gathered where they are read otherwise.
+
     Args:
-        model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): As sharded by accelerate or
+        model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): As sharded by accelerate, DeepSpeed or
             [`prepare_fsdp2`].
     """
+    if hasattr(next(model.parameters()), "ds_id"):
+        _gather_for_zero3(core_model(model))
     if isinstance(model, FSDPModule):
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -75,7 +80,7 @@ def finish_sharding(model: nn.Module) -> nn.Module:
 
 
 class FinishShardingCallback(TrainerCallback):
-    """Calls [`finish_sharding`] when training begins, after accelerate has sharded the model."""
+    """Calls [`finish_sharding`] when training begins, after the model is sharded."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         finish_sharding(model)
@@ -116,6 +121,27 @@ def _gather_in_methods(root: nn.Module, core: nn.Module) -> dict[str, int]:
         for module in {id(root): root, id(core): core}.values():
             setattr(module, name, method)
     return inside
+
+
+def _gather_for_zero3(core: nn.Module) -> None:
+    import deepspeed
+
+    if "encode" in core.sae.__dict__:
+        return
+    for name in ("encode", "decode"):
+        plain = getattr(core.sae, name)
+
+        @functools.wraps(plain)
+        def method(*args, plain=plain, **kwargs):
+            with deepspeed.zero.GatheredParameters(list(core.sae.parameters())):  # frozen: no backward needs them
+                return plain(*args, **kwargs)
+
+        setattr(core.sae, name, method)
+    decoder = core.sam.mask_decoder  # reads the weights of two embeddings without calling them
+    for embedding in (decoder.iou_token, decoder.mask_tokens):
+        deepspeed.zero.register_external_parameter(decoder, embedding.weight)
+    matrix = core.sam.shared_image_embedding.positional_embedding  # read right after the prompt encoder has run
+    core.sam.prompt_encoder.register_forward_hook(lambda *_: matrix.all_gather())
 
 
 def _gather_head_after_norm(core: nn.Module) -> None:

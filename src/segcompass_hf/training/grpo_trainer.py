@@ -20,6 +20,7 @@ from ..generation_segcompass import HiddenStateCapture, run_last_token
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
 from .adapters import check_peft_config, restore_head_precision
+from .fsdp import FinishShardingCallback
 from .grpo_config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .grpo_forward import JointCall, add_joint_forward
 from .grpo_rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
@@ -131,6 +132,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             self.callback_handler.callbacks,
         )
         add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.add_callback(FinishShardingCallback())
 
     # The parts.
 

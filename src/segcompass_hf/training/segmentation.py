@@ -85,7 +85,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             **kwargs,
         )
         self.label_names = ["labels"]  # adapters hide the model's own signature from Trainer
-        if self.is_fsdp_enabled:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             from .fsdp import FinishShardingCallback
 
             self.add_callback(FinishShardingCallback())
