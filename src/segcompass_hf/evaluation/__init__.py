@@ -1,0 +1,36 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Evaluation that others can repeat: predictors, a resumable runner on several processes, and its reports.
+
+`evaluate_dataset(predictor, dataset, output_dir)` scores whatever follows `Predictor` on any data set in the row
+schema. Each name is loaded when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "EvaluationSummary": "runner",
+    "ModelPredictor": "predictors",
+    "Prediction": "predictors",
+    "Predictor": "predictors",
+    "compare_runs": "comparison",
+    "evaluate_dataset": "runner",
+    "load_dataset_of": "datasets_spec",
+    "read_samples": "records",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
