@@ -212,6 +212,23 @@ def test_parts_that_train(family, tmp_path):
             assert any(name.startswith(prefix) for name in moved) == moves, (trainable, prefix)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("trainable", ["without_vision", "decoder", "all"])
+def test_which_trainable_weights_get_a_gradient(trainable, family, tmp_path):
+    # DistributedDataParallel waits for them, unless it is told to look which are used.
+    gradients = Gradients()
+    rows = [tiny_row(0, 0, None), tiny_row(1, 0, None)]  # nothing to align, nothing to say
+    settings = {"trainable": trainable, "alignment_weight": 0.5, "missing_reasoning": "skip"}
+    trainer = warmup(tmp_path, bare_vlm(family), rows, family, callbacks=[gradients], **settings)
+    trainer.train()
+    without = {n for n, p in trainer.vlm.named_parameters() if p.requires_grad} - set(gradients.values)
+    if trainable == "all" and family == "llava":
+        assert without and all(name.startswith("model.vision_tower") for name in without)
+        assert trainer.args.ddp_find_unused_parameters
+    else:
+        assert not without
+
+
 def test_decoder_alone_trains_the_rows_of_the_added_tokens(tmp_path):
     vlm, processor = bare_vlm(), tiny_processor()
     before = {name: value.clone() for name, value in vlm.state_dict().items()}

@@ -73,19 +73,12 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         self.segcompass = model if hasattr(model, "vlm") else None
         self.vlm = model.vlm if self.segcompass is not None else model
         _check_tokens(self.vlm, processing_class.tokenizer)
-        self.alignment_layer = args.alignment_layer
-        if self.alignment_layer is None:
-            config = model.config
-            self.alignment_layer = config.sae_layer if self.segcompass is not None else default_sae_layer(config)
-        depth = len(decoder_layers(self.vlm.base_model))
-        if not 0 <= self.alignment_layer <= depth:
-            raise ValueError(
-                f"alignment_layer is an index into hidden_states, 0 (embeddings) to {depth} for this VLM, got "
-                f"{self.alignment_layer}."
-            )
+        self.alignment_layer = _alignment_layer(model, self.vlm, args.alignment_layer)
         token_ids = [getattr(processing_class, f"{name}_token_id") for name in ("ref", "think_start", "think_end")]
         if peft_config is None:
             choose_trainable(self.vlm, args.trainable, token_ids)
+            if args.trainable == "all" and args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = True  # LLaVA reads its vision encoder before the last layer
         if data_collator is None:
             targets = AlignmentTargets(processing_class, target_words, args.alignment_text)
             data_collator = SegmentationCollator(
@@ -223,6 +216,18 @@ def _with_positions(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
         return dict(inputs)
     positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
     return {**inputs, "position_ids": positions}
+
+
+def _alignment_layer(model: nn.Module, vlm: nn.Module, layer: int | None) -> int:
+    """The layer asked for, or else the one that the SAE reads or will read by default."""
+    if layer is None:
+        layer = model.config.sae_layer if hasattr(model, "vlm") else default_sae_layer(model.config)
+    depth = len(decoder_layers(vlm.base_model))
+    if not 0 <= layer <= depth:
+        raise ValueError(
+            f"alignment_layer is an index into hidden_states, 0 (embeddings) to {depth} for this VLM, got {layer}."
+        )
+    return layer
 
 
 def _check_tokens(vlm: nn.Module, tokenizer: Any) -> None:
