@@ -226,6 +226,21 @@ def test_fp16_at_its_lowest_scale_counts(tmp_path):
         make_trainer(tmp_path, rows, trainer_class=Lowest, max_nonfinite_steps=2).train()
 
 
+def test_deepspeed_steps_by_itself(tmp_path):
+    """A step that it skipped is counted; one that it took, inside backward, ends the run."""
+
+    class Engine:
+        step_was_skipped = True
+
+    trainer = make_trainer(tmp_path, [1])
+    trainer.is_deepspeed_enabled, trainer.optimizer = True, Engine()
+    trainer._judge_step(trainer.model, INF)
+    assert (trainer.nonfinite_steps, trainer.nonfinite_in_row) == (1, 0)
+    Engine.step_was_skipped = False
+    with pytest.raises(RuntimeError, match="step 1 was not finite and DeepSpeed has applied it.*check_grad_overflow"):
+        trainer._judge_step(trainer.model, INF)
+
+
 def test_rewound_sampler_draws_the_permutations_of_each_epoch():
     from trl.trainer.utils import RepeatSampler
 

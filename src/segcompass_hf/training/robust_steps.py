@@ -93,7 +93,7 @@ class NonFiniteStepsMixin:
                 self.optimizer._is_overflow = False  # accelerate resets it only where it has a scaler
             return
         what = self._describe(losses, self._nonfinite_gradients)
-        self._count_nonfinite(model, what, scaler_may_recover=not bad_losses)
+        self._count_nonfinite(model, what, in_row=bad_losses > 0 or not self._scale_is_being_lowered())
         self._skip_optimizer_step(overflow=bad_gradients > 0)
 
     def _describe(self, losses: list[float], gradients: list[str]) -> str:
@@ -109,12 +109,10 @@ class NonFiniteStepsMixin:
             parts.append(f"non-finite gradients: {', '.join(gradients[:_NAMES_SHOWN])}{more}")
         return "; ".join(parts) or "the norm of the gradients overflows"
 
-    def _count_nonfinite(self, model, what: str, scaler_may_recover: bool) -> None:
+    def _count_nonfinite(self, model, what: str, in_row: bool) -> None:
         step, limit = self.state.global_step + 1, self._robust_setting("max_nonfinite_steps")
         self.nonfinite_steps += 1
-        scaler = self._scaler()
-        if scaler is None or not scaler_may_recover or scaler.get_scale() <= 1.0:
-            self.nonfinite_in_row += 1  # above a scale of 1 an fp16 overflow only tells the scaler to lower it
+        self.nonfinite_in_row += in_row
         logger.warning(
             f"step {step} is skipped, weights and optimizer stay as they are: {what} "
             f"({self.nonfinite_steps} skipped so far, {self.nonfinite_in_row} of at most {limit} in a row)."
@@ -149,6 +147,13 @@ class NonFiniteStepsMixin:
     def _scaler(self) -> Any:
         scaler = getattr(self.accelerator, "scaler", None)
         return scaler if scaler is not None and scaler.is_enabled() else None
+
+    def _scale_is_being_lowered(self) -> bool:
+        """Whether the loss is scaled for fp16 by more than 1: an overflow then only tells to scale it by less."""
+        if self.is_deepspeed_enabled:
+            return self.optimizer.step_was_skipped
+        scaler = self._scaler()
+        return scaler is not None and scaler.get_scale() > 1.0
 
     def _skip_optimizer_step(self, overflow: bool) -> None:
         """Replace the next call of `optimizer.step`, and say so to the schedule, which waits as after an overflow.
