@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_sae import by_hand
 from test_sae_activations import _Stream, interleaved, rows
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_image, tiny_model, tiny_processor
 from transformers import TrainerCallback
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
@@ -435,6 +435,22 @@ class TestTraining:
         trainer.train()
         assert trainer.state.global_step == 3 and stream.epoch is not None
         assert math.isfinite(trainer.evaluate()["eval_ce_recovered"])
+
+    def test_a_datasets_stream(self, model, processor, tmp_path):
+        from datasets import Dataset, Features, Image, List, Value
+
+        features = Features({"images": List(Image()), "texts": List(Value("string"))})
+        documents = [{"images": [None, tiny_image(i)], "texts": [f"the ring {i}", None]} for i in range(6)]
+        table = Dataset.from_list(documents, features=features)
+        results = []
+        for name, dataset in (("table", table), ("stream", table.to_iterable_dataset(num_shards=2))):
+            trainer = trainer_of(
+                model, processor, tmp_path / name, train_dataset=dataset, shuffle_rows=False, validation_share=0.0
+            )
+            trainer.train()
+            results.append(trainer.model.state_dict())
+            assert "unreadable_rows" not in trainer.state.log_history[0]
+        assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
     def test_steps_from_tokens(self, model, processor, tmp_path):
         args = {"max_steps": -1, "train_tokens": 500, "gradient_accumulation_steps": 2}

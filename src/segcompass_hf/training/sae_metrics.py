@@ -101,7 +101,8 @@ class SaeEvaluation:
         if self.words:
             ce = {name: total / self.words for name, total in self.cross_entropy.items()}
             metrics |= {f"ce_{name}": value for name, value in ce.items()}
-            metrics["ce_recovered"] = (ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"])
+            lost = ce["zero"] - ce["clean"]
+            metrics["ce_recovered"] = (ce["zero"] - ce["spliced"]) / lost if lost else math.nan
         return metrics
 
 
