@@ -192,8 +192,9 @@ class WholeCheckpointsMixin:
             list_files(aside)
             publish(aside, final)
         self.accelerator.wait_for_everyone()
-        if aside.exists() and self.is_local_process_zero():
-            publish(aside, final)  # random states of a node that does not share the main one's disk
+        if self.is_local_process_zero() and aside.exists() and not final.exists():
+            with contextlib.suppress(FileNotFoundError):  # a network disk may show what is gone
+                aside.rename(final)  # random states of a node that does not share the main one's disk
         if self._delayed_push:
             self._delayed_push = False
             self._push_from_checkpoint(str(final))
