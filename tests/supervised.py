@@ -16,7 +16,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 
-from tiny import tiny_image, tiny_mask, tiny_model, tiny_processor
+from tiny import tiny_image, tiny_mask, tiny_model, tiny_processor, tiny_vlm_config
 
 from segcompass_hf.data.schema import encode_mask
 
@@ -45,6 +45,14 @@ def uneven_rows() -> list[dict]:
     for index, count in enumerate(UNEVEN):
         rows.append(tiny_row(index, count, REASONINGS[index // 2], instruction="the red circle " * (1 + index % 3)))
     return rows
+
+
+def bare_vlm(family: str = "llava", **overrides):
+    """A tiny VLM of random weights, the same for the same arguments."""
+    from transformers import AutoModelForImageTextToText
+
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(tiny_vlm_config(family, **overrides))
 
 
 def arguments(config_class, output_dir, **settings):
