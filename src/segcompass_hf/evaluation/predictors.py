@@ -103,6 +103,7 @@ class ModelPredictor:
             "slot_logit_threshold": self.slot_logit_threshold,
             "mask_logit_threshold": self.mask_logit_threshold,
             "decoding": "greedy",
+            "slots": "by confidence",
             **self.segment_kwargs,
         }
 

@@ -1,0 +1,68 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""The processes of a run, as accelerate or torchrun started them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+_PATIENCE = timedelta(hours=24)  # the last batch of another process may take long
+
+
+@dataclass
+class Processes:
+    """Which of how many processes this is.
+
+    Args:
+        index, count (`int`): This process, and how many there are.
+        device (`torch.device`, *optional*): Of this process; `None` without accelerate.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: Any = None
+
+    @classmethod
+    def current(cls) -> Processes:
+        """Those of the launcher; one where there is none.
+
+        Raises:
+            RuntimeError: the launcher started several, but they do not know of each other.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            found = cls()
+        else:
+            state = PartialState(timeout=_PATIENCE)
+            found = cls(state.process_index, state.num_processes, state.device)
+        if found.count < launched:
+            raise RuntimeError(
+                f"{launched} processes were started, but accelerate sees {found.count}: each would evaluate "
+                "everything. Start them with torchrun or accelerate launch, with accelerate installed."
+            )
+        return found
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+    def from_main(self, value: Any = None) -> Any:
+        """The main process's `value`, in every process."""
+        if self.count == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()

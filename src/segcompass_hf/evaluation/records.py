@@ -1,0 +1,167 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""One line of json per sample, on disk as soon as its batch is done: what a kill leaves is whole and counts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from ..data.schema import encode_mask
+from ..metrics.segmentation import SampleScore, score_sample
+from .predictors import Prediction
+from .rows import EvaluationRow
+
+logger = logging.get_logger(__name__)
+
+SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data set
+RECORDS_FOLDER = "records"  # of a run under way: a file per process
+_COUNTS = SampleScore._fields
+_SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
+
+
+def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
+    """What is kept of a sample.
+
+    Args:
+        row (`EvaluationRow`): The row with its targets.
+        prediction (`Prediction`): Its answer.
+
+    Returns:
+        `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
+        four counts of `SampleScore`, `scores` and COCO RLE `masks` of the prediction, `reasoning`, `text`, and
+        `problem`, which is `None` here.
+
+    Raises:
+        ValueError: the masks do not have the size of the image.
+    """
+    try:
+        score = score_sample(prediction.masks, row.targets, row.ignore)
+    except ValueError as error:
+        raise ValueError(f"row {row.index} ({row.sample_id!r}): {error}") from error
+    return {
+        **_described(row),
+        **score._asdict(),
+        "scores": [round(float(value), _SCORE_DIGITS) for value in prediction.scores],
+        "masks": [encode_mask(mask) for mask in prediction.masks],
+        "reasoning": prediction.reasoning,
+        "text": prediction.text,
+        "problem": None,
+    }
+
+
+def failed_record(row: EvaluationRow) -> dict[str, Any]:
+    """The record of an unreadable row: an empty prediction, and always a failure.
+
+    A target that can be read is missed as a whole. Where none can, or none is meant, the sample counts one pixel that
+    is missed or wrongly predicted: its IoU is 0, and sums of pixels hardly change.
+    """
+    target = 0 if row.targets is None else int(np.count_nonzero(row.targets.any(axis=0)))
+    nothing_meant = row.targets is not None and not target
+    score = SampleScore(0, 1, 1, 0) if nothing_meant else SampleScore(0, max(target, 1), 0, max(target, 1))
+    empty = {"scores": [], "masks": [], "reasoning": None, "text": None}
+    return {**_described(row), **score._asdict(), **empty, "problem": row.problem}
+
+
+def _described(row: EvaluationRow) -> dict[str, Any]:
+    columns = {name: row.columns.get(name) for name in ("sample_id", "source", "split", "kind", "instruction")}
+    num_targets = None if row.targets is None else len(row.targets)
+    return {"index": row.index, **columns, "num_targets": num_targets}
+
+
+def score_of(record: dict[str, Any]) -> SampleScore:
+    """The pixel counts of a record."""
+    return SampleScore(*(record[name] for name in _COUNTS))
+
+
+class RecordWriter:
+    """Appends records to the file of one process; a batch is on the disk when `append` returns."""
+
+    def __init__(self, output_dir: Path, process_index: int):
+        folder = output_dir / RECORDS_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / f"process-{process_index:05d}.jsonl", "a", encoding="utf-8")
+
+    def append(self, records: Iterable[dict[str, Any]], seconds: float) -> None:
+        """Add a batch that took `seconds`, which are shared out to its records."""
+        records = list(records)
+        lines = [record | {"seconds": round(seconds / len(records), 6)} for record in records]
+        self._file.write("".join(map(_line, lines)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> RecordWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+
+
+def repair_records(output_dir: Path) -> None:
+    """Cut off last lines that a kill left half-written, so that what is appended starts on a line of its own."""
+    for path in sorted((output_dir / RECORDS_FOLDER).glob("*.jsonl")):
+        with open(path, "rb+") as file:
+            content = file.read()
+            whole = content.rfind(b"\n") + 1
+            if whole != len(content):
+                logger.warning(f"{path}: dropped a last line that was cut short; its batch is evaluated again.")
+                file.truncate(whole)
+
+
+def read_records(output_dir: Path) -> dict[int, dict[str, Any]]:
+    """Records of all processes by index; of one written twice, the first. Lines that are no record are left out."""
+    records: dict[int, dict[str, Any]] = {}
+    for path in sorted((output_dir / RECORDS_FOLDER).glob("*.jsonl")):
+        with open(path, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                record = _parsed(line)
+                if record is None:
+                    logger.warning(f"{path}, line {number} is no record; its batch is evaluated again.")
+                else:
+                    records.setdefault(record["index"], record)
+    return records
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("index", *_COUNTS))
+    return record if whole else None
+
+
+def write_samples(output_dir: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Write the records of a finished run, without times: equal runs give equal files."""
+    kept = ({name: value for name, value in record.items() if name != "seconds"} for record in records)
+    write_atomically(output_dir / SAMPLES_FILE, "".join(map(_line, kept)))
+
+
+def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Records of a finished run, in the order of the data set; see `record_of` for their fields.
+
+    Raises:
+        FileNotFoundError: the folder holds no finished run.
+    """
+    path = Path(output_dir) / SAMPLES_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{os.fspath(output_dir)!r} holds no finished evaluation: there is no {SAMPLES_FILE}.")
+    with open(path, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,209 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Evaluate a predictor on a data set: every sample once, whatever the number of processes and interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers.utils import logging
+
+from .figures import summarize
+from .predictors import Predictor
+from .processes import Processes
+from .records import (
+    RECORDS_FOLDER,
+    SAMPLES_FILE,
+    RecordWriter,
+    failed_record,
+    read_records,
+    record_of,
+    repair_records,
+    write_atomically,
+    write_samples,
+)
+from .report import SUMMARY_FILE, write_reports
+from .rows import EvaluationRow, EvaluationRows
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "run.json"  # what a folder of results was started with
+
+
+@dataclass
+class EvaluationSummary:
+    """What an evaluation came to.
+
+    Args:
+        output_dir (`Path`): The folder of its files.
+        figures (`dict`): The content of `summary.json`, see `figures.summarize`.
+    """
+
+    output_dir: Path
+    figures: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The values over all samples, in [0, 1], by name."""
+        return {name: figure["value"] for name, figure in self.figures["metrics"].items()}
+
+
+def evaluate_dataset(
+    predictor: Predictor,
+    dataset: Any,
+    output_dir: str | os.PathLike,
+    batch_size: int = 8,
+    num_samples: int | None = None,
+    dataset_name: str = "dataset",
+    unreadable: Literal["error", "count"] = "error",
+    resume: bool = True,
+    notes: dict[str, Any] | None = None,
+    page_samples: int = 12,
+) -> EvaluationSummary:
+    """Evaluate, and write records, figures and reports.
+
+    Batches are fixed by index (batch `b` holds rows `b * batch_size` onwards) and dealt to the processes as wholes, so
+    that records and figures depend neither on their number nor on interruptions. Call it in every process that
+    accelerate or torchrun started. A folder that holds a part of the same run is continued.
+
+    Args:
+        predictor (`Predictor`): What to evaluate.
+        dataset (`datasets.Dataset`, `Sequence[dict]` or an iterable of `dict`): In the row schema.
+        output_dir (path): Folder for the results, on a disk that all processes share.
+        batch_size (`int`, *optional*, defaults to 8): Rows at a time; part of what makes a run repeatable.
+        num_samples (`int`, *optional*): The first so many rows; all by default.
+        dataset_name (`str`, *optional*, defaults to `"dataset"`): What reports call it.
+        unreadable (`str`, *optional*, defaults to `"error"`): Rows whose image or masks cannot be read: `"error"`
+            stops; `"count"` lists them and counts each as a failure with IoU 0.
+        resume (`bool`, *optional*, defaults to `True`): `False` drops the results that the folder holds.
+        notes (`dict`, *optional*): Further entries of the summary, such as the command.
+        page_samples (`int`, *optional*, defaults to 12): Worst and best samples on `samples.html`, so many of each.
+
+    Returns:
+        `EvaluationSummary`: the same in every process.
+
+    Raises:
+        ValueError: a row or a prediction cannot be used, or the folder holds results of other settings.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected a positive number.")
+    if unreadable not in ("error", "count"):
+        raise ValueError(f"unreadable is {unreadable!r}; it must be 'error' or 'count'.")
+    started, processes, output_dir = time.perf_counter(), Processes.current(), Path(output_dir)
+    rows = EvaluationRows(dataset, num_samples)
+    settings, known = None, None
+    if processes.is_main:
+        settings = _settings(predictor, rows, batch_size)
+        known = _open_folder(output_dir, settings, resume)
+    known = processes.from_main(known)
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    left = [batch for batch in batches if not known.issuperset(batch)]
+    with RecordWriter(output_dir, processes.index) as writer:
+        mine = left[processes.index :: processes.count]
+        for batch in logging.tqdm(mine, desc=dataset_name, disable=None if processes.is_main else True):
+            start = time.perf_counter()
+            records = _evaluate_batch(predictor, [rows[index] for index in batch], unreadable)
+            new = [record for record in records if record["index"] not in known]
+            writer.append(new, time.perf_counter() - start)
+    processes.wait()
+    figures = None
+    if processes.is_main:
+        records = _finished_records(output_dir, len(rows), unreadable)
+        run = {"predictor": predictor.name, "dataset": dataset_name, "settings": settings, **(notes or {})}
+        wall = {"samples": len(rows) - len(known), "seconds": round(time.perf_counter() - started, 2)}
+        figures = summarize(records, run, {"processes": processes.count, "last_start": wall})
+        write_reports(output_dir, figures, records, rows, page_samples)
+    return EvaluationSummary(output_dir, processes.from_main(figures))
+
+
+def _settings(predictor: Predictor, rows: EvaluationRows, batch_size: int) -> dict[str, Any]:
+    """What two runs must share for their records to be the same."""
+    settings = {
+        "predictor": {"name": predictor.name, **getattr(predictor, "settings", {})},
+        "dataset": rows.digest(),
+        "num_samples": len(rows),
+        "batch_size": batch_size,
+    }
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> set[int]:
+    """Make the folder ready for appending; indices of the samples that it holds."""
+    run_file = output_dir / RUN_FILE
+    if not resume:
+        for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
+            (output_dir / name).unlink(missing_ok=True)
+    if run_file.is_file():
+        _check_settings(output_dir, json.loads(run_file.read_text(encoding="utf-8")), settings)
+    else:
+        shutil.rmtree(output_dir / RECORDS_FOLDER, ignore_errors=True)  # of no known run
+        write_atomically(run_file, json.dumps(settings, indent=1) + "\n")
+    repair_records(output_dir)
+    known = set(read_records(output_dir))
+    if known:
+        logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
+    return known
+
+
+def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    before, now = _flat(before), _flat(now)
+    changed = [
+        f"{name} was {before.get(name)!r:.60}, is {now.get(name)!r:.60}"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{os.fspath(output_dir)!r} holds results of another run ({'; '.join(changed)}); choose another folder, "
+            "or drop them with resume=False (--restart)."
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable: str) -> list[dict[str, Any]]:
+    """Records of a batch; the predictor sees the rows that can be read."""
+    for row in rows:
+        if row.problem is not None:
+            logger.warning(f"row {row.index} ({row.sample_id}) is unreadable: {row.problem}")
+            if unreadable == "error":
+                raise ValueError(
+                    f"row {row.index} ({row.sample_id!r}) is unreadable: {row.problem} Repair it, or count such rows "
+                    'as failures with unreadable="count"; what is evaluated so far is kept.'
+                )
+    readable = [row for row in rows if row.problem is None]
+    predictions = predictor.predict([row.columns for row in readable]) if readable else []
+    if len(predictions) != len(readable):
+        raise ValueError(f"{predictor.name} gave {len(predictions)} predictions for {len(readable)} rows.")
+    answers = {row.index: prediction for row, prediction in zip(readable, predictions, strict=True)}
+    return [record_of(row, answers[row.index]) if row.index in answers else failed_record(row) for row in rows]
+
+
+def _finished_records(output_dir: Path, num_samples: int, unreadable: str) -> list[dict[str, Any]]:
+    """All records in the order of the data set, also written to `samples.jsonl`."""
+    records = read_records(output_dir)
+    missing = sorted(set(range(num_samples)) - set(records))
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {num_samples} samples have no record in {output_dir} (first: {missing[0]}). Do all "
+            "processes write to the same disk? Run the same command again for what is missing."
+        )
+    ordered = [records[index] for index in range(num_samples)]
+    failed = [record for record in ordered if record["problem"] is not None]
+    if failed and unreadable == "error":
+        raise ValueError(
+            f"{len(failed)} rows in {output_dir} are unreadable and were counted as failures by an earlier start "
+            f'(first: {failed[0]["sample_id"]!r}); go on with unreadable="count", or start again with resume=False.'
+        )
+    write_samples(output_dir, ordered)
+    return ordered
