@@ -23,7 +23,7 @@ _EXPORTS = {
     "decode_masks": "schema",
     "encode_mask": "schema",
     "eval_image_ids": "leakage",
-    "from_hosted_reasonseg": "reasonseg",
+    "from_hosted_reasonseg": "hosted",
     "row_features": "schema",
 }
 _MODULES = ("scenes",)

@@ -78,9 +78,15 @@ class CocoInstances:
                 f"{os.fspath(path)!r} is no COCO annotation file: it has no lists images and annotations."
             )
         self.images = self._by_id(lists[0], "image", lambda image: images is None or image_key(image["id"]) in images)
-        self.annotations = self._by_id(
-            lists[1], "annotation", lambda annotation: annotation["image_id"] in self.images
-        )
+
+        def belongs(annotation: dict) -> bool:
+            known = annotation["image_id"] in self.images
+            if images is None and not known:
+                raise ValueError(f"there is no image {annotation['image_id']!r}")
+            return known
+
+        self.annotations = self._by_id(lists[1], "annotation", belongs)
+        self.categories = content.get("categories")
         self.of_image: dict[int, list[int]] = {}
         for number, annotation in self.annotations.items():
             self.of_image.setdefault(annotation["image_id"], []).append(number)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Iterable
@@ -60,21 +61,61 @@ def make_row(**fields: Any) -> dict[str, Any]:
     return row
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(image: str | os.PathLike | bytes) -> tuple[int, int]:
     """(height, width) of an image as it is shown, that is with its EXIF rotation, from the file's header alone.
+
+    Args:
+        image: Path, or the content of a file.
 
     Raises:
         RowProblem: `"missing_image"` or `"unreadable_image"`.
     """
-    if not os.path.isfile(path):
-        raise RowProblem("missing_image", f"there is no file {os.fspath(path)!r}.")
+    encoded = isinstance(image, bytes)
+    name = f"the image of {len(image)} bytes" if encoded else repr(os.fspath(image))
+    if not encoded and not os.path.isfile(image):
+        raise RowProblem("missing_image", f"there is no file {name}.")
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+        with Image.open(io.BytesIO(image) if encoded else image) as opened:
+            width, height = opened.size
+            turned = opened.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise RowProblem("unreadable_image", f"{os.fspath(path)!r} cannot be read as an image ({error}).") from error
+        raise RowProblem("unreadable_image", f"{name} cannot be read as an image ({error}).") from error
     return (width, height) if turned else (height, width)
+
+
+class SampleIds:
+    """Keeps the sample ids of a data set apart.
+
+    Args:
+        report (`BuildReport`): Gets the ids that came twice.
+    """
+
+    def __init__(self, report: BuildReport):
+        self.report = report
+        self._seen: dict[str, bytes] = {}
+
+    def unique(self, wanted: str, content: Any) -> str:
+        """The id, numbered where another sample has it.
+
+        Args:
+            wanted (`str`): The sample's id.
+            content: What tells samples apart, as anything with a `repr`.
+
+        Raises:
+            RowProblem: `"duplicate_id"`: the same content came with the same id before.
+        """
+        digest = hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
+        sample_id, number = wanted, 1
+        while sample_id in self._seen:
+            if self._seen[sample_id] == digest:
+                raise RowProblem("duplicate_id", f"the same sample with the id {sample_id!r} came before.")
+            number += 1
+            sample_id = f"{wanted}-{number}"
+        if number > 1:
+            detail = f"another sample has this id; this one is called {sample_id}"
+            self.report.add("duplicate_id", wanted, detail, lost=False)
+        self._seen[sample_id] = digest
+        return sample_id
 
 
 def dataset_from_rows(
@@ -82,6 +123,7 @@ def dataset_from_rows(
     name: str = "rows",
     report: BuildReport | None = None,
     cache_dir: str | os.PathLike | None = None,
+    rows_per_batch: int = ROWS_PER_BATCH,
 ) -> Any:
     """Write rows to an Arrow file and open it, memory-mapped: neither needs memory for the whole.
 
@@ -93,6 +135,7 @@ def dataset_from_rows(
         name (`str`): Start of the file's name, and what messages call the data set.
         report (`BuildReport`, *optional*): Gets the number of rows, and is logged.
         cache_dir (path, *optional*): Where the file lies; by default in the cache of `datasets`.
+        rows_per_batch (`int`, *optional*, defaults to 1000): Rows in memory at a time; few where images are bytes.
 
     Returns:
         `datasets.Dataset`
@@ -111,7 +154,7 @@ def dataset_from_rows(
     handle, unfinished = tempfile.mkstemp(suffix=".part", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
-            while batch := list(islice(rows, ROWS_PER_BATCH)):
+            while batch := list(islice(rows, rows_per_batch)):
                 encoded = [row | {"image": features["image"].encode_example(row["image"])} for row in batch]
                 writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=features.arrow_schema))
                 count += len(batch)

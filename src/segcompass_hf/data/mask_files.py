@@ -1,0 +1,103 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Masks stored as images (PNG), with everything that makes such a file something else than a mask named."""
+
+from __future__ import annotations
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from .build_report import RowProblem
+
+MAX_VALUES = 128  # more objects than any instruction means: such a file is a picture
+
+
+def read_mask_file(image: str | os.PathLike | bytes) -> np.ndarray:
+    """The values of a mask stored as an image, where 0 is background.
+
+    Args:
+        image: Path, or the content of a file. Of palettes the indices count; colour images must be grey.
+
+    Returns:
+        `np.ndarray` of shape `(height, width)`, integer or bool.
+
+    Raises:
+        RowProblem: `"missing_mask"`, `"unreadable_mask"`, or `"bad_annotation"` where it is an image but no mask.
+    """
+    encoded = isinstance(image, bytes)
+    name = f"the mask of {len(image)} bytes" if encoded else f"mask {os.fspath(image)!r}"
+    if not encoded and not os.path.isfile(image):
+        raise RowProblem("missing_mask", f"there is no file {os.fspath(image)!r}.")
+    try:
+        with Image.open(io.BytesIO(image) if encoded else image) as opened:
+            form = opened.format
+            opened = ImageOps.exif_transpose(opened)
+            values = np.asarray(opened.convert("RGBA") if opened.mode == "PA" else opened)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RowProblem("unreadable_mask", f"{name} cannot be read as an image ({error}).") from error
+    if form in ("JPEG", "MPO"):
+        raise RowProblem("bad_annotation", f"{name} is a JPEG, which changes values at edges; save masks as PNG.")
+    if values.ndim == 3:
+        values = _grey(values, name)
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise RowProblem("bad_annotation", f"{name} has values of type {values.dtype}; expected integers.")
+    return values
+
+
+def _grey(values: np.ndarray, name: str) -> np.ndarray:
+    """(height, width) of grey values saved with several equal channels."""
+    channels = values.shape[-1]
+    colours = values[..., : channels - 1] if channels in (2, 4) else values  # the last is alpha
+    if channels in (2, 4) and values[..., -1].min() < 255:
+        raise RowProblem(
+            "bad_annotation", f"{name} is partly transparent; save it without alpha, as one channel."
+        )
+    if (colours != colours[..., :1]).any():
+        raise RowProblem(
+            "bad_annotation",
+            f"{name} has colours; save one channel where 0 is background and every other value is one object.",
+        )
+    return colours[..., 0]
+
+
+def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
+    """One mask per value above 0.
+
+    Args:
+        values (`np.ndarray` of shape `(height, width)`): as `read_mask_file` returns.
+        name (`str`): what messages call it.
+
+    Returns:
+        `dict[int, np.ndarray]`: value -> bool mask, in increasing order; empty where all is 0.
+
+    Raises:
+        RowProblem: `"bad_annotation"`: the values are shades of a smooth edge or of a picture.
+    """
+    found = [int(value) for value in np.unique(values) if value]
+    if len(found) > MAX_VALUES:
+        raise RowProblem(
+            "bad_annotation",
+            f"{name} has {len(found)} different values; expected 0 for background and one value per object. Is it a "
+            "picture, or was the mask resized with smoothing?",
+        )
+    masks = {value: values == value for value in found}
+    thin = [value for value, mask in masks.items() if not _has_inside(mask)]
+    if len(found) > 2 and 2 * len(thin) > len(found):
+        raise RowProblem(
+            "bad_annotation",
+            f"{name} has the values {_some(found)}, and {len(thin)} of these {len(found)} are only lines: the mask "
+            "seems to have smooth edges. Save it without smoothing, as 0 and one value per object.",
+        )
+    return masks
+
+
+def _has_inside(mask: np.ndarray) -> bool:
+    """Whether some pixel has all four neighbours in the mask."""
+    inner = mask[1:-1, 1:-1] & mask[:-2, 1:-1] & mask[2:, 1:-1] & mask[1:-1, :-2] & mask[1:-1, 2:]
+    return bool(inner.any())
+
+
+def _some(numbers: list[int], shown: int = 6) -> str:
+    return ", ".join(map(str, numbers[:shown])) + (", ..." if len(numbers) > shown else "")
