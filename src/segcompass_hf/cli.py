@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .commands import evaluate
+from .commands.common import UserError, load_checkpoint, make_folder, one_line, positive
+
 BUNDLED_DOMAIN = (
     "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
     "means nothing. Pass --model for another checkpoint."
 )
-
-
-class UserError(Exception):
-    """Bad input: shown as one line, exit code 2."""
+_COMMANDS = (evaluate,)  # each in a module of its own
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,10 +36,11 @@ def main(argv: list[str] | None = None) -> int:
         `int`: exit code, 0 on success and 2 on bad input.
     """
     args = _parser().parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         args.run(args)
     except UserError as error:
-        print(f"segcompass {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"segcompass {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--split", default="val", help="split of Scenes (%(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of the scenes (%(default)s)")
     demo.add_argument(
-        "--samples", type=_positive, default=8, help="number of scenes: the first of every kind, then the next"
+        "--samples", type=positive, default=8, help="number of scenes: the first of every kind, then the next"
     )
     demo.set_defaults(run=_demo)
 
@@ -72,25 +73,20 @@ def _parser() -> argparse.ArgumentParser:
         "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
     )
     predict.set_defaults(run=_predict)
+    for command in _COMMANDS:
+        command.add_parser(commands)
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 def _demo(args: argparse.Namespace) -> None:
     rows = _demo_rows(args.split, args.samples, args.seed)
-    model, processor, name = _load(args.model)
+    model, processor, name = load_checkpoint(args.model)
 
     from segcompass_hf.data.scene_drawing import GRID
     from segcompass_hf.data.schema import decode_masks
     from segcompass_hf.metrics.segmentation import score_sample
 
-    _make_folder(args.output)
+    make_folder(args.output)
     print(f"{name} on {len(rows)} scenes of {args.split}, seed {args.seed}\n")
     drawn, scores = [], []
     for index, row in enumerate(rows):
@@ -137,7 +133,7 @@ def _predict(args: argparse.Namespace) -> None:
     if args.output is not None and args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise UserError(f"--output {args.output} is not a picture; name a .png, .jpg, .pdf or .svg file.")
     image = _open_image(args.image)
-    model, processor, name = _load(args.model)
+    model, processor, name = load_checkpoint(args.model)
     if args.model is None:
         print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
     unknown = unknown_words(processor.tokenizer, args.instruction)
@@ -149,7 +145,7 @@ def _predict(args: argparse.Namespace) -> None:
     if output is None and not args.json:
         output = Path(f"{Path(args.image).stem}.segcompass.png")
     if output is not None:
-        _make_folder(output.parent)
+        make_folder(output.parent)
         _save_figure([_figure_row(image, args.instruction, answer)], output)
     if args.json:
         print(json.dumps(_as_json(args, image, name, answer, output), indent=2))
@@ -168,42 +164,7 @@ def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
     if tokenizer.unk_token_id is None:
         return []
     words = dict.fromkeys(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", instruction))
-    return [
-        word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]
-    ]
-
-
-def _load(model_name: str | None) -> tuple[Any, Any, str]:
-    """Model in eval mode on the best device, processor, and the name shown to the user."""
-    import segcompass_hf
-
-    if model_name is None:
-        try:
-            path = str(segcompass_hf.bundled_checkpoint())
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
-    else:
-        path = model_name
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        if looks_local and not Path(path).expanduser().is_dir():
-            raise UserError(f"there is no checkpoint folder {path!r}.")
-        path = str(Path(path).expanduser()) if looks_local else path
-
-    import torch
-    from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModel.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise UserError(f"cannot load a checkpoint from {path!r}: {error}") from error
-    if not hasattr(model, "segment"):
-        raise UserError(f"{path!r} holds a {type(model).__name__}, which is not a SegCompass checkpoint.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
 def _open_image(path: str) -> Any:
@@ -263,13 +224,6 @@ def _save_figure(rows: list[Any], path: Path) -> None:
         raise UserError(f"cannot write the figure {path}: {error}") from error
 
 
-def _make_folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path}: {error.strerror}.") from error
-
-
 def _print_answer(answer: dict[str, Any], indent: str = "") -> None:
     kept = answer["kept"]
     print(f"{indent}reasoning: {kept['reasoning'] or '(none)'}")
@@ -309,11 +263,6 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
         "segments": segments,
         "figure": None if output is None else str(output),
     }
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else text[:398] + " …"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass evaluate`: any checkpoint, masks or baseline on any data set, resumable and on several processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import UserError, load_checkpoint, make_folder, positive
+
+_EPILOG = """\
+On several GPUs or CPUs: torchrun --nproc_per_node N -m segcompass_hf.cli evaluate ..., or accelerate launch. The same
+command continues what a kill interrupted. `--compare` alone, with `--output`, compares two finished runs.
+
+data sets:
+  scenes:SPLIT[:SEED]                       the procedural benchmark of this package
+  refcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]      also refcoco+, refcocog, grefcoco
+  reasonseg:ROOT[:SPLIT]
+  hosted:PARQUET_OR_ID[:SPLIT]              a mirror with image, text, mask, image_id, ann_id
+  folder:ROOT[:ANNOTATIONS]                 images and a JSONL or CSV of your own
+  coco:ANNOTATIONS:IMAGES
+  FILE.parquet, FOLDER[:SPLIT], OWNER/NAME[:SPLIT]   in the row schema
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "evaluate",
+        help="a checkpoint, a folder of masks or a baseline on a data set, to metrics, tables and a page of samples",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", help="what to evaluate on, see below")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks of any other model, from a folder")
+    what.add_argument("--baseline", metavar="NAME", help="an answer to compare with instead of the model's")
+    parser.add_argument("--model", default="bundled", help="checkpoint folder or Hub id, or `bundled` (%(default)s)")
+    parser.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive, help="limit of an answer, in tokens (the model's)")
+    parser.add_argument(
+        "--unreadable",
+        choices=("error", "count"),
+        default="error",
+        help="rows that cannot be read: stop, or list them and count them as failures (%(default)s)",
+    )
+    parser.add_argument("--restart", action="store_true", help="drop the results that --output holds")
+    parser.add_argument("--compare", type=Path, metavar="FOLDER", help="results of another run, to list differences")
+    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate what the command line asks for."""
+    if args.dataset is None:
+        if args.compare is None:
+            raise UserError("--dataset is missing; name what to evaluate on, such as scenes:val.")
+        _print_comparison(args)
+        return
+    import datasets
+
+    from segcompass_hf.evaluation import datasets_spec
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    kind = args.dataset.partition(":")[0]
+    try:
+        named = _main_first(lambda: datasets_spec.load_dataset_of(args.dataset, args.num_samples))
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(f"{kind}: {error}" if kind not in str(error) else str(error)) from error
+    make_folder(args.output)
+    predictor = _predictor(args)
+    summary = _evaluate(args, predictor, named)
+    if not _is_main():
+        return
+    comparison = None if args.compare is None else _compare(args)
+    if args.json:
+        extra = {} if comparison is None else {"comparison": comparison.to_dict()}
+        print(json.dumps(summary.figures | extra, indent=1))
+        return
+    counts = summary.figures["counts"]
+    print(f"{predictor.name} on {named.name}: {counts['samples']} samples, {counts['no_target']} without target")
+    for name, figure in summary.figures["metrics"].items():
+        if figure["num_samples"]:
+            print(f"  {name:14} {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
+    if counts["unreadable"]:
+        print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
+    print(f"{args.output}: {', '.join(summary.figures['files'])}")
+    if comparison is not None:
+        print(comparison.to_text())
+
+
+def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
+    from transformers.utils import logging
+
+    from segcompass_hf.evaluation import evaluate_dataset
+
+    if sys.stderr.isatty():
+        logging.enable_progress_bar()  # loading the checkpoint has switched it off
+    try:
+        return evaluate_dataset(
+            predictor,
+            named.dataset,
+            args.output,
+            batch_size=args.batch_size,
+            num_samples=args.num_samples,
+            dataset_name=named.name,
+            unreadable=args.unreadable,
+            resume=not args.restart,
+            notes={"command": shlex.join(["segcompass", *args.argv]), **named.notes()},
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+
+
+def _predictor(args: argparse.Namespace) -> Any:
+    from segcompass_hf.evaluation import ModelPredictor
+
+    model, processor, name = load_checkpoint(None if args.model == "bundled" else args.model, _processes().device)
+    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    return ModelPredictor(model, processor, "scenes-tiny" if args.model == "bundled" else Path(name).name, **limits)
+
+
+def _processes() -> Any:
+    from segcompass_hf.evaluation.processes import Processes
+
+    try:
+        return Processes.current()
+    except RuntimeError as error:
+        raise UserError(str(error)) from error
+
+
+def _is_main() -> bool:
+    return _processes().is_main
+
+
+def _main_first(load: Any) -> Any:
+    """Build caches once: the other processes wait, and find them."""
+    processes = _processes()
+    if not processes.is_main:
+        processes.wait()
+    loaded = load()
+    if processes.is_main:
+        processes.wait()
+    return loaded
+
+
+def _compare(args: argparse.Namespace) -> Any:
+    from segcompass_hf.evaluation import compare_runs
+    from segcompass_hf.evaluation.records import write_atomically
+
+    try:
+        comparison = compare_runs(args.output, args.compare)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    write_atomically(args.output / "comparison.json", json.dumps(comparison.to_dict(), indent=1) + "\n")
+    return comparison
+
+
+def _print_comparison(args: argparse.Namespace) -> None:
+    comparison = _compare(args)
+    print(json.dumps(comparison.to_dict(), indent=1) if args.json else comparison.to_text())

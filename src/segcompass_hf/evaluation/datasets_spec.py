@@ -1,0 +1,184 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Data sets named in one word of a command line.
+
+A specification is a kind and its arguments with colons between them, or a path or Hub id of a data set in the row
+schema; `describe_known()` lists them. Folders whose names hold a colon need the builders of `segcompass_hf.data`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.build_report import BuildReport
+
+SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
+MAX_LISTED_PROBLEMS = 100
+
+
+class DatasetSpecError(ValueError):
+    """A specification that names no data set."""
+
+
+@dataclass
+class NamedDataset:
+    """A data set that a specification names.
+
+    Args:
+        dataset (`datasets.Dataset`): In the row schema.
+        name (`str`): For reports, without folders: `refcoco unc testA`.
+        kind (`str`): What model cards call its type: the kind, or a Hub id.
+        split (`str`, *optional*): Of it.
+        report (`BuildReport`, *optional*): What its builder could not use.
+    """
+
+    dataset: Any
+    name: str
+    kind: str
+    split: str | None = None
+    report: BuildReport | None = None
+
+    def notes(self) -> dict[str, Any]:
+        """What an evaluation's summary says about the data: type, split, and rows that were lost in building."""
+        notes = {"dataset_type": self.kind, "dataset_split": self.split}
+        if self.report is not None:
+            built = self.report.to_dict()
+            notes["build"] = built | {"problems": built["problems"][:MAX_LISTED_PROBLEMS]}
+        return notes
+
+
+def load_dataset_of(spec: str, num_samples: int | None = None) -> NamedDataset:
+    """Build or load what a specification names.
+
+    Args:
+        spec (`str`): Such as `"scenes:val"`; see `describe_known`.
+        num_samples (`int`, *optional*): How many rows are wanted. Only Scenes needs to know; others are whole.
+
+    Raises:
+        DatasetSpecError: it is not known, or has too few or too many arguments; with what is known.
+        FileNotFoundError, ValueError: whatever its builder raises.
+    """
+    kind, colon, rest = spec.partition(":")
+    if kind not in _KINDS:
+        if not _is_path_or_id(spec):
+            raise DatasetSpecError(f"there is no data set {spec!r}. Known are: {describe_known('; ')}.")
+        return _stored(spec)
+    loader, usage = _KINDS[kind]
+    arguments = rest.split(":") if colon else []
+    places = list(inspect.signature(loader).parameters.values())[2:]
+    needed = sum(place.default is inspect.Parameter.empty for place in places)
+    if not needed <= len(arguments) <= len(places) or not all(arguments[:needed]):
+        raise DatasetSpecError(f"{spec!r} has {len(arguments)} arguments; expected {usage}.")
+    return loader(kind, num_samples, *arguments)
+
+
+def describe_known(separator: str = "\n") -> str:
+    """The forms of a specification."""
+    return separator.join(dict.fromkeys([*(usage for _, usage in _KINDS.values()), *_STORED_USAGES]))
+
+
+def _scenes(kind: str, num_samples: int | None, split: str, seed: str = "0") -> NamedDataset:
+    from ..data import scenes
+
+    if split not in scenes.SPLITS:
+        raise DatasetSpecError(f"Scenes has no split {split!r}; choose one of {', '.join(scenes.SPLITS)}.")
+    if not seed.isdigit():
+        raise DatasetSpecError(f"the seed of Scenes is {seed!r}; expected a number.")
+    name = f"scenes {split}" + ("" if seed == "0" else f" seed {seed}")
+    return NamedDataset(scenes.build(split, num_samples or SCENES_SAMPLES, int(seed)), name, kind, split)
+
+
+def _refcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "") -> NamedDataset:
+    from ..data.refer import build_refcoco
+
+    split_by, report = split_by or ("umd" if kind == "refcocog" else "unc"), BuildReport()
+    dataset = build_refcoco(root, images, kind, split_by, split, report=report)
+    return NamedDataset(dataset, f"{kind} {split_by} {split}", kind, split, report)
+
+
+def _grefcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "unc") -> NamedDataset:
+    from ..data.refer import build_grefcoco
+
+    report = BuildReport()
+    dataset = build_grefcoco(root, images, split_by, split, report=report)
+    return NamedDataset(dataset, f"{kind} {split_by} {split}", kind, split, report)
+
+
+def _reasonseg(kind: str, _: int | None, root: str, split: str = "test") -> NamedDataset:
+    from ..data.reasonseg import build_reasonseg
+
+    report = BuildReport()
+    return NamedDataset(build_reasonseg(root, split, report=report), f"{kind} {split}", kind, split, report)
+
+
+def _hosted(kind: str, _: int | None, path_or_id: str, split: str = "test") -> NamedDataset:
+    from ..data.hosted import from_hosted_reasonseg
+
+    report = BuildReport()
+    dataset = from_hosted_reasonseg(path_or_id, split, report=report)
+    name = Path(path_or_id).name
+    return NamedDataset(dataset, f"{name} {split}", name if os.path.exists(path_or_id) else path_or_id, split, report)
+
+
+def _folder(kind: str, _: int | None, root: str, annotations: str = "") -> NamedDataset:
+    from ..data.folder import build_folder
+
+    report = BuildReport()
+    dataset = build_folder(root, annotations or None, split="test", report=report)
+    return NamedDataset(dataset, Path(root).resolve().name, kind, None, report)
+
+
+def _coco(kind: str, _: int | None, annotations: str, images: str) -> NamedDataset:
+    from ..data.coco import build_coco
+
+    report = BuildReport()
+    return NamedDataset(build_coco(annotations, images, report=report), Path(annotations).stem, kind, None, report)
+
+
+_REFER_USAGE = "refcoco|refcoco+|refcocog|grefcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]"
+_KINDS: dict[str, tuple[Callable[..., NamedDataset], str]] = {
+    "scenes": (_scenes, "scenes:SPLIT[:SEED]"),
+    "refcoco": (_refcoco, _REFER_USAGE),
+    "refcoco+": (_refcoco, _REFER_USAGE),
+    "refcocog": (_refcoco, _REFER_USAGE),
+    "grefcoco": (_grefcoco, _REFER_USAGE),
+    "reasonseg": (_reasonseg, "reasonseg:ROOT[:SPLIT]"),
+    "hosted": (_hosted, "hosted:PARQUET_OR_ID[:SPLIT]"),
+    "folder": (_folder, "folder:ROOT[:ANNOTATIONS]"),
+    "coco": (_coco, "coco:ANNOTATIONS:IMAGES"),
+}
+_STORED_USAGES = ("FILE.parquet", "FOLDER[:SPLIT]", "OWNER/NAME[:SPLIT]")
+
+
+def _is_path_or_id(spec: str) -> bool:
+    path = spec.partition(":")[0]
+    return os.path.exists(path) or re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+
+
+def _stored(spec: str) -> NamedDataset:
+    """A data set in the row schema, from a disk or the Hub."""
+    import datasets
+
+    path, _, split = spec.partition(":")
+    if os.path.isfile(path):
+        if not path.endswith(".parquet"):
+            raise DatasetSpecError(f"{path!r} is a file but no .parquet file. Known are: {describe_known('; ')}.")
+        loaded = datasets.load_dataset("parquet", data_files=path, split="train")
+    elif os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        loaded = datasets.load_from_disk(path)
+    else:
+        loaded = datasets.load_dataset(path)
+    if isinstance(loaded, dict):
+        if not split and len(loaded) == 1:
+            split = next(iter(loaded))
+        if split not in loaded:
+            wanted = f"there is no split {split!r} in" if split else "name a split of"
+            raise DatasetSpecError(f"{wanted} {path!r}: {', '.join(f'{path}:{name}' for name in loaded)}.")
+        loaded = loaded[split]
+    name = Path(path).resolve().name if os.path.exists(path) else path
+    return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None)
