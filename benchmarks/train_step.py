@@ -7,6 +7,7 @@ LLaVA-1.5-7B's shapes on a GPU:
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --rss
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --workloads a --ladder --name train_step_ladder
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --gradient-checkpointing --name train_step_checkpointing
     python benchmarks/train_step.py --preset llava-7b --device cuda --ladder
 
 Workload (a): rows of 576 image tokens, 100 words of prompt and 250 of completion, no padding. Workload (b): rows of
@@ -21,8 +22,8 @@ the table beside the results counts floating-point operations at both sizes. Wha
 (its cost grows with tokens, not with width), in every pass of every formulation alike; SAM's decoder (24 x 24 x 96 for
 64 x 64 x 256) is nearer to its share of memory than of arithmetic, as it is bound by memory. Two sequences are the
 micro-batch of the original's scripts. The policy's trained layers are 5 % off the reference's, so that the KL term is
-not zero. Gradient checkpointing is off on both sides unless asked for (`--gradient-checkpointing`); the original's
-scripts turn it on, which takes most of what its second pass keeps off the memory and puts recomputation on the time.
+not zero. Gradient checkpointing is off on both sides unless asked for (`--gradient-checkpointing`). The original's
+scripts turn it on, at which little is left for its second pass to keep.
 
 Time is wall time on CUDA; on a CPU it is the CPU time of the process, which other load hardly distorts (with one
 thread; wall time is recorded too). Gains are medians over rounds of the ratio within a round.

@@ -31,6 +31,9 @@ class Bench:
         let_policy_drift(self.model)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers 5 asks for gradients of the embeddings then, and the naive pass would go through the frozen
+            # layers backwards too; the original's did not.
+            self.model.disable_input_require_grads()
         self.optimizer = torch.optim.AdamW(self.model.parameter_groups(2e-6, 0.01), lr=2e-6, fused=True)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.weights = [parameter.detach().clone() for parameter in self.trained]
