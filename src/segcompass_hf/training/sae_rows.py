@@ -18,9 +18,9 @@ class RowStream:
     """The rows of one process, epoch after epoch.
 
     A map-style data set is shuffled anew in every epoch, from `(seed, epoch)`; an iterable one comes in its own order
-    and is told the epoch (`set_epoch`) where it can be. Of the rows that are not held out, process `rank` of
-    `world_size` gets every `world_size`-th, and an epoch drops what is left over, so that all processes have the same
-    number of rows.
+    and is told the epoch (`set_epoch`) where it can be: the order must follow from the epoch alone. Of the rows that
+    are not held out, process `rank` of `world_size` gets every `world_size`-th, and an epoch drops what is left over,
+    so that all processes have the same number of rows.
 
     Every process reads a whole stream and keeps its own rows; what it takes up again it reads past. Beside a VLM's
     passes both cost little.
