@@ -25,6 +25,7 @@ from mp_common import (  # noqa: E402
     loss_of,
     model_of,
     outside_forward,
+    peft_model,
     with_joint_forward,
 )
 
@@ -88,6 +89,21 @@ def same_gradients(got, expected):
     assert set(got) == set(expected)
     for name, gradient in expected.items():
         torch.testing.assert_close(got[name], gradient, atol=1e-5, rtol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "ddp", "fsdp2", "deepspeed_zero3"])
+def test_accelerate_reads_the_configurations(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    file = str(HERE.parent / "examples" / "accelerate" / f"{name}.yaml")
+    config = load_config_from_file(file)
+    kinds = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED"}
+    assert config.distributed_type == kinds[name] and config.mixed_precision == "bf16" and not config.use_cpu
+    assert config.num_processes == (1 if name == "single_gpu" else 8)
+    known = {action.dest for action in launch_command_parser()._actions}
+    sharding = config.fsdp_config if name == "fsdp2" else config.deepspeed_config
+    assert set(sharding) <= known and bool(sharding) == (name in ("fsdp2", "deepspeed_zero3"))
 
 
 def test_batch_has_a_process_without_objects():
@@ -156,6 +172,23 @@ def test_units_are_those_of_accelerate(core):
     assert {"", "vlm.lm_head", "vlm.model.language_model.embed_tokens", *layers, *heads} <= set(ours)
 
 
+def test_fsdp2_with_lora(core):
+    model, inputs = peft_model(), batch()
+    loss_of(model, inputs, (inputs["labels"][:, 1:] != -100).sum()).backward()
+    expected = gradients(model)
+    assert any("lora_A" in name and bool(gradient.any()) for name, gradient in expected.items())
+    for rank, result in enumerate(core[1]):
+        same_gradients(result["lora"]["gradients"], expected)
+        outside = outside_forward(model.get_base_model(), "llava", slice(2 * rank, 2 * rank + 2))
+        for name, value in outside.items():
+            torch.testing.assert_close(result["lora"]["outside"][name], value, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", [*FSDP, "lora", "accelerate"])
+def test_vllm_gets_whole_weights_of_a_sharded_model(core, case):
+    assert all(result[case]["sends_whole_weights"] for result in core[1])
+
+
 @pytest.mark.parametrize("case", ["fsdp2", "fsdp2_qwen", "accelerate"])
 def test_methods_outside_forward(core, case):
     family, _ = FSDP.get(case, ("llava", False))
@@ -199,11 +232,15 @@ def test_zero3_gives_the_loss_and_gradients_of_one_process(alone, tmp_path):
     loss.backward()
     expected = {"supervised": alone(), "joint": (loss.detach(), gradients(joint))}
     outside = [outside_forward(model_of(), "llava", slice(2 * rank, 2 * rank + 2)) for rank in range(WORLD_SIZE)]
+    step = mp_grpo.run("one batch", tmp_path, alone=True)
     for rank, result in enumerate(launch("mp_zero3.py", tmp_path)):
         assert result["world_size"] == WORLD_SIZE
         for case, (loss, found) in expected.items():
-            assert result[case]["partitioned"]
+            assert result[case]["partitioned"] and result[case]["sends_whole_weights"]
             torch.testing.assert_close(result[case]["loss"], loss, atol=1e-5, rtol=1e-5)
             same_gradients(result[case]["gradients"], found)
             for name, value in outside[rank].items():
                 torch.testing.assert_close(result[case]["outside"][name], value, atol=1e-5, rtol=1e-5)
+        assert result["grpo"]["wrapped"] == "DeepSpeedEngine"
+        same_gradients(result["grpo"]["gradients"], step["gradients"])
+        assert result["grpo"]["logs"] == pytest.approx(step["logs"], abs=1e-5)

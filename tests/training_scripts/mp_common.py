@@ -6,12 +6,29 @@ from trl.trainer.utils import add_fused_lm_head
 
 from segcompass_hf.training.grpo_forward import add_joint_forward
 from segcompass_hf.training.reference_policy import ReferencePolicy
+from segcompass_hf.training.vllm_rollouts import vllm_weights
 
 NUM_OBJECTS = [2, 1, 0, 0]  # the second process sees no object at all
 
 
 def model_of(family="llava", **config):
     return tiny.tiny_model(family, lm_loss_weight=0.0, **config).freeze_for_training().train()
+
+
+def peft_model():
+    """LoRA with an effect: both factors drawn, so that every adapter gets a gradient."""
+    from peft import get_peft_model
+
+    from segcompass_hf.training.adapters import lora_config
+
+    model = tiny.tiny_model("llava", lm_loss_weight=0.0)
+    wrapped = get_peft_model(model, lora_config(model, r=2, dropout=0.0)).train()
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) / 10)
+    return wrapped
 
 
 def batch(family="llava", rows=slice(None), training=True):
@@ -94,6 +111,16 @@ def gradients(model):
                 grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             ).clone()
     return found
+
+
+def sends_whole_weights(model, family="llava", tie=False, **gather):
+    """Whether a sharded model gives vLLM the names and weights that one process gives."""
+    alone = peft_model() if hasattr(model, "peft_config") else model_of(family, tie=tie)
+    expected = dict(vllm_weights(alone))
+    sent = {name: weight.clone() for name, weight in vllm_weights(model, **gather)}
+    return list(sent) == list(expected) and all(
+        torch.allclose(sent[name], expected[name], atol=1e-6) for name in expected
+    )
 
 
 @torch.no_grad()

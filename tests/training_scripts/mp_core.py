@@ -6,13 +6,24 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from mp_common import batch, gradients, joint_loss, joint_model, loss_of, model_of, outside_forward, with_joint_forward
+from mp_common import (
+    batch,
+    gradients,
+    joint_loss,
+    joint_model,
+    loss_of,
+    model_of,
+    outside_forward,
+    peft_model,
+    sends_whole_weights,
+    with_joint_forward,
+)
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from segcompass_hf.training.fsdp import finish_sharding, prepare_fsdp2
+from segcompass_hf.training.fsdp import FinishShardingCallback, core_model, prepare_fsdp2
 
 folder = Path(sys.argv[1])
 dist.init_process_group("gloo")
@@ -44,6 +55,7 @@ def fsdp2(family, tie, as_accelerate):
     model = model_of(family, tie=tie, train_token_rows="head")
     model = prepare_as_accelerate(model) if as_accelerate else prepare_fsdp2(model)
     result = {"units": units(model), "sharded": all(isinstance(p, DTensor) for p in model.parameters())}
+    result["sends_whole_weights"] = sends_whole_weights(model, family, tie)
     inputs = batch(family, mine)
     if not tie:
         result |= {"outside": outside_forward(model, family, mine)}
@@ -57,6 +69,15 @@ def fsdp2(family, tie, as_accelerate):
     if rank == 0 and not as_accelerate and not tie:
         model.save_pretrained(folder / f"sharded-{family}", state_dict=state)
     return result
+
+
+def fsdp2_lora():
+    model = prepare_fsdp2(peft_model())
+    core = core_model(model)
+    result = {"sends_whole_weights": sends_whole_weights(model), "outside": outside_forward(core, "llava", mine)}
+    loss = world_size * loss_of(model.train(), batch(rows=mine), NUM_TOKENS)
+    loss.backward()
+    return result | {"gradients": gradients(model)}
 
 
 def prepare_as_accelerate(model):
@@ -73,7 +94,9 @@ def prepare_as_accelerate(model):
         is_main_process=rank == 0,
         device=torch.device("cpu"),
     )
-    return finish_sharding(fsdp2_prepare_model(accelerator, model))
+    model = fsdp2_prepare_model(accelerator, model)
+    FinishShardingCallback().on_train_begin(None, None, None, model=model)
+    return model
 
 
 def joint(how):
@@ -95,6 +118,7 @@ results["fsdp2"] = fsdp2("llava", tie=False, as_accelerate=False)
 results["fsdp2_qwen"] = fsdp2("qwen2_5_vl", tie=False, as_accelerate=False)
 results["fsdp2_tied"] = fsdp2("gemma3", tie=True, as_accelerate=False)
 results["accelerate"] = fsdp2("llava", tie=False, as_accelerate=True)
+results["lora"] = fsdp2_lora()
 results["joint"] = {how: joint(how) for how in ("ddp", "fsdp2", "accelerate")}
 torch.save(results, folder / f"rank{rank}.pt")
 dist.destroy_process_group()

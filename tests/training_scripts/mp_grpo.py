@@ -44,11 +44,12 @@ class GivenCompletions(SegCompassGRPOTrainer):
         return super().training_step(model, *args, **kwargs)
 
 
-def run(case, folder, alone=False):
+def run(case, folder, alone=False, **changed):
     """Results of one case; `alone` with all eight completions in one batch of one process."""
     settings = {"loss_type": "grpo", "num_generations": 2, "max_steps": 1, "optim": "sgd", "learning_rate": 1.0}
     settings |= {"max_grad_norm": 0.0, "lr_scheduler_type": "constant", "ddp_find_unused_parameters": False}
     settings |= {"max_completion_length": LENGTH + 2, "weight_decay": 0.0, "beta": 0.0} | CASES[case]
+    settings |= changed
     if alone:
         settings |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
     model, peft_config = tiny_model("llava"), None
@@ -68,7 +69,7 @@ def run(case, folder, alone=False):
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     trainer.train()
-    after = dict(trainer.model.named_parameters())
+    after = whole_weights(trainer.model)
     logs = next(line for line in trainer.state.log_history if "reward" in line)
     return {
         "world_size": trainer.accelerator.num_processes,
@@ -76,6 +77,15 @@ def run(case, folder, alone=False):
         "gradients": {name: (old - after[name]).detach() for name, old in before.items()},
         "logs": {name: value for name, value in logs.items() if name.startswith("segmentation/") or name == "reward"},
     }
+
+
+def whole_weights(model):
+    if not hasattr(next(model.parameters()), "ds_id"):
+        return dict(model.named_parameters())
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def main():

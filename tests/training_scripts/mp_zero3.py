@@ -7,9 +7,19 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed  # noqa: E402
+import mp_grpo  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from mp_common import batch, joint_loss, joint_model, loss_of, model_of, outside_forward, with_joint_forward  # noqa: E402
+from mp_common import (
+    batch,
+    joint_loss,
+    joint_model,
+    loss_of,
+    model_of,
+    outside_forward,
+    sends_whole_weights,
+    with_joint_forward,
+)  # noqa: E402
 
 from segcompass_hf.training.fsdp import FinishShardingCallback  # noqa: E402
 
@@ -33,6 +43,7 @@ def train(model, loss_function):
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=CONFIG)
     FinishShardingCallback().on_train_begin(None, None, None, model=model)
     result = {"partitioned": all(p.numel() == 0 for p in model.parameters())}
+    result["sends_whole_weights"] = sends_whole_weights(model, gather=deepspeed.zero.GatheredParameters)
     result["outside"] = outside_forward(model, "llava", mine)
     loss = world_size * loss_function(engine)
     engine.backward(loss)
@@ -49,4 +60,6 @@ results = {"world_size": world_size}
 results["supervised"] = train(model_of(), lambda engine: loss_of(engine, batch(rows=mine), num_tokens))
 joint = with_joint_forward(joint_model()[0], None)
 results["joint"] = train(joint, lambda engine: joint_loss(engine, batch(rows=mine)))
+dataloader = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
+results["grpo"] = mp_grpo.run("one batch", folder / "out", deepspeed=CONFIG | dataloader)
 torch.save(results, folder / f"rank{rank}.pt")

@@ -7,7 +7,7 @@ stand-in engine with vLLM's interface (`tests/test_vllm_rollouts.py`). See `docs
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -151,7 +151,7 @@ def vllm_weights(
     names = file_names(vlm, {name: owner.shape for name, (owner, _) in owners.items()})
     for name, (parameter, wrapper) in owners.items():
         with gather([parameter] if wrapper is None else list(wrapper.parameters())):
-            yield names[name], _whole(_merged(name, parameter, wrapper), device)
+            yield names[name], _merged(name, parameter, wrapper, partial(_whole, device=device))
 
 
 def _weight_owners(vlm: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, nn.Module | None]]]:
@@ -171,9 +171,9 @@ def _weight_owners(vlm: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, nn
         yield ".".join(part for part in parts if part not in _WRAPPER_PARTS), (parameter, wrapper)
 
 
-def _merged(name: str, parameter: nn.Parameter, wrapper: nn.Module | None) -> torch.Tensor:
-    """The weight with what the active adapters add; 4-bit weights dequantised."""
-    weight = parameter.data
+def _merged(name: str, parameter: nn.Parameter, wrapper: nn.Module | None, whole: Callable) -> torch.Tensor:
+    """The whole weight with what the active adapters add; 4-bit weights dequantised."""
+    weight = whole(parameter.data)
     if type(parameter).__name__ == "Params4bit":
         from bitsandbytes.functional import dequantize_4bit
 
@@ -181,7 +181,10 @@ def _merged(name: str, parameter: nn.Parameter, wrapper: nn.Module | None) -> to
     if wrapper is None or not name.endswith(".weight") or wrapper.merged or wrapper.disable_adapters:
         return weight
     if hasattr(wrapper, "trainable_tokens_delta"):
-        return wrapper.get_merged_weights(wrapper.active_adapters)
+        for adapter in wrapper.active_adapters:
+            rows = torch.tensor(wrapper.token_indices[adapter], device=weight.device)
+            weight = weight.index_copy(0, rows, whole(wrapper.trainable_tokens_delta[adapter].data).to(weight))
+        return weight
     for adapter in wrapper.active_adapters:
         if not hasattr(wrapper, "get_delta_weight") or getattr(wrapper, "use_dora", {}).get(adapter):
             raise ValueError(
@@ -191,11 +194,11 @@ def _merged(name: str, parameter: nn.Parameter, wrapper: nn.Module | None) -> to
         if getattr(wrapper, "lora_bias", {}).get(adapter):
             raise ValueError(f"{name} has a LoRA bias, which has no place in vLLM; set lora_bias=False.")
         if adapter in wrapper.scaling:
-            weight = weight + wrapper.get_delta_weight(adapter).to(weight.dtype)
+            weight = weight + whole(wrapper.get_delta_weight(adapter)).to(weight.dtype)
     return weight
 
 
-def _whole(weight: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+def _whole(weight: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
     """All shards of an FSDP2 weight."""
     if not isinstance(weight, DTensor):
         return weight
