@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 _PATIENCE = timedelta(hours=24)  # the last batch of another process may take long
 
 
@@ -37,7 +39,8 @@ class Processes:
         except ImportError:
             found = cls()
         else:
-            state = PartialState(timeout=_PATIENCE)
+            # Without being told, accelerate sees one process where there are only CPUs.
+            state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
             found = cls(state.process_index, state.num_processes, state.device)
         if found.count < launched:
             raise RuntimeError(

@@ -55,7 +55,8 @@ class EvaluationRows:
     def __init__(self, dataset: Any, num_samples: int | None = None):
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; expected a positive number, or None for all rows.")
-        if not hasattr(dataset, "__getitem__"):
+        dataset = _with_encoded_images(dataset)
+        if not hasattr(dataset, "__len__"):
             dataset = list(islice(dataset, num_samples))
         self._length = len(dataset) if num_samples is None else num_samples
         if not len(dataset) or self._length > len(dataset):
@@ -65,7 +66,7 @@ class EvaluationRows:
         missing = sorted({"image", "instruction", "masks"} - set(names))
         if missing:
             raise ValueError(f"the data set lacks the columns {missing} of the row schema; it has {names}.")
-        self._dataset = _with_encoded_images(dataset)
+        self._dataset = dataset
 
     def __len__(self) -> int:
         return self._length
