@@ -172,6 +172,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         dead = self.firing.dead(self.args.dead_after_tokens)
         output = model(inputs["hidden_states"], modality_ids=inputs["modality_ids"], dead_features=dead)
         sae = self.accelerator.unwrap_model(model)
+        if self.accelerator.num_processes > 1 and sae.config.architecture == "batchtopk":
+            # each process has followed its own batch
+            sae.topk_threshold.copy_(self.accelerator.reduce(sae.topk_threshold, "mean"))
         # The warm-up of the sparsity term takes part of it away again.
         loss = output.loss - (1 - self._l1_share()) * sae.config.l1_coefficient * output.sparsity_loss
         self.firing.add(output.feature_acts.detach(), self.accelerator)
