@@ -280,7 +280,7 @@ LARGER = encode_mask(np.ones((31, 40)))
         (broken(text={"sent_id": 1, "sent": "  "}), "empty_text", 1, "the sentence is '  '"),
         (broken(text={"sent_id": 1}), "empty_text", 1, "the sentence is None"),
         (broken(text="a text"), "bad_annotation", 1, "the sentence is 'a text'; expected a dict"),
-        (broken(text={"sent_id": 0, "sent": "the left box"}), "duplicate_id", 1, "same ref_id and sent_id"),
+        (broken(text={"sent_id": 0, "sent": "the left box"}), "duplicate_id", 1, "same sample with the id"),
     ],
 )  # fmt: skip
 def test_broken_samples_are_counted_and_named(tmp_path, files, kind, lost, message):

@@ -191,7 +191,7 @@ class Photographs:
         Args:
             image_id (`int`): names the file where it is called by 12 digits.
             size (`tuple[int, int]`): (height, width) in pixels.
-            file_names (`Collection[str]`): as the annotations call it; folders in them do not count.
+            file_names (`Collection[str]`): as the annotations call it, with or without the folders in it.
 
         Raises:
             RowProblem: `"missing_image"`, `"unreadable_image"` or `"wrong_size"`.
@@ -208,7 +208,13 @@ class Photographs:
 
     def _find(self, image_id: int, size: tuple[int, int], file_names: Collection[str | None]) -> str:
         plain = f"{image_id:012d}.jpg"
-        given = [os.path.basename(name) for name in file_names if isinstance(name, str) and name]
+        given = [
+            form
+            for name in file_names
+            if isinstance(name, str) and name
+            for form in (name, os.path.basename(name))
+            if not os.path.isabs(form) and ".." not in Path(form).parts  # stays inside the folder
+        ]
         names = list(dict.fromkeys([*given, f"COCO_train2014_{plain}", plain]))
         paths = [os.path.join(self.folder, sub, name) for sub in SUBFOLDERS for name in names]
         path = next((path for path in paths if os.path.isfile(path)), None)

@@ -35,7 +35,7 @@ def read_mask_file(image: str | os.PathLike | bytes) -> np.ndarray:
             form = opened.format
             opened = ImageOps.exif_transpose(opened)
             values = np.asarray(opened.convert("RGBA") if opened.mode == "PA" else opened)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged files raise about anything
         raise RowProblem("unreadable_mask", f"{name} cannot be read as an image ({error}).") from error
     if form in ("JPEG", "MPO"):
         raise RowProblem("bad_annotation", f"{name} is a JPEG, which changes values at edges; save masks as PNG.")
@@ -51,9 +51,7 @@ def _grey(values: np.ndarray, name: str) -> np.ndarray:
     channels = values.shape[-1]
     colours = values[..., : channels - 1] if channels in (2, 4) else values  # the last is alpha
     if channels in (2, 4) and values[..., -1].min() < 255:
-        raise RowProblem(
-            "bad_annotation", f"{name} is partly transparent; save it without alpha, as one channel."
-        )
+        raise RowProblem("bad_annotation", f"{name} is partly transparent; save it without alpha, as one channel.")
     if (colours != colours[..., :1]).any():
         raise RowProblem(
             "bad_annotation",

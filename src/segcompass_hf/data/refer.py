@@ -11,7 +11,7 @@ from typing import Any
 
 from .build_report import BuildReport, RowProblem
 from .coco_instances import CocoInstances, Photographs, describe_folder, image_key, read_json
-from .rows import dataset_from_rows, make_row
+from .rows import SampleIds, dataset_from_rows, make_row
 from .safe_pickle import load_plain_pickle
 
 UNC = ("train", "val", "testA", "testB")
@@ -158,7 +158,7 @@ class _Samples:
             raise ValueError(f"{path!r} has no refs of split {split!r}; it has {found or 'none'}.")
         wanted = {str(ref["image_id"]) for ref in self.refs} - self.excluded
         self.instances = CocoInstances(folder / "instances.json", report, wanted)
-        self._seen: dict[str, tuple] = {}
+        self.ids = SampleIds(report)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         for ref in self.refs:
@@ -179,24 +179,11 @@ class _Samples:
                     if isinstance(fields, RowProblem):
                         raise RowProblem(fields.kind, str(fields))
                     text = _text(sentence)
-                    sample_id = self._unique(sample_id, (text, fields["image_id"], tuple(fields["instance_ids"])))
+                    content = (text, fields["image_id"], fields["instance_ids"])
+                    sample_id = self.ids.unique(sample_id, content)
                     yield make_row(instruction=text, sample_id=sample_id, **fields)
                 except RowProblem as problem:
                     self.report.add(problem.kind, sample_id, str(problem))
-
-    def _unique(self, sample_id: str, content: tuple) -> str:
-        """The id, numbered where another sample has it. The same sample twice is one."""
-        wanted, number = sample_id, 1
-        while sample_id in self._seen:
-            if self._seen[sample_id] == content:
-                raise RowProblem("duplicate_id", "the same sentence with the same ref_id and sent_id came before.")
-            number += 1
-            sample_id = f"{wanted}-{number}"
-        if number > 1:
-            detail = f"another sample has this ref_id and sent_id; this one is called {sample_id}"
-            self.report.add("duplicate_id", wanted, detail, lost=False)
-        self._seen[sample_id] = content
-        return sample_id
 
     def _fields(self, ref: dict[str, Any], stem: str) -> dict[str, Any]:
         """The columns that all sentences of a ref share."""
