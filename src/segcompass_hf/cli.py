@@ -12,12 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from .commands import evaluate
-from .commands.common import UserError, load_checkpoint, make_folder, one_line, positive
+from .commands.common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, one_line, positive
 
-BUNDLED_DOMAIN = (
-    "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
-    "means nothing. Pass --model for another checkpoint."
-)
 _COMMANDS = (evaluate,)  # each in a module of its own
 
 

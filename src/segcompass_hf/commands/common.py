@@ -7,6 +7,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+BUNDLED_DOMAIN = (
+    "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
+    "means nothing. Pass --model for another checkpoint."
+)
+
 
 class UserError(Exception):
     """Bad input: shown as one line, exit code 2."""

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, load_checkpoint, make_folder, positive
+from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive
 
 _EPILOG = """\
 On several GPUs or CPUs: torchrun --nproc_per_node N -m segcompass_hf.cli evaluate ..., or accelerate launch. The same
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks of any other model, from a folder")
-    what.add_argument("--baseline", metavar="NAME", help="an answer to compare with instead of the model's")
+    what.add_argument("--baseline", metavar="NAME", help="an answer to compare with; a wrong name lists them")
     parser.add_argument("--model", default="bundled", help="checkpoint folder or Hub id, or `bundled` (%(default)s)")
     parser.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
@@ -49,6 +49,13 @@ def add_parser(commands: Any) -> None:
         choices=("error", "count"),
         default="error",
         help="rows that cannot be read: stop, or list them and count them as failures (%(default)s)",
+    )
+    parser.add_argument(
+        "--missing",
+        choices=("error", "empty"),
+        default="error",
+        help="samples that --predictions lacks, or whose other objects a --baseline does not know: stop, or take "
+        "nothing as their answer (%(default)s)",
     )
     parser.add_argument("--restart", action="store_true", help="drop the results that --output holds")
     parser.add_argument("--compare", type=Path, metavar="FOLDER", help="results of another run, to list differences")
@@ -65,35 +72,46 @@ def run(args: argparse.Namespace) -> None:
         return
     import datasets
 
-    from segcompass_hf.evaluation import datasets_spec
+    from segcompass_hf.evaluation import ModelPredictor, datasets_spec
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    kind = args.dataset.partition(":")[0]
+    processes, kind = _processes(), args.dataset.partition(":")[0]
     try:
-        named = _main_first(lambda: datasets_spec.load_dataset_of(args.dataset, args.num_samples))
+        with processes.main_first():
+            named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
     except (ValueError, OSError, ImportError) as error:
         raise UserError(f"{kind}: {error}" if kind not in str(error) else str(error)) from error
     make_folder(args.output)
-    predictor = _predictor(args)
+    predictor = _predictor(args, named, processes.device)
+    if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
+        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
     summary = _evaluate(args, predictor, named)
-    if not _is_main():
+    if not processes.is_main:
         return
     comparison = None if args.compare is None else _compare(args)
     if args.json:
         extra = {} if comparison is None else {"comparison": comparison.to_dict()}
         print(json.dumps(summary.figures | extra, indent=1))
         return
-    counts = summary.figures["counts"]
-    print(f"{predictor.name} on {named.name}: {counts['samples']} samples, {counts['no_target']} without target")
-    for name, figure in summary.figures["metrics"].items():
+    _print_summary(summary)
+    if comparison is not None:
+        print(comparison.to_text())
+
+
+def _print_summary(summary: Any) -> None:
+    figures, counts = summary.figures, summary.figures["counts"]
+    samples = f"{counts['samples']} samples, {counts['no_target']} without target"
+    print(f"{figures['predictor']} on {figures['dataset']}: {samples}")
+    kept = counts["samples"] - figures["timing"]["last_start"]["samples"]
+    if kept:
+        print(f"  {kept} of them were evaluated before and kept")
+    for name, figure in figures["metrics"].items():
         if figure["num_samples"]:
             print(f"  {name:14} {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
     if counts["unreadable"]:
         print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
-    print(f"{args.output}: {', '.join(summary.figures['files'])}")
-    if comparison is not None:
-        print(comparison.to_text())
+    print(f"{summary.output_dir}: {', '.join(figures['files'])}")
 
 
 def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
@@ -119,10 +137,21 @@ def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
         raise UserError(str(error)) from error
 
 
-def _predictor(args: argparse.Namespace) -> Any:
-    from segcompass_hf.evaluation import ModelPredictor
+def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
+    from segcompass_hf.evaluation import ModelPredictor, baselines, external
+    from segcompass_hf.evaluation.rows import EvaluationRows
 
-    model, processor, name = load_checkpoint(None if args.model == "bundled" else args.model, _processes().device)
+    try:
+        if args.predictions is not None:
+            sample_ids = EvaluationRows(named.dataset, args.num_samples).sample_ids()
+            return external.FolderPredictor(args.predictions, sample_ids, args.missing)
+        if args.baseline is not None and args.baseline not in baselines.SAM_BASELINES:
+            return baselines.make_baseline(args.baseline, unknown=args.missing)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+    model, processor, name = load_checkpoint(None if args.model == "bundled" else args.model, device)
+    if args.baseline is not None:
+        return baselines.make_baseline(args.baseline, model.sam, processor)
     limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     return ModelPredictor(model, processor, "scenes-tiny" if args.model == "bundled" else Path(name).name, **limits)
 
@@ -134,21 +163,6 @@ def _processes() -> Any:
         return Processes.current()
     except RuntimeError as error:
         raise UserError(str(error)) from error
-
-
-def _is_main() -> bool:
-    return _processes().is_main
-
-
-def _main_first(load: Any) -> Any:
-    """Build caches once: the other processes wait, and find them."""
-    processes = _processes()
-    if not processes.is_main:
-        processes.wait()
-    loaded = load()
-    if processes.is_main:
-        processes.wait()
-    return loaded
 
 
 def _compare(args: argparse.Namespace) -> Any:

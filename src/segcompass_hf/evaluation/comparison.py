@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..metrics.segmentation import metrics_of_scores
+from ..metrics.segmentation import ALL_METRIC_NAMES, metrics_of_scores
 from .records import read_samples, score_of
 
 SCORE_TOLERANCE = 0.001
@@ -94,7 +94,7 @@ def compare_runs(folder: str | os.PathLike, other: str | os.PathLike) -> RunComp
             iou, other_iou = score_of(record).iou, score_of(old).iou
             differences.append(SampleDifference(record["index"], record["sample_id"], iou, other_iou, differs))
     differences.sort(key=lambda row: (-abs(row.iou - row.other_iou), row.index))
-    metrics, old = (metrics_of_scores(map(score_of, run)) for run in (records, others))
+    metrics, old = (metrics_of_scores(map(score_of, run), ALL_METRIC_NAMES) for run in (records, others))
     return RunComparison(len(records), {name: metrics[name] - old[name] for name in metrics}, differences)
 
 

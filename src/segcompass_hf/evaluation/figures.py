@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from ..metrics.segmentation import SampleScore, bootstrap_intervals, metrics_of_scores
+from ..metrics.breakdown import breakdown, metrics_with_intervals
 from .environment import commit, device, versions
 from .records import score_of
 
@@ -28,12 +28,14 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
         `versions`, `commit` and `device`.
     """
     seconds = sum(record["seconds"] for record in records)
+    scores = [score_of(record) for record in records]
+    groups = {column: [record[column] or UNNAMED for record in records] for column in ("source", "kind")}
     return {
         **run,
         "counts": _counts(records),
-        "metrics": metrics_with_intervals([score_of(record) for record in records]),
-        "by_source": _by(records, "source"),
-        "by_kind": _by(records, "kind"),
+        "metrics": metrics_with_intervals(scores),
+        "by_source": breakdown(scores, groups["source"]),
+        "by_kind": breakdown(scores, groups["kind"]),
         "unreadable": [
             {name: record[name] for name in ("index", "sample_id", "problem")}
             for record in records
@@ -51,30 +53,6 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
     }
 
 
-def metrics_with_intervals(scores: Sequence[SampleScore], seed: int = 0) -> dict[str, dict[str, float]]:
-    """Every metric with its 95 % bootstrap interval.
-
-    Args:
-        scores (`Sequence[SampleScore]`): At least one.
-        seed (`int`, *optional*, defaults to 0): Of the resamples.
-
-    Returns:
-        `dict[str, dict]`: by name `value`, `low`, `high` in [0, 1], and `num_samples`, those that bear on it.
-    """
-    values, intervals = metrics_of_scores(scores), bootstrap_intervals(scores, seed=seed)
-    no_target = sum(score.target_pixels == 0 for score in scores)
-    bearing = {"N-acc": no_target, "T-acc": len(scores) - no_target}
-    return {
-        name: {
-            "value": value,
-            "low": intervals[name][0],
-            "high": intervals[name][1],
-            "num_samples": bearing.get(name, len(scores)),
-        }
-        for name, value in values.items()
-    }
-
-
 def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
     return {
         "samples": len(records),
@@ -83,10 +61,3 @@ def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
         "empty_predictions": sum(record["predicted_pixels"] == 0 for record in records),
         "unreadable": sum(record["problem"] is not None for record in records),
     }
-
-
-def _by(records: Sequence[dict[str, Any]], column: str) -> dict[str, dict[str, Any]]:
-    groups: dict[str, list[SampleScore]] = {}
-    for record in records:
-        groups.setdefault(record[column] or UNNAMED, []).append(score_of(record))
-    return {name: metrics_with_intervals(groups[name]) for name in sorted(groups)}

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -62,6 +64,15 @@ class Processes:
         box = [value]
         broadcast_object_list(box)
         return box[0]
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run a block in the main process before all others, which then find what it has cached."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
 
     def wait(self) -> None:
         """Until every process is here."""

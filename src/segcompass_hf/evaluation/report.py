@@ -28,6 +28,7 @@ _METRIC_TITLES = {
     "cIoU": "cIoU (intersections over unions)",
     "N-acc": "N-acc (samples without target)",
     "T-acc": "T-acc (samples with target)",
+    **{f"precision@{t}": f"precision at IoU {t} (samples with target)" for t in (0.5, 0.7, 0.9)},
 }
 
 
@@ -125,7 +126,7 @@ def model_index(figures: dict[str, Any]) -> list[dict[str, Any]]:
             dataset_type=figures.get("dataset_type") or _as_id(figures["dataset"]),
             dataset_name=figures["dataset"],
             dataset_split=figures.get("dataset_split"),
-            metric_type=_as_id(name),
+            metric_type=_as_id(name.replace("@", "-at-")),
             metric_name=_METRIC_TITLES.get(name, name),
             metric_value=round(figure["value"], 4),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -91,17 +92,23 @@ class EvaluationRows:
             row.targets, row.ignore = _targets_without_image(columns["masks"]), None
         return row
 
+    def sample_ids(self) -> list[str | None]:
+        """In the order of the rows."""
+        return [row.get("sample_id") for row in self._without_images()]
+
     def digest(self) -> str:
         """Changes with the samples asked about and their targets; images are not read for it."""
-        names = getattr(self._dataset, "column_names", None)
-        texts = self._dataset
-        if names is not None and hasattr(texts, "select_columns"):
-            texts = texts.select_columns([name for name in _ANSWER_COLUMNS if name in names])
         hasher = hashlib.sha256()
-        for row in islice(texts, len(self)):
+        for row in self._without_images():
             answers = [row.get(name) for name in _ANSWER_COLUMNS]
             hasher.update(json.dumps(answers, default=repr, sort_keys=True).encode() + b"\n")
         return hasher.hexdigest()[:16]
+
+    def _without_images(self) -> Iterator[dict[str, Any]]:
+        rows = self._dataset
+        if hasattr(rows, "select_columns"):
+            rows = rows.select_columns([name for name in _ANSWER_COLUMNS if name in rows.column_names])
+        return islice(rows, len(self))
 
 
 def _with_encoded_images(dataset: Any) -> Any:
