@@ -24,6 +24,7 @@ EXTRAS = {
     "explain": ["matplotlib>=3.8", "gradio>=5"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
+    "sae-lens>=6.54,<7",  # its SAEs must load here and ours there
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.12",

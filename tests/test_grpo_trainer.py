@@ -176,6 +176,29 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         torch.testing.assert_close(plain[name], checkpointed[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+def test_bf16_autocast_covers_sampling_masks_and_training(tmp_path):
+    seen = {}
+    trainer = tiny_trainer(tmp_path, bf16=True, beta=0.1, max_steps=1)
+    layers = trainer.core.base_model.language_model.layers
+
+    def remember(module, args, output):
+        if output.requires_grad:
+            seen["training"] = output.dtype
+        else:
+            seen.setdefault("sampling", output.dtype)
+
+    layers[3].mlp.down_proj.register_forward_hook(remember)
+
+    def remember_autocast(module, args):
+        seen.setdefault("masks", torch.is_autocast_enabled("cpu"))
+
+    trainer.core.slot_mapper.register_forward_pre_hook(remember_autocast)
+    trainer.train()
+    assert seen == {"sampling": torch.bfloat16, "training": torch.bfloat16, "masks": True}
+    (log,) = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert math.isfinite(log["loss"]) and log["kl"] == pytest.approx(0, abs=1e-3)
+
+
 def test_what_trains_moves_and_the_rest_stays(tmp_path):
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -241,7 +241,8 @@ def test_estimates_add_up_and_follow_the_settings():
     assert 0 < sharded.weights < base.weights and sharded.gathered > 0
 
 
-# As reported for the checkpoints; those of LLaVA-13B, SAM ViT-B and ViT-L were found nowhere and pin the shapes only.
+# As reported for the checkpoints; for LLaVA-13B none was found, for SAM ViT-B and ViT-L none looked
+# up: those pin the shapes only.
 PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
     "llava-hf/llava-1.5-13b-hf": 13_351_494_656,

@@ -204,7 +204,9 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         if self._samples_elsewhere:
             return super()._generate_single_turn(*arguments, **kwargs)
         core = self.core
-        with HiddenStateCapture(core.base_model, core.config.sae_layer) as capture:
+        # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
+        precision, layer = self.accelerator.autocast(), core.config.sae_layer
+        with precision, HiddenStateCapture(core.base_model, layer) as capture:
             completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
             sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
             as_generated = torch.cat([prompt_mask, torch.ones_like(written)], dim=1)
@@ -242,7 +244,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
                 model, self.processing_class, prompts, completion_ids_list, rollouts.targets, batch_size
             )
         else:
-            outputs = rollouts.segment(self.core, batch_size)
+            with self.accelerator.autocast():
+                outputs = rollouts.segment(self.core, batch_size)
         columns = rollouts.columns(outputs, self.core.config)
         inputs = [{**row, **column} for row, column in zip(inputs, columns, strict=True)]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -289,9 +292,10 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             windows = (counts.sum(0) * size / len(batches)).expand(len(batches), 2)
         else:
             windows = counts.view(-1, size, 2).sum(1).repeat_interleave(size, dim=0)
-        for batch, (with_objects, samples) in zip(batches, windows, strict=True):
+        # Plain numbers: FSDP would cast tensors to bf16, which cannot count beyond 256.
+        for batch, (with_objects, samples) in zip(batches, windows.tolist(), strict=True):
             every = self.core.config.empty_samples == "zero"
-            batch["num_segmentation_items"] = (samples if every else with_objects).clamp(min=1)
+            batch["num_segmentation_items"] = max(samples if every else with_objects, 1)
             batch["num_samples"] = samples
 
     def _compute_loss(self, model, inputs):
