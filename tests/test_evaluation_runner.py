@@ -237,6 +237,8 @@ def test_what_cannot_be_used_is_named(tmp_path):
     for wrong in (np.ones((2, 2), bool), np.ones((1, 2, 2))):
         with pytest.raises(ValueError, match="expected bool of shape"):
             Prediction(wrong)
+    with pytest.raises(ValueError, match="expected numbers in"):
+        Prediction(np.ones((1, 2, 2), bool), [float("nan")])
     with pytest.raises(ValueError, match="1 masks but 2 scores"):
         Prediction(np.ones((1, 2, 2), bool), [0.5, 0.5])
     with pytest.raises(ValueError, match="has 3 rows; 4 are to be evaluated"):

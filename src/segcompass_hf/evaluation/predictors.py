@@ -41,6 +41,8 @@ class Prediction:
             )
         if self.scores and len(self.scores) != len(self.masks):
             raise ValueError(f"a prediction has {len(self.masks)} masks but {len(self.scores)} scores; one per mask.")
+        if not np.isfinite(np.asarray(self.scores, dtype=float)).all():
+            raise ValueError(f"a prediction has the scores {self.scores}; expected numbers in [0, 1].")
 
 
 class Predictor(Protocol):

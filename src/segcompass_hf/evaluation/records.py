@@ -102,9 +102,14 @@ class RecordWriter:
         self._file.close()
 
 
+def record_files(output_dir: Path) -> list[Path]:
+    """Those of all processes that have written to a folder, also in earlier starts."""
+    return sorted((output_dir / RECORDS_FOLDER).glob("process-*.jsonl"))
+
+
 def repair_records(output_dir: Path) -> None:
     """Cut off last lines that a kill left half-written, so that what is appended starts on a line of its own."""
-    for path in sorted((output_dir / RECORDS_FOLDER).glob("*.jsonl")):
+    for path in record_files(output_dir):
         with open(path, "rb+") as file:
             content = file.read()
             whole = content.rfind(b"\n") + 1
@@ -116,7 +121,7 @@ def repair_records(output_dir: Path) -> None:
 def read_records(output_dir: Path) -> dict[int, dict[str, Any]]:
     """Records of all processes by index; of one written twice, the first. Lines that are no record are left out."""
     records: dict[int, dict[str, Any]] = {}
-    for path in sorted((output_dir / RECORDS_FOLDER).glob("*.jsonl")):
+    for path in record_files(output_dir):
         with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
                 record = _parsed(line)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from .figures import summarize
 from .predictors import Predictor
 from .processes import Processes
 from .records import (
-    RECORDS_FOLDER,
     SAMPLES_FILE,
     RecordWriter,
     failed_record,
     read_records,
+    record_files,
     record_of,
     repair_records,
     write_atomically,
@@ -141,7 +140,8 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if run_file.is_file():
         _check_settings(output_dir, json.loads(run_file.read_text(encoding="utf-8")), settings)
     else:
-        shutil.rmtree(output_dir / RECORDS_FOLDER, ignore_errors=True)  # of no known run
+        for path in record_files(output_dir):  # of no known run
+            path.unlink()
         write_atomically(run_file, json.dumps(settings, indent=1) + "\n")
     repair_records(output_dir)
     known = set(read_records(output_dir))

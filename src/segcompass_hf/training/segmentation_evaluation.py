@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-import torch
-
-from ..data.collator import SegmentationCollator
+from ..data.schema import decode_mask, decode_masks
+from ..evaluation.predictors import ModelPredictor
 from ..metrics.segmentation import SampleScore, metrics_of_scores, score_sample
 
 
@@ -21,7 +20,6 @@ class ScoredRow(NamedTuple):
     kept_slots: int
 
 
-@torch.no_grad()
 def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8, **segment_kwargs) -> list[ScoredRow]:
     """Segment rows greedily, as a user would, and compare with every object of every row.
 
@@ -35,17 +33,14 @@ def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8
     Returns:
         `list[ScoredRow]`: in the order of the rows.
     """
-    collator = SegmentationCollator.for_evaluation(processor)
-    scored = []
+    predictor, scored = ModelPredictor(model, processor, **segment_kwargs), []
     for start in range(0, len(rows), batch_size):
-        batch = collator(rows[start : start + batch_size])
-        references = batch.pop("references")
-        inputs = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        output = model.segment(**inputs, **segment_kwargs)
-        results = processor.post_process_segmentation(output, batch["original_sizes"], batch["reshaped_input_sizes"])
-        for reference, result in zip(references, results, strict=True):
-            score = score_sample(result["masks"].numpy(), reference["masks"], reference["ignore"])
-            scored.append(ScoredRow(reference["sample_id"], score, len(result["masks"])))
+        batch = rows[start : start + batch_size]
+        for row, prediction in zip(batch, predictor.predict(batch), strict=True):
+            size = prediction.masks.shape[1:]
+            ignore = None if row.get("ignore") is None else decode_mask(row["ignore"])
+            score = score_sample(prediction.masks, decode_masks(row["masks"], size), ignore)
+            scored.append(ScoredRow(row.get("sample_id"), score, len(prediction.masks)))
     return scored
 
 
