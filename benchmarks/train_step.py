@@ -5,7 +5,7 @@ Both run in one process on the same random weights and tokens, one after the oth
 and gradients. `train_step_formulations.py` says what the original does and what each saving changes. On a CPU, and at
 LLaVA-1.5-7B's shapes on a GPU:
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py --rss
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --ladder --rss
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --workloads a --ladder --name train_step_ladder
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --gradient-checkpointing --name train_step_checkpointing
     python benchmarks/train_step.py --preset llava-7b --device cuda --ladder
