@@ -144,6 +144,14 @@ def test_lines_of_the_docstring(root):
     assert dataset[0]["instruction"] == "the dog, asleep"
 
 
+def test_other_names_of_the_masks(root):
+    lines = [{"image": "dog.jpg", "text": "it", name: [FIRST_POLYGON]} for name in ("mask", "polygons", "rle")]
+    dataset, report = build(root, *lines)
+    assert report.counts == {} and [objects(row) for row in dataset] == [["first"]] * 3
+    _, report = build(root, line(), line(polygons=[FIRST_POLYGON]))
+    assert "both masks and polygons" in report.problems[0]["detail"]
+
+
 def test_values_of_a_png_are_instance_ids(root):
     dataset, _ = build(root, line(masks="both.png"), line(masks="sixteen.png"), line())
     assert dataset["instance_ids"][:] == [[3, 7], [900, 2100], [0]]

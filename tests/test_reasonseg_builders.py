@@ -367,6 +367,35 @@ def test_a_stream_gives_the_same_rows_on_every_pass(tmp_path):
     assert of_stream.problems == report.problems and report.counts == {"empty_mask": 1}
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mirror_on_the_hub_goes_through_load_dataset(tmp_path, monkeypatch, streaming):
+    rows = hosted_rows([MASK.tolist(), np.zeros_like(MASK).tolist(), MASK.tolist()])
+    local, _ = hosted(tmp_path, rows)
+    load, asked = datasets.load_dataset, []
+
+    def from_files(name, split, streaming):
+        asked.append((name, split))
+        files = str(tmp_path / "data" / "*.parquet")
+        return load("parquet", data_files={split: files}, split=split, streaming=streaming)
+
+    monkeypatch.setattr(datasets, "load_dataset", from_files)
+    report = BuildReport()
+    dataset = from_hosted_reasonseg("owner/reasonseg", report=report, streaming=streaming)
+    for _ in range(2):
+        ours = list(dataset)
+        assert [row["image"].size for row in ours] == [(WIDTH, HEIGHT)] * 2
+        assert [row["masks"] for row in ours] == local["masks"][:]
+        assert [row["sample_id"] for row in ours] == local["sample_id"][:]
+    assert asked == [("owner/reasonseg", "test")] and report.counts == {"empty_mask": 1}
+
+    def nothing(name, split, streaming):
+        raise datasets.exceptions.DatasetNotFoundError("it does not exist")
+
+    monkeypatch.setattr(datasets, "load_dataset", nothing)
+    with pytest.raises(FileNotFoundError, match="no file or folder 'owner/reasonseg', and on the Hub: it does not"):
+        from_hosted_reasonseg("owner/reasonseg")
+
+
 @pytest.mark.parametrize(
     ("mask", "columns", "kind", "message"),
     [

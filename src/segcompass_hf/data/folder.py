@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 FIELDS = {
     "image": ("image", "file_name"),
     "instruction": ("instruction", "text"),
-    "masks": ("masks", "mask"),
+    "masks": ("masks", "mask", "polygons", "rle"),
     "distractors": ("distractors", "distractor_masks"),
     "ignore": ("ignore",),
     "reasoning": ("reasoning",),
@@ -46,8 +46,8 @@ def build_folder(
 ) -> Any:
     r"""A folder of your own in the row schema: images, and a JSONL or CSV file with one line per sample.
 
-    A line has `image` (or `file_name`), `instruction` (or `text`) and `masks` (or `mask`) with one entry per object
-    that is meant. Coordinates are pixels of the image as a viewer shows it, that is after its EXIF rotation. Nothing
+    A line has `image` (or `file_name`), `instruction` (or `text`) and `masks` (or `mask`, `polygons`, `rle`; all take
+    every form) with one entry per object that is meant. Coordinates are pixels of the image as a viewer shows it, that is after its EXIF rotation. Nothing
     meant is `[]`, `null` or no `masks` at all. Every form in JSONL:
 
     ```json

@@ -30,7 +30,8 @@ def from_hosted_reasonseg(
     Rows have `image`, `text`, `mask`, `image_id`, `ann_id` and usually `img_height` and `img_width`. A mask may be
     nested lists or an array of 0 and 1 (also flat, by `img_height` and `img_width`), an image, or a COCO RLE. As the
     objects of a mask cannot be told apart, `masks` has one entry. `kind` and `ignore` are unknown in this format.
-    Rows are read one at a time, so that memory does not grow with the data set.
+    Rows of local files are read one at a time, so that memory does not grow with the data set, streamed or not; a
+    stream from the Hub holds what `datasets` reads ahead.
 
     Args:
         path_or_id: A Parquet file, a folder with such files (there or in `data/`, named after their split), or the id
@@ -54,21 +55,26 @@ def from_hosted_reasonseg(
     if files:
         _check_files(files, report)
     hosted = HostedRows(split, report)
-    if streaming:
-        options = {"data_files": list(map(str, files)), "batch_size": 1} if files else {}
-        stream = datasets.load_dataset(
-            "parquet" if files else path_or_id, split="train" if files else split, streaming=True, **options
-        )  # plain files are one split, called train
-        _check_columns(stream.column_names, path_or_id)
-        return _stream(stream, hosted)
+
+    def rows(files: list[str]) -> Iterator[dict[str, Any]]:
+        hosted.start_again()
+        for table in _tables(files):
+            yield from hosted(table)
+
+    if files and streaming:
+        paths = [str(file) for file in files]  # a list is what workers share out
+        return datasets.IterableDataset.from_generator(rows, features=row_features(), gen_kwargs={"files": paths})
     if files:
-        tables: Iterator[Any] = _tables(files)
-    else:
-        loaded = datasets.load_dataset(path_or_id, split=split)
-        _check_columns(loaded.column_names, path_or_id)
-        tables = loaded.with_format("arrow").iter(batch_size=1)
-    rows = (row for table in tables for row in hosted(table))
-    return dataset_from_rows(rows, f"hosted-reasonseg-{split}", report, rows_per_batch=16)
+        return dataset_from_rows(rows(files), f"hosted-reasonseg-{split}", report, rows_per_batch=16)
+    try:
+        loaded = datasets.load_dataset(path_or_id, split=split, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"there is no file or folder {path_or_id!r}, and on the Hub: {error}") from error
+    _check_columns(loaded.column_names, path_or_id)
+    if streaming:
+        return _stream(loaded, hosted)
+    converted = (row for table in loaded.with_format("arrow").iter(batch_size=1) for row in hosted(table))
+    return dataset_from_rows(converted, f"hosted-reasonseg-{split}", report, rows_per_batch=16)
 
 
 def _local_files(path_or_id: str | os.PathLike, split: str) -> list[Path]:
@@ -127,7 +133,7 @@ def _check_columns(columns: list[str] | None, where: Any) -> None:
         )
 
 
-def _tables(files: list[Path]) -> Iterator[Any]:
+def _tables(files: list[str] | list[Path]) -> Iterator[Any]:
     """Tables of one row. A buffer keeps whole row groups, which may be whole files, out of memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
