@@ -126,6 +126,7 @@ def changed(key: str, place: int, **fields) -> dict:
         (changed("annotations", 0, segmentation={"size": [3, 4], "counts": [12]}), "wrong_size", 1, "RLE is .3, 4."),
         (changed("annotations", 0, category_id=7), "bad_annotation", 1, "category 7, which is not in categories"),
         (changed("annotations", 0, category_id=[7]), "bad_annotation", 1, r"category \[7\], which is not in"),
+        (changed("annotations", 0, id=2**64), "bad_annotation", 1, "is not an integer of 64 bits"),
         (changed("annotations", 0, image_id=77), "bad_annotation", 0, "there is no image 77"),
         (changed("annotations", 1, id=901), "duplicate_id", 0, "the id appears again at 1"),
         (changed("images", 0, height=None), "bad_annotation", 2, "height None and width 40"),

@@ -158,6 +158,8 @@ def broken_json(content: bytes):
         ({"shapes": [shape("target", 500, 5, 5)]}, None, "bad_annotation", 2, "x from 500 to 505 .* of another image"),
         ({"shapes": [{"label": "ignore", "points": [["a", 1]]}]}, None, "bad_annotation", 2, "finite numbers"),
         ({"text": ["it", " "]}, None, "empty_text", 1, "the text is ' '"),
+        ({}, broken_json(b'{"text": ["it \\ud800"], "shapes": [{"label": "target", "points": [[1,1],[5,1],[5,5]]}]}'),
+         "bad_annotation", 1, "no valid Unicode text"),
         ({"text": []}, None, "empty_text", 1, "empty list"),
         ({"text": 5}, None, "bad_annotation", 1, '"text" is 5'),
     ],

@@ -106,4 +106,5 @@ class BuildReport:
     def save(self, path: str | Path) -> None:
         """Write everything as json."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -120,15 +120,16 @@ class _CocoRows:
                     continue
                 sample_id = f"coco-{self.split}-{image_id}-{category}"
                 try:
-                    fields = self._fields(image_id, category, numbers)
+                    row = self._row(image_id, category, numbers, instruction, sample_id)
                 except RowProblem as problem:
                     self.report.add(problem.kind, sample_id, str(problem))
                     continue
-                if fields is not None:
-                    text = instruction.replace("{category}", self.names[category])
-                    yield make_row(instruction=text, sample_id=sample_id, **fields)
+                if row is not None:
+                    yield row
 
-    def _fields(self, image_id: int, category: Any, numbers: list[int]) -> dict[str, Any] | None:
+    def _row(
+        self, image_id: int, category: Any, numbers: list[int], instruction: str, sample_id: str
+    ) -> dict[str, Any] | None:
         if category not in self.names:
             detail = f"annotation {numbers[0]} has the category {category}, which is not in categories."
             raise RowProblem("bad_annotation", detail)
@@ -138,14 +139,16 @@ class _CocoRows:
             self.report.left_out["crowd regions only"] += 1
             return None
         size = self.instances.size(image_id)
-        return {
-            "image": self.photographs.path(image_id, size, [self.instances.images[image_id].get("file_name")]),
-            "masks": [self.instances.rle(number, image_id) for number in targets],
-            "distractor_masks": self.instances.others(image_id, targets),
-            "ignore": union_of([self.instances.rle(number, image_id) for number in crowds], size),
-            "instance_ids": targets,
-            "image_id": str(image_id),
-            "source": "coco",
-            "split": self.split,
-            "kind": ("none", "single", "multi")[min(len(targets), 2)],
-        }
+        return make_row(
+            image=self.photographs.path(image_id, size, [self.instances.images[image_id].get("file_name")]),
+            instruction=instruction.replace("{category}", self.names[category]),
+            masks=[self.instances.rle(number, image_id) for number in targets],
+            distractor_masks=self.instances.others(image_id, targets),
+            ignore=union_of([self.instances.rle(number, image_id) for number in crowds], size),
+            instance_ids=targets,
+            sample_id=sample_id,
+            image_id=str(image_id),
+            source="coco",
+            split=self.split,
+            kind=("none", "single", "multi")[min(len(targets), 2)],
+        )

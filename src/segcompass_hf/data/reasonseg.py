@@ -113,7 +113,10 @@ def _rows_of_file(
             report.add("empty_text", sample_id, f"the text is {text!r}.")
         else:
             row = {"instruction": text.strip(), "sample_id": sample_id, "split": split, "source": "reasonseg"}
-            yield make_row(**row, is_reasoning=True, **fields)
+            try:
+                yield make_row(**row, is_reasoning=True, **fields)
+            except RowProblem as problem:
+                report.add(problem.kind, sample_id, str(problem))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def make_row(**fields: Any) -> dict[str, Any]:
 
     Raises:
         TypeError: A column is unknown or a needed one is missing.
+        RowProblem: `"bad_annotation"`: a text cannot be stored as UTF-8, or an id not as an integer of 64 bits.
     """
     unknown = sorted(set(fields) - set(_DEFAULTS))
     missing = [name for name in ("image", "instruction", "sample_id", "source") if fields.get(name) is None]
@@ -58,7 +59,21 @@ def make_row(**fields: Any) -> dict[str, Any]:
         row["instance_ids"] = list(range(len(row["masks"])))
     if len(row["instance_ids"]) != len(row["masks"]):
         raise TypeError(f"{row['sample_id']}: {len(row['instance_ids'])} instance ids, {len(row['masks'])} masks.")
+    _check_storable(row)
     return row
+
+
+def _check_storable(row: dict[str, Any]) -> None:
+    """One such value would stop the writing of all rows."""
+    for name, value in row.items():
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError as error:
+            raise RowProblem("bad_annotation", f"{name} is {value!r:.80}, which is no valid Unicode text.") from error
+    large = [number for number in row["instance_ids"] if not -(2**63) <= number < 2**63]
+    if large:
+        raise RowProblem("bad_annotation", f"the instance id {large[0]} is not an integer of 64 bits.")
 
 
 def image_size(image: str | os.PathLike | bytes) -> tuple[int, int]:
