@@ -1,17 +1,21 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""gIoU, cIoU, N-acc and T-acc with the definitions of GRES (Liu, Ding, Jiang, CVPR 2023).
+"""gIoU, cIoU, N-acc, T-acc and precision at an IoU, with the definitions of GRES (Liu, Ding, Jiang, CVPR 2023).
 
 Every sample is reduced to four integers (`SampleScore`), from which all figures follow. Integers add up exactly, so
 results do not depend on the order of samples or on how they were spread over processes.
 """
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 METRIC_NAMES = ("gIoU", "cIoU", "N-acc", "T-acc")
+PRECISION_NAMES = ("precision@0.5", "precision@0.7", "precision@0.9")
+ALL_METRIC_NAMES = METRIC_NAMES + PRECISION_NAMES
+
+BOOTSTRAP_ENTRIES = 4_000_000  # counts drawn at a time, 32 MB
 
 
 class SampleScore(NamedTuple):
@@ -117,6 +121,16 @@ class SegmentationAccumulator:
         for group, scores in other._scores.items():
             self._scores.setdefault(group, []).extend(scores)
 
+    def regrouped(self, key: Callable[[Hashable], Hashable]) -> "SegmentationAccumulator":
+        """The same samples under the groups `key(group)`.
+
+        With `group=(source, kind)` for instance, `regrouped(lambda group: group[0])` has them by source.
+        """
+        other = SegmentationAccumulator()
+        for group, scores in self._scores.items():
+            other._scores.setdefault(key(group), []).extend(scores)
+        return other
+
     @property
     def groups(self) -> list[Hashable]:
         """Groups seen so far, in order of appearance."""
@@ -132,13 +146,13 @@ class SegmentationAccumulator:
     def __iter__(self) -> Iterator[SampleScore]:
         return iter(self.scores())
 
-    def compute(self, *groups: Hashable) -> dict[str, float]:
-        """Metrics over the given groups, over all samples without arguments; see `segmentation_metrics`."""
-        return metrics_of_scores(self.scores(*groups))
+    def compute(self, *groups: Hashable, names: Sequence[str] = METRIC_NAMES) -> dict[str, float]:
+        """Metrics over the given groups, over all samples without arguments; see `metrics_of_scores`."""
+        return metrics_of_scores(self.scores(*groups), names)
 
-    def compute_by_group(self) -> dict[Hashable, dict[str, float]]:
+    def compute_by_group(self, names: Sequence[str] = METRIC_NAMES) -> dict[Hashable, dict[str, float]]:
         """Metrics of each group on its own."""
-        return {group: metrics_of_scores(scores) for group, scores in self._scores.items()}
+        return {group: metrics_of_scores(scores, names) for group, scores in self._scores.items()}
 
 
 def segmentation_metrics(
@@ -184,60 +198,121 @@ def segmentation_metrics(
     return metrics_of_scores(scores)
 
 
-def metrics_of_scores(scores: Iterable[SampleScore]) -> dict[str, float]:
-    """The four metrics from per-sample counts; see `segmentation_metrics`."""
+def metrics_of_scores(scores: Iterable[SampleScore], names: Sequence[str] = METRIC_NAMES) -> dict[str, float]:
+    """Metrics from per-sample counts; see `segmentation_metrics` for the first four.
+
+    `precision@t` is the share of target samples whose IoU is at least `t`: as in GRES, samples without target have no
+    part in it (N-acc speaks of them).
+
+    Args:
+        scores (iterable of `SampleScore`): At least one.
+        names (`Sequence[str]`, *optional*): Of `METRIC_NAMES`, or `precision@t` with any `t` in (0, 1];
+            `ALL_METRIC_NAMES` has the usual three.
+
+    Returns:
+        `dict[str, float]`: in the order of `names`, all in [0, 1]; 1 where no sample or pixel bears on a figure.
+
+    Raises:
+        ValueError: without samples, or for a name that is not known.
+    """
     scores = list(scores)
     if not scores:
         raise ValueError("got 0 samples; a metric needs at least one")
-    union = sum(score.union for score in scores)
-    no_target = [score.predicted_pixels == 0 for score in scores if score.target_pixels == 0]
-    target = [score.predicted_pixels > 0 for score in scores if score.target_pixels > 0]
-    return {
-        # fsum is exact before rounding, so the order of samples cannot show.
-        "gIoU": math.fsum(score.iou for score in scores) / len(scores),
-        "cIoU": sum(score.intersection for score in scores) / union if union else 1.0,
-        "N-acc": sum(no_target) / len(no_target) if no_target else 1.0,
-        "T-acc": sum(target) / len(target) if target else 1.0,
-    }
+    values = {}
+    for name in names:
+        if name == "cIoU":
+            union = sum(score.union for score in scores)
+            values[name] = sum(score.intersection for score in scores) / union if union else 1.0
+        else:
+            outcome = _outcome_of(name)
+            outcomes = [value for value in map(outcome, scores) if value is not None]
+            # fsum is exact before rounding, so the order of samples cannot show.
+            values[name] = math.fsum(outcomes) / len(outcomes) if outcomes else 1.0
+    return values
+
+
+def num_bearing_samples(scores: Iterable[SampleScore], name: str) -> int:
+    """How many samples bear on a metric: those without target on N-acc, those with one on T-acc and precision."""
+    outcome = _outcome_of("gIoU" if name == "cIoU" else name)
+    return sum(outcome(score) is not None for score in scores)
+
+
+def _outcome_of(name: str) -> Callable[[SampleScore], float | None]:
+    """What a sample adds to the metric `name`, a mean; `None` where the sample has no part in it."""
+    if name == "gIoU":
+        return lambda score: score.iou
+    if name == "N-acc":
+        return lambda score: None if score.target_pixels else float(score.predicted_pixels == 0)
+    if name == "T-acc":
+        return lambda score: float(score.predicted_pixels > 0) if score.target_pixels else None
+    threshold = _precision_threshold(name)
+    return lambda score: float(score.iou >= threshold) if score.target_pixels else None
+
+
+def _precision_threshold(name: str) -> float:
+    try:
+        threshold = float(name.removeprefix("precision@")) if name.startswith("precision@") else math.nan
+    except ValueError:
+        threshold = math.nan
+    if not 0 < threshold <= 1:
+        raise ValueError(
+            f"{name!r} is no metric; expected one of {METRIC_NAMES}, or precision@t with an IoU t in (0, 1], for "
+            "instance 'precision@0.5'"
+        )
+    return threshold
 
 
 def bootstrap_intervals(
-    scores: Iterable[SampleScore], confidence: float = 0.95, num_resamples: int = 1000, seed: int = 0
+    scores: Iterable[SampleScore],
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+    names: Sequence[str] = METRIC_NAMES,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of the four metrics, resampling whole samples.
+    """Percentile bootstrap intervals of the metrics, resampling whole samples.
 
     Args:
         scores (iterable of `SampleScore`): For instance a `SegmentationAccumulator`.
         confidence (`float`, *optional*, defaults to 0.95): Share of resamples inside the interval.
         num_resamples (`int`, *optional*, defaults to 1000): Resamples drawn.
         seed (`int`, *optional*, defaults to 0): The same seed and samples give the same intervals.
+        names (`Sequence[str]`, *optional*): As for `metrics_of_scores`. Every metric sees the same resamples.
 
     Returns:
         `dict[str, tuple[float, float]]`: lower and upper bound in [0, 1]; (0, 1) where no sample bears on a metric.
 
     Raises:
-        ValueError: without samples, or for a confidence outside (0, 1).
+        ValueError: without samples, for a confidence outside (0, 1), or for a name that is not known.
     """
     counts = np.array(list(scores), dtype=np.int64).reshape(-1, 4)
     if not len(counts):
         raise ValueError("got 0 samples; an interval needs at least one")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1 such as 0.95")
-    intersection, union, predicted, target = counts[np.lexsort(counts.T)].T  # the samples' order must not show
-    iou = np.where(union > 0, intersection / np.maximum(union, 1), 1.0)
-    no_target, answered = target == 0, predicted > 0
-    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), num_resamples)
-    ratios = {
-        "gIoU": (draws @ iou, draws.sum(1)),
-        "cIoU": (draws @ intersection, draws @ union),
-        "N-acc": (draws @ (no_target & ~answered), draws @ no_target),
-        "T-acc": (draws @ (~no_target & answered), draws @ ~no_target),
-    }
+    counts = counts[np.lexsort(counts.T)]  # the samples' order must not show
+    terms = {name: _terms(name, counts) for name in names}
     tail = 100 * (1 - confidence) / 2
+    ratios: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    generator = np.random.default_rng(seed)
+    while num_resamples > 0:
+        size = min(num_resamples, max(1, BOOTSTRAP_ENTRIES // len(counts)))
+        draws = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size)
+        num_resamples -= size
+        for name, (part, whole) in terms.items():
+            numerator, denominator = draws @ part, draws @ whole
+            seen = denominator > 0  # a resample may miss all no-target samples
+            ratios[name].append(numerator[seen] / denominator[seen])
     intervals = {}
-    for name, (numerator, denominator) in ratios.items():
-        seen = denominator > 0  # a resample may miss all no-target samples
-        values = numerator[seen] / denominator[seen]
-        bounds = np.percentile(values, [tail, 100 - tail]) if seen.any() else (0.0, 1.0)
+    for name, chunks in ratios.items():
+        values = np.concatenate(chunks) if chunks else np.empty(0)
+        bounds = np.percentile(values, [tail, 100 - tail]) if len(values) else (0.0, 1.0)
         intervals[name] = (float(bounds[0]), float(bounds[1]))
     return intervals
+
+
+def _terms(name: str, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each sample adds to numerator and denominator of a metric, `(num_samples,)` each."""
+    if name == "cIoU":
+        return counts[:, 0], counts[:, 1]
+    outcomes = [_outcome_of(name)(SampleScore(*row)) for row in counts.tolist()]
+    return np.array([value or 0.0 for value in outcomes]), np.array([value is not None for value in outcomes])
