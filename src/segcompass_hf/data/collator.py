@@ -43,6 +43,7 @@ class SegmentationCollator:
         inputs (`str`, defaults to `"segmentation"`): `"language"` leaves out SAM's image (warm-up).
         with_reasoning (`bool`, defaults to `True`): Append the reference answers, with `labels`.
         with_masks (`bool`, defaults to `True`): Add `mask_labels` and `num_objects`.
+        embedding_cache ([`EmbeddingCache`], *optional*): Gives `image_embeddings` in place of `sam_pixel_values`.
         extra (`Callable`, *optional*): Called with the rows, their images and the batch; returns further entries.
 
     Example:
@@ -59,6 +60,7 @@ class SegmentationCollator:
     inputs: Literal["segmentation", "language"] = "segmentation"
     with_reasoning: bool = True
     with_masks: bool = True
+    embedding_cache: Any = None
     extra: Callable[[Sequence[dict], list, BatchFeature], dict[str, Any]] | None = None
 
     def __post_init__(self):
@@ -126,7 +128,9 @@ class SegmentationCollator:
         reasonings = [_reasoning(row) for row in rows] if self.with_reasoning else None
         instructions = [row["instruction"] for row in rows]
         if self.inputs == "segmentation":
-            return self.processor(
+            cache = self.embedding_cache
+            processor = self.processor if cache is None else cache.caching_processor(self.processor)
+            return processor(
                 images=images, instruction=instructions, reasoning=reasonings, masks=masks, overflow=self.overflow
             )
         return language_inputs(self.processor, images, instructions, reasonings)

@@ -1,0 +1,348 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""SAM's image embeddings on disk, so that a frozen image encoder sees every image once."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torch.utils.data import get_worker_info
+from transformers.utils import logging
+
+from ..images_segcompass import resized_size, to_rgb_image
+from .embedding_shards import EmbeddingShards
+
+logger = logging.get_logger(__name__)
+
+FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class CacheSize(NamedTuple):
+    """Space that embeddings take, in bytes.
+
+    Args:
+        per_image (`int`): Of one image.
+        total (`int`): Of all images asked about.
+        free (`int`): What is free on the cache's disk.
+    """
+
+    per_image: int
+    total: int
+    free: int
+
+
+class EmbeddingCache:
+    """Image -> SAM embedding, from disk where it has been computed before.
+
+    The key of an embedding is made of the image's pixels and of everything that turns them into the embedding: all
+    weights of SAM's image encoder and their dtype, its config, the image processor's settings, and the dtype stored. A
+    changed encoder therefore finds nothing, also when it changes while the cache is in use. Weights that an
+    optimizer changes through `.data` go unseen: call `refresh_key`.
+
+    Several processes may use one folder at once. In data loader workers, and in copies (`pickle`, `copy.deepcopy`),
+    which leave the model behind, the cache is read only: `fill` it before. For training that shards the model (FSDP,
+    ZeRO-3), fill it and hand over `copy.deepcopy(cache)` before the trainer is made.
+
+    Args:
+        folder (path): Where the cache is, or will be.
+        model (`SegCompassForReasoningSegmentation`): Its SAM encodes what is missing.
+        processor (`SegCompassProcessor`): Prepares the images.
+        dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`: what is stored
+            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB.
+        batch_size (`int`, *optional*, defaults to 4): Images through the encoder at a time.
+        shard_bytes (`int`, *optional*, defaults to 256 MiB): Size of a file; a kill loses at most so much.
+        min_free_bytes (`int`, *optional*, defaults to 1 GiB): Space on the disk that is left alone.
+
+    Example:
+
+    ```python
+    >>> cache = EmbeddingCache("embeddings", model, processor)  # doctest: +SKIP
+    >>> cache.fill(dataset)  # doctest: +SKIP
+    >>> collator = SegmentationCollator(processor, embedding_cache=cache)  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        model: Any,
+        processor: Any,
+        dtype: Literal["float16", "bfloat16", "float32"] = "float16",
+        batch_size: int = 4,
+        shard_bytes: int = 256 * 2**20,
+        min_free_bytes: int = 2**30,
+    ):
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not known; expected one of {tuple(DTYPES)}.")
+        if min(batch_size, shard_bytes) < 1:
+            raise ValueError(f"batch_size={batch_size} and shard_bytes={shard_bytes} must be at least 1.")
+        self.folder, self.dtype, self.batch_size = Path(folder), dtype, batch_size
+        self.model, self.processor = model, processor
+        self._limits = {"shard_bytes": shard_bytes, "min_free_bytes": min_free_bytes}
+        vision = model.sam.config.vision_config
+        side = vision.image_size // vision.patch_size
+        self._bytes_per_image = vision.output_channels * side * side * DTYPES[dtype].itemsize
+        self.num_encoded = 0  # images that went through the encoder
+        self._stores_new, self._state, self.shards = True, None, None
+        self._check_key()
+
+    # Keys
+
+    def refresh_key(self) -> str:
+        """Read the encoder's weights anew; returns the key of the encoder, which is the name of the shards' folder."""
+        self._state = None
+        self._check_key()
+        return self.encoder_key
+
+    def _check_key(self) -> None:
+        """Follow the encoder, if it has changed since the last look. Unchanged weights are not read again."""
+        if self.model is None:
+            return
+        state = _change_counters(self.model.sam.vision_encoder), _processor_settings(self.processor)
+        if state == self._state:
+            return
+        description = _describe(self.model, self.processor) | {"stored": self.dtype}
+        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+        if self.shards is not None and key != self.encoder_key:
+            logger.warning("embedding cache: SAM's image encoder or its input changed; earlier entries do not fit.")
+            self.flush()
+        if self.shards is None or key != self.encoder_key:
+            self.encoder_key = key
+            self.shards = EmbeddingShards(self.folder / key, identity=key, **self._limits)
+            weakref.finalize(self, _flush_at_exit, self.shards, os.getpid())
+            self._write_description(description)
+        self._state = state
+
+    def _write_description(self, description: dict[str, Any]) -> None:
+        """For those who wonder what a folder is."""
+        path = self.folder / self.encoder_key / "encoder.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_suffix(f".{os.getpid()}.part")
+            unfinished.write_text(json.dumps(description, indent=2, sort_keys=True), encoding="utf-8")
+            os.replace(unfinished, path)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    # Use
+
+    def get(self, images: Sequence[Any]) -> torch.Tensor:
+        """Embeddings of images; what is missing is encoded and kept.
+
+        Args:
+            images (`Sequence`): Of any form that `to_rgb_image` takes.
+
+        Returns:
+            `torch.Tensor` of shape `(num_images, channels, height, width)`: on the CPU, in the cache's dtype.
+
+        Raises:
+            ValueError: an image is missing and this copy cannot encode it, or an embedding does not fit the dtype.
+        """
+        self._check_key()
+        images = [to_rgb_image(image) for image in images]
+        keys = [image_key(image) for image in images]
+        unknown = {key: image for key, image in zip(keys, images, strict=True) if key not in self.shards}
+        known = {key: self.shards.get(key) for key in keys if key not in unknown}
+        found = known | self._encode_missing(unknown)
+        return torch.stack([found[key] for key in keys])
+
+    def sam_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """What the model takes in place of `sam_pixel_values`: `image_embeddings`, and the images' sizes."""
+        sizes = [(image.height, image.width) for image in images]
+        return {
+            "image_embeddings": self.get(images),
+            "original_sizes": torch.tensor(sizes),
+            "reshaped_input_sizes": torch.tensor([resized_size(size, self.processor.canvas_size) for size in sizes]),
+        }
+
+    def caching_processor(self, processor: Any) -> Any:
+        """A copy of a processor whose inputs hold `image_embeddings` of this cache in place of `sam_pixel_values`."""
+        processor = copy.copy(processor)
+        processor._sam_inputs = self.sam_inputs
+        return processor
+
+    def size(self, num_images: int) -> CacheSize:
+        """Space that so many different images take, and what is free."""
+        per_image = self._bytes_per_image
+        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        return CacheSize(per_image, per_image * num_images, shutil.disk_usage(existing).free)
+
+    def fill(self, rows: Iterable[Any], process_index: int = 0, num_processes: int = 1) -> int:
+        """Encode the images of a data set beforehand. The size is announced, and must fit, before anything is encoded.
+
+        Several processes that fill the cache from the same rows share the images out among themselves by content, so
+        that no image is encoded twice, however often it occurs.
+
+        Args:
+            rows (iterable): Rows of a data set (their `image` is used), or images.
+            process_index, num_processes (`int`, *optional*): Who of how many this is.
+
+        Returns:
+            `int`: images encoded by this process.
+
+        Raises:
+            OSError: the disk is too small; nothing has been encoded, if `rows` has a length.
+        """
+        self._check_key()
+        if hasattr(rows, "__len__"):
+            self._announce(len(rows))
+        before, batch = self.num_encoded, {}
+        for row in rows:
+            image = to_rgb_image(row["image"] if isinstance(row, dict) and "image" in row else row)
+            key = image_key(image)
+            if int(key, 16) % num_processes == process_index and key not in self.shards:
+                batch[key] = image
+            if len(batch) == self.batch_size:
+                self._encode_missing(batch, must_store=True)
+                batch = {}
+        self._encode_missing(batch, must_store=True)
+        self.shards.flush()
+        return self.num_encoded - before
+
+    def _announce(self, num_images: int) -> None:
+        size = self.size(max(0, num_images - len(self)))
+        free_after = size.free - size.total - self._limits["min_free_bytes"]
+        text = (
+            f"embedding cache: up to {_gib(size.total)} for {num_images:,} images ({_gib(size.per_image)} each, "
+            f"{len(self):,} are there), {_gib(size.free)} free in {os.fspath(self.folder)!r}"
+        )
+        if free_after < 0:
+            raise OSError(
+                f"{text}: {_gib(-free_after)} too little, with {_gib(self._limits['min_free_bytes'])} left free. Use "
+                "another folder, a smaller dtype, or fewer images."
+            )
+        logger.warning(text)
+
+    def flush(self) -> None:
+        """Write what is still in memory, as `fill`, `with EmbeddingCache(...) as cache` and exit do."""
+        try:
+            self.shards.flush()
+        except OSError as error:
+            self._stop_storing(error)
+
+    def __enter__(self) -> EmbeddingCache:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies leave the model behind, and read."""
+        self.flush()
+        return self.__dict__ | {"model": None, "_state": None}
+
+    # Encoding
+
+    def _encode_missing(self, images: dict[str, Image.Image], must_store: bool = False) -> dict[str, torch.Tensor]:
+        """Embeddings of images whose keys were not there. Those that no other process has added are encoded."""
+        if images:
+            self.shards.refresh()
+        found = {key: self.shards.get(key) for key in images if key in self.shards}
+        missing = [key for key in images if key not in found]
+        if missing and (self.model is None or get_worker_info() is not None):
+            raise ValueError(
+                f"{len(missing)} images of a batch are not in the embedding cache {os.fspath(self.folder)!r}, and "
+                "data loader workers and copies of a cache only read: call cache.fill(rows) before, or no workers."
+            )
+        for start in range(0, len(missing), self.batch_size):
+            keys = missing[start : start + self.batch_size]
+            for key, embedding in zip(keys, self._encode([images[key] for key in keys]), strict=True):
+                found[key] = embedding
+                if must_store or self._stores_new:
+                    self._store(key, embedding, must_store)
+        return found
+
+    @torch.no_grad()
+    def _encode(self, images: list[Image.Image]) -> list[torch.Tensor]:
+        device = next(self.model.sam.vision_encoder.parameters()).device
+        pixels = self.processor._sam_inputs(images)["sam_pixel_values"].to(device)
+        with torch.autocast(device.type, enabled=False):  # what is stored must not depend on who asks first
+            embeddings = self.model.encode_image(pixels)
+        embeddings = embeddings.to("cpu", DTYPES[self.dtype])
+        if not embeddings.isfinite().all():
+            raise ValueError(
+                f"SAM's embeddings hold NaN or infinity in {self.dtype}; try dtype='float32', and if that does not "
+                "help look at SAM's weights."
+            )
+        self.num_encoded += len(images)
+        return [embedding.clone() for embedding in embeddings]
+
+    def _store(self, key: str, embedding: torch.Tensor, must_store: bool) -> None:
+        try:
+            self.shards.put(key, embedding)
+        except OSError as error:
+            if must_store:
+                raise
+            self._stop_storing(error)
+
+    def _stop_storing(self, error: OSError) -> None:
+        self._stores_new = False
+        self.shards.discard_pending()
+        logger.warning(f"embedding cache: nothing more is stored, work goes on without ({error}).")
+
+
+def _flush_at_exit(shards: EmbeddingShards, process: int) -> None:
+    if os.getpid() != process:  # a fork's memory is a copy
+        return
+    try:
+        shards.flush()
+    except OSError as error:
+        logger.warning(f"embedding cache: the last embeddings are not stored ({error}).")
+
+
+def image_key(image: Image.Image) -> str:
+    """Of the pixels of an RGB image, 32 hexadecimal digits: the same for a file, its bytes and its array."""
+    digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _describe(model: Any, processor: Any) -> dict[str, Any]:
+    """All that decides an embedding, as json holds it."""
+    encoder = model.sam.vision_encoder
+    config = encoder.config.to_dict()
+    for name in [name for name in config if name.startswith("_") or name in ("transformers_version", "dtype")]:
+        del config[name]
+    return {
+        "format": FORMAT,
+        "encoder": type(encoder).__name__,
+        "config": json.loads(json.dumps(config, default=str)),
+        "weights": _weights_digest(encoder),
+        "image_processor": json.loads(_processor_settings(processor)),
+    }
+
+
+def _weights_digest(encoder: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _processor_settings(processor: Any) -> str:
+    image_processor = processor.sam_image_processor
+    settings = {name: value for name, value in image_processor.to_dict().items() if not name.startswith("_")}
+    settings |= {"class": type(image_processor).__name__, "canvas": processor.canvas_size}
+    settings.pop("processor_class", None)
+    return json.dumps(settings, sort_keys=True, default=str)
+
+
+def _change_counters(encoder: torch.nn.Module) -> list[tuple]:
+    """Changes when a weight is replaced, moved, or written to in place."""
+    return [(name, id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in encoder.named_parameters()]
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"
