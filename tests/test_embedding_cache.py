@@ -167,6 +167,16 @@ def test_other_parts_of_the_model_do_not_matter(tmp_path, encoded):
     assert cache.refresh_key() != key
 
 
+def test_weights_made_in_inference_mode(tmp_path, processor):
+    with torch.inference_mode():
+        model = tiny_model()
+        assert EmbeddingCache(tmp_path, model, processor).get(IMAGES[:1]).shape == (1, 32, 8, 8)
+    assert (
+        EmbeddingCache(tmp_path, model, processor).encoder_key
+        == EmbeddingCache(tmp_path, tiny_model(), processor).encoder_key
+    )
+
+
 # Space
 
 

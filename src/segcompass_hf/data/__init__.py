@@ -13,6 +13,7 @@ from typing import Any
 # Public name -> submodule that defines it.
 _EXPORTS = {
     "BuildReport": "build_report",
+    "EmbeddingCache": "embedding_cache",
     "SegmentationCollator": "collator",
     "build_coco": "coco",
     "build_folder": "folder",

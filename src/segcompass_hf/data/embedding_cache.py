@@ -50,8 +50,8 @@ class EmbeddingCache:
     optimizer changes through `.data` go unseen: call `refresh_key`.
 
     Several processes may use one folder at once. In data loader workers, and in copies (`pickle`, `copy.deepcopy`),
-    which leave the model behind, the cache is read only: `fill` it before. For training that shards the model (FSDP,
-    ZeRO-3), fill it and hand over `copy.deepcopy(cache)` before the trainer is made.
+    which leave the model behind, the cache is read only, under the key of when they were made: `fill` it before. Where
+    training shards the model (FSDP, ZeRO-3), fill it and pass on `copy.deepcopy(cache)` before the trainer is made.
 
     Args:
         folder (path): Where the cache is, or will be.
@@ -293,10 +293,9 @@ class EmbeddingCache:
 
 
 def _flush_at_exit(shards: EmbeddingShards, process: int) -> None:
-    if os.getpid() != process:  # a fork's memory is a copy
-        return
     try:
-        shards.flush()
+        if os.getpid() == process:  # a fork's memory is a copy
+            shards.flush()
     except OSError as error:
         logger.warning(f"embedding cache: the last embeddings are not stored ({error}).")
 
@@ -341,7 +340,10 @@ def _processor_settings(processor: Any) -> str:
 
 def _change_counters(encoder: torch.nn.Module) -> list[tuple]:
     """Changes when a weight is replaced, moved, or written to in place."""
-    return [(name, id(tensor), tensor.data_ptr(), tensor._version) for name, tensor in encoder.named_parameters()]
+    return [
+        (name, id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+        for name, tensor in encoder.named_parameters()
+    ]
 
 
 def _gib(num_bytes: int) -> str:
