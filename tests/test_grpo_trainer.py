@@ -199,6 +199,41 @@ def test_bf16_autocast_covers_sampling_masks_and_training(tmp_path):
     assert math.isfinite(log["loss"]) and log["kl"] == pytest.approx(0, abs=1e-3)
 
 
+def test_a_short_last_window_weighs_its_own_samples(tmp_path):
+    # 3 prompts in micro-batches of one: the second window of the epoch is half of one.
+    trainer = tiny_trainer(
+        tmp_path, rows=tiny_rows((1, 1, 1)), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        steps_per_generation=1, max_steps=-1, num_train_epochs=1, policy_loss_weight=0.0,
+    )  # fmt: skip
+    weights = trainer.args.loss_weights(trainer.core.config, 0)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "segmentation/mask_dice" in entry]
+    assert len(logs) == 2
+    for log in logs:
+        expected = weights["seg_loss_weight"] * log["segmentation/segmentation_loss"]
+        expected += weights["conf_loss_weight"] * log["segmentation/confidence_loss"]
+        assert log["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_step_with_nan_heatmaps_is_skipped(tmp_path):
+    trainer = tiny_trainer(tmp_path, max_steps=3, beta=0.1)
+    passes, weights = [], []
+
+    def spoil_the_second(module, args, output):
+        if torch.is_grad_enabled():
+            passes.append(output)
+            weights.append(next(module.parameters()).detach().clone())
+            if len(passes) == 2:
+                output.heatmap_logits = output.heatmap_logits * float("nan")
+        return output
+
+    trainer.core.slot_mapper.register_forward_hook(spoil_the_second)
+    trainer.train()
+    counts = [entry["nonfinite_steps"] for entry in trainer.state.log_history if "nonfinite_steps" in entry]
+    assert counts == [0, 1, 1]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[1])
+
+
 def test_what_trains_moves_and_the_rest_stays(tmp_path):
     model = tiny_model()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -318,6 +353,15 @@ def test_default_rewards_and_metrics(tmp_path):
     assert math.isfinite(metrics["eval_loss"]) and "eval_segmentation/giou" in metrics
 
 
+def test_several_evaluation_sets_keep_their_metrics_apart(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.eval_dataset = {"one": tiny_rows((1, 1)), "none": tiny_rows((0, 0))}
+    metrics = trainer.evaluate()
+    assert metrics["eval_one_segmentation/heatmap_bce"] > 0 == metrics["eval_none_segmentation/heatmap_bce"]
+    assert "eval_one_reward" in metrics and "eval_reward" not in metrics
+    assert not trainer._metrics["eval"]
+
+
 def test_objects_beyond_the_slots_are_counted(tmp_path):
     model, processor = tiny_model(), tiny_processor()
     rows = list(tiny_rows((5, 5, 1)))
@@ -376,6 +420,54 @@ def test_lora_trains_adapters_and_heads_only_and_its_reference_is_the_base(tmp_p
     assert not torch.equal(moved, before["codebook.weight"])
     kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kls[-1] > 0
+
+
+def test_a_trained_adapter_is_its_own_reference(tmp_path):
+    from peft import get_peft_model
+
+    from segcompass_hf.training.adapters import lora_config
+
+    model = tiny_model()
+    adapted = get_peft_model(model, lora_config(model, r=2, dropout=0.0))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:  # adapters, copies of the heads, rows of the added tokens
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    trainer = tiny_trainer(tmp_path, model=adapted, beta=0.1)
+    inputs = generate(trainer)
+    trainer.compute_loss(trainer.model, inputs)
+    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(0, abs=1e-7)
+    optimized = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    copies = [p for name, p in trainer.model.named_parameters() if ".ref" in name]
+    assert copies and not any(id(p) in optimized for p in copies)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_checkpointing_leaves_no_hooks_and_keeps_its_settings(tmp_path, lora):
+    from transformers import TrainerCallback
+
+    from segcompass_hf.training.adapters import lora_config
+
+    class Count(TrainerCallback):
+        def __init__(self):
+            self.hooks = []
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            modules = list(model.modules())
+            self.hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules))
+
+    model, count = tiny_model(), Count()
+    trainer = tiny_trainer(
+        tmp_path, model=model, peft_config=lora_config(model, r=2) if lora else None, beta=0.1, max_steps=3,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False},
+    )  # fmt: skip
+    trainer.add_callback(count)
+    trainer.train()
+    assert len(set(count.hooks)) == 1
+    functions = [m._gradient_checkpointing_func for m in model.modules() if hasattr(m, "_gradient_checkpointing_func")]
+    assert functions and all(f.keywords["preserve_rng_state"] is False for f in functions)
 
 
 def test_an_adapter_below_the_sae_is_refused(tmp_path):

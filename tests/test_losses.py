@@ -119,6 +119,16 @@ def test_assignments_iterate_per_sample():
     assert assignments.sample_index.tolist() == [0, 0, 2, 2, 2, 3]
 
 
+def test_nan_logits_give_a_nan_loss():
+    inputs = batch()
+    inputs["heatmap_logits"] = inputs["heatmap_logits"].index_fill(0, torch.tensor([2]), float("nan"))
+    assignments = match_slots(
+        inputs["heatmap_logits"], inputs["mask_labels"], inputs["num_objects"], on_nonfinite="match"
+    )
+    assert assignments.pairs_per_sample == [2, 0, 3, 1]
+    assert segmentation_loss(**inputs).loss.isnan()
+
+
 def test_bad_input_is_named(monkeypatch):
     inputs = batch()
     arguments = (inputs["heatmap_logits"], inputs["mask_labels"], inputs["num_objects"])

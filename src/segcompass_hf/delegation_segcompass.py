@@ -48,6 +48,12 @@ class VlmDelegationMixin:
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Module:
         return self.vlm.resize_token_embeddings(*args, **kwargs)
 
+    def enable_input_require_grads(self):
+        """As in the parent, which adds its hooks once more whenever gradient checkpointing is switched back on: around
+        every sampling of TRL, so that each pass of a long run would go through thousands of them."""
+        self.disable_input_require_grads()
+        super().enable_input_require_grads()
+
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
 

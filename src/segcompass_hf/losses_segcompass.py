@@ -105,6 +105,7 @@ def match_slots(
     slot_logits: torch.Tensor | None = None,
     confidence_weight: float = 0.3,
     valid_area: torch.Tensor | None = None,
+    on_nonfinite: Literal["error", "match"] = "error",
 ) -> SlotAssignments:
     """
     Assign slots to objects, one to one, at the least total cost (Hungarian algorithm).
@@ -121,6 +122,8 @@ def match_slots(
             How much a confident slot is preferred; 0 reproduces the original.
         valid_area (`torch.BoolTensor` of shape `(batch_size, 1, height, width)`, *optional*):
             Pixels that count; the whole padded canvas when missing, as in the original.
+        on_nonfinite (`"error"` or `"match"`):
+            NaN or infinite costs are refused, or matched somehow, for a loss that is to be NaN too.
 
     Returns:
         [`SlotAssignments`], on the device of the heatmaps.
@@ -134,6 +137,8 @@ def match_slots(
     cost = 1 - pairwise_soft_iou(heatmap_logits.float().sigmoid(), mask_labels, valid_area)
     if slot_logits is not None and confidence_weight:
         cost = cost - confidence_weight * slot_logits.float().sigmoid()[..., None]
+    if on_nonfinite == "match":
+        cost = cost.nan_to_num()
     cost = torch.cat([cost, num_objects.to(cost)[:, None, None].expand(-1, cost.shape[1], 1)], dim=-1)
     cost = cost.cpu()  # one copy for costs and counts together
     counts, cost = cost[:, 0, -1].long().tolist(), cost[..., :-1].numpy()
@@ -226,7 +231,10 @@ def segmentation_loss(
         num_objects = torch.ones(batch_size, dtype=torch.long, device=heatmap_logits.device)
     if assignments is None:
         area = valid_area if match_valid_area_only else None
-        assignments = match_slots(heatmap_logits, mask_labels, num_objects, slot_logits, match_confidence_weight, area)
+        # Of NaN logits the loss is NaN, which a trainer can skip on all its processes; an error would end the run.
+        assignments = match_slots(
+            heatmap_logits, mask_labels, num_objects, slot_logits, match_confidence_weight, area, on_nonfinite="match"
+        )
     else:
         _check_targets(heatmap_logits, mask_labels, num_objects)
     samples, slots = assignments.pairs

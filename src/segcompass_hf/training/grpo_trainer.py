@@ -25,7 +25,7 @@ from .grpo_config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .grpo_forward import JointCall, add_joint_forward
 from .grpo_rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
 from .grpo_targets import prompt_of, segmentation_targets
-from .reference_policy import AdapterFreeReference, ReferencePolicy
+from .reference_policy import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rewards import format_reward, mask_reward
 from .robust import RobustTrainerMixin
 from .sample_pictures import SamplePictureLogger, picture_sample
@@ -147,7 +147,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             return None
         cast = self.args.cast_lm_head_to_fp32
         if _core(self.model) is not self.model:
-            return AdapterFreeReference(self.model, self.temperature, cast)
+            copy_token_rows_to_reference(self.model)
+            return AdapterFreeReference(self.model, self.temperature, cast, self.args.gradient_checkpointing_kwargs)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
                 "under DeepSpeed ZeRO-3 the weights are partitioned before a reference policy can be copied; use "
@@ -313,7 +314,17 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.
         share = self.accelerator.num_processes if inputs.get("num_samples") is not None else 1
         self._log_losses(output.terms, share, inputs)
+        if inputs.get("num_samples") is not None:  # the last window of an epoch may be shorter than those counted
+            share *= self.args.gradient_accumulation_steps / self.current_gradient_accumulation_steps
         return self.args.policy_loss_weight * loss + share * output.segmentation
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """TRL logs the metrics of several evaluation sets under the same names; here each set has its own."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if metric_key_prefix.startswith("eval_"):
+            metrics, name = self._metrics["eval"], metric_key_prefix.removeprefix("eval_")
+            metrics.update({f"{name}_{key}": metrics.pop(key) for key in list(metrics)})
+        return output
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         model = model if self._joint_call is None else self._joint_call

@@ -148,10 +148,17 @@ class AdapterFreeReference:
     Args:
         peft_model (`PeftModel`): Around a SegCompass model.
         temperature, cast_to_fp32: As in [`ReferencePolicy`].
+        checkpointing_kwargs (`dict`, *optional*): Of the gradient checkpointing that is switched back on after a pass.
     """
 
-    def __init__(self, peft_model: nn.Module, temperature: float, cast_to_fp32: bool = False):
-        self.peft_model = peft_model
+    def __init__(
+        self,
+        peft_model: nn.Module,
+        temperature: float,
+        cast_to_fp32: bool = False,
+        checkpointing_kwargs: dict | None = None,
+    ):
+        self.peft_model, self.checkpointing_kwargs = peft_model, checkpointing_kwargs
         model = peft_model.get_base_model()
         self._fused = FusedHead(model, model.get_output_embeddings, temperature, cast_to_fp32, ("log_probs",))
 
@@ -163,10 +170,27 @@ class AdapterFreeReference:
 
         model = self.peft_model.get_base_model()
         checkpointing = getattr(model, "is_gradient_checkpointing", False)
-        plain = disable_gradient_checkpointing(model, None) if checkpointing else nullcontext()
+        plain = disable_gradient_checkpointing(model, self.checkpointing_kwargs) if checkpointing else nullcontext()
         with plain, use_adapter(self.peft_model, "ref" if "ref" in self.peft_model.peft_config else None):
             states = trace.replay(_upper_layers(model), final_norm(model.base_model))
             return self._fused(states[:, -labels.shape[1] :], labels).log_probs
+
+
+@torch.no_grad()
+def copy_token_rows_to_reference(peft_model: nn.Module) -> None:
+    """Give the adapter `"ref"` the trained token rows of `"default"`, which TRL leaves out of its copy.
+
+    TRL looks for `.default.` inside of names; those of `trainable_token_indices` end in `.default`.
+
+    Args:
+        peft_model (`PeftModel`): Changed in place; without an adapter `"ref"` nothing happens.
+    """
+    parameters = dict(peft_model.named_parameters())
+    for name, parameter in parameters.items():
+        if name.endswith(".default"):
+            reference = parameters.get(f"{name.removesuffix('default')}ref")
+            if reference is not None:
+                reference.copy_(parameter)
 
 
 def final_norm(base_model: nn.Module) -> nn.Module:

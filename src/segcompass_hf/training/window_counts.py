@@ -18,7 +18,9 @@ import torch
 
 @dataclass(frozen=True)
 class WindowCounts:
-    """Counts of a window, as scalar float tensors on the training device, at least 1 each.
+    """Counts of a window, at least 1 each.
+
+    Plain numbers: FSDP would cast tensors to bf16, which cannot count beyond 256.
 
     Args:
         tokens: Tokens with a language target.
@@ -28,10 +30,10 @@ class WindowCounts:
         alignment_items: Samples with a word and a patch to align.
     """
 
-    tokens: torch.Tensor
-    segmentation_items: torch.Tensor
-    samples: torch.Tensor
-    alignment_items: torch.Tensor
+    tokens: float
+    segmentation_items: float
+    samples: float
+    alignment_items: float
 
 
 def count_window(
@@ -59,7 +61,7 @@ def count_window(
     totals = totals.float()
     if reduce is not None:
         totals = reduce(totals)
-    return WindowCounts(*totals.clamp(min=1).unbind())
+    return WindowCounts(*totals.clamp(min=1).tolist())
 
 
 class WindowCountsMixin:
@@ -97,7 +99,7 @@ class WindowCountsMixin:
         """The window's counts in training; in evaluation those of the batch alone."""
         if isinstance(num_items_in_batch, WindowCounts):
             return num_items_in_batch
-        return count_window([inputs], self.empty_samples, lambda totals: totals.to(inputs["input_ids"].device))
+        return count_window([inputs], self.empty_samples)
 
     def loss_scale(self, num_items_in_batch: Any) -> int:
         """Factor on a window's loss: the number of processes, whose gradients are averaged, not summed."""
