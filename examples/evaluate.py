@@ -3,7 +3,7 @@
     python examples/evaluate.py --datasets scenes:val scenes:test_pairs --num-samples 100 --output out/evaluation
 
 On several GPUs: `accelerate launch examples/evaluate.py ...`. The same command goes on after a kill. Every folder
-below the output holds records, a summary, plots, a page of samples and a block for the model card.
+below the output holds records, a summary, plots and a page of samples; `model_index.yml` is for the model's card.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import segcompass_hf
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset, load_dataset_of
 from segcompass_hf.evaluation.baselines import BASELINES, make_baseline
 from segcompass_hf.evaluation.processes import Processes
+from segcompass_hf.evaluation.report import model_index_yaml
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     predictors = [ModelPredictor(model, processor, name=Path(arguments.model).name)]
     predictors += [make_baseline(name, model.sam, processor) for name in arguments.baselines]
 
+    of_model = []
     lines = ["| data set | answers | samples | gIoU | cIoU | N-acc | T-acc |", "| --- " * 7 + "|"]
     for spec in arguments.datasets:
         with processes.main_first():  # the others find the built data set in the cache
@@ -47,12 +49,16 @@ def main() -> None:
                 dataset_name=named.name,
                 notes=named.notes(),
             )
+            if predictor is predictors[0]:
+                of_model.append(summary.figures)
             cells = [named.name, predictor.name, str(summary.figures["counts"]["samples"])]
             for name in ("gIoU", "cIoU", "N-acc", "T-acc"):
                 figure = summary.figures["metrics"][name]
                 cells.append(f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
             lines.append("| " + " | ".join(cells) + " |")
+    processes.finish()
     if processes.is_main:
+        (arguments.output / "model_index.yml").write_text(model_index_yaml(*of_model), encoding="utf-8")
         print("\n".join(lines))
 
 

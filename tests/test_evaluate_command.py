@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import refer_files
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from segcompass_hf import cli
@@ -206,3 +207,8 @@ def test_example(tmp_path, capsys, monkeypatch):
         (name, answers, "2") for name in ("scenes val", "scenes test_pairs") for answers in ("scenes-tiny", "nothing")
     ]
     assert (tmp_path / "scenes-test_pairs" / "nothing" / "samples.html").is_file()
+    card = ModelCard(f"---\n{(tmp_path / 'model_index.yml').read_text()}---\n")
+    values = {(r.dataset_split, r.metric_type): r.metric_value for r in card.data.eval_results}
+    for split in ("val", "test_pairs"):
+        giou = summary_of(tmp_path / f"scenes-{split}" / "scenes-tiny")["metrics"]["gIoU"]["value"]
+        assert values[split, "giou"] == pytest.approx(giou, abs=5e-5)

@@ -51,7 +51,7 @@ _EXPORTS = {
     "SegCompassSegmentationOutput": "modeling_segcompass",
     "ReasoningSegmentationPipeline": "pipeline_segcompass",
 }
-_SUBPACKAGES = ("data", "explain", "metrics", "training")
+_SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")
 
 __all__ = ["bundled_checkpoint", *_EXPORTS]
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from segcompass_hf.data.schema import encode_mask
 from segcompass_hf.evaluation import Prediction, evaluate_dataset
+from segcompass_hf.evaluation.processes import Processes
 
 NUM_ROWS, BATCH_SIZE = 26, 3  # nine batches, the last one of two rows
 HEIGHT, WIDTH = 6, 10
@@ -76,3 +77,4 @@ if __name__ == "__main__":
         SeededBoxes(seconds=float(sys.argv[2])), make_rows(), sys.argv[1], batch_size=BATCH_SIZE, page_samples=0
     )
     assert summary.figures["counts"]["samples"] == NUM_ROWS  # in every process
+    Processes.current().finish()

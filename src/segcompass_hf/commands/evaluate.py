@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
         print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
     summary = _evaluate(args, predictor, named)
+    processes.finish()
     if not processes.is_main:
         return
     comparison = None if args.compare is None else _compare(args)

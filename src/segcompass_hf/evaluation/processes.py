@@ -74,6 +74,14 @@ class Processes:
         if self.is_main:
             self.wait()
 
+    def finish(self) -> None:
+        """Leave together, at the end of a program: a process that exits earlier may pull the others down."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            self.wait()
+            PartialState().destroy_process_group()
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.count > 1:

@@ -115,8 +115,13 @@ def _cell(figure: dict[str, float]) -> str:
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
-def model_index(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results as the `model-index` of a model card; a metric that no sample bears on is left out."""
+def model_index(*runs: dict[str, Any]) -> list[dict[str, Any]]:
+    """The results of a predictor on one or more data sets as the `model-index` of a model card.
+
+    Args:
+        runs (`dict`): The figures of each; their predictor is that of the first. A metric that no sample bears on is
+            left out.
+    """
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
     results = [
@@ -130,17 +135,18 @@ def model_index(figures: dict[str, Any]) -> list[dict[str, Any]]:
             metric_name=_METRIC_TITLES.get(name, name),
             metric_value=round(figure["value"], 4),
         )
+        for figures in runs
         for name, figure in figures["metrics"].items()
         if figure["num_samples"]
     ]
-    return eval_results_to_model_index(figures["predictor"], results)
+    return eval_results_to_model_index(runs[0]["predictor"], results)
 
 
-def model_index_yaml(figures: dict[str, Any]) -> str:
+def model_index_yaml(*runs: dict[str, Any]) -> str:
     """`model_index` as the block that goes into the YAML at the head of a card."""
     from huggingface_hub.utils import yaml_dump
 
-    return yaml_dump({"model-index": model_index(figures)}, sort_keys=False)
+    return yaml_dump({"model-index": model_index(*runs)}, sort_keys=False)
 
 
 def _as_id(name: str) -> str:

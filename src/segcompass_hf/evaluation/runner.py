@@ -68,7 +68,8 @@ def evaluate_dataset(
 
     Batches are fixed by index (batch `b` holds rows `b * batch_size` onwards) and dealt to the processes as wholes, so
     that records and figures depend neither on their number nor on interruptions. Call it in every process that
-    accelerate or torchrun started. A folder that holds a part of the same run is continued.
+    accelerate or torchrun started, and `Processes.current().finish()` at the end of the program. A folder that holds a
+    part of the same run is continued.
 
     Args:
         predictor (`Predictor`): What to evaluate.
