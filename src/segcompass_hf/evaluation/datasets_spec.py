@@ -125,12 +125,12 @@ def _hosted(kind: str, _: int | None, path_or_id: str, split: str = "test") -> N
     return NamedDataset(dataset, f"{name} {split}", name if os.path.exists(path_or_id) else path_or_id, split, report)
 
 
-def _folder(kind: str, _: int | None, root: str, annotations: str = "") -> NamedDataset:
+def _folder(kind: str, _: int | None, root: str, annotations: str = "", split: str = "") -> NamedDataset:
     from ..data.folder import build_folder
 
     report = BuildReport()
-    dataset = build_folder(root, annotations or None, split="test", report=report)
-    return NamedDataset(dataset, Path(root).resolve().name, kind, None, report)
+    dataset = build_folder(root, annotations or None, split=split or "test", report=report)
+    return NamedDataset(dataset, f"{Path(root).resolve().name} {split}".strip(), kind, split or None, report)
 
 
 def _coco(kind: str, _: int | None, annotations: str, images: str) -> NamedDataset:
@@ -149,7 +149,7 @@ _KINDS: dict[str, tuple[Callable[..., NamedDataset], str]] = {
     "grefcoco": (_grefcoco, _REFER_USAGE),
     "reasonseg": (_reasonseg, "reasonseg:ROOT[:SPLIT]"),
     "hosted": (_hosted, "hosted:PARQUET_OR_ID[:SPLIT]"),
-    "folder": (_folder, "folder:ROOT[:ANNOTATIONS]"),
+    "folder": (_folder, "folder:ROOT[:ANNOTATIONS[:SPLIT]]"),
     "coco": (_coco, "coco:ANNOTATIONS:IMAGES"),
 }
 _STORED_USAGES = ("FILE.parquet", "FOLDER[:SPLIT]", "OWNER/NAME[:SPLIT]")
