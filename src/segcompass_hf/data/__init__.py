@@ -25,7 +25,9 @@ _EXPORTS = {
     "encode_mask": "schema",
     "eval_image_ids": "leakage",
     "from_hosted_reasonseg": "hosted",
+    "push_dataset": "publishing",
     "row_features": "schema",
+    "write_dataset": "hosting",
 }
 _MODULES = ("scenes",)
 __all__ = [*_EXPORTS, *_MODULES]
