@@ -428,7 +428,7 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path):
     from segcompass_hf.training.adapters import lora_config
 
     model = tiny_model()
-    adapted = get_peft_model(model, lora_config(model, r=2, dropout=0.0))
+    adapted = get_peft_model(model, lora_config(model, r=2, dropout=0.2))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -436,8 +436,14 @@ def test_a_trained_adapter_is_its_own_reference(tmp_path):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     trainer = tiny_trainer(tmp_path, model=adapted, beta=0.1)
     inputs = generate(trainer)
+    trainer.model.eval()  # without dropout the policy is its reference
     trainer.compute_loss(trainer.model, inputs)
-    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(0, abs=1e-7)
+    assert trainer._metrics["eval"]["kl"][-1] == pytest.approx(0, abs=1e-7)
+    still = inputs.pop("ref_per_token_logps")
+    trainer.model.train()
+    trainer.compute_loss(trainer.model, inputs)
+    torch.testing.assert_close(inputs["ref_per_token_logps"], still)
+    assert trainer._metrics["train"]["kl"][-1] > 1e-3
     optimized = {id(p) for group in trainer.create_optimizer().param_groups for p in group["params"]}
     copies = [p for name, p in trainer.model.named_parameters() if ".ref" in name]
     assert copies and not any(id(p) in optimized for p in copies)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,9 +171,23 @@ class AdapterFreeReference:
         model = self.peft_model.get_base_model()
         checkpointing = getattr(model, "is_gradient_checkpointing", False)
         plain = disable_gradient_checkpointing(model, self.checkpointing_kwargs) if checkpointing else nullcontext()
-        with plain, use_adapter(self.peft_model, "ref" if "ref" in self.peft_model.peft_config else None):
-            states = trace.replay(_upper_layers(model), final_norm(model.base_model))
+        layers, adapter = _upper_layers(model), "ref" if "ref" in self.peft_model.peft_config else None
+        with plain, use_adapter(self.peft_model, adapter), _without_dropout(layers):
+            states = trace.replay(layers, final_norm(model.base_model))
             return self._fused(states[:, -labels.shape[1] :], labels).log_probs
+
+
+@contextmanager
+def _without_dropout(layers: list[nn.Module]):
+    """A reference is one policy, not a random one; the rest of the layers stays in the mode it is in."""
+    active = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Dropout) and m.training]
+    for module in active:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in active:
+            module.train()
 
 
 @torch.no_grad()
