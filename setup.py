@@ -19,7 +19,7 @@ CORE = [
 EXTRAS = {
     # The GRPO trainer overrides private methods of TRL: one minor version only.
     "train": ["trl>=1.16,<1.17", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "bitsandbytes>=0.48", "scipy>=1.11"],
-    "data": ["datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.11"],
+    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.11"],
     "demo": ["matplotlib>=3.8"],
     "explain": ["matplotlib>=3.8", "gradio>=5"],
 }
@@ -41,7 +41,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"segcompass_hf": ["checkpoints/**/*"]},
+    package_data={"segcompass_hf": ["checkpoints/**/*", "data/templates/*", "metrics/evaluate_modules/*/*.py"]},
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require=EXTRAS,

@@ -1,7 +1,10 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Write the card of scenes-tiny from measured results, into `model_cards/` and beside the checkpoint:
 
-python benchmarks/scenes_card.py --results benchmarks/results/scenes.json
+python benchmarks/scenes_card.py --results benchmarks/results/scenes.json --evaluation benchmarks/results/evaluation
+
+`--results` is what `scenes_evaluation.py` wrote (ablations, baselines, sources of loss), `--evaluation` holds the
+`summary.json` of each split and the `model_index.yml` of `examples/evaluate.py`, as `scenes-SPLIT.json`.
 """
 
 import argparse
@@ -23,7 +26,7 @@ tags:
 - reasoning-segmentation
 - sparse-autoencoder
 - segcompass
----
+{model_index}---
 
 # scenes-tiny
 
@@ -65,9 +68,39 @@ in bfloat16 under autocast in that run; now they are in float32, as in the figur
 """
 
 
+EVALUATION = """\
+## Results by the evaluation runner
+
+```
+python examples/evaluate.py --datasets scenes:val scenes:test_combinations scenes:test_pairs \\
+    scenes:test_compositions scenes:test_crowded --num-samples {samples} --batch-size {batch_size} --baselines
+```
+
+Greedy, original resolution, slots chosen by confidence, every sample counted; brackets: 95 % bootstrap intervals.
+precision@t: share of the samples with a target whose IoU reaches t.
+
+{table}
+
+"""
+
+
+def evaluation_section(summaries: list[dict]) -> str:
+    """The runner's figures, one line per split."""
+    names = list(summaries[0]["metrics"])
+    lines = ["| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for summary in summaries:
+        cells = [f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in summary["metrics"].values()]
+        lines.append(f"| {summary['dataset_split']} | " + " | ".join(cells) + " |")
+    settings = summaries[0]["settings"]
+    return EVALUATION.format(
+        samples=settings["num_samples"], batch_size=settings["batch_size"], table="\n".join(lines)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/scenes.json")
+    parser.add_argument("--evaluation", type=Path, default=ROOT / "benchmarks/results/evaluation")
     arguments = parser.parse_args()
     checkpoint = Path(segcompass_hf.bundled_checkpoint())
     weights = checkpoint / "model.safetensors"
@@ -78,7 +111,11 @@ def main() -> None:
         parameters=parameters / 1e6,
         megabytes=weights.stat().st_size / 1e6,
         words=sum(not word.startswith("<") for word in vocabulary),
+        model_index=(arguments.evaluation / "model_index.yml").read_text(),
     )
+    splits = json.loads(arguments.results.read_text())["splits"]
+    summaries = [json.loads((arguments.evaluation / f"scenes-{split}.json").read_text()) for split in splits]
+    header += evaluation_section(summaries)
     report = markdown_report(json.loads(arguments.results.read_text()))
     report = report.replace("# Scenes, held out", "# Results on Scenes, held out", 1).replace("\n## ", "\n### ")
     for path in (ROOT / "model_cards/scenes-tiny.md", checkpoint / "README.md"):
