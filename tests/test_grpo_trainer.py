@@ -508,6 +508,8 @@ def test_rows_with_a_prompt_keep_it():
 def test_wrong_model_and_settings_are_refused(tmp_path):
     with pytest.raises(TypeError, match="from_pretrained_parts"):
         tiny_trainer(tmp_path, model=tiny_model().vlm)
+    with pytest.raises(ValueError, match="environment_factory"):
+        SegCompassGRPOTrainer(tiny_model(), environment_factory=object)
     with pytest.raises(ValueError, match="sync_ref_model"):
         SegCompassGRPOConfig(str(tmp_path), sync_ref_model=True, use_cpu=True, bf16=False)
     with pytest.raises(TypeError, match="SegCompassGRPOConfig"):

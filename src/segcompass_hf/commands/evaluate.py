@@ -21,7 +21,7 @@ data sets:
   refcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]      also refcoco+, refcocog, grefcoco
   reasonseg:ROOT[:SPLIT]
   hosted:PARQUET_OR_ID[:SPLIT]              a mirror with image, text, mask, image_id, ann_id
-  folder:ROOT[:ANNOTATIONS]                 images and a JSONL or CSV of your own
+  folder:ROOT[:ANNOTATIONS[:SPLIT]]         images and a JSONL or CSV of your own
   coco:ANNOTATIONS:IMAGES
   FILE.parquet, FOLDER[:SPLIT], OWNER/NAME[:SPLIT]   in the row schema
 """

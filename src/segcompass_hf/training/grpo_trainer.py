@@ -79,6 +79,9 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         peft_config: Any = None,
         **kwargs,
     ):
+        unknown = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
+        if unknown:
+            raise ValueError(f"{unknown} make conversations of several turns; masks are read from a single answer.")
         args = SegCompassGRPOConfig("segcompass-grpo") if args is None else args
         if not isinstance(args, SegCompassGRPOConfig):
             raise TypeError(f"args must be a SegCompassGRPOConfig, got {type(args).__name__}.")
@@ -91,8 +94,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         core = _core(model)
         if not hasattr(core, "slot_mapper"):
             raise TypeError(
-                f"SegCompassGRPOTrainer trains a SegCompassForReasoningSegmentation, got {type(core).__name__}; make "
-                "one from a VLM, a SAM and an SAE with SegCompassForReasoningSegmentation.from_pretrained_parts."
+                f"got a {type(core).__name__}, not a SegCompassForReasoningSegmentation; its from_pretrained_parts "
+                "makes one from a VLM, a SAM and an SAE."
             )
         if processing_class is None:
             processing_class = SegCompassProcessor.from_pretrained(core.config.name_or_path)
@@ -134,8 +137,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(FinishShardingCallback())
-
-    # The parts.
 
     @property
     def core(self) -> SegCompassForReasoningSegmentation:

@@ -46,6 +46,8 @@ def segment_and_score(model: Any, processor: Any, rows: Any, batch_size: int = 8
 
 def segmentation_report(scored: Sequence[ScoredRow]) -> dict[str, float]:
     """gIoU, cIoU, N-acc and T-acc in [0, 1], and the mean of `kept_slots`."""
+    if not scored:
+        raise ValueError("there is no row to report on; the evaluation set is empty.")
     figures = metrics_of_scores(row.score for row in scored)
     return {**figures, "kept_slots": sum(row.kept_slots for row in scored) / len(scored)}
 
