@@ -23,6 +23,7 @@ from segcompass_hf.data import BuildReport
 from segcompass_hf.data.splitting import build_folder_splits
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
 from segcompass_hf.training.adapters import lora_config
+from segcompass_hf.training.own_reasoning import with_own_reasoning
 from segcompass_hf.training.segmentation import SegmentationConfig, SegmentationTrainer
 
 
@@ -33,7 +34,6 @@ class ScriptArguments:
     held_out_share: float = field(default=0.2, metadata={"help": "Of the images, if nothing says the splits."})
     model: str = field(default=str(bundled_checkpoint()), metadata={"help": "Folder or Hub id."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    reasoning: str = field(default="full", metadata={"help": "In evaluation: full, short or none."})
 
 
 # Over the settings' own defaults, which are for billions of parameters; factors are on the learning rate.
@@ -56,11 +56,12 @@ def main() -> None:
     processor = SegCompassProcessor.from_pretrained(script.model)
 
     def evaluate(name: str) -> None:
-        predictor = ModelPredictor(model.eval(), processor, name, reasoning=script.reasoning)
+        predictor = ModelPredictor(model.eval(), processor, name)
         batch_size = args.per_device_eval_batch_size
         metrics[name] = evaluate_dataset(predictor, held_out, output / name, batch_size, unreadable="count").metrics
 
     evaluate("before")
+    train = with_own_reasoning(train, ModelPredictor(model, processor), args.per_device_eval_batch_size)
     set_seed(args.seed)  # the adapters' start
     adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)
     trainer = SegmentationTrainer(model, args, train, None, processor, adapter)  # puts the adapters into `model`

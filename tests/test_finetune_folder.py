@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_example_configs import module
 
-from segcompass_hf.data import BuildReport, scenes
+from segcompass_hf.data import BuildReport, build_folder, scenes
 from segcompass_hf.data.splitting import build_folder_splits, split_by_image
 
 POLYGON = [[[2, 3, 7, 3, 7, 8, 2, 8]]]
@@ -112,7 +113,7 @@ def test_what_cannot_be_split_is_refused(root):
 
 
 def run(monkeypatch, folder: Path, output: Path, **flags) -> None:
-    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "lora_r": 4, "reasoning": "short"}
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "save_steps": 1, "lora_r": 4}
     words = ["finetune_folder.py", "--folder", str(folder), "--output_dir", str(output), "--use_cpu"]
     for name, value in (settings | {"disable_tqdm": "true"} | flags).items():
         words += [f"--{name}", str(value)]
@@ -158,6 +159,27 @@ def test_the_example_trains_saves_an_adapter_and_can_be_resumed(monkeypatch, tmp
     adapters = [value for name, value in model.named_parameters() if "lora_B" in name]
     assert adapters and any(torch.count_nonzero(value) for value in adapters)  # they start at 0
     _, held_out = build_folder_splits(root)
-    predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(output), reasoning="short")
+    predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(output))
     again = evaluate_dataset(predictor, held_out, tmp_path / "again")
     assert again.metrics == pytest.approx(summary["metrics"]["after-2-steps"])
+
+
+def test_rows_without_reasoning_get_the_model_s_own(root):
+    from segcompass_hf.evaluation import Prediction
+    from segcompass_hf.training.own_reasoning import with_own_reasoning
+
+    class Thinker:
+        name = "thinker"
+
+        def predict(self, rows):
+            empty = np.zeros((0, 20, 30), dtype=bool)
+            return [Prediction(empty, reasoning=f"I see {row['instruction']} {row['image'].size}") for row in rows]
+
+    lines = lines_of(root / "annotations.jsonl")[:4]
+    lines[2]["reasoning"] = "known"
+    write(root / "annotations.jsonl", lines)
+    rows = build_folder(root)
+    filled = with_own_reasoning(rows, Thinker(), batch_size=2)
+    assert list(filled["reasoning"]) == ["I see one (30, 20)", "I see two (30, 20)", "known", "I see two (30, 20)"]
+    assert filled.features == rows.features and filled.column_names == rows.column_names
+    assert with_own_reasoning(filled, None) is filled
