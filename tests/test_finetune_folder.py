@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_example_configs import module
 
 from segcompass_hf.data import BuildReport, build_folder, scenes
+from segcompass_hf.data.schema import decode_masks
 from segcompass_hf.data.splitting import build_folder_splits, split_by_image
+from segcompass_hf.evaluation import Prediction
+from segcompass_hf.training.own_reasoning import with_own_reasoning
 
 POLYGON = [[[2, 3, 7, 3, 7, 8, 2, 8]]]
 
@@ -164,22 +166,54 @@ def test_the_example_trains_saves_an_adapter_and_can_be_resumed(monkeypatch, tmp
     assert again.metrics == pytest.approx(summary["metrics"]["after-2-steps"])
 
 
-def test_rows_without_reasoning_get_the_model_s_own(root):
-    from segcompass_hf.evaluation import Prediction
-    from segcompass_hf.training.own_reasoning import with_own_reasoning
+class Thinker:
+    """Thinks about every row, and finds the masks of those whose instruction is not in `misses`."""
 
-    class Thinker:
-        name = "thinker"
+    name = "thinker"
 
-        def predict(self, rows):
-            empty = np.zeros((0, 20, 30), dtype=bool)
-            return [Prediction(empty, reasoning=f"I see {row['instruction']} {row['image'].size}") for row in rows]
+    def __init__(self, rows, misses=()):
+        self.masks = {row["instruction"]: decode_masks(row["masks"], row["image"].size[::-1]) for row in rows}
+        self.misses = misses
 
+    def predict(self, rows):
+        found = [self.masks[row["instruction"]] for row in rows]
+        found = [
+            ~masks.any(0)[None] if row["instruction"] in self.misses else masks
+            for row, masks in zip(rows, found, strict=True)
+        ]
+        return [
+            Prediction(masks, reasoning=f"I see {row['instruction']} {row['image'].size}")
+            for row, masks in zip(rows, found, strict=True)
+        ]
+
+
+@pytest.fixture
+def rows_with_one_reasoning(root):
     lines = lines_of(root / "annotations.jsonl")[:4]
     lines[2]["reasoning"] = "known"
+    for number, line in enumerate(lines):
+        line["instruction"] = f"thing {number}"
     write(root / "annotations.jsonl", lines)
-    rows = build_folder(root)
-    filled = with_own_reasoning(rows, Thinker(), batch_size=2)
-    assert list(filled["reasoning"]) == ["I see one (30, 20)", "I see two (30, 20)", "known", "I see two (30, 20)"]
+    return build_folder(root)
+
+
+def test_rows_without_reasoning_get_the_model_s_own(rows_with_one_reasoning):
+    rows = rows_with_one_reasoning
+    filled = with_own_reasoning(rows, Thinker(rows), batch_size=2)
+    expected = [f"I see thing {number} (30, 20)" for number in range(4)]
+    expected[2] = "known"
+    assert list(filled["reasoning"]) == expected
     assert filled.features == rows.features and filled.column_names == rows.column_names
     assert with_own_reasoning(filled, None) is filled
+
+
+def test_rows_whose_own_reasoning_leads_elsewhere_are_left_out(rows_with_one_reasoning):
+    rows = rows_with_one_reasoning
+    filled = with_own_reasoning(rows, Thinker(rows, misses=["thing 0", "thing 2"]))
+    assert list(filled["instruction"]) == ["thing 1", "thing 2", "thing 3"]  # thing 2 has reasoning and is not asked
+    assert list(filled["reasoning"])[1] == "known"
+    kept = with_own_reasoning(rows, Thinker(rows, misses=["thing 0"]), min_iou=0.0)
+    assert len(kept) == 4
+    alone = rows.select([0, 1])
+    with pytest.raises(ValueError, match="led to other masks in every row"):
+        with_own_reasoning(alone, Thinker(rows, misses=["thing 0", "thing 1"]))

@@ -7,38 +7,65 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.schema import decode_mask, decode_masks
+from ..metrics import score_sample
+
 logger = logging.get_logger(__name__)
 
 
-def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8) -> Any:
-    """Fill `reasoning` where it is missing with what the model itself thinks about the row.
+def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_iou: float = 0.5) -> Any:
+    """Fill `reasoning` where it is missing with what the model itself thinks about the row, where that led it right.
 
     Without it such rows train masks behind an empty think block, which is not what the model sees when it is used: its
-    own answers then get worse. Nothing says that the model's reasoning is right; it keeps its way of thinking, and
-    learns masks on top of it.
+    own answers then get worse. Masks behind reasoning that points elsewhere teach it to ignore its reasoning; rows
+    whose own answer is wrong are left out (rejection sampling, as in Zelikman et al. 2022, arXiv 2203.14465).
 
     Args:
         dataset (`datasets.Dataset`): In the row schema.
         predictor ([`ModelPredictor`]): Of the model before training. Answers greedily.
         batch_size (`int`, *optional*, defaults to 8): Rows at a time.
+        min_iou (`float`, *optional*, defaults to 0.5): Of the model's answer with the row's masks, unions compared, in
+            [0, 1]; 0 keeps every row.
 
     Returns:
-        `datasets.Dataset`: the same rows in the same order, with images as they were.
+        `datasets.Dataset`: the rows that had reasoning and those whose own led to the masks, in their order, with
+        images as they were.
+
+    Raises:
+        ValueError: no row is left.
     """
     reasonings = list(dataset["reasoning"])
     missing = [index for index, words in enumerate(reasonings) if not (words or "").strip()]
     if not missing:
         return dataset
+    wrong = set()
     for start in logging.tqdm(range(0, len(missing), batch_size), desc="own reasoning"):
         indices = missing[start : start + batch_size]
         rows = [dataset[index] for index in indices]
-        for index, prediction in zip(indices, predictor.predict(rows), strict=True):
+        for index, row, prediction in zip(indices, rows, predictor.predict(rows), strict=True):
             reasonings[index] = prediction.reasoning
-    logger.info(f"{len(missing)} of {len(dataset)} rows have no reasoning and got the model's own.")
+            if _iou(row, prediction) < min_iou:
+                wrong.add(index)
+    logger.warning(
+        f"{len(missing)} of {len(dataset)} rows have no reasoning: {len(missing) - len(wrong)} got the model's own, "
+        f"{len(wrong)} are left out because it led to other masks (IoU below {min_iou})."
+    )
+    if len(wrong) == len(dataset):
+        raise ValueError(
+            "the model's own reasoning led to other masks in every row; add a `reasoning` column, or start from a "
+            "model that knows such images."
+        )
     feature = dataset.features["reasoning"]
     columns = dataset.column_names
-    return (
+    filled = (
         dataset.remove_columns("reasoning")
         .add_column("reasoning", reasonings, feature=feature)
         .select_columns(columns)
     )
+    return filled.select([index for index in range(len(dataset)) if index not in wrong]) if wrong else filled
+
+
+def _iou(row: dict[str, Any], prediction: Any) -> float:
+    size = row["image"].size[::-1]
+    ignore = None if row.get("ignore") is None else decode_mask(row["ignore"])
+    return score_sample(prediction.masks, decode_masks(row["masks"], size), ignore).iou
