@@ -17,6 +17,8 @@ _EXPORTS = {
     "SegmentationCollator": "collator",
     "build_coco": "coco",
     "build_folder": "folder",
+    "build_folder_splits": "splitting",
+    "split_by_image": "splitting",
     "build_grefcoco": "refer",
     "build_reasonseg": "reasonseg",
     "build_refcoco": "refer",

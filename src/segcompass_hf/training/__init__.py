@@ -35,6 +35,7 @@ _EXPORTS = {
     "export_for_vllm": "vllm_rollouts",
     "prepare_fsdp2": "fsdp",
     "estimate_memory": "memory",
+    "with_own_reasoning": "own_reasoning",
     "RobustTrainerMixin": "robust",
     "RobustTrainingArguments": "robust",
 }
