@@ -12,13 +12,18 @@ from typing import Any
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
+    "BASELINES": "baselines",
+    "BoxLocalizerPredictor": "box_localizer",
     "EvaluationSummary": "runner",
+    "FolderPredictor": "external",
     "ModelPredictor": "predictors",
     "Prediction": "predictors",
     "Predictor": "predictors",
     "compare_runs": "comparison",
     "evaluate_dataset": "runner",
     "load_dataset_of": "datasets_spec",
+    "make_baseline": "baselines",
+    "prediction_file_name": "external",
     "read_samples": "records",
 }
 __all__ = list(_EXPORTS)
