@@ -30,6 +30,9 @@ $(VENV)/.dev-stamp: $(PACKAGING) | $(BIN)/python
 demo: $(VENV)/.demo-stamp
 	$(BIN)/segcompass demo --output $(OUT)
 
+# The tests' models are tiny: more threads only wait for each other.
+test slow: export OMP_NUM_THREADS ?= 1
+
 test: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m "not slow"
 

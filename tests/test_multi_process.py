@@ -210,6 +210,7 @@ def test_full_state_of_a_sharded_model_saves_and_loads(core, alone, family):
         torch.testing.assert_close(loaded.get_parameter(name), stepped, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", mp_grpo.CASES)
 def test_grpo_step_equals_that_of_one_process(grpo, case, tmp_path):
     """Weights after a step of SGD at 1: policy, segmentation, confidence and KL losses in one."""

@@ -88,6 +88,7 @@ class TestInputs:
 
 
 class TestRecord:
+    @pytest.mark.slow
     def test_measures_and_reports(self, tmp_path, capsys, monkeypatch):
         shares = {"SAE encode": 0.03}
         monkeypatch.setattr(train_step, "proportions", lambda preset: shares)  # building a 7B model takes its time
