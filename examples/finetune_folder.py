@@ -46,21 +46,20 @@ def main() -> None:
     parser.set_defaults(**DEFAULTS)
     script, args = parser.parse_args_and_config()
     output, report, metrics = Path(args.output_dir), BuildReport(), {}
-    try:
-        train, held_out = build_folder_splits(
-            script.folder, script.annotations, script.held_out_share, args.seed, report
-        )
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    model = SegCompassForReasoningSegmentation.from_pretrained(script.model).to(args.device)
-    processor = SegCompassProcessor.from_pretrained(script.model)
 
     def evaluate(name: str) -> None:
         predictor = ModelPredictor(model.eval(), processor, name)
         batch_size = args.per_device_eval_batch_size
         metrics[name] = evaluate_dataset(predictor, held_out, output / name, batch_size, unreadable="count").metrics
 
-    evaluate("before")
+    try:
+        splits = build_folder_splits(script.folder, script.annotations, script.held_out_share, args.seed, report)
+        train, held_out = splits
+        model = SegCompassForReasoningSegmentation.from_pretrained(script.model).to(args.device)
+        processor = SegCompassProcessor.from_pretrained(script.model)
+        evaluate("before")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     train = with_own_reasoning(train, ModelPredictor(model, processor), args.per_device_eval_batch_size)
     set_seed(args.seed)  # the adapters' start
     adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)

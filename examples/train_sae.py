@@ -8,12 +8,15 @@ With any VLM and any image-text data set of the Hub, in the row schema or interl
     accelerate launch examples/train_sae.py --output_dir runs/sae --bf16 --vlm llava-hf/llava-1.5-7b-hf \
         --dataset HuggingFaceM4/OBELICS --streaming --max_length 2048 --train_tokens 200000000 --eval_strategy steps
 
-The same command goes on from the last checkpoint. All settings: `--help`; a yaml file may stand in their place.
+The same command goes on from the last checkpoint. All settings: `--help`; `--config FILE.yaml` first
+takes them from a file, which flags override.
 """
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -37,10 +40,14 @@ class DataArguments:
 
 def main():
     parser = HfArgumentParser((DataArguments, SaeTrainingConfig))
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        data, args = parser.parse_yaml_file(sys.argv[1])
-    else:
-        data, args = parser.parse_args_into_dataclasses()
+    flags = sys.argv[1:]
+    if flags[:1] == ["--config"] and len(flags) > 1:  # a yaml of these settings first; flags override it
+        settings, flags = yaml.safe_load(Path(flags[1]).read_text()), flags[2:]
+        unknown = sorted(set(settings) - {action.dest for action in parser._actions})
+        if unknown:
+            parser.error(f"{sys.argv[2]} has settings that are not known: {', '.join(unknown)}")
+        parser.set_defaults(**settings)
+    data, args = parser.parse_args_into_dataclasses(flags)
     source = data.vlm or segcompass_hf.bundled_checkpoint()
     vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=data.vlm_dtype)
     processor = AutoProcessor.from_pretrained(source)

@@ -184,7 +184,7 @@ def test_another_run_is_not_mixed_in(tmp_path, changed, message):
     first = {"predictor": SeededBoxes(weights="old"), "rows": make_rows()}
     run(folder=tmp_path, **first)
     before = (tmp_path / SAMPLES_FILE).read_bytes()
-    with pytest.raises(ValueError, match=f"results of another run .*{message}"):
+    with pytest.raises(ValueError, match=f"results of another run; .*{message}"):
         run(folder=tmp_path, **first | changed)
     assert (tmp_path / SAMPLES_FILE).read_bytes() == before
     figures = run(folder=tmp_path, resume=False, **first | changed).figures

@@ -271,6 +271,12 @@ def test_without_policy_loss_only_the_segmentation_counts(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="bf16 is the default on a GPU")
+def test_settings_need_nothing_said_about_a_missing_gpu(tmp_path):
+    assert not SegCompassGRPOConfig(str(tmp_path)).bf16
+    assert SegCompassGRPOConfig(str(tmp_path), bf16=True, use_cpu=True).bf16
+
+
 def test_loss_weights_switch_at_the_step(tmp_path):
     settings = {"loss_weight_switch_step": 3, "switched_loss_weights": {"mask_focal_weight": 5.0}}
     args = SegCompassGRPOConfig(str(tmp_path), mask_dice_weight=2.0, use_cpu=True, bf16=False, **settings)

@@ -160,8 +160,8 @@ def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any
     ]
     if changed:
         raise ValueError(
-            f"{os.fspath(output_dir)!r} holds results of another run ({'; '.join(changed)}); choose another folder, "
-            "or drop them with resume=False (--restart)."
+            f"{os.fspath(output_dir)!r} holds results of another run; choose another folder, or drop them with "
+            f"resume=False (--restart). What differs: {'; '.join(changed)}."
         )
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from trl import GRPOConfig
 
 from .robust import RobustTrainingArguments
@@ -95,6 +96,8 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
     num_sample_pictures: int = field(default=4, metadata={"help": "Sample pictures each time."})
 
     def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False  # TRL's default is True, which transformers refuses without a GPU
         super().__post_init__()
         switched = self.switched_loss_weights or {}
         unknown = sorted(set(switched) - set(LOSS_WEIGHTS))
