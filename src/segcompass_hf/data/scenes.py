@@ -46,17 +46,28 @@ class Scene:
     instruction: Instruction
 
 
-def sample(split: str, index: int, seed: int = 0) -> Scene:
+def sample(split: str, index: int, seed: int = 0, kinds: Collection[str] | None = None) -> Scene:
     """Make sample `index` of a split.
 
+    Args:
+        split (`str`): one of `SPLITS`.
+        index (`int`): which sample.
+        seed (`int`): another seed is another data set of the same distribution.
+        kinds (`Collection[str]`, *optional*): only instructions of these kinds, in the same proportion to each other.
+
     Raises:
-        ValueError: the split does not exist.
+        ValueError: the split or a kind does not exist, or the split has none of the kinds.
     """
     if split not in SPLITS:
         raise ValueError(f"Scenes has no split {split!r}; choose one of {', '.join(SPLITS)}.")
+    _check_kinds(kinds or ())
     settings = SPLITS[split]
     rng = np.random.default_rng([seed, settings.stream, index])
-    kinds = [k for k in KINDS if not (settings.held_out_forms and k == "count")]  # no form of `count` is held out
+    chosen = KINDS if kinds is None else kinds
+    # no form of `count` is held out
+    kinds = [k for k in KINDS if k in chosen and not (settings.held_out_forms and k == "count")]
+    if not kinds:
+        raise ValueError(f"split {split!r} has no instruction of kind {', '.join(chosen) or '(none asked for)'}.")
     shares = np.array([KINDS[kind] for kind in kinds])
     kind = kinds[int(rng.choice(len(kinds), p=shares / shares.sum()))]
     while True:
@@ -70,6 +81,12 @@ def sample(split: str, index: int, seed: int = 0) -> Scene:
         drawn = draw(rng, objects)
         if drawn is not None:
             return Scene(*drawn, objects, instruction)
+
+
+def _check_kinds(kinds: Collection[str]) -> None:
+    unknown = set(kinds) - set(KINDS)
+    if unknown:
+        raise ValueError(f"unknown kinds {sorted(unknown)}; the kinds of Scenes are {', '.join(KINDS)}.")
 
 
 def to_row(scene: Scene, sample_id: str, split: str, reasoning: bool = True) -> dict[str, Any]:
@@ -106,9 +123,7 @@ def iterate(
             in real referring data.
         start (`int`): index of the first row.
     """
-    unknown = set(without_reasoning) - set(KINDS)
-    if unknown:
-        raise ValueError(f"unknown kinds {sorted(unknown)}; the kinds of Scenes are {', '.join(KINDS)}.")
+    _check_kinds(without_reasoning)
     for index in range(start, start + num_samples):
         scene = sample(split, index, seed)
         keep = scene.instruction.kind not in without_reasoning

@@ -22,14 +22,14 @@ CELLS = tuple("abcdefgh"[column] + str(row + 1) for row in range(GRID) for colum
 class SceneSamples(Dataset):
     """Scene `i` of a split as arrays; the same `i` gives the same sample in every process and after every resume."""
 
-    def __init__(self, num_samples: int, split: str = "train", seed: int = 0):
-        self.num_samples, self.split, self.seed = num_samples, split, seed
+    def __init__(self, num_samples: int, split: str = "train", seed: int = 0, kinds: tuple[str, ...] | None = None):
+        self.num_samples, self.split, self.seed, self.kinds = num_samples, split, seed, kinds
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = scenes.sample(self.split, index, self.seed)
+        scene = scenes.sample(self.split, index, self.seed, self.kinds)
         table = np.full((MAX_OBJECTS, 4), -100, np.int64)  # color, shape, size, cell of each object
         for row, o in zip(table, scene.objects, strict=False):
             row[:3] = [values.index(getattr(o, name)) for name, values in ATTRIBUTES.items()]

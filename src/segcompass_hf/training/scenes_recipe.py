@@ -27,12 +27,16 @@ SAE_LAYER = 2  # of 4
 
 @dataclass(frozen=True)
 class Stage:
-    """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`."""
+    """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
+
+    `kinds` restricts the instructions (`None`: all kinds).
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
     seed: int
+    kinds: tuple[str, ...] | None = None
 
 
 STAGES = {
@@ -139,7 +143,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     vlm = AutoModelForImageTextToText.from_pretrained(
         output_dir / "vision", dtype=torch.float32, attn_implementation="eager"
     )
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
     return vlm, WarmupTrainer(
         model=vlm,
         args=arguments,
@@ -155,7 +159,7 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     tokenizer = build_tokenizer()
     vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "warmup", dtype=torch.float32)
     vlm.to(arguments.device)
-    states, _ = harvest(vlm, tokenizer, SAE_LAYER, SAE_SCENES, seed=stage.seed)
+    states, _ = harvest(vlm, tokenizer, SAE_LAYER, SAE_SCENES, seed=stage.seed, kinds=stage.kinds)
     sae = SegCompassSae(build_sae_config(SAE_LAYER))
     with torch.no_grad():
         sae.b_dec.copy_(sae.normalize(states)[0].mean(0))
@@ -191,7 +195,7 @@ def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     with torch.no_grad():
         model.codebook.weight.copy_(model.sae.W_dec)
     SlotTrainer.add_head(model)
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
     return model, SlotTrainer(
         model=model,
         args=arguments,
@@ -206,7 +210,7 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     model = SegCompassForReasoningSegmentation.from_pretrained(output_dir / "slots", dtype=torch.float32)
     model.vlm.set_attn_implementation("eager")
     model.freeze_for_training()
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
     return model, JointTrainer(
         model=model,
         args=arguments,

@@ -14,7 +14,13 @@ from .scenes_trainers import RecipeTrainer
 
 @torch.no_grad()
 def harvest(
-    vlm, tokenizer, layer: int, num_scenes: int, seed: int, batch_size: int = 64
+    vlm,
+    tokenizer,
+    layer: int,
+    num_scenes: int,
+    seed: int,
+    batch_size: int = 64,
+    kinds: tuple[str, ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Hidden states of every token, padding and the start token left out.
 
@@ -25,7 +31,7 @@ def harvest(
     """
     vlm.eval()
     states, ids = [], []
-    scenes, collate = SceneSamples(num_scenes, seed=seed), SceneCollator(tokenizer)
+    scenes, collate = SceneSamples(num_scenes, seed=seed, kinds=kinds), SceneCollator(tokenizer)
     loader = DataLoader(scenes, batch_size, collate_fn=collate, num_workers=1)
     for batch in loader:
         inputs = {name: batch[name].to(vlm.device) for name in ("input_ids", "attention_mask", "pixel_values")}
