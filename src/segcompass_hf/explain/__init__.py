@@ -1,16 +1,35 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Looking into an answer: figures of reasoning, heatmaps and masks."""
+"""Looking into an answer: which concepts made which mask, tested causally; figures and reports of it.
+
+Each name is loaded when first used.
+"""
+
+from __future__ import annotations
 
 import importlib
 from typing import Any
 
-_EXPORTS = {"SegmentationRow": "figure", "plot_segmentations": "figure"}
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "SegmentationRow": "figure",
+    "plot_segmentations": "figure",
+    "explain": "explaining",
+    "Explanation": "explanation",
+    "MaskExplanation": "explanation",
+    "ConceptAttribution": "explanation",
+    "Ablation": "explanation",
+    "Token": "explanation",
+    "TokenShare": "explanation",
+    "mask_to_rle": "explanation",
+}
 __all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
-        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value  # the next access does not come here
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
