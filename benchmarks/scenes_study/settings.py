@@ -18,3 +18,30 @@ START = {
     "slots": Stage(steps=400, batch_size=32, learning_rate=6e-3, seed=15, kinds=TAUGHT),
     "joint": Stage(steps=250, batch_size=32, learning_rate=4e-3, seed=14, kinds=TAUGHT),
 }
+
+# The ablation's arms: what of `policy_loss_weight * L_grpo + L_seg + L_conf` trains what.
+ARMS = {
+    "rl_only": {"train_heads": False, "seg_loss_weight": 0.0, "conf_loss_weight": 0.0},
+    "seg_only": {"policy_loss_weight": 0.0, "beta": 0.0},
+    "both": {},
+    "latent": {},  # as "both", concept path replaced
+}
+SEEDS = {"rl_only": (0,), "seg_only": (0, 1, 2), "both": (0, 1, 2), "latent": (0, 1, 2)}
+ARM_STEPS = 150
+GRPO = {
+    "per_device_train_batch_size": 32,
+    "gradient_accumulation_steps": 2,  # 8 prompts of 8 completions
+    "num_generations": 8,
+    "max_completion_length": 120,
+    "temperature": 1.0,
+    "beta": 0.04,
+    "learning_rate": 2e-4,
+    "codebook_lr_factor": 1.0,
+    "slot_mapper_lr_factor": 1.0,
+    "prompt_encoder_lr_factor": 1.0,
+    "mask_decoder_lr_factor": 1.0,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 10,
+}
+SPLITS = ("val", "test_combinations", "test_pairs", "test_compositions", "test_crowded")
+EVALUATION_SEED, EVALUATION_SAMPLES = 7, 200

@@ -26,11 +26,15 @@ class SlotTrainer(RecipeTrainer):
         for part in (model.codebook, model.slot_encoder, model.slot_words):
             part.requires_grad_(True)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def slots_of(self, model: nn.Module, inputs: dict) -> torch.Tensor:
+        """Slots `(batch_size, num_slots, d_slot)` of a batch; gradients reach codebook and slot encoder."""
         names = ("input_ids", "attention_mask", "pixel_values")
         with torch.no_grad():
             concepts = model(**{name: inputs[name] for name in names}, output_concepts=True).concepts
-        slots = model.encode_slots(concepts, inputs["attention_mask"]).slots  # (batch, num_slots, d_slot)
+        return model.encode_slots(concepts, inputs["attention_mask"]).slots
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        slots = self.slots_of(model, inputs)
         rows, columns = (inputs["targets"] > 0).nonzero(as_tuple=True)
         objects = inputs["objects"][rows, inputs["targets"][rows, columns] - 1]  # (pairs, 4): color, shape, size, cell
         scores = model.slot_words(slots[rows, columns]).float()
