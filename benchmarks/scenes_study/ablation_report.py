@@ -74,7 +74,10 @@ def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, s
         arms = [arm for arm in (first, second) if arm is not None]
         rows = [rng.integers(len(arm[0]), size=len(arm[0])) for arm in arms]
         draws = [rng.integers(array.shape[1], size=array.shape[1]) for array in first]
-        found = [_mean([array[r][:, d] for array, d in zip(arm, draws, strict=True)]) for arm, r in zip(arms, rows, strict=True)]
+        found = [
+            _mean([array[r][:, d] for array, d in zip(arm, draws, strict=True)])
+            for arm, r in zip(arms, rows, strict=True)
+        ]
         means.append(found[0] - (found[1] if second is not None else 0.0))
     return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
 
@@ -189,8 +192,8 @@ def main() -> None:
         "",
     ]
     head += [
-        f"{ARM_STEPS} optimizer steps of 8 prompts x 8 completions per run; {EVALUATION_SAMPLES} scenes per split (seed "
-        f"{EVALUATION_SEED}), greedy. {len(record['runs'])} runs, {minutes:.0f} CPU minutes with evaluation, commits "
+        f"{ARM_STEPS} optimizer steps of 8 prompts x 8 completions per run; {EVALUATION_SAMPLES} scenes per split "
+        f"(seed {EVALUATION_SEED}), greedy. {len(record['runs'])} runs, {minutes:.0f} CPU minutes with evaluation, commits "
         f"{', '.join(commits)}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: "
         "`benchmarks/scenes_study/PROTOCOL.md`.",
         "",

@@ -69,10 +69,10 @@ class LatentSlotTrainer(SlotTrainer):
     """The slot stage with latent queries: what is taught is the same."""
 
     def slots_of(self, model, inputs):
-        names = ("input_ids", "attention_mask", "pixel_values", "completion_mask")
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         with torch.no_grad():
-            states = model(**{name: inputs[name] for name in names}).reference_states
-        return model.slot_mapper.slots(states)
+            last = model.base_model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])[0]
+        return model.slot_mapper.slots(model.find_reference_states(last, ids, mask, inputs["completion_mask"]))
 
 
 def _slots(stage, arguments):
