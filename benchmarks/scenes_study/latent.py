@@ -115,7 +115,8 @@ def run_stage(name: str) -> None:
     set_seed(stage.seed)
     arguments = recipe._arguments(name, stage, folder)
     model, trainer = {"slots": _slots, "joint": _joint}[name](stage, arguments)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "state")) if folder.exists() else None)
+    state = str(folder / "state")
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(state) if Path(state).exists() else None)
     if name == "slots":
         del model.slot_words
     else:

@@ -110,7 +110,8 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
             raise FileNotFoundError(f"stage {name!r} starts from {needed!r}, which has no result in {output_dir}.")
     set_seed(stage.seed)
     model, trainer = _BUILDERS[name](output_dir, stage, _arguments(name, stage, folder))
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / "state")) if folder.exists() else None)
+    state = str(folder / "state")
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(state) if Path(state).exists() else None)
     if trainer.is_world_process_zero():
         _finish(name, model, folder)
         log = folder / f"{LOG}.tmp"
