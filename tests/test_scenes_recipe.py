@@ -33,10 +33,13 @@ def test_patch_labels_by_hand():
     assert labels["background"].sum() == GRID * GRID - 2
 
 
-def test_collator_agrees_with_the_processor():
+@pytest.mark.parametrize("num_slots", [4, 2, 6])
+def test_collator_agrees_with_the_processor(num_slots):
     """Training reads what inference will read: same ids, pixels and soft targets, up to the side of the padding."""
-    processor, samples = build_processor(), [SceneSamples(6, "val", seed=3)[i] for i in range(6)]
-    batch = JointCollator(processor.tokenizer)(samples)
+    scenes = SceneSamples(40, "val", seed=3)
+    processor, samples = build_processor(num_slots), [scenes[i] for i in (0, 1, 9, 11, 29, 36)]
+    assert [len(s["targets"]) for s in samples] == [1, 2, 3, 0, 4, 4], "more and fewer than slots"
+    batch = JointCollator(processor.tokenizer, num_slots)(samples)
     masks = [
         np.stack([s["ids"] == i + 1 for i in s["targets"]]) if s["targets"] else np.zeros((0, *s["ids"].shape), bool)
         for s in samples
@@ -46,6 +49,7 @@ def test_collator_agrees_with_the_processor():
         instruction=[s["instruction"] for s in samples],
         reasoning=[s["reasoning"] for s in samples],
         masks=masks,
+        overflow="merge",
     )
     for ours, theirs, key in (
         (batch["input_ids"], expected["input_ids"], "attention_mask"),

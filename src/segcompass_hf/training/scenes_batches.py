@@ -76,7 +76,10 @@ def patch_labels(ids: torch.Tensor, objects: torch.Tensor) -> dict[str, torch.Te
 
 @dataclass
 class SceneCollator:
-    """Stack samples; with a tokenizer also build prompt + reference completion, padded on the right."""
+    """Stack samples; with a tokenizer also build prompt + reference completion, padded on the right.
+
+    `targets` holds the first `num_slots` objects of the answer.
+    """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     num_slots: int = 4
@@ -110,7 +113,8 @@ class SceneCollator:
         labels = torch.where(completion_mask == 1, input_ids, torch.full_like(input_ids, -100))
         targets = torch.zeros(len(samples), self.num_slots, dtype=torch.long)  # 1 + object index, 0 = no object
         for row, sample in enumerate(samples):
-            targets[row, : len(sample["targets"])] = torch.tensor(sample["targets"], dtype=torch.long) + 1
+            chosen = sample["targets"][: self.num_slots]
+            targets[row, : len(chosen)] = torch.tensor(chosen, dtype=torch.long) + 1
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

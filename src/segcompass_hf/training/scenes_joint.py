@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..images_segcompass import fit_objects_to_slots
 from .scenes_batches import SceneCollator
 from .scenes_trainers import RecipeTrainer
 
@@ -13,12 +14,20 @@ MAP_STRIDE = 2  # 112-pixel canvas -> 56 x 56 maps
 
 
 class JointCollator(SceneCollator):
-    """Adds SAM's pixels and soft mask targets `(batch, num_slots, 56, 56)` to the text of `SceneCollator`."""
+    """Adds SAM's pixels and soft mask targets `(batch, num_slots, 56, 56)` to the text of `SceneCollator`.
+
+    With more objects than slots the smallest are united.
+    """
 
     def __call__(self, samples):
         batch = super().__call__(samples)
         targets = batch.pop("targets")
-        full = (batch.pop("ids")[:, None] == targets[..., None, None]) & (targets > 0)[..., None, None]
+        ids = batch.pop("ids")
+        full = (ids[:, None] == targets[..., None, None]) & (targets > 0)[..., None, None]
+        for row, sample in enumerate(samples):
+            if len(sample["targets"]) > self.num_slots:
+                objects = ids[row] == torch.tensor(sample["targets"])[:, None, None] + 1
+                full[row] = fit_objects_to_slots(objects, self.num_slots, "merge", f"scene {row}")
         batch.pop("objects")
         batch["mask_labels"] = F.avg_pool2d(full.float(), MAP_STRIDE)
         batch["num_objects"] = (targets > 0).sum(-1)

@@ -88,11 +88,10 @@ def build_processor(num_slots: int = 4) -> SegCompassProcessor:
     )
 
 
-def build_sae_config(layer: int) -> SegCompassSaeConfig:
+def build_sae_config(layer: int, **changes) -> SegCompassSaeConfig:
     """1,024 features; image and text tokens differ in length, so each token is scaled to the same."""
-    return SegCompassSaeConfig(
-        d_in=HIDDEN_SIZE, d_sae=1024, layer=layer, normalize_activations="per_token", l1_coefficient=1.0
-    )
+    fields = {"d_in": HIDDEN_SIZE, "d_sae": 1024, "normalize_activations": "per_token", "l1_coefficient": 1.0}
+    return SegCompassSaeConfig(layer=layer, **(fields | changes))
 
 
 def build_vlm(tokenizer: PreTrainedTokenizerFast, num_layers: int = 4) -> LlavaForConditionalGeneration:

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ SAE_LAYER = 2  # of 4
 class Stage:
     """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
 
-    `kinds` restricts the instructions (`None`: all kinds).
+    `kinds` restricts the instructions (`None`: all kinds). `options` change what the stage builds: of `sae` the fields
+    of `SegCompassSaeConfig`, `layer` among them; of `slots` those of `SegCompassConfig`, such as `num_slots` (objects
+    beyond them are united) and `concept_threshold`.
     """
 
     steps: int
@@ -37,6 +40,7 @@ class Stage:
     learning_rate: float
     seed: int
     kinds: tuple[str, ...] | None = None
+    options: dict[str, Any] | None = None
 
 
 STAGES = {
@@ -48,6 +52,21 @@ STAGES = {
     "joint": Stage(steps=800, batch_size=32, learning_rate=4e-3, seed=4),
 }
 SAE_SCENES = 3000  # whose tokens the SAE is trained on
+SLOT_SETTINGS = {
+    "num_slots": 4,
+    "d_slot": 128,
+    "slot_encoder_heads": 4,
+    "concept_threshold": 0.25,
+    "max_reasoning_tokens": 128,
+    "short_reasoning_tokens": 16,
+    "lm_loss_weight": 0.5,
+    "conf_loss_weight": 1.0,
+    "match_confidence_weight": 1.0,  # with 0.3 slots go on taking each other's objects, and none gets confident
+    "heatmap_bce_weight": 5.0,
+    "heatmap_dice_weight": 2.0,
+    "mask_dice_weight": 1.0,
+    "mask_focal_weight": 5.0,
+}
 
 LOG = "log.jsonl"  # written last: a stage that has it is finished
 
@@ -160,8 +179,9 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     tokenizer = build_tokenizer()
     vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "warmup", dtype=torch.float32)
     vlm.to(arguments.device)
-    states, _ = harvest(vlm, tokenizer, SAE_LAYER, SAE_SCENES, seed=stage.seed, kinds=stage.kinds)
-    sae = SegCompassSae(build_sae_config(SAE_LAYER))
+    options = {"layer": SAE_LAYER} | (stage.options or {})
+    states, _ = harvest(vlm, tokenizer, options["layer"], SAE_SCENES, seed=stage.seed, kinds=stage.kinds)
+    sae = SegCompassSae(build_sae_config(**options))
     with torch.no_grad():
         sae.b_dec.copy_(sae.normalize(states)[0].mean(0))
     return sae, SceneSaeTrainer(
@@ -170,27 +190,16 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
 
 
 def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
-    processor = build_processor()
+    settings = SLOT_SETTINGS | (stage.options or {})
+    processor = build_processor(settings["num_slots"])
     model = SegCompassForReasoningSegmentation.from_pretrained_parts(
         AutoModelForImageTextToText.from_pretrained(
             output_dir / "warmup", dtype=torch.float32, attn_implementation="eager"
         ),
         SamModel.from_pretrained(output_dir / "masks", dtype=torch.float32),
         SegCompassSae.from_pretrained(output_dir / "sae", dtype=torch.float32),
-        num_slots=4,
         tokenizer=processor.tokenizer,
-        d_slot=128,
-        slot_encoder_heads=4,
-        concept_threshold=0.25,
-        max_reasoning_tokens=128,
-        short_reasoning_tokens=16,
-        lm_loss_weight=0.5,
-        conf_loss_weight=1.0,
-        match_confidence_weight=1.0,  # with 0.3 slots go on taking each other's objects, and none gets confident
-        heatmap_bce_weight=5.0,
-        heatmap_dice_weight=2.0,
-        mask_dice_weight=1.0,
-        mask_focal_weight=5.0,
+        **settings,
     )
     # A concept starts as what it writes into the state, so that embeddings begin with the geometry of the states.
     with torch.no_grad():
@@ -201,13 +210,12 @@ def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         model=model,
         args=arguments,
         train_dataset=data,
-        data_collator=SceneCollator(processor.tokenizer),
+        data_collator=SceneCollator(processor.tokenizer, model.config.num_slots),
         adamw_ratio=0.5,
     )
 
 
 def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
-    processor = build_processor()
     model = SegCompassForReasoningSegmentation.from_pretrained(output_dir / "slots", dtype=torch.float32)
     model.vlm.set_attn_implementation("eager")
     model.freeze_for_training()
@@ -216,7 +224,7 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         model=model,
         args=arguments,
         train_dataset=data,
-        data_collator=JointCollator(processor.tokenizer),
+        data_collator=JointCollator(build_tokenizer(), model.config.num_slots),
         part_learning_rates={"vlm": 0.2, "sam": 0.1},
         adamw_ratio=0.5,
     )
@@ -268,10 +276,10 @@ def _finish(name: str, model: nn.Module, folder: Path) -> None:
         del model.auxiliary_head, model.place_head
     if name == "slots":
         del model.slot_words
-    if name == "sae":
+    if name == "sae" and not model.takes_top_k:  # which features are the largest would change
         model.fold_decoder_norms_()
     if name == "joint":
-        build_processor().save_pretrained(folder)
+        build_processor(model.config.num_slots).save_pretrained(folder)
     model.save_pretrained(folder)
 
 

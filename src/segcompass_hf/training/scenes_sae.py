@@ -11,6 +11,8 @@ from transformers import TrainerCallback
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_trainers import RecipeTrainer
 
+_PER_FEATURE = ("b_enc", "b_gate", "b_mag", "r_mag", "threshold")  # which there are depends on the architecture
+
 
 @torch.no_grad()
 def harvest(
@@ -115,7 +117,9 @@ class SceneSaeTrainer(RecipeTrainer):
         direction = chosen / chosen.norm(dim=-1, keepdim=True)
         sae.W_dec[dead] = direction * sae.W_dec.norm(dim=1).mean()
         sae.W_enc[:, dead] = (direction * 0.3 * sae.W_enc.norm(dim=0).mean()).t()
-        sae.b_enc[dead] = 0
+        for name in _PER_FEATURE:
+            if getattr(sae, name, None) is not None:
+                getattr(sae, name)[dead] = 0
         for parameter, index in self._rows(dead):
             for name in ("exp_avg", "exp_avg_sq"):
                 if name in self.optimizer.state.get(parameter, {}):
@@ -125,7 +129,9 @@ class SceneSaeTrainer(RecipeTrainer):
     def _rows(self, features: torch.Tensor) -> Iterator[tuple[torch.nn.Parameter, object]]:
         yield self.model.W_dec, features
         yield self.model.W_enc, (slice(None), features)
-        yield self.model.b_enc, features
+        for name in _PER_FEATURE:
+            if getattr(self.model, name, None) is not None:
+                yield getattr(self.model, name), features
 
 
 class _Resample(TrainerCallback):
