@@ -10,7 +10,13 @@ from tiny import FAMILIES as ALL_FAMILIES
 from tiny import tiny_image, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.training.alignment import AlignmentTargets, alignment_loss, instruction_words, patch_coverage
+from segcompass_hf.training.alignment import (
+    AlignmentTargets,
+    alignment_loss,
+    instruction_words,
+    pair_alignment_loss,
+    patch_coverage,
+)
 
 FAMILIES = ("llava", "qwen2_5_vl")
 
@@ -115,3 +121,33 @@ def test_words_are_marked_where_they_stand(family):
 def test_alignment_text_is_checked():
     with pytest.raises(ValueError, match="text='image'"):
         AlignmentTargets(tiny_processor(), text="image")
+
+
+def test_pair_alignment_by_hand():
+    # Tokens: `red`, `ring`, three patches. Patch 0 is a red ring, patch 1 red and no ring, patch 2 background.
+    states = torch.tensor([[[2.0, 0.0], [0.0, 3.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.5]]])
+    is_image = torch.tensor([[False, False, True, True, True]])
+    words, patches = torch.zeros(1, 5, 3, dtype=torch.bool), torch.zeros(1, 5, 3, dtype=torch.bool)
+    words[0, 0, 0] = words[0, 1, 1] = True  # the third name has no token: it does not count
+    patches[0, [2, 3], 0] = patches[0, 2, 1] = patches[0, 4, 2] = True
+    loss, count = pair_alignment_loss(states, words, patches, is_image, temperature=0.5)
+    # Cosines over temperature: red (sqrt 2, 2, 0), ring (sqrt 2, 0, 2).
+    root, two = math.exp(math.sqrt(2)), math.exp(2)
+    red_0, red_1 = math.log(root / (root + 1)), math.log(two / (two + 1))  # against patch 2
+    ring_0 = math.log(root / (root + 1 + two))  # against patches 1 and 2
+    names_0, names_1 = 0.0, math.log(two / (two + 1))  # both names are true of patch 0; of patch 1 ring is not
+    expected = -((red_0 + red_1) / 2 + ring_0) / 2 - ((names_0 + names_1) / 2 + names_0) / 2
+    assert count == 1 and loss.item() == pytest.approx(expected / 2, rel=1e-5)
+
+
+def test_pair_alignment_adds_up_and_has_a_finite_gradient():
+    torch.manual_seed(0)
+    states = torch.randn(3, 6, 8, requires_grad=True)
+    is_image = torch.tensor([[False, False, True, True, True, True]] * 3)
+    words, patches = torch.zeros(3, 6, 2, dtype=torch.bool), torch.zeros(3, 6, 2, dtype=torch.bool)
+    words[:2, :2, 0], patches[0, 2:, 0], patches[1, 3, 0] = True, True, True  # every patch of the first sample
+    whole, count = pair_alignment_loss(states, words, patches, is_image)
+    parts = [pair_alignment_loss(*(t[i : i + 1] for t in (states, words, patches, is_image))) for i in range(3)]
+    assert count == 2 and torch.allclose(whole, sum(loss for loss, _ in parts)) and parts[0][0] == 0
+    whole.backward()
+    assert states.grad.isfinite().all() and states.grad[1, :4].norm() > 0 and states.grad[2].norm() == 0

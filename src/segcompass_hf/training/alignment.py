@@ -78,6 +78,18 @@ def patch_coverage(image_processor: Any, mask: np.ndarray, num_patches: int) -> 
     )
 
 
+def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple[int, int]]:
+    """(start, length) of a word among token ids, written with or without a space before it."""
+    found = set()
+    for spelling in (f" {word}", word):
+        pattern = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+        length = len(pattern)
+        for start in range(len(tokens) - length + 1):
+            if length and tokens[start : start + length] == pattern:
+                found.add((start, length))
+    return sorted(found)
+
+
 @dataclass
 class AlignmentTargets:
     """Marks words and patches of collated rows; `extra` of a [`SegmentationCollator`].
@@ -133,20 +145,8 @@ class AlignmentTargets:
         targets = self.target_words(row)
         for word in dict.fromkeys(targets):
             limit = targets.count(word) if self.text == "instruction" else len(tokens)
-            for start, length in self._occurrences(tokens, word)[:limit]:
+            for start, length in word_occurrences(self.processor.tokenizer, tokens, word)[:limit]:
                 marks[places[start : start + length]] = True
-
-    def _occurrences(self, tokens: list[int], word: str) -> list[tuple[int, int]]:
-        """(start, length) of a word among tokens, written with or without a space before it."""
-        found = set()
-        for spelling in (f" {word}", word):
-            pattern = self.processor.tokenizer(spelling, add_special_tokens=False)["input_ids"]
-            length = len(pattern)
-            for start in range(len(tokens) - length + 1):
-                if length and tokens[start : start + length] == pattern:
-                    found.add((start, length))
-        return sorted(found)
-
 
 def alignment_loss(
     states: torch.Tensor,
@@ -192,4 +192,50 @@ def alignment_loss(
         to_patches = -with_patches.logsumexp(1).mean()
         to_words = -(covered * with_words.logsumexp(0)).sum() / covered.sum()
         total, count = total + (to_patches + to_words) / 2, count + 1
+    return total, count
+
+
+def pair_alignment_loss(
+    states: torch.Tensor,
+    pair_words: torch.Tensor,
+    pair_patches: torch.Tensor,
+    is_image: torch.Tensor,
+    temperature: float = 0.07,
+) -> tuple[torch.Tensor, int]:
+    r"""InfoNCE between every name in a sample and the patches that show what it names.
+
+    Of name k let m_k be the mean direction of its word tokens, P_k the patches that show it, and
+    `s_kp = cos(m_k, z_p) / temperature`. Several names are true of one patch (`red`, `ring`), so that each positive
+    competes with negatives only:
+
+        L_words   = - mean_{k, p in P_k} log( exp(s_kp) / (exp(s_kp) + sum_{q not in P_k} exp(s_kq)) )
+        L_patches = - mean_{k, p in P_k} log( exp(s_kp) / (exp(s_kp) + sum_{j: p not in P_j} exp(s_jp)) )
+        L         = (L_words + L_patches) / 2
+
+    with means over k of means over p. Negatives are of the same sample, as in [`alignment_loss`].
+
+    Args:
+        states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Of one layer; 0: embeddings.
+        pair_words, pair_patches (`torch.BoolTensor` of shape `(batch_size, sequence_length, num_names)`): From
+            [`~training.token_pairs.TokenPairs`].
+        is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Image tokens.
+        temperature (`float`, defaults to 0.07): Smaller: only the nearest counts, and a small difference is enough.
+
+    Returns:
+        `tuple`: the sum over samples that have a name, and their number.
+    """
+    total, count = states.new_zeros((), dtype=torch.float32), 0
+    named = pair_words.any(1) & pair_patches.any(1)  # (batch_size, num_names)
+    for index in named.any(1).nonzero()[:, 0].tolist():
+        directions = F.normalize(states[index].float(), dim=-1)
+        words = pair_words[index][:, named[index]].float()  # (sequence_length, names)
+        shows = pair_patches[index][is_image[index]][:, named[index]].T  # (names, patches)
+        with torch.autocast(states.device.type, enabled=False):
+            names = F.normalize(words.T @ directions, dim=-1)
+            scores = names @ directions[is_image[index]].T / temperature  # (names, patches)
+            among = scores.masked_fill(shows, -1e4)  # finite: all patches may show it
+            to_patches = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
+            to_names = scores - torch.logaddexp(scores, among.logsumexp(0, keepdim=True))
+        share = shows / shows.sum(1, keepdim=True) / len(shows)
+        total, count = total - (share * (to_patches + to_names)).sum() / 2, count + 1
     return total, count
