@@ -4,7 +4,7 @@
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,8 +15,19 @@ from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
 
+if TYPE_CHECKING:  # never imported here, but saving copies every file that a line like this one names
+    from .pipeline_segcompass import ReasoningSegmentationPipeline  # noqa: F401
+
 logger = logging.get_logger(__name__)
 
+# What `pipeline("reasoning-segmentation", trust_remote_code=True)` looks up in a configuration.
+CUSTOM_PIPELINES = {
+    "reasoning-segmentation": {
+        "impl": "pipeline_segcompass.ReasoningSegmentationPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -116,7 +127,7 @@ class LoadingMixin:
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
-        """Save weights and configuration.
+        """Save weights, configuration and the code that loads them where this package is not installed.
 
         `save_original_format` is off by default: legacy names would be dropped when Trainer resumes, which loads with
         `strict=False`, and the trained VLM would be lost without an error.
@@ -125,6 +136,7 @@ class LoadingMixin:
         name = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
         # TRL picks its loader by the second entry.
         self.config.auto_map = {**auto_map, "AutoModel": name, "AutoModelForImageTextToText": name}
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
         saved = super().save_pretrained(save_directory, save_original_format=save_original_format, **kwargs)
         if kwargs.get("is_main_process", True):
             _remove_stale_weights(save_directory, kwargs.get("variant"))

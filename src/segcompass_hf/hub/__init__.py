@@ -1,2 +1,32 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Sharing: original checkpoints in, checkpoints and cards out."""
+"""Sharing: original checkpoints in, checkpoints and cards out. Each name is loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> submodule that defines it.
+_EXPORTS = {
+    "convert_original_checkpoint": "conversion",
+    "push_to_hub": "publishing",
+    "ModelPublication": "publishing",
+    "stage_checkpoint": "publishing_stage",
+    "check_stage": "publishing_checks",
+    "write_model_card": "model_cards",
+    "render_model_card": "model_cards",
+    "recipe_names": "model_cards",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+        globals()[name] = value  # the next access does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
