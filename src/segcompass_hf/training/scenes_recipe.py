@@ -30,8 +30,9 @@ SAE_LAYER = 2  # of 4
 class Stage:
     """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
 
-    `kinds` restricts the instructions (`None`: all kinds). `options` change what the stage builds: of `sae` the fields
-    of `SegCompassSaeConfig`, `layer` among them; of `slots` those of `SegCompassConfig`, such as `num_slots` (objects
+    `kinds` restricts the instructions (`None`: all kinds). `options` change what the stage builds: of `warmup` the
+    weights of its losses (`concept_weight` makes concepts shared by words and patches); of `sae` the fields of
+    `SegCompassSaeConfig`, `layer` among them; of `slots` those of `SegCompassConfig`, such as `num_slots` (objects
     beyond them are united) and `concept_threshold`.
     """
 
@@ -172,6 +173,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         tokenizer=tokenizer,
         sae_layer=SAE_LAYER,
         part_learning_rates={"model.vision_tower": 0.5},
+        **(stage.options or {}),
     )
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer
 from ..modeling_masks import positional_embeddings
 from .muon import MuonWithAdamW
 from .scenes_batches import ATTRIBUTES, CELLS, patch_labels
+from .scenes_concepts import ConceptWords
 
 
 class RecipeTrainer(Trainer):
@@ -188,14 +189,24 @@ class WarmupTrainer(RecipeTrainer):
     """Stage 3: language loss on the reference completions.
 
     Beside it the patch words keep image and word spaces together, and the answer words mark answers at the SAE layer.
+    With a `concept_weight` the concept words make patches and words alike there.
     """
 
     def __init__(
-        self, *args, tokenizer, sae_layer: int, patch_weight: float = 0.2, answer_weight: float = 0.2, **kwargs
+        self,
+        *args,
+        tokenizer,
+        sae_layer: int,
+        patch_weight: float = 0.2,
+        answer_weight: float = 0.2,
+        concept_weight: float = 0.0,
+        concept_scale: float = 4.0,
+        **kwargs,
     ):
         super().__init__(*args, **kwargs)
         self.patch_words, self.patch_weight = PatchWords(tokenizer), patch_weight
         self.answer_words, self.answer_weight = AnswerWords(tokenizer), answer_weight
+        self.concept_words, self.concept_weight = ConceptWords(tokenizer, concept_scale), concept_weight
         self.sae_layer = sae_layer
         self._cell_ids = self.patch_words.cells
         self._features: list[torch.Tensor] = []
@@ -221,7 +232,12 @@ class WarmupTrainer(RecipeTrainer):
         patch_loss, seen = self.patch_words(patches, embeddings, labels)
         answer_loss, answer_accuracy = self.answer_words(states, inputs["input_ids"], embeddings)
         self.report(**seen, answer_accuracy=answer_accuracy)
-        return loss + self.patch_weight * patch_loss + self.answer_weight * answer_loss
+        loss = loss + self.patch_weight * patch_loss + self.answer_weight * answer_loss
+        if self.concept_weight:
+            concept_loss, seen = self.concept_words(states, inputs["input_ids"], embeddings, labels)
+            self.report(**seen, concept_loss=concept_loss)
+            loss = loss + self.concept_weight * concept_loss
+        return loss
 
 
 class MaskTrainer(RecipeTrainer):
