@@ -1,0 +1,158 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""A concept dictionary on disk: numbers in `concepts.safetensors`, a readable table in `concepts.parquet`.
+
+The numbers' header names the SAE they are of and the table they belong to, so that neither a dictionary of another SAE
+nor a half-written one is taken for good.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save
+from torch import nn
+
+NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
+FORMAT = "segcompass-concepts-1"
+_SKETCH_SIZE = 512
+_SKETCH_TOLERANCE = 2.0**-7  # relative: weights may have been rounded to bfloat16 since
+
+
+def sae_hash(sae: nn.Module) -> str:
+    """SHA-256 of an SAE's weights as float32, the same for every dtype that holds them exactly."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(sae.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sae_sketch(sae: nn.Module) -> np.ndarray:
+    """Some weights of an SAE, spread evenly over encoder and decoder: float32 `(1024,)`."""
+    parts = []
+    for weight in (sae.W_enc, sae.W_dec):
+        flat = weight.detach().flatten()
+        parts.append(flat[:: max(1, flat.numel() // _SKETCH_SIZE)][:_SKETCH_SIZE].float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def check_sae(info: dict[str, Any], sketch: np.ndarray, sae: nn.Module) -> None:
+    """Raise unless a dictionary is of this SAE, up to the rounding of its weights.
+
+    Raises:
+        ValueError: It is of another SAE.
+    """
+    if info["d_sae"] != sae.config.d_sae:
+        raise ValueError(
+            f"the concept dictionary describes {info['d_sae']} features, the model's SAE has {sae.config.d_sae}; "
+            "build one for this model: ConceptDictionary.build(model, processor, rows)."
+        )
+    own = sae_sketch(sae)
+    same = own.shape == sketch.shape and np.allclose(own, sketch, rtol=_SKETCH_TOLERANCE, atol=1e-7)
+    if not same and sae_hash(sae) != info["sae_sha256"]:
+        raise ValueError(
+            f"the concept dictionary was made with another SAE (SHA-256 {info['sae_sha256'][:12]}, the model's is "
+            f"{sae_hash(sae)[:12]}), whose features mean other things; build one for this model: "
+            "ConceptDictionary.build(model, processor, rows)."
+        )
+
+
+def write_files(
+    folder: str | os.PathLike, arrays: dict[str, np.ndarray], columns: dict[str, list], info: dict[str, Any]
+) -> None:
+    """Write both files, each in one step; a reader never sees half a file, nor files that do not belong together."""
+    _, parquet = _pyarrow()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = io.BytesIO()
+    parquet.write_table(_table(columns), file, compression="zstd")
+    table = file.getvalue()
+    header = {"format": FORMAT, "table_sha256": hashlib.sha256(table).hexdigest(), "info": json.dumps(info)}
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    numbers = save(contiguous, metadata=header)
+    for name, data in ((TABLE_FILE, table), (NUMBERS_FILE, numbers)):
+        unfinished = folder / f"{name}.part"
+        unfinished.write_bytes(data)
+        os.replace(unfinished, folder / name)
+
+
+def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, list], dict[str, Any]]:
+    """Read both files: arrays, columns of the table, and what the header says of their making.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, of another version, or of another dictionary than the other one.
+    """
+    folder = Path(folder)
+    missing = [name for name in (NUMBERS_FILE, TABLE_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} holds no complete concept dictionary: {' and '.join(missing)} missing; write one with "
+            "ConceptDictionary.build(...).save(folder)."
+        )
+    arrays, header = _read_numbers(folder / NUMBERS_FILE)
+    table = (folder / TABLE_FILE).read_bytes()
+    if hashlib.sha256(table).hexdigest() != header.get("table_sha256"):
+        raise ValueError(
+            f"{folder / TABLE_FILE} is not the table that {NUMBERS_FILE} was written with (writing was interrupted, "
+            "or one of the two was replaced); write the dictionary again."
+        )
+    _, parquet = _pyarrow()
+    return arrays, parquet.read_table(io.BytesIO(table)).to_pydict(), json.loads(header["info"])
+
+
+def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); write the dictionary again.") from error
+    if header.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {header.get('format')!r}, this version reads {FORMAT!r}; build the dictionary again."
+        )
+    return arrays, header
+
+
+def _pyarrow():
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            "concept dictionaries are stored as Parquet, which needs pyarrow: pip install 'segcompass_hf[explain]'."
+        ) from error
+    return pyarrow, pyarrow.parquet
+
+
+def _table(columns: dict[str, list]):
+    """Columns of Python values as a table; types are given, since an empty list has none."""
+    pa, _ = _pyarrow()
+    real, text, whole = pa.float32(), pa.string(), pa.int32()
+    word = pa.struct([("word", text), ("before", text), ("after", text), ("sample_id", text), ("activation", real)])
+    patch = [("sample_id", text), ("box", pa.list_(whole)), ("size", pa.list_(whole)), ("activation", real)]
+    other = [("feature", whole), ("label", text), ("jaccard", real), ("information", real)]
+    types = {
+        "feature": whole,
+        "label": text,
+        "label_place": text,
+        "words": pa.list_(pa.struct([("word", text), ("share", real)])),
+        "top_words": pa.list_(word),
+        "top_patches": pa.list_(pa.struct([*patch, ("picture", whole)])),
+        "cofiring": pa.list_(pa.struct(other)),
+    }
+    schema = pa.schema([(name, types.get(name, real)) for name in columns])
+    return pa.Table.from_pydict(columns, schema=schema)
+
+
+__all__ = ["NUMBERS_FILE", "TABLE_FILE", "check_sae", "read_files", "sae_hash", "sae_sketch", "write_files"]
