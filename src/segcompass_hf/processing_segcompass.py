@@ -72,6 +72,8 @@ class SegCompassProcessor(ProcessorMixin):
         `{num_slots}`.
         completion_template (`str`, *optional*): The reference answer; holds `{reasoning}` and `{references}`.
         chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
+        think_tags (`str`, *optional*, defaults to `"tokens"`): `"text"` leaves `<think>` and `</think>` to be spelled
+            with the tokens there are, as the original code does; answers are then written freely.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class SegCompassProcessor(ProcessorMixin):
         instruction_template: str = INSTRUCTION_TEMPLATE,
         completion_template: str = COMPLETION_TEMPLATE,
         chat_template: str | None = None,
+        think_tags: Literal["tokens", "text"] = "tokens",
     ):
         if not isinstance(num_slots, int) or num_slots < 1:
             raise ValueError(f"num_slots is {num_slots!r}; expected a positive integer.")
@@ -98,13 +101,14 @@ class SegCompassProcessor(ProcessorMixin):
             # the torchvision backend, which loading picks where torchvision is installed, resizes differently
             sam_image_processor = SamImageProcessorPil.from_dict(sam_image_processor.to_dict())
         known = tokenizer.get_vocab()
-        missing = [token for token in (REF_TOKEN, THINK_START, THINK_END) if token not in known]
+        needed = (REF_TOKEN, THINK_START, THINK_END) if think_tags == "tokens" else (REF_TOKEN,)
+        missing = [token for token in needed if token not in known]
         tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in missing])
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # prompts end together, where generation starts
 
-        self.num_slots = num_slots
+        self.num_slots, self.think_tags = num_slots, think_tags
         self.vlm_processor_class = vlm_processor_class
         self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
         self.instruction_template = instruction_template

@@ -64,7 +64,7 @@ class SegmentingMixin:
         original_sizes: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
         reasoning: Literal["full", "short", "none"] = "full",
-        constrain_format: bool = True,
+        constrain_format: bool | None = None,
         interventions: Interventions = None,
         output_concepts: bool = False,
         output_slot_attentions: bool = False,
@@ -80,8 +80,8 @@ class SegmentingMixin:
             max_new_tokens (`int`, *optional*): Of the whole answer; `max_reasoning_tokens` plus the format by default.
             reasoning (`str`, defaults to `"full"`): `"short"` closes the reasoning after `short_reasoning_tokens`,
                 `"none"` at once.
-            constrain_format (`bool`, defaults to `True`): Guarantee tags, exactly K `<REF_POS>` and the end. `False`
-                lets the model write freely (reinforcement learning, format rates).
+            constrain_format (`bool`, *optional*): Guarantee tags, exactly K `<REF_POS>` and the end; left out, where
+                the think tags are tokens. `False` lets the model write freely (reinforcement learning, format rates).
             interventions (*optional*): See [`ConceptIntervention`]; on concepts they change masks, on the residual
                 stream the reasoning too.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
@@ -106,6 +106,8 @@ class SegmentingMixin:
         if max_new_tokens is None:
             max_new_tokens = self.config.max_reasoning_tokens + self.config.num_slots + 3
         end_ids = self._end_token_ids(kwargs)
+        if constrain_format is None:  # a converted checkpoint of the original spells its think tags
+            constrain_format = (self.config.ref_token_id is None) or self.config.think_start_token_id is not None
         was_training, generator_inputs = self.training, dict(kwargs)
         processors = self._logits_processors(prompt_length, reasoning, constrain_format, max_new_tokens, end_ids)
         generator_inputs["logits_processor"] = [*processors, *(kwargs.get("logits_processor") or [])]
