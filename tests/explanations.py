@@ -30,7 +30,7 @@ def made_explanation(
     cells: tuple[int, int] = (8, 6),
 ) -> Explanation:
     """An explanation whose mask m is a disc, and whose concept c (feature 100 m + c) fires on word c + 1 of
-    the instruction (activation 2), word c + 1 of the reasoning (activation 1) and two patches (activations 2 and 1)."""
+    the instruction (activation 2), word c + 1 of the reasoning (1) and two patches (2 and 1)."""
     width, height = cells[0] * PATCH, cells[1] * PATCH
     tokens = _tokens(instruction, reasoning, cells)
     masks = [_mask(m, num_concepts, num_ablations, labels, tokens, (width, height)) for m in range(num_masks)]

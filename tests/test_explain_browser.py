@@ -82,8 +82,8 @@ def test_choosing_a_concept_tints_words_lights_patches_and_takes_it_away(window,
     buttons[0].click()
     # Feature 0 fires on word 1 of the instruction (activation 2) and of the reasoning (1), and on two patches.
     assert _tinted(window, "question") == ["red"] and _tinted(window, "reasoning") == ["red"]
-    levels = [mark.value_of_css_property("--level") for mark in _all(window, "mark")]
-    assert [float(level) for level in levels] == [1.0, 0.5]
+    levels = "return [...document.querySelectorAll('mark')].map((one) => +one.style.getPropertyValue('--level'))"
+    assert window.execute_script(levels) == [1.0, 0.5]
     assert [(int(r.get_attribute("x")), int(r.get_attribute("y"))) for r in _all(window, "rect.lit")] == [
         (12, 12),  # image token 9 of rows of 8
         (36, 12),  # image token 11

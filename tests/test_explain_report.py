@@ -12,7 +12,7 @@ from PIL import Image
 
 from segcompass_hf.explain.explanation import Token
 from segcompass_hf.explain.report import to_html, to_page
-from segcompass_hf.explain.report_payload import MaskPool, _shrink_mask, _spell, payload
+from segcompass_hf.explain.report_payload import MaskPool, _shrink_mask, payload, spell
 
 
 def _data(page: str) -> dict:
@@ -42,14 +42,14 @@ def test_any_text_survives_without_ending_its_element(tmp_path, text):
 
 
 def test_sizes_are_bounded(tmp_path):
-    explanation = made_explanation(num_masks=2, num_concepts=2, num_ablations=2, cells=(120, 100))  # 1440 x 1200
-    noise = np.random.default_rng(0).integers(0, 256, (1200, 1440, 3), dtype=np.uint8)
+    explanation = made_explanation(num_masks=2, num_concepts=2, num_ablations=2, cells=(90, 75))  # 1080 x 900
+    noise = np.random.default_rng(0).integers(0, 256, (900, 1080, 3), dtype=np.uint8)
     explanation.image = Image.fromarray(noise)
     shown = payload(explanation)
     address = shown["image"].pop("src")
     assert address.startswith("data:image/jpeg;base64,") and len(address) < 1.5e6  # noise is the worst there is
-    assert shown["image"] == {"width": 1440, "height": 1200}
-    assert {tuple(rle["size"]) for rle in shown["pool"]} == {(427, 512)}  # 1200 * 512 / 1440 = 426.7
+    assert shown["image"] == {"width": 1080, "height": 900}
+    assert {tuple(rle["size"]) for rle in shown["pool"]} == {(427, 512)}  # 900 * 512 / 1080 = 426.7
     assert sum(len(json.dumps(rle)) for rle in shown["pool"]) < 40_000
     # Two masks; of the ablations of each one shrunk shape, and the other mask as it was.
     assert len(shown["pool"]) == 4
@@ -83,7 +83,7 @@ def test_small_mask_does_not_vanish_and_equal_masks_are_kept_once():
 
 
 def _lay(words: list[str], text: str) -> list[str]:
-    return [gap + word for gap, _, word in _spell([Token(i, word, "reasoning") for i, word in enumerate(words)], text)]
+    return [gap + word for gap, _, word in spell([Token(i, word, "reasoning") for i, word in enumerate(words)], text)]
 
 
 @pytest.mark.parametrize(

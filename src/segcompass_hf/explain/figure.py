@@ -71,21 +71,22 @@ def plot_segmentations(rows: list[SegmentationRow]) -> Any:
     if not rows:
         raise ValueError("got no rows to draw; pass at least one SegmentationRow.")
 
-    heights = [_row_height(row) for row in rows]
+    heights = [row_height(row) for row in rows]
     figure = Figure(figsize=(3 * PANEL + TEXT_WIDTH, sum(heights)), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
     strips = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
     for strip, row, height in zip(strips, rows, heights, strict=True):
-        _draw_row(strip, row, height)
+        draw_row(strip, row, height)
     return figure
 
 
-def _row_height(row: SegmentationRow) -> float:
-    """Inches: the image's own shape within limits, and a line for titles."""
+def row_height(row: SegmentationRow) -> float:
+    """Inches of a row: the image's own shape within limits, and a line for titles."""
     return PANEL * float(np.clip(row.image.height / row.image.width, 0.6, 1.5)) + 0.35
 
 
-def _draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
+def draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
+    """Draw one row into a `SubFigure` that is `height` inches high."""
     grid = strip.add_gridspec(
         1,
         4,
@@ -98,7 +99,7 @@ def _draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
     )
     pixels = np.asarray(row.image.convert("RGB"))
     axes = strip.add_subplot(grid[0])
-    _draw_picture(axes, pixels, "image")
+    draw_picture(axes, pixels, "image")
     for cell in range(row.grid or 0):
         centre = (cell + 0.5) / row.grid
         style = {"transform": axes.transAxes, "color": "white", "alpha": 0.7, "fontsize": 6.5}
@@ -109,7 +110,8 @@ def _draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
     _draw_text(strip.add_subplot(grid[3]), row, height)
 
 
-def _draw_picture(axes: Any, pixels: np.ndarray, title: str, **title_options: Any) -> None:
+def draw_picture(axes: Any, pixels: np.ndarray, title: str, **title_options: Any) -> None:
+    """Draw `(height, width, 3)` pixels without axes."""
     smooth = "lanczos" if max(pixels.shape) < 400 else "antialiased"
     axes.imshow(pixels, interpolation=smooth)
     axes.set_xticks([])
@@ -127,19 +129,20 @@ def _draw_masks(axes: Any, pixels: np.ndarray, row: SegmentationRow) -> None:
     grey = shown.mean(axis=2, keepdims=True)
     shown[~anywhere] = (0.45 * shown + 0.15 * grey + 0.08)[~anywhere]  # what is not meant steps back
     for mask, slot in zip(row.masks, row.slots, strict=True):
-        shown[mask] = 0.55 * shown[mask] + 0.45 * np.asarray(to_rgb(_slot_colour(slot)))
+        shown[mask] = 0.55 * shown[mask] + 0.45 * np.asarray(to_rgb(slot_colour(slot)))
     count = len(row.masks)
     title = "no object found" if count == 0 else f"{count} mask{'s' if count > 1 else ''}"
     if row.true_masks is not None:
         title += "  (dashed: truth)" if len(row.true_masks) else "  (truth: none)"
-    _draw_picture(axes, shown.clip(0, 1), title)
+    draw_picture(axes, shown.clip(0, 1), title)
     for mask, slot in zip(row.masks, row.slots, strict=True):
-        _outline(axes, mask, _slot_colour(slot), linewidths=1.8)
+        outline(axes, mask, slot_colour(slot), linewidths=1.8)
     for mask in row.true_masks if row.true_masks is not None else ():
-        _outline(axes, mask, "white", linewidths=1.2, linestyles="dashed")
+        outline(axes, mask, "white", linewidths=1.2, linestyles="dashed")
 
 
-def _outline(axes: Any, mask: np.ndarray, colour: str, **options: Any) -> None:
+def outline(axes: Any, mask: np.ndarray, colour: str, **options: Any) -> None:
+    """Draw the edge of a mask `(height, width)`."""
     if not mask.any():
         return
     padded = np.pad(mask.astype(np.float32), 1)  # closes the outline of what touches the border
@@ -164,17 +167,17 @@ def _draw_heatmaps(strip: Any, cell: Any, pixels: np.ndarray, row: SegmentationR
         weight = (0.25 + 0.75 * heat)[..., None]
         shown = (1 - weight) * grey + weight * colormaps["inferno"](heat)[..., :3]
         is_kept = slot in kept
-        _draw_picture(
+        draw_picture(
             axes,
             shown.clip(0, 1),
             f"slot {slot}   {confidence:.2f}" + ("" if is_kept else "  –"),
             fontsize=FONT_SIZE - 2,
-            color=_slot_colour(slot) if is_kept else MUTED,
+            color=slot_colour(slot) if is_kept else MUTED,
             fontweight="bold" if is_kept else "normal",
             pad=2.5,
         )
         for side in axes.spines.values():
-            side.set(visible=is_kept, color=_slot_colour(slot), linewidth=1.8)
+            side.set(visible=is_kept, color=slot_colour(slot), linewidth=1.8)
 
 
 def _draw_text(axes: Any, row: SegmentationRow, height: float) -> None:
@@ -184,8 +187,8 @@ def _draw_text(axes: Any, row: SegmentationRow, height: float) -> None:
     for font_size in (FONT_SIZE, FONT_SIZE - 1, FONT_SIZE - 2):  # a long text is set smaller before it is cut
         width = int((TEXT_WIDTH - 0.3) * 72 / (0.53 * font_size))  # characters in a line
         capacity = int((height - 0.38) * 72 / (1.42 * font_size))  # lines in the panel
-        heading = textwrap.wrap(_tidy(row.instruction), int(0.87 * width))[:3]  # bold runs wider
-        reasoning = textwrap.wrap(_tidy(row.reasoning), width) or ["(no reasoning)"]
+        heading = textwrap.wrap(tidy(row.instruction), int(0.87 * width))[:3]  # bold runs wider
+        reasoning = textwrap.wrap(tidy(row.reasoning), width) or ["(no reasoning)"]
         notes = [line for text in footer for line in textwrap.wrap(text, width)]
         room = max(1, capacity - len(heading) - len(notes) - 1)
         if len(reasoning) <= room:
@@ -204,11 +207,12 @@ def _draw_text(axes: Any, row: SegmentationRow, height: float) -> None:
         top -= 0.5 * line
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """Single spaces, none before punctuation (word-level tokenizers put them there), no control characters."""
     text = "".join(character if character.isprintable() else " " for character in text)
     return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
 
 
-def _slot_colour(slot: int) -> str:
+def slot_colour(slot: int) -> str:
+    """Colour of a slot, the same in every figure and page."""
     return SLOT_COLOURS[int(slot) % len(SLOT_COLOURS)]

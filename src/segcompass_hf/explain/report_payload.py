@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .explanation import mask_to_rle
-from .figure import SLOT_COLOURS
+from .figure import slot_colour
 
 if TYPE_CHECKING:
     from .explanation import Ablation, ConceptAttribution, Explanation, MaskExplanation, Token
@@ -66,8 +66,8 @@ def payload(explanation: Explanation) -> dict[str, Any]:
             "height": explanation.image.height,
         },
         "words": {
-            "question": _spell(by_kind["question"], explanation.instruction),
-            "reasoning": _spell(by_kind["reasoning"], explanation.reasoning),
+            "question": spell(by_kind["question"], explanation.instruction),
+            "reasoning": spell(by_kind["reasoning"], explanation.reasoning),
             "reference": [token.position for token in by_kind["reference"]],
         },
         "patches": {token.position: list(token.patch) for token in by_kind["image"] if token.patch is not None},
@@ -83,11 +83,6 @@ def payload(explanation: Explanation) -> dict[str, Any]:
 
 
 _SHOWN_KINDS = ("question", "image", "reasoning", "reference")
-
-
-def slot_colour(slot: int) -> str:
-    """Colour of a slot, the same in every figure and page."""
-    return SLOT_COLOURS[int(slot) % len(SLOT_COLOURS)]
 
 
 def _mask(mask: MaskExplanation, pool: MaskPool) -> dict[str, Any]:
@@ -137,7 +132,7 @@ def _ablation(ablation: Ablation, pool: MaskPool) -> dict[str, Any]:
     }
 
 
-def _spell(tokens: Sequence[Token], text: str) -> list[list[Any]]:
+def spell(tokens: Sequence[Token], text: str) -> list[list[Any]]:
     """Lay tokens over the text they came from, so that its spaces and line breaks stay.
 
     Tokenizers differ in where a space belongs and how letters are normalised. A token that is not found, such as an

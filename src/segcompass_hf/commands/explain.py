@@ -1,0 +1,158 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass explain`: one image and instruction to the concepts behind every mask, as a page, a figure or JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive
+
+_FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+_PAGES = (".html", ".htm")
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "explain", help="one image and instruction to the concepts behind every mask, as a page without network"
+    )
+    parser.add_argument("image", help="image file")
+    parser.add_argument("instruction", help="what to find, in words")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="page (.html) or figure (.png, .jpg, .pdf, .svg) to write (IMAGE.segcompass.html here; with --json none "
+        "unless given)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the explanation as JSON, masks as run lengths")
+    parser.add_argument(
+        "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
+    )
+    parser.add_argument(
+        "--target",
+        choices=("mask_logit", "slot_logit"),
+        default="mask_logit",
+        help="what to explain: where the mask is, or that there is one (%(default)s)",
+    )
+    parser.add_argument(
+        "--num-ablations",
+        type=_count,
+        default=5,
+        metavar="N",
+        help="concepts of every mask to take away as a test (%(default)s)",
+    )
+    parser.add_argument(
+        "--max-concepts", type=positive, default=50, metavar="N", help="concepts to list of a mask (%(default)s)"
+    )
+    parser.add_argument("--dictionary", type=Path, help="folder of a concept dictionary (the checkpoint's own)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Explain what the command line names."""
+    if not args.instruction.strip():
+        raise UserError("the instruction is empty; say in words what to find.")
+    if args.output is not None and args.output.suffix.lower() not in (*_PAGES, *_FIGURES):
+        raise UserError(f"--output {args.output} is neither a page (.html) nor a picture ({', '.join(_FIGURES)}).")
+    image = _open_image(args.image)
+    dictionary = None if args.dictionary is None else _load_dictionary(args.dictionary)
+    model, processor, name = load_checkpoint(args.model)
+    if args.model is None:
+        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
+    from segcompass_hf.cli import unknown_words
+
+    unknown = unknown_words(processor.tokenizer, args.instruction)
+    if unknown:
+        print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
+
+    explanation = _explain(args, model, processor, image, dictionary)
+    explanation.model_name = name
+    output = args.output
+    if output is None and not args.json:
+        output = Path(f"{Path(args.image).stem}.segcompass.html")
+    if output is not None:
+        _write(explanation, output)
+    if args.json:
+        print(json.dumps(explanation.to_dict() | {"file": None if output is None else str(output)}, indent=1))
+        return
+    _print(explanation)
+    print(f"{'page' if output.suffix.lower() in _PAGES else 'figure'}: {output} ({output.stat().st_size // 1000} kB)")
+
+
+def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, dictionary: Any) -> Any:
+    from segcompass_hf.explain import explain
+
+    try:
+        return explain(
+            model,
+            processor,
+            image,
+            args.instruction,
+            target=args.target,
+            num_ablations=args.num_ablations,
+            max_concepts=args.max_concepts,
+            reasoning=args.reasoning,
+            dictionary=dictionary,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _open_image(path: str) -> Any:
+    if not Path(path).exists():
+        raise UserError(f"there is no file {path!r}; give the path of an image.")
+    from segcompass_hf.images_segcompass import to_rgb_image
+
+    try:
+        return to_rgb_image(path)
+    except Exception as error:  # PIL's readers raise many kinds on damaged files, and on bombs
+        raise UserError(str(error)) from error
+
+
+def _load_dictionary(folder: Path) -> Any:
+    from segcompass_hf.explain.dictionary import ConceptDictionary
+
+    try:
+        return ConceptDictionary.load(folder)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot read a concept dictionary from {folder}: {error}") from error
+
+
+def _write(explanation: Any, output: Path) -> None:
+    make_folder(output.parent)
+    try:
+        if output.suffix.lower() in _PAGES:
+            explanation.to_html(output)
+        else:
+            explanation.plot().savefig(output)
+    except (ImportError, OSError) as error:
+        raise UserError(f"cannot write {output}: {error}") from error
+
+
+def _print(explanation: Any) -> None:
+    print(f"reasoning: {explanation.reasoning or '(none)'}")
+    if not any(mask.kept for mask in explanation.masks):
+        print(f"nothing found (best slot {max(explanation.slot_scores, default=0.0):.2f})")
+    for number, mask in enumerate(explanation.masks):
+        title = f"slot {mask.slot}" if mask.kept else f"slot {mask.slot}, not kept"
+        print(f"{title}: score {mask.score:.2f}, {int(mask.mask.sum())} pixels, {mask.num_concepts} active concepts")
+        for concept in mask.concepts[:5]:
+            label = f"  {concept.label}" if concept.label else ""
+            print(f"  {100 * concept.share:+7.1f} %  concept {concept.feature}{label}{_without(concept, number)}")
+
+
+def _without(concept: Any, number: int) -> str:
+    """What the mask of this number becomes without a concept, if that was tried."""
+    return "" if concept.ablation is None else f"  (without it IoU {concept.ablation.iou[number]:.2f})"
+
+
+def _count(text: str) -> int:
+    """A number of the command line, 0 or more."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return int(text)

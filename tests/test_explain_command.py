@@ -1,0 +1,99 @@
+"""`segcompass explain`: what it writes and prints, and one clear line on bad input."""
+
+import argparse
+import json
+
+import pytest
+from explanations import INSTRUCTION, made_explanation
+from PIL import Image
+
+import segcompass_hf.explain
+from segcompass_hf.commands import explain as command
+from segcompass_hf.commands.common import UserError
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "scene.png"
+    Image.new("RGB", (96, 72), "gray").save(path)
+    return path
+
+
+def _run(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["explain", *map(str, arguments)])
+    return args.run(args)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """No checkpoint is loaded; what `explain` is asked for."""
+    calls = {}
+
+    def explain(model, processor, image, instruction, **options):
+        calls.update(options, instruction=instruction, size=image.size)
+        if instruction == "refused":
+            raise ValueError("the prompt is too long")
+        return made_explanation(num_masks=1, num_concepts=3, kept="unseen" not in instruction)
+
+    class Processor:
+        tokenizer = type("Tokenizer", (), {"unk_token_id": None})
+
+    monkeypatch.setattr(command, "load_checkpoint", lambda name: (None, Processor, "made-by-hand"))
+    monkeypatch.setitem(vars(segcompass_hf.explain), "explain", explain)  # before it is loaded
+    return calls
+
+
+def test_page_and_summary(asked, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    _run(picture, INSTRUCTION, "--num-ablations", 0, "--max-concepts", 7, "--reasoning", "short")
+    assert asked == {
+        "instruction": INSTRUCTION,
+        "size": (96, 72),
+        "num_ablations": 0,
+        "max_concepts": 7,
+        "reasoning": "short",
+        "target": "mask_logit",
+        "dictionary": None,
+    }
+    printed = capsys.readouterr().out
+    # Shares 1, 1/2 and -1/4 over 5/4.
+    assert "+80.0 %  concept 0  red  (without it IoU" in printed and "-20.0 %  concept 2" in printed
+    assert "page: scene.segcompass.html" in printed
+    assert (tmp_path / "scene.segcompass.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+def test_json_and_figure(asked, picture, tmp_path, capsys):
+    _run(picture, "something unseen", "--json")
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["file"] is None and printed["masks"][0]["kept"] is False
+    assert [concept["feature"] for concept in printed["masks"][0]["concepts"]] == [0, 1, 2]
+    _run(picture, "something unseen", "--output", tmp_path / "new" / "figure.png")
+    assert Image.open(tmp_path / "new" / "figure.png").size[0] > 1000
+    printed = capsys.readouterr().out
+    assert "nothing found (best slot 0.20)" in printed and "slot 0, not kept" in printed
+
+
+@pytest.mark.parametrize(
+    ("instruction", "options", "message"),
+    [
+        (" ", (), "the instruction is empty"),
+        ("x", ("--output", "report.txt"), "neither a page"),
+        ("refused", (), "the prompt is too long"),
+        ("x", ("--dictionary", "nowhere"), "cannot read a concept dictionary from nowhere"),
+        ("x", ("--output", "scene.png/report.html"), "cannot make the folder"),
+    ],
+)
+def test_bad_input(asked, picture, tmp_path, monkeypatch, instruction, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        _run(picture, instruction, *options)
+
+
+def test_bad_image(asked, tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        _run(tmp_path / "none.png", "x")
+    (tmp_path / "text.png").write_text("not a picture")
+    with pytest.raises(UserError, match="cannot be read as an image"):
+        _run(tmp_path / "text.png", "x")
