@@ -47,7 +47,13 @@ class Stage:
 STAGES = {
     "vision": Stage(steps=700, batch_size=64, learning_rate=6e-3, seed=0),
     "masks": Stage(steps=1000, batch_size=16, learning_rate=6e-3, seed=1),
-    "warmup": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
+    "warmup": Stage(
+        steps=4500,
+        batch_size=32,
+        learning_rate=3e-3,
+        seed=2,
+        options={"concept_weight": 0.3, "concept_scale": 8.0},  # words and patches share concepts
+    ),
     "sae": Stage(steps=2500, batch_size=2048, learning_rate=2e-3, seed=3),
     "slots": Stage(steps=1000, batch_size=32, learning_rate=6e-3, seed=5),
     "joint": Stage(steps=800, batch_size=32, learning_rate=4e-3, seed=4),
