@@ -222,7 +222,7 @@ class DictionaryCounts:
         chosen = set(np.linspace(0, total - 1, min(COFIRING_UNITS, total)).round().astype(int).tolist())
         for active, shift in ((reading.on_words, 0), (reading.on_patches, len(reading.words))):
             starts = np.flatnonzero(np.diff(active.units, prepend=-1))
-            for start, end in zip(starts, np.append(starts[1:], len(active.units)), strict=True):
+            for start, end in zip(starts, np.append(starts, len(active.units))[1:], strict=True):
                 if active.units[start] + shift not in chosen:
                     continue
                 strongest = np.argsort(-active.values[start:end], kind="stable")[:COFIRING_FEATURES]

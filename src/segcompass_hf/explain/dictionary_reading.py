@@ -109,7 +109,7 @@ class ConceptReader:
             patch_of[positions] = np.arange(len(positions))
             image = images[place]
             try:
-                objects = self._objects(row, len(positions))
+                objects = self._objects(row, (image.height, image.width), len(positions))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"sample {_name(index, row)!r}: {error!s:.300}") from error
             yield RowReading(
@@ -174,9 +174,13 @@ class ConceptReader:
                 word_of[position] = len(words) + place
         words.extend(word for _, _, word in found)
 
-    def _objects(self, row: dict[str, Any], num_patches: int) -> list[tuple[frozenset[str], np.ndarray]]:
+    def _objects(
+        self, row: dict[str, Any], size: tuple[int, int], num_patches: int
+    ) -> list[tuple[frozenset[str], np.ndarray]]:
         objects = []
         for words, mask in self.named_objects(row) if num_patches else []:
+            if mask.shape != size:
+                raise ValueError(f"{' '.join(words)!r} has a mask of {mask.shape} pixels, the image has {size}.")
             coverage = patch_coverage(self.processor.image_processor, mask, num_patches).numpy()
             if coverage.max() >= MIN_COVERAGE:
                 objects.append((frozenset(map(normalize_word, words)), coverage >= 0.5 * coverage.max()))
