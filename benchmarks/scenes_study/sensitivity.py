@@ -1,0 +1,183 @@
+"""What the result is sensitive to: concept threshold, d_sae, K, L, l1 and the SAE's family, one factor at a time.
+
+    python benchmarks/scenes_study/sensitivity.py            # run what is not done yet, then --report
+    python benchmarks/scenes_study/sensitivity.py --report   # table and plot from the records
+
+Every setting is the same shortened recipe (SAE, slots, joint stage) from the warm-up and SAM of the bundled
+checkpoint, with one thing changed. Resumable. The same command in a second terminal shares the work: a setting is run
+by one process at a time. With more objects than K slots the smallest are united in training; gIoU compares unions, so
+that no answer is out of reach. Top-k families choose by themselves and get no threshold. One seed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from runs import commit, counted, cpu_minutes, write_json
+from sensitivity_report import report
+from settings import EVALUATION_SEED, RUNS
+from transformers import AutoModel, AutoProcessor
+
+from segcompass_hf.data import scenes
+from segcompass_hf.explain.claims import IMAGE_PLACES, TEXT_PLACES, measure_claims
+from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage
+
+FOLDER = RUNS / "sensitivity"
+STAGES = {
+    "sae": Stage(steps=1000, batch_size=2048, learning_rate=2e-3, seed=23),
+    "slots": Stage(steps=250, batch_size=32, learning_rate=6e-3, seed=25),
+    "joint": Stage(steps=150, batch_size=32, learning_rate=4e-3, seed=24),
+}
+EVALUATED = 300  # scenes
+DEFAULT = "default"
+NO_THRESHOLD = {"concept_threshold": 0.0}
+# factor -> value -> options of stages; what is not named is the default's
+FACTORS: dict[str, dict[Any, dict[str, dict]]] = {
+    "d_sae": {size: {"sae": {"d_sae": size}} for size in (256, 512, 2048, 4096)},
+    "K (slots)": {number: {"slots": {"num_slots": number}} for number in (2, 6)},
+    "L (SAE layer)": {layer: {"sae": {"layer": layer}} for layer in (1, 3)},
+    "l1": {weight: {"sae": {"l1_coefficient": weight}} for weight in (0.25, 4.0)},
+    "SAE family": {
+        "gated": {"sae": {"architecture": "gated"}},
+        "jumprelu": {"sae": {"architecture": "jumprelu", "l1_coefficient": 0.3}},
+        "topk": {"sae": {"architecture": "topk", "k": 13}, "slots": NO_THRESHOLD},
+        "batchtopk": {"sae": {"architecture": "batchtopk", "k": 13}, "slots": NO_THRESHOLD},
+    },
+    "threshold, trained with": {tau: {"slots": {"concept_threshold": tau}} for tau in (0.0, 1.0)},
+}
+DEFAULTS = {
+    "d_sae": 1024,
+    "K (slots)": 4,
+    "L (SAE layer)": 2,
+    "l1": 1.0,
+    "SAE family": "standard",
+    "threshold, trained with": 0.25,
+    "threshold, set afterwards": 0.25,
+}
+THRESHOLDS = (0.0, 0.1, 0.5, 1.0, 2.0)  # set afterwards, on the default's model
+
+
+def settings() -> Iterator[tuple[str, str | None, Any, dict[str, dict]]]:
+    """Name, factor, value and stages' options of every setting that is trained, the default first."""
+    yield DEFAULT, None, None, {}
+    for factor, values in FACTORS.items():
+        for value, options in values.items():
+            yield _name(factor, value), factor, value, options
+
+
+def _name(factor: str, value: Any) -> str:
+    return f"{factor}-{value}".replace(" ", "_").replace(",", "").replace("(", "").replace(")", "")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether the setting is ours to run: no other process has it, and it is not done. Freed when we end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield not (folder / "record.json").exists()
+
+
+def train(folder: Path, options: dict[str, dict], start: dict[str, Path], scale: float) -> dict[str, Stage]:
+    """The three stages of a setting, from their last checkpoints where there are some."""
+    for name, source in start.items():
+        if not (source / LOG).exists():
+            raise SystemExit(f"{source} holds no finished stage {name!r}; run examples/train_scenes_tiny.py first.")
+        if not (folder / name).exists():
+            (folder / name).symlink_to(source.resolve())
+    stages = {
+        name: dataclasses.replace(stage, steps=max(2, round(scale * stage.steps)), options=options.get(name))
+        for name, stage in STAGES.items()
+    }
+    for name, stage in stages.items():
+        run_stage(name, folder, stage)
+    return stages
+
+
+def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> dict[str, Any]:
+    """Held-out figures of a setting's model, reasoning by itself, greedily."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModel.from_pretrained(folder / "joint", dtype=torch.float32).to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder / "joint")
+    if threshold is not None:
+        model.config.concept_threshold = threshold
+    rows = scenes.iterate("val", num_samples, seed=EVALUATION_SEED)
+    records = list(measure_claims(model, processor, rows))
+    ious = np.array([record.iou for record in records])
+    places = (*TEXT_PLACES, *IMAGE_PLACES)
+    tokens, features = (
+        sum(getattr(record, name)[place] for record in records for place in places) for name in ("tokens", "features")
+    )
+    log = [json.loads(line) for line in (folder / "sae" / LOG).read_text().splitlines()]
+    return {
+        "giou": bootstrap_interval(lambda draw: ious[draw].mean(), len(ious)),
+        "ious": ious.tolist(),
+        "features_per_token": features / tokens,
+        "sae": next(entry for entry in log if "explained_variance" in entry),
+    }
+
+
+def run(options: argparse.Namespace) -> None:
+    start = {"warmup": options.warmup, "masks": options.masks}
+    for name, factor, value, changes in settings():
+        if name not in (options.only or [name]):
+            continue
+        folder = options.runs / name
+        with claimed(folder) as ours:
+            if not ours:
+                continue
+            print(f"{name}: {changes or 'no change'}", flush=True)
+            with counted(folder, changes):
+                stages = train(folder, changes, start, options.scale)
+                figures = evaluate(folder, options.num_samples)
+            stages = {stage: dataclasses.asdict(of) for stage, of in stages.items()}
+            record = {"factor": factor, "value": value, "stages": stages, "commit": commit(), **figures}
+            write_json(folder / "record.json", record | {"cpu_minutes": cpu_minutes(folder)})
+            for stage in STAGES:
+                shutil.rmtree(folder / stage / "state", ignore_errors=True)
+    if not (options.runs / DEFAULT / "record.json").exists():
+        print("thresholds set afterwards wait for the default's model: run this again when it is done.")
+        return
+    for threshold in THRESHOLDS:
+        folder = options.runs / _name("threshold set afterwards", threshold)
+        with claimed(folder) as ours:
+            if ours:
+                print(folder.name, flush=True)
+                with counted(folder, {"concept_threshold": threshold}):
+                    figures = evaluate(options.runs / DEFAULT, options.num_samples, threshold)
+                record = {"factor": "threshold, set afterwards", "value": threshold, "commit": commit(), **figures}
+                write_json(folder / "record.json", record | {"cpu_minutes": cpu_minutes(folder)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="only the table and the plot, of what is done")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="settings to train, as their folders are called")
+    parser.add_argument("--runs", type=Path, default=FOLDER)
+    parser.add_argument("--warmup", type=Path, default=Path("runs/scenes-tiny/warmup"))
+    parser.add_argument("--masks", type=Path, default=RUNS / "start" / "masks")
+    parser.add_argument("--num-samples", type=int, default=EVALUATED)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a try")
+    parser.add_argument("--output", type=Path, help="path without ending; benchmarks/results when left out")
+    options = parser.parse_args()
+    if not options.report:
+        run(options)
+    names = [name for name, *_ in settings()] + [_name("threshold set afterwards", value) for value in THRESHOLDS]
+    report(options.runs, names, DEFAULTS, options.output)
+
+
+if __name__ == "__main__":
+    main()
