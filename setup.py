@@ -41,7 +41,16 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"segcompass_hf": ["checkpoints/**/*", "data/templates/*", "metrics/evaluate_modules/*/*.py"]},
+    package_data={
+        "segcompass_hf": [
+            "checkpoints/**/*",
+            "data/templates/*",
+            "explain/templates/*",
+            "hub/space/*",
+            "hub/templates/*",
+            "metrics/evaluate_modules/*/*.py",
+        ]
+    },
     python_requires=">=3.10",
     install_requires=CORE,
     extras_require=EXTRAS,
