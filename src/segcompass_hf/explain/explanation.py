@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""What an explanation holds: tokens, masks, and for every mask the ranked concepts behind it with their causal tests."""
+"""What an explanation holds: tokens, masks, and for every mask the ranked concepts behind it, causally tested."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ class MaskExplanation:
         concepts (`list[ConceptAttribution]`): By |contribution|, largest first; at most `max_concepts`.
         target (`str`): The scalar explained: `mask_logit` (mean inside the mask) or `slot_logit` (confidence).
         value, baseline_value (`float`): The scalar as it is, and without any concept.
-        completeness_error (`float`): `|sum of all contributions - (value - baseline_value)| / |value - baseline_value|`.
+        completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
+            `change = value - baseline_value`.
         num_concepts (`int`): Active concepts altogether, also those beyond `max_concepts`.
         kept (`bool`): Whether the model answers with this mask. When it keeps none, the strongest slot is explained
             by its `slot_logit`, with `kept=False`.

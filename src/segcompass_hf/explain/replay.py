@@ -1,0 +1,201 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""From concepts to masks again: a segmentation captured once, its last steps run as often as needed, no VLM pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..modeling_concepts import SparseConcepts, apply_interventions, normalize_interventions
+from ..modeling_heatmaps import SlotMapperOutput
+
+# Bound on the activations kept of the rows that run together: about 64 per mask value are held for a backward pass.
+MAX_ROW_ELEMENTS = 2**24
+MASK_ACTIVATIONS = 64
+
+
+@dataclass
+class CapturedSegmentation:
+    """One answer with all that leads from its concepts to its masks: a batch of one, padding cut away (T tokens).
+
+    It can stand in for `segment`'s output in the processor's post-processing.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(1, T)`): Ids of prompt and completion.
+        attention_mask (`torch.LongTensor` of shape `(1, T)`): All 1.
+        completion_mask (`torch.LongTensor` of shape `(1, T)`): 1 on what the model wrote.
+        concepts ([`SparseConcepts`]): Active concepts, a batch of one.
+        reference_states (`torch.Tensor` of shape `(1, K, hidden_size)`): Last states at the `<REF_POS>` tokens.
+        image_embeddings (`torch.Tensor` of shape `(1, channels, h, w)`): SAM features.
+        heatmap_logits, pred_masks (`torch.Tensor` of shape `(1, K, 4h, 4w)`): As `segment` gave them.
+        slot_logits (`torch.Tensor` of shape `(1, K)`): As `segment` gave them.
+        slot_logit_threshold (`float`): Slots above it are kept.
+        reshaped_input_sizes, original_sizes (`torch.LongTensor` of shape `(1, 2)`): (height, width) on SAM's canvas
+            (`None`: the whole canvas is image) and of the image.
+    """
+
+    sequences: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_mask: torch.Tensor
+    concepts: SparseConcepts
+    reference_states: torch.Tensor
+    image_embeddings: torch.Tensor
+    heatmap_logits: torch.Tensor
+    pred_masks: torch.Tensor
+    slot_logits: torch.Tensor
+    slot_logit_threshold: float
+    reshaped_input_sizes: torch.Tensor | None = None
+    original_sizes: torch.Tensor | None = None
+
+    @property
+    def kept_slots(self) -> list[int]:
+        """Slots that the model answers with."""
+        return (self.slot_logits[0] > self.slot_logit_threshold).nonzero()[:, 0].tolist()
+
+    @property
+    def features(self) -> torch.Tensor:
+        """Ids of the features active anywhere, ascending: `(num_features,)`."""
+        return self.concepts.features.unique()
+
+
+def capture(model: Any, inputs: Any, **segment_kwargs) -> list[CapturedSegmentation]:
+    """Segment a batch and keep what leads from concepts to masks.
+
+    Args:
+        model ([`SegCompassForReasoningSegmentation`]): The model.
+        inputs (`BatchFeature` or `dict`): From the processor, on the model's device.
+        segment_kwargs: For `segment`: `reasoning`, `max_new_tokens`, `interventions`, ...
+
+    Returns:
+        `list[CapturedSegmentation]`, one per row.
+
+    Raises:
+        ValueError: The model reads its completion twice (`concept_input="duplicated"`).
+    """
+    if model.config.concept_input == "duplicated":
+        raise ValueError(
+            'with concept_input="duplicated" every word of the answer has two sets of concepts, and neither is behind '
+            'a mask alone; set model.config.concept_input = "once" to explain this model.'
+        )
+    output = model.segment(**inputs, output_concepts=True, output_image_embeddings=True, **segment_kwargs)
+    sizes = {name: inputs.get(name) for name in ("reshaped_input_sizes", "original_sizes")}
+    return [_captured_row(model, output, row, sizes) for row in range(output.sequences.shape[0])]
+
+
+def _captured_row(model: Any, output: Any, row: int, sizes: dict[str, Any]) -> CapturedSegmentation:
+    present = output.attention_mask[row].bool()  # (padded length,)
+    concepts = output.concepts.for_row(row)
+    place = present.long().cumsum(0) - 1  # new position of every token that stays
+    one = slice(row, row + 1)
+    sequences = output.sequences[one, present]
+    token_index = place[concepts.token_index]
+    return CapturedSegmentation(
+        sequences=sequences,
+        attention_mask=torch.ones_like(sequences),
+        completion_mask=output.completion_mask[one, present],
+        concepts=SparseConcepts(concepts.features, concepts.values, token_index, 1, sequences.shape[1]),
+        reference_states=output.reference_states[one],
+        image_embeddings=output.image_embeddings[one],
+        heatmap_logits=output.heatmap_logits[one],
+        pred_masks=output.pred_masks[one],
+        slot_logits=output.slot_logits[one],
+        slot_logit_threshold=output.slot_logit_threshold,
+        **{name: None if size is None else size[one] for name, size in sizes.items()},
+    )
+
+
+@dataclass
+class ReplayOutput:
+    """Masks of changed concepts, one row per change.
+
+    Args:
+        heatmap_logits (`torch.Tensor` of shape `(rows, K, 4h, 4w)`): Of every slot.
+        slot_logits (`torch.Tensor` of shape `(rows, K)`): Of every slot.
+        pred_masks (`torch.Tensor` of shape `(rows, len(slots), 4h, 4w)`): Of the slots asked for.
+    """
+
+    heatmap_logits: torch.Tensor
+    slot_logits: torch.Tensor
+    pred_masks: torch.Tensor
+
+
+class Replay:
+    """Runs concept embeddings -> slots -> heatmaps -> masks for one captured segmentation.
+
+    Equal to `segment(interventions=...)` for interventions on concepts: what the VLM wrote and its reference states
+    stay. Rows are changes of the same answer, run together.
+
+    Args:
+        model ([`SegCompassForReasoningSegmentation`]): The model, in evaluation mode.
+        captured ([`CapturedSegmentation`]): From [`capture`].
+    """
+
+    def __init__(self, model: Any, captured: CapturedSegmentation):
+        self.model, self.captured = model, captured
+        self.codes = model.codebook.weight.detach()[captured.concepts.features]  # (num_active, d_slot)
+        self.valid_area = None  # (1, 1, 4h, 4w)
+        if captured.reshaped_input_sizes is not None:
+            self.valid_area = model.mask_stage.valid_area(captured.reshaped_input_sizes.to(self.codes.device))
+
+    @property
+    def chunk_size(self) -> int:
+        """Rows run together, so that memory stays bounded."""
+        return max(1, MAX_ROW_ELEMENTS // (MASK_ACTIVATIONS * self.captured.pred_masks[0].numel()))
+
+    def embed(self, values: torch.Tensor) -> torch.Tensor:
+        """Concept embeddings `(rows, T, d_slot)` of other values `(rows, num_active)` of the active entries."""
+        concepts = self.captured.concepts
+        weighted = values.to(self.codes.dtype)[:, :, None] * self.codes  # (rows, num_active, d_slot)
+        empty = weighted.new_zeros(len(values), concepts.sequence_length, self.codes.shape[-1])
+        return empty.index_add(1, concepts.token_index, weighted)
+
+    def embed_interventions(self, interventions: Any) -> torch.Tensor:
+        """Concept embeddings `(1, T, d_slot)` after interventions on concepts, also such that add features.
+
+        Raises:
+            ValueError: One acts on the residual stream, which changes what the VLM writes.
+        """
+        captured, d_sae = self.captured, self.model.config.sae_config.d_sae
+        items = normalize_interventions(interventions, d_sae)
+        residual = [item.feature for item in items if item.where == "residual"]
+        if residual:
+            raise ValueError(
+                f"interventions on features {residual} act on the residual stream and so on what the VLM writes: a "
+                "captured answer cannot be replayed with them; call segment() with them, or steer()."
+            )
+        modality_ids = self.model.modality_ids(captured.sequences)
+        concepts = apply_interventions(captured.concepts, items, captured.attention_mask, modality_ids, d_sae)
+        return self.model.codebook(concepts).detach()
+
+    def maps(self, embeddings: torch.Tensor) -> SlotMapperOutput:
+        """Heatmaps `(rows, K, 4h, 4w)` and slot logits `(rows, K)` of concept embeddings; differentiable.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `(rows, T, d_slot)`): From [`~Replay.embed`].
+        """
+        captured, rows = self.captured, len(embeddings)
+        encoded = self.model.slot_encoder(embeddings).slots  # (rows, K, d_slot)
+        states = captured.reference_states.expand(rows, -1, -1)
+        return self.model.slot_mapper(states, encoded, captured.image_embeddings.expand(rows, -1, -1, -1))
+
+    def decode(self, heatmap_logits: torch.Tensor) -> torch.Tensor:
+        """Mask logits of heatmaps, both `(rows, slots, 4h, 4w)`, of any slots; differentiable."""
+        images = self.captured.image_embeddings.expand(len(heatmap_logits), -1, -1, -1)
+        return self.model.mask_stage.decode(images, heatmap_logits, self.valid_area)
+
+    @torch.no_grad()
+    def run(self, embeddings: torch.Tensor, slots: list[int]) -> ReplayOutput:
+        """Heatmaps of all slots and masks of some, `chunk_size` rows at a time and without gradients.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `(rows, T, d_slot)`): From [`~Replay.embed`].
+            slots (`list[int]`): Whose masks are decoded.
+        """
+        parts = []
+        for chunk in embeddings.split(self.chunk_size):
+            mapped = self.maps(chunk)
+            masks = self.decode(mapped.heatmap_logits[:, slots])
+            parts.append((mapped.heatmap_logits, mapped.slot_logits, masks))
+        return ReplayOutput(*(torch.cat(column) for column in zip(*parts, strict=True)))
