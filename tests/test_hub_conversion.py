@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Checkpoints of the original code: to ours, the same numbers; and back, the same bits."""
 
+import argparse
 import json
 import os
 import shutil
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 from transformers import AutoModel, AutoProcessor
 
+from segcompass_hf.commands import convert
+from segcompass_hf.commands.common import UserError
 from segcompass_hf.hub.conversion import convert_original_checkpoint, load_original_sae, load_original_sam
 from segcompass_hf.hub.conversion_files import StoredTensor, open_weights, write_shards
 from segcompass_hf.hub.conversion_to_original import convert_to_original_checkpoint
@@ -161,10 +164,10 @@ class TestRoundTrip:
         torch.testing.assert_close(outputs[1].pred_masks, outputs[0].pred_masks, atol=0, rtol=0)
 
     def test_what_the_original_has_no_place_for(self, tmp_path):
-        tiny_model("llava", sae_config={"d_in": 32, "d_sae": 64, "architecture": "topk", "k": 4}).save_pretrained(
+        tiny_model("llava", sae_config={"d_in": 32, "d_sae": 64, "architecture": "batchtopk", "k": 4}).save_pretrained(
             tmp_path / "ours"
         )
-        with pytest.raises(ValueError, match="the SAE is 'topk'"):
+        with pytest.raises(ValueError, match="the SAE is 'batchtopk'"):
             convert_to_original_checkpoint(tmp_path / "ours", tmp_path / "back")
         assert not (tmp_path / "back").exists()
         with pytest.raises(FileNotFoundError, match="no config.json"):
@@ -384,3 +387,27 @@ class TestStaging:
 
 def test_composition_is_what_auto_model_gives(converted):
     assert isinstance(AutoModel.from_pretrained(converted), SegCompassForReasoningSegmentation)
+
+
+class TestCommand:
+    def run(self, *flags):
+        parser = argparse.ArgumentParser()
+        convert.add_parser(parser.add_subparsers())
+        args = parser.parse_args(["convert", *map(str, flags)])
+        args.run(args)
+
+    def test_there_and_back(self, original, tmp_path, capsys):
+        told = ["--sae-layer", 2, "--ref-token-id", 91, "--config", json.dumps({"sam_config": SAM_HEADS})]
+        self.run(original, "--output", tmp_path / "ours", *told)
+        self.run("--back", tmp_path / "ours", "--output", tmp_path / "back")
+        out = capsys.readouterr().out
+        assert f'segcompass predict IMAGE "INSTRUCTION" --model {tmp_path / "ours"}' in out
+        assert (tmp_path / "back" / "refseg_modules.pt").is_file()
+
+    def test_one_line_for_bad_input(self, original, tmp_path):
+        with pytest.raises(UserError, match="takes no --sae-layer, --config"):
+            self.run("--back", original, "--output", tmp_path / "x", "--sae-layer", 2, "--config", '{"a": 1}')
+        with pytest.raises(UserError, match="there is no .*refseg_modules.pt"):
+            self.run(tmp_path, "--output", tmp_path / "x")
+        with pytest.raises(UserError, match="pass ref_token_id="):
+            self.run(original, "--output", tmp_path / "x")

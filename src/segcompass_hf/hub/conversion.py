@@ -149,11 +149,14 @@ def load_original_sam(path: str | os.PathLike, config: Mapping[str, Any] | None 
     """
     weights = check_state_dict(read_torch_file(path), path)
     converted = convert_original_sam_state_dict(weights)
+    sam_config = sam_config_of(weights, config)
     with torch.device("meta"):
-        model = SamModel(sam_config_of(weights, config))
-    check_weights(model, {name: StoredTensor.of(tensor, str(path)) for name, tensor in converted.items()})
-    model.load_state_dict(converted, assign=True)
-    return model.eval()
+        empty = SamModel(sam_config)
+    check_weights(empty, {name: StoredTensor.of(tensor, str(path)) for name, tensor in converted.items()})
+    # not load_state_dict: parameters it assigns would be drawn anew when the model becomes part of another
+    return SamModel.from_pretrained(
+        None, config=sam_config, state_dict=converted, dtype=weights["mask_decoder.mask_tokens.weight"].dtype
+    )
 
 
 def _find_parts(source: Path, sam: Any, sae: Any, llm: Any) -> dict[str, Path | None]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -123,7 +123,7 @@ def _open_file(path: Path) -> dict[str, StoredTensor]:
         return {name: StoredTensor.of(tensor, path.name) for name, tensor in state.items()}
     try:
         file = safe_open(path, framework="pt")
-    except Exception as error:  # safetensors' own class is not public
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}); copy or download it again.") from error
     weights = {}
     for name in file.keys():  # noqa: SIM118  (a reader, not a dict)

@@ -102,7 +102,7 @@ def _check_expressible(config: SegCompassConfig, weights: Mapping[str, StoredTen
             "adapters first."
         )
     sae = config.sae_config
-    if sae.architecture not in ("standard", "gated", "jumprelu") or sae.normalize_activations.startswith("per_"):
+    if sae.architecture == "batchtopk" or sae.normalize_activations == "per_modality":
         raise ValueError(
             f"the SAE is {sae.architecture!r} with normalize_activations={sae.normalize_activations!r}, which the "
             "original code does not know."
@@ -117,6 +117,25 @@ def _check_expressible(config: SegCompassConfig, weights: Mapping[str, StoredTen
     ]
     if differing:
         logger.warning("the original code will answer differently from these weights: %s.", "; ".join(differing))
+    logger.warning("its settings must be these: %s.", ", ".join(f"{k}={v}" for k, v in _settings(config).items()))
+
+
+def _settings(config: SegCompassConfig) -> dict[str, object]:
+    """What the original reads from its yaml and not from the weights."""
+    sae = config.sae_config
+    top_k = sae.architecture == "topk" or sae.activation == "topk"
+    normalization = "constant_norm_rescale" if sae.normalize_activations == "per_token" else sae.normalize_activations
+    return {
+        "worker.actor.model.k_slots": config.num_slots,
+        "worker.sae.hook_layer": config.sae_layer,
+        "worker.sae.d_in": sae.d_in,
+        "worker.sae.d_sae": sae.d_sae,
+        "worker.sae.architecture": "standard" if top_k else sae.architecture,
+        "worker.sae.activation_fn_str": "topk" if top_k else sae.activation,
+        **({"worker.sae.activation_fn_kwargs": {"k": sae.k}} if top_k else {}),
+        "worker.sae.normalize_activations": normalization,
+        "worker.sae.apply_b_dec_to_input": sae.apply_b_dec_to_input,
+    }
 
 
 def _write_side_files(folder: Path, rest: Mapping[str, StoredTensor]) -> None:

@@ -1,0 +1,79 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass convert`: checkpoints of the original code to ours, and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import UserError, positive
+
+_EPILOG = """\
+examples:
+  segcompass convert global_step_4000/actor --sam sam_vit_h_4b8939.pth --output runs/converted
+  segcompass convert --back runs/converted --output runs/original
+
+docs/conversion.md says what the original's files are called and what the result computes.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "convert",
+        help="a checkpoint of the original SegCompass code to ours, or --back",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--back", action="store_true", help="from ours to the original's files")
+    parser.add_argument(
+        "--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)"
+    )
+    parser.add_argument("--sae", type=Path, help="ep_N.pt, where refseg_modules.pt holds no SAE")
+    parser.add_argument("--llm", type=Path, help="folder of the language model (llm_hf beside)")
+    parser.add_argument("--sae-layer", type=int, help="the original's hook_layer (16 LLaVA-1.5, 13 Qwen2.5-VL)")
+    parser.add_argument("--ref-token-id", type=positive, help="id of <REF_POS>, where there is no tokenizer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="cast all weights (as they are)")
+    parser.add_argument("--config", type=json.loads, default={}, metavar="JSON", help="fields of the configuration")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert what the command line asks for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    one_way = ("sam", "sae", "llm", "sae_layer", "ref_token_id", "dtype")
+    try:
+        if args.back:
+            _refuse_with_back([name for name in one_way if getattr(args, name) is not None], args)
+            from segcompass_hf.hub.conversion_to_original import convert_to_original_checkpoint
+
+            folder = convert_to_original_checkpoint(args.source, args.output, args.max_shard_size)
+        else:
+            from segcompass_hf.hub.conversion import convert_original_checkpoint
+
+            given = {name: getattr(args, name) for name in one_way}
+            folder = convert_original_checkpoint(
+                args.source, args.output, max_shard_size=args.max_shard_size, **given, **args.config
+            )
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        raise UserError(str(error)) from error
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
+    if not args.back:
+        print(f'next: segcompass predict IMAGE "INSTRUCTION" --model {folder}')
+
+
+def _refuse_with_back(given: list[str], args: argparse.Namespace) -> None:
+    if given or args.config:
+        flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["config"] if args.config else [])])
+        raise UserError(f"--back writes every weight as it is and takes no {flags}; leave it out.")
+
+
+__all__ = ["add_parser", "run"]

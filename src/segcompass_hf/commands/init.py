@@ -1,0 +1,102 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass init`: a ready-to-train checkpoint from a VLM, a SAM and, if there is one, an SAE."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import UserError, positive
+
+_EPILOG = """\
+examples:
+  segcompass init --vlm llava-hf/llava-1.5-7b-hf --sam facebook/sam-vit-huge --output runs/start
+  segcompass init --vlm Qwen/Qwen2.5-VL-3B-Instruct --sam facebook/sam-vit-base --sae runs/sae \\
+      --num-slots 6 --dtype bfloat16 --output runs/start
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "init",
+        help="a ready-to-train checkpoint from a VLM, a SAM and an SAE",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--vlm", required=True, help="Hub id or folder of a VLM, or of a SegCompass to take it from")
+    parser.add_argument("--sam", help="Hub id or folder of a SAM, or Segment Anything's .pth (a SegCompass has one)")
+    parser.add_argument("--sae", help="Hub id or folder of an SAE (ours or SAELens'), or ep_N.pt of the original code")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make")
+    parser.add_argument("--num-slots", type=positive, help="objects per answer at most (4, or the SegCompass's)")
+    parser.add_argument(
+        "--sae-layer", type=int, help="index into hidden_states (the SAE's; else 16 LLaVA-1.5, 13 Qwen2.5-VL, half)"
+    )
+    parser.add_argument("--d-sae", type=positive, help="features of a new SAE (65536)")
+    parser.add_argument("--d-slot", type=positive, help="width of the slots (512)")
+    parser.add_argument("--concept-threshold", type=float, help="activations below it count as zero (2.0)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (the VLM's)")
+    parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (%(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compose what the command line asks for."""
+    from transformers.utils import logging
+
+    from segcompass_hf.hub.composition import compose_checkpoint
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    fields = {"d_slot": args.d_slot, "concept_threshold": args.concept_threshold}
+    try:
+        made = compose_checkpoint(
+            args.vlm,
+            args.sam,
+            args.output,
+            sae=args.sae,
+            num_slots=args.num_slots,
+            sae_layer=args.sae_layer,
+            d_sae=args.d_sae,
+            dtype=args.dtype,
+            max_shard_size=args.max_shard_size,
+            **{name: value for name, value in fields.items() if value is not None},
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise UserError(str(error)) from error
+    _print(args, made)
+
+
+def _print(args: argparse.Namespace, made: Any) -> None:
+    millions = ", ".join(f"{name} {count / 1e6:,.1f}" for name, count in made.num_parameters.items())
+    print(f"{made.folder}: {made.vlm_type}, {made.num_slots} slots; millions of parameters: {millions}")
+    state = "untrained" if made.sae_is_new else "as given"
+    print(f"SAE: {made.d_sae} features on layer {made.sae_layer} of {made.depth}, {state}")
+    if made.added_tokens:
+        print(f"added to the tokenizer: {' '.join(made.added_tokens)}")
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print("\nnext (docs/training.md says more, --help lists all settings):")
+    for number, step in enumerate(_next_steps(made), start=1):
+        print(f"  {number}. {step}")
+
+
+def _next_steps(made: Any) -> list[str]:
+    """Commands that make the checkpoint answer; an SAE is trained after the warm-up, which changes its input."""
+    start, steps = made.folder, []
+    if made.sae_is_new:
+        start = "runs/with_sae"
+        steps += [
+            f"python examples/train_warmup.py --vlm {made.folder} --dataset ROWS --output_dir runs/warmup",
+            f"python examples/train_sae.py --vlm runs/warmup --dataset ROWS --output_dir runs/sae "
+            f"--d_sae {made.d_sae}",
+            f"segcompass init --vlm runs/warmup --sae runs/sae --output {start}",
+        ]
+    return [
+        *steps,
+        f"python examples/train_segmentation.py --model {start} --dataset ROWS --output_dir runs/segmentation",
+        "python examples/train_grpo.py --model runs/segmentation --dataset ROWS --output_dir runs/grpo",
+    ]
