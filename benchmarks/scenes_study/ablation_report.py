@@ -16,6 +16,10 @@ from settings import ARM_STEPS, ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO,
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
 
+STARTS = {
+    "strict": "Start: nothing of the other kinds",
+    "cold": "Start: every 50th scene of the warm-up of any kind",
+}
 NAMES = {
     "start": "shared start",
     "start-latent": "latent queries, start",
@@ -82,10 +86,12 @@ def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, s
     return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
 
 
-def load() -> tuple[dict[str, Scores], dict[str, list]]:
-    arms, curves = {}, {}
+def load(start: str) -> tuple[dict[str, Scores], dict[str, list]]:
+    """Scores of every finished arm from a start, and the curves of those that trained."""
+    arms, curves, seeds_of = {}, {}, SEEDS[start]
     for arm in NAMES:
-        folders = [RUNS / "arms" / (f"{arm}-{seed}" if arm in SEEDS else arm) for seed in SEEDS.get(arm, (0,))]
+        names = [f"{arm}-{seed}" for seed in seeds_of[arm]] if arm in seeds_of else [arm]
+        folders = [RUNS / "arms" / start / name for name in names]
         done = [f for f in folders if all((f / "evaluation" / split / "samples.jsonl").is_file() for split in SPLITS)]
         if not done:
             continue
@@ -108,7 +114,7 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
         set(np.concatenate(list(next(iter(arms.values())).kinds.values()))), key=lambda k: (k not in TAUGHT, k)
     )
     groups = {"all kinds": None, "taught kinds": TAUGHT, "other kinds": tuple(k for k in kinds if k not in TAUGHT)}
-    lines, record = ["## gIoU", ""], {"gIoU": {}, "differences": {}, "kinds": {}, "seeds": {}}
+    lines, record = ["### gIoU", ""], {"gIoU": {}, "differences": {}, "kinds": {}, "seeds": {}}
     lines += ["| arm | " + " | ".join((*SPLITS, "mean")) + " |", "|---" * (len(SPLITS) + 2) + "|"]
     for arm, scores in arms.items():
         cells = {}
@@ -117,7 +123,7 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
             cells[split or "mean"] = (_mean(arrays), interval(arrays, None))
         record["gIoU"][arm] = cells
         lines.append(f"| {NAMES[arm]} | " + " | ".join(_cell(*cell) for cell in cells.values()) + " |")
-    lines += ["", "## Differences, mean of the splits (scenes paired)", ""]
+    lines += ["", "### Differences, mean of the splits (scenes paired)", ""]
     lines += ["| arms | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
     for first, second in COMPARED:
         if first not in arms or second not in arms:
@@ -129,14 +135,14 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
         record["differences"][f"{first} - {second}"] = cells
         row = " | ".join(_difference(*cell) for cell in cells.values())
         lines.append(f"| {NAMES[first]} - {NAMES[second]} | {row} |")
-    lines += ["", "## gIoU by kind, mean of the splits", "", "The first three had reference reasoning.", ""]
+    lines += ["", "### gIoU by kind, mean of the splits", "", "The first three had reference reasoning.", ""]
     lines += ["| arm | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for arm, scores in arms.items():
         # a split without a kind (no form of `count` is held out) has no mean of it
         values = {k: _mean([array for array in scores.of(None, [k]) if array.size]) for k in kinds}
         record["kinds"][arm] = values
         lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
-    lines += ["", "## Every seed: gIoU, mean of the splits", "", "| arm | seeds |", "|---|---|"]
+    lines += ["", "### Every seed: gIoU, mean of the splits", "", "| arm | seeds |", "|---|---|"]
     for arm, scores in arms.items():
         values = np.mean([array.mean(1) for array in scores.of(None, None)], axis=0).tolist()
         record["seeds"][arm] = values
@@ -144,7 +150,7 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
     return lines, record
 
 
-def plot(curves: dict[str, list]) -> None:
+def plot(start: str, curves: dict[str, list]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -165,42 +171,42 @@ def plot(curves: dict[str, list]) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(RESULTS / "ablation.png", dpi=80)
+    figure.savefig(RESULTS / f"ablation_{start}.png", dpi=80)
 
 
 def main() -> None:
-    arms, curves = load()
-    lines, record = tables(arms)
-    folders = {f"{arm}-{seed}": RUNS / "arms" / f"{arm}-{seed}" for arm in curves for seed in SEEDS[arm]}
-    folders = {name: folder for name, folder in folders.items() if (folder / "done.json").is_file()}
-    record["runs"] = {
-        name: {
-            "cpu_minutes": round(cpu_minutes(folder), 1),
-            "commits": sorted({a["commit"] for a in attempts(folder)}),
-        }
-        for name, folder in folders.items()
-    }
-    record["settings"] = {"steps": ARM_STEPS, **GRPO, "arms": ARMS}
-    minutes = sum(run["cpu_minutes"] for run in record["runs"].values())
-    commits = sorted({commit for run in record["runs"].values() for commit in run["commits"]})
-    head = ["# Ablation: what reinforcement and the segmentation losses add", ""]
-    head += ["```", "python benchmarks/scenes_study/start.py", "python benchmarks/scenes_study/latent.py"]
-    head += [
-        "python benchmarks/scenes_study/ablation.py",
-        "python benchmarks/scenes_study/ablation_report.py",
-        "```",
-        "",
-    ]
+    record, sections, runs = {"settings": {"steps": ARM_STEPS, **GRPO, "arms": ARMS}}, [], {}
+    for start, title in STARTS.items():
+        arms, curves = load(start)
+        if not arms:
+            continue
+        lines, record[start] = tables(arms)
+        sections += [f"## {title}", "", *lines, ""]
+        if curves:
+            plot(start, curves)
+            sections += [f"![curves](ablation_{start}.png)", ""]
+        for folder in sorted((RUNS / "arms" / start).glob("*-[0-9]")):
+            commits = sorted({attempt["commit"] for attempt in attempts(folder)})
+            runs[f"{start}/{folder.name}"] = {"cpu_minutes": round(cpu_minutes(folder), 1), "commits": commits}
+    record["runs"] = runs
+    minutes = sum(run["cpu_minutes"] for run in runs.values())
+    commits = ", ".join(sorted({commit for run in runs.values() for commit in run["commits"]}))
+    head = ["# Ablation: what reinforcement and the segmentation losses add", "", "```"]
+    for start in STARTS:
+        head += [f"python benchmarks/scenes_study/start.py --start {start}"]
+    head += ["python benchmarks/scenes_study/latent.py --start cold", "python benchmarks/scenes_study/ablation.py"]
+    for start in STARTS:
+        head += [f"python benchmarks/scenes_study/ablation.py --start {start} --evaluate-start"]
+    head += ["python benchmarks/scenes_study/ablation.py --start cold --arm latent --evaluate-start"]
+    head += ["python benchmarks/scenes_study/ablation_report.py", "```", ""]
     head += [
         f"{ARM_STEPS} optimizer steps of 8 prompts x 8 completions per run; {EVALUATION_SAMPLES} scenes per split "
-        f"(seed {EVALUATION_SEED}), greedy. {len(record['runs'])} runs, {minutes:.0f} CPU minutes with evaluation, commits "
-        f"{', '.join(commits)}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: "
-        "`benchmarks/scenes_study/PROTOCOL.md`.",
+        f"(seed {EVALUATION_SEED}), greedy. {len(runs)} runs, {minutes:.0f} CPU minutes with evaluation, commits "
+        f"{commits}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: `scenes_study/PROTOCOL.md`.",
         "",
     ]
-    plot(curves)
     write_json(RESULTS / "ablation.json", record)
-    (RESULTS / "ablation.md").write_text("\n".join([*head, *lines, "", "![curves](ablation.png)", ""]))
+    (RESULTS / "ablation.md").write_text("\n".join([*head, *sections]))
 
 
 if __name__ == "__main__":

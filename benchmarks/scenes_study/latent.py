@@ -3,12 +3,14 @@
 An MLP with as many parameters as codebook and slot encoder together reads the last state at each `<REF_POS>`; what it
 gives takes the place of the concept slots in the slot mapper. Everything else is the same model and the same training.
 
-    python benchmarks/scenes_study/latent.py
+    python benchmarks/scenes_study/latent.py --start cold
 
 makes the baseline's start: the shared warm-up with its own slot and joint stages of the shared start's lengths.
 """
 
+import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -17,18 +19,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from runs import counted
-from settings import RUNS, START
+from settings import RUNS, STARTS
+from start import folder_of
 from torch import nn
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.training import scenes_recipe as recipe
-from segcompass_hf.training.scenes_batches import SceneCollator, SceneSamples
+from segcompass_hf.training.scenes_batches import SceneCollator
 from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer
 from segcompass_hf.training.scenes_slots import SlotTrainer
 
-SHARED, FOLDER = RUNS / "start", RUNS / "start-latent"
 STAGES = ("slots", "joint")
 
 
@@ -75,9 +77,13 @@ class LatentSlotTrainer(SlotTrainer):
         return model.slot_mapper.slots(model.find_reference_states(last, ids, mask, inputs["completion_mask"]))
 
 
-def _slots(stage, arguments):
+def latent_folder(start: str) -> Path:
+    return RUNS / f"start-{start}-latent"
+
+
+def _slots(start, stage, arguments):
     """The shared start's model before its slot stage, with latent queries."""
-    concepts, trainer = recipe._slots(SHARED, stage, arguments)
+    concepts, trainer = recipe._slots(folder_of(start), stage, arguments)
     model = LatentQuerySegmentation(concepts.config, concepts.vlm, concepts.sam, concepts.sae)
     model.slot_words = concepts.slot_words
     model.requires_grad_(False)
@@ -90,15 +96,14 @@ def _slots(stage, arguments):
     return model, trainer
 
 
-def _joint(stage, arguments):
-    model = LatentQuerySegmentation.from_pretrained(FOLDER / "slots", dtype=torch.float32)
+def _joint(start, stage, arguments):
+    model = LatentQuerySegmentation.from_pretrained(latent_folder(start) / "slots", dtype=torch.float32)
     model.vlm.set_attn_implementation("eager")
     model.freeze_for_training()
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
     return model, JointTrainer(
         model=model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=recipe._scenes(stage),
         data_collator=JointCollator(recipe.build_processor().tokenizer),
         part_learning_rates={"vlm": 0.2, "sam": 0.1},
         adamw_ratio=0.5,
@@ -107,14 +112,14 @@ def _joint(stage, arguments):
     )
 
 
-def run_stage(name: str) -> None:
+def run_stage(start: str, name: str) -> None:
     """One of the two stages, from its last checkpoint where there is one."""
-    folder, stage = FOLDER / name, START[name]
+    folder, stage = latent_folder(start) / name, STARTS[start][name]
     if (folder / recipe.LOG).exists():
         return
     set_seed(stage.seed)
     arguments = recipe._arguments(name, stage, folder)
-    model, trainer = {"slots": _slots, "joint": _joint}[name](stage, arguments)
+    model, trainer = {"slots": _slots, "joint": _joint}[name](start, stage, arguments)
     state = str(folder / "state")
     trainer.train(resume_from_checkpoint=get_last_checkpoint(state) if Path(state).exists() else None)
     if name == "slots":
@@ -122,19 +127,22 @@ def run_stage(name: str) -> None:
     else:
         recipe.build_processor().save_pretrained(folder)
     model.save_pretrained(folder)
-    (folder / recipe.LOG).write_text("\n".join(map(str, trainer.state.log_history)))
+    (folder / recipe.LOG).write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
 
 
 def main() -> None:
-    if len(sys.argv) > 1:
-        name = sys.argv[1]
-        with counted(FOLDER / name, dataclasses.asdict(START[name])):
-            run_stage(name)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--start", choices=STARTS, default="cold")
+    parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
+    given = parser.parse_args()
+    if given.stage:
+        with counted(latent_folder(given.start) / given.stage, dataclasses.asdict(STARTS[given.start][given.stage])):
+            run_stage(given.start, given.stage)
         return
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in STAGES:
-        if not (FOLDER / name / recipe.LOG).exists():
-            if subprocess.call([sys.executable, str(Path(__file__)), name], env=environment):
+        if not (latent_folder(given.start) / name / recipe.LOG).exists():
+            if subprocess.call([sys.executable, __file__, "--start", given.start, "--stage", name], env=environment):
                 sys.exit(f"stage {name} failed; fix what its log says and run the same command again.")
 
 

@@ -1,9 +1,11 @@
 """The start that all arms of the ablation share: reference reasoning for three of the eight kinds of instruction.
 
-    python benchmarks/scenes_study/start.py
+    python benchmarks/scenes_study/start.py --start strict
+    python benchmarks/scenes_study/start.py --start cold
 
-Six stages as in `examples/train_scenes_tiny.py`, with fewer steps; from the third on only kinds of `TAUGHT` are seen.
-Resumable; `runs/scenes-study/start` holds one folder per stage, `joint` is the start.
+Six stages as in `examples/train_scenes_tiny.py`, with fewer steps; from the third on only kinds of `TAUGHT` are seen
+(but for what `STARTS` says). Resumable; `runs/scenes-study/start-strict` holds one folder per stage, `joint` is the
+start.
 """
 
 import argparse
@@ -11,38 +13,44 @@ import dataclasses
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from runs import counted
-from settings import RUNS, START
+from settings import RUNS, STARTS
 
 from segcompass_hf.training.scenes_recipe import LOG, run_stage
 
-FOLDER = RUNS / "start"
 IN_TWO = ("warmup", "joint")  # worth two processes on CPU
 
 
-def launch(stage: str) -> None:
+def folder_of(start: str) -> Path:
+    return RUNS / f"start-{start}"
+
+
+def launch(start: str, stage: str) -> None:
     """Run one stage in processes of its own."""
     launcher = [sys.executable]
     if stage in IN_TWO and not torch.cuda.is_available():
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    if subprocess.call([*launcher, __file__, "--stage", stage], env=environment):
+    if subprocess.call([*launcher, __file__, "--start", start, "--stage", stage], env=environment):
         sys.exit(f"stage {stage} failed; fix what its log says and run the same command again.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=START, help="only this stage, in this process")
-    stage = parser.parse_args().stage
-    if stage:
-        with counted(FOLDER / stage, dataclasses.asdict(START[stage])):
-            run_stage(stage, FOLDER, START[stage])
+    parser.add_argument("--start", choices=STARTS, default="strict")
+    parser.add_argument("--stage", help="only this stage, in this process")
+    given = parser.parse_args()
+    stages, folder = STARTS[given.start], folder_of(given.start)
+    if given.stage:
+        with counted(folder / given.stage, dataclasses.asdict(stages[given.stage])):
+            run_stage(given.stage, folder, stages[given.stage])
         return
-    for stage in START:
-        if not (FOLDER / stage / LOG).exists():
-            launch(stage)
+    for stage in stages:
+        if not (folder / stage / LOG).exists():
+            launch(given.start, stage)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""What reinforcement could learn from: how far the samples of one prompt differ in IoU, per kind and temperature.
+
+    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --temperatures 1 1.5 2
+
+`flat`: share of the prompts whose samples all have the same IoU (standard deviation below 0.02), which teach nothing.
+"""
+
+import argparse
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
+from segcompass_hf.data import scenes
+from segcompass_hf.data.schema import decode_masks
+from segcompass_hf.metrics.segmentation import score_sample
+from segcompass_hf.training import format_reward
+
+PROMPTS_AT_ONCE = 12
+
+
+def sampled_ious(model, processor, rows: list[dict], temperature: float, samples: int) -> tuple[dict, list[float]]:
+    """IoU of every sample by kind, `(prompts, samples)`, and the format reward of every completion."""
+    by_kind, formats = defaultdict(list), []
+    for start in range(0, len(rows), PROMPTS_AT_ONCE):
+        prompts = rows[start : start + PROMPTS_AT_ONCE]
+        copies = [row for row in prompts for _ in range(samples)]
+        images, instructions = [row["image"] for row in copies], [row["instruction"] for row in copies]
+        inputs = processor(images=images, instruction=instructions, return_tensors="pt")
+        free = {"do_sample": True, "temperature": temperature, "constrain_format": False, "max_new_tokens": 120}
+        answers = processor.post_process_segmentation(
+            model.segment(**inputs, **free),
+            original_sizes=inputs["original_sizes"],
+            reshaped_input_sizes=inputs["reshaped_input_sizes"],
+        )
+        formats += format_reward([answer["text"] for answer in answers])
+        ious = [
+            score_sample(answer["masks"], decode_masks(row["masks"], row["image"].size[::-1])).iou
+            for row, answer in zip(copies, answers, strict=True)
+        ]
+        for index, row in enumerate(prompts):
+            by_kind[row["kind"]].append(ious[index * samples : (index + 1) * samples])
+    return by_kind, formats
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0])
+    parser.add_argument("--num-prompts", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    given = parser.parse_args()
+    model = SegCompassForReasoningSegmentation.from_pretrained(given.model).eval()
+    processor = SegCompassProcessor.from_pretrained(given.model)
+    rows = list(scenes.iterate("val", given.num_prompts, seed=3))
+    for temperature in given.temperatures:
+        torch.manual_seed(0)
+        by_kind, formats = sampled_ious(model, processor, rows, temperature, given.samples)
+        print(f"temperature {temperature}: well-formed {np.mean(np.array(formats) > 0):.2f}")
+        for kind, values in sorted(by_kind.items()):
+            ious = np.array(values)
+            flat = (ious.std(1) < 0.02).mean()
+            best = ious.max(1).mean()
+            print(f"  {kind:12} {len(ious):3} prompts, mean {ious.mean():.2f}, best {best:.2f}, flat {flat:.2f}")
+
+
+if __name__ == "__main__":
+    main()
