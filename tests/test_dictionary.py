@@ -6,6 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from browser import console_messages, open_browser, requested_addresses
+from PIL import Image
 from supervised import tiny_row
 from tiny import FAMILIES, tiny_model, tiny_processor
 
@@ -38,7 +40,7 @@ def reading(index, image_id, on_words=(), on_patches=(), words=WORDS, objects=No
     boxes = [(0, 0, 2, 2), (2, 0, 4, 2), (0, 2, 2, 4), None]
     named = [(frozenset({"red", "square"}), RED), (frozenset({"blue"}), BLUE)] if objects is None else objects
     concepts = [active(*triples) if triples else empty for triples in (on_words, on_patches)]
-    return RowReading(index, f"row-{index}", image_id, list(words), boxes, *concepts, named)
+    return RowReading(index, f"row-{index}", image_id, list(words), boxes, *concepts, named, Image.new("RGB", (4, 4)))
 
 
 def constructed(all_objects_named=True, **settings):
@@ -191,13 +193,17 @@ def test_large_sae_needs_no_square_table():
 def test_saved_and_loaded_are_equal(made, tmp_path):
     made.save(tmp_path)
     loaded = ConceptDictionary.load(tmp_path)
-    assert loaded.entries == made.entries and loaded.info == made.info and loaded.pictures == made.pictures
+    assert list(loaded.entries) == made.entries and loaded.info == made.info and loaded.pictures == made.pictures
+    assert [loaded[i] for i in range(D_SAE)] == made.entries and loaded.label(1) == "blue" and loaded.purity(3) is None
+    assert [e.feature for e in loaded.search("squares")] == [e.feature for e in made.search("squares")] == [5, 1]
     for name, scores in made.scores.items():
         np.testing.assert_array_equal(loaded.scores[name], scores)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["concepts.parquet", "concepts.safetensors"]
     assert ConceptDictionary.from_pretrained(tmp_path).label(0) == "red"
     made.save(tmp_path)  # over itself
-    assert ConceptDictionary.find(tmp_path).label(0) == "red" and ConceptDictionary.find(tmp_path / "no") is None
+    found = ConceptDictionary.find(tmp_path)
+    assert found.label(0) == "red" and ConceptDictionary.find(tmp_path) is found  # not read twice
+    assert ConceptDictionary.find(tmp_path / "no") is None
 
 
 def test_dictionary_of_another_sae_is_refused(made):
@@ -259,6 +265,30 @@ def test_page_shows_markup_as_text(tmp_path):
     assert [entry["feature"] for entry in data["features"]] == [0] and data["features"][0]["words"][0][0] == bad
 
 
+def test_page_in_a_browser(made, tmp_path):
+    path = tmp_path / "page.html"
+    made.to_html(path)
+    with open_browser(tmp_path / "profile") as window:
+        window.get(path.as_uri())
+        assert console_messages(window) == [] and requested_addresses(window) == [path.as_uri()]
+
+        def texts(selector):
+            return [one.text for one in window.find_elements("css selector", selector)]
+
+        assert len(texts("#list button")) == 5 and texts("#found") == ["5 features"]  # feature 3 never fired
+        window.find_element("css selector", "#search").send_keys("BLUE")
+        assert texts("#list .label") == ["blue", "blue"]
+        window.find_element("css selector", "[data-feature='2']").click()
+        assert texts("#entry h2") == ["2 · blue"] and "Derived label, on patches." in texts("#entry")[0]
+        assert window.find_element("css selector", "[data-feature='2']").get_attribute("aria-current") == "true"
+        window.find_element("css selector", "#search").clear()
+        window.find_element("css selector", "#search").send_keys("red")
+        window.find_element("css selector", "[data-feature='0']").click()
+        assert texts("mark")[0] == "find" and len(texts(".shown span")) == 3  # patches marked in their pictures
+        window.find_element("css selector", "#entry .chip:not([disabled])[title]").click()
+        assert texts("#entry h2") == ["1 · blue"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_builds_for_every_family(family):
     model, processor = tiny_model(family), tiny_processor(family)
@@ -285,7 +315,7 @@ def _split(words, last):
 
 
 def test_own_reasoning_and_a_checkpoints_folder(tmp_path):
-    model, processor = tiny_model(), tiny_processor()
+    model, processor = tiny_model(max_reasoning_tokens=6), tiny_processor()
     rows = [tiny_row(i, image_id=f"image-{i}") for i in range(3)]
     with pytest.raises(ValueError, match="there are no rows"):
         ConceptDictionary.build(model, processor, [])
@@ -295,7 +325,7 @@ def test_own_reasoning_and_a_checkpoints_folder(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     assert ConceptDictionary.find(loaded) is None
     built.save(tmp_path)
-    assert ConceptDictionary.find(loaded).entries == built.entries
+    assert list(ConceptDictionary.find(loaded).entries) == built.entries
     with torch.no_grad():
         loaded.sae.W_enc.mul_(1.5)
     assert ConceptDictionary.find(loaded) is None

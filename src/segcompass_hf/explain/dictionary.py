@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from . import dictionary_store as store
 from .dictionary_counts import DictionaryCounts
-from .dictionary_entries import MEASURES, SCORES, ConceptEntry, ExampleStore, columns_of, entries_of, make_entries
+from .dictionary_entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
 from .dictionary_labels import derive_labels
 from .dictionary_objects import NamedObjects, normalize_word, scenes_objects, target_objects
 from .dictionary_reading import ConceptReader
@@ -38,7 +38,7 @@ class ConceptDictionary:
     ```
 
     Args:
-        entries (`list[ConceptEntry]`): One per feature, in order.
+        entries (`Sequence[ConceptEntry]`): One per feature, in order.
         scores (`dict[str, np.ndarray]`): Further numbers `(d_sae,)`: F1 on the half of the images that labels are
             derived from (`derived_f1_words`, `derived_f1_patches`) and of firing at any activation (`any_f1_words`,
             `any_f1_patches`); NaN where not defined.
@@ -49,13 +49,19 @@ class ConceptDictionary:
 
     def __init__(
         self,
-        entries: list[ConceptEntry],
+        entries: Sequence[ConceptEntry],
         scores: dict[str, np.ndarray],
         pictures: list[bytes],
         info: dict[str, Any],
         sketch: np.ndarray,
     ):
         self.entries, self.scores, self.pictures, self.info, self.sketch = entries, scores, pictures, info, sketch
+        self._labels, self._purities, self._words = map(self._column, ("label", "purity", "words"))
+
+    def _column(self, name: str) -> list:
+        if isinstance(self.entries, StoredEntries):
+            return self.entries.column(name)
+        return [getattr(entry, name) for entry in self.entries]
 
     @classmethod
     def build(
@@ -154,17 +160,20 @@ class ConceptDictionary:
         return len(self.entries)
 
     def __getitem__(self, feature: int) -> ConceptEntry:
-        if not 0 <= feature < len(self.entries):
-            raise IndexError(f"feature {feature} was asked for; this SAE has features 0 to {len(self.entries) - 1}.")
-        return self.entries[feature]
+        return self.entries[self._checked(feature)]
+
+    def _checked(self, feature: int) -> int:
+        if not 0 <= feature < len(self):
+            raise IndexError(f"feature {feature} was asked for; this SAE has features 0 to {len(self) - 1}.")
+        return feature
 
     def label(self, feature: int) -> str | None:
         """The derived label of a feature; `None` where no word predicts it."""
-        return self[feature].label
+        return self._labels[self._checked(feature)]
 
     def purity(self, feature: int) -> float | None:
         """Share of a feature's firings on held-out images that are on its label."""
-        return self[feature].purity
+        return self._purities[self._checked(feature)]
 
     def search(self, text: str, limit: int = 20) -> list[ConceptEntry]:
         """Features by label, best first, then those that often fire on the word.
@@ -175,13 +184,13 @@ class ConceptDictionary:
         """
         wanted = {text, text.lower(), normalize_word(text)}
         ranked = []
-        for entry in self.entries:
-            share = max((share for word, share in entry.words if word in wanted), default=0.0)
-            if entry.label in wanted:
-                f1 = float(np.nansum([self.scores[f"derived_f1_{m}"][entry.feature] for m in ("words", "patches")]))
-                ranked.append((0, -f1, entry.feature))
+        for feature, (label, words) in enumerate(zip(self._labels, self._words, strict=True)):
+            share = max((share for word, share in map(_word_and_share, words) if word in wanted), default=0.0)
+            if label in wanted:
+                f1 = [self.scores[f"derived_f1_{modality}"][feature] for modality in ("words", "patches")]
+                ranked.append((0, -float(np.nansum(f1)), feature))
             elif share >= 0.1:
-                ranked.append((1, -share, entry.feature))
+                ranked.append((1, -share, feature))
         return [self.entries[feature] for *_, feature in sorted(ranked)[:limit]]
 
     def check(self, sae: nn.Module) -> None:
@@ -211,12 +220,12 @@ class ConceptDictionary:
             FileNotFoundError: The folder holds none, or half of one.
             ValueError: The files are damaged, do not belong together, or are of another SAE.
         """
-        arrays, columns, info = store.read_files(folder)
+        arrays, table, info = store.read_files(folder)
         ends = arrays["picture_ends"].tolist()
         data = arrays["pictures"].tobytes()
         pictures = [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         scores = {name[7:]: array for name, array in arrays.items() if name.startswith("scores.")}
-        dictionary = cls(entries_of(columns), scores, pictures, info, arrays["sae_sketch"])
+        dictionary = cls(StoredEntries(table), scores, pictures, info, arrays["sae_sketch"])
         if model is not None:
             dictionary.check(model.sae)
         return dictionary
@@ -265,11 +274,8 @@ class ConceptDictionary:
             if not folder:
                 return None
             if os.path.isdir(folder):
-                present = [name for name in (store.NUMBERS_FILE, store.TABLE_FILE) if (Path(folder) / name).is_file()]
-                return cls.load(folder, model) if present else None
-            if is_path:
-                return None
-            return _from_cache(cls, folder, model)
+                return _newest(cls, Path(folder), model)
+            return None if is_path else _from_cache(cls, folder, model)
         except (OSError, ValueError, ImportError) as error:
             logger.warning(f"concepts stay without labels: {error}")
             return None
@@ -287,6 +293,25 @@ class ConceptDictionary:
         write_page(self, path, max_features)
 
 
+_LAST_FOUND: dict[tuple, ConceptDictionary] = {}  # at most one: every explanation of a model asks for it
+
+
+def _newest(cls: type, folder: Path, model: Any) -> ConceptDictionary | None:
+    """The dictionary of a folder, read again only where its files have changed."""
+    files = [folder / name for name in (store.NUMBERS_FILE, store.TABLE_FILE)]
+    present = [file for file in files if file.is_file()]
+    if not present:
+        return None
+    key = tuple((str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in present)
+    if key not in _LAST_FOUND:
+        found = cls.load(folder)
+        _LAST_FOUND.clear()
+        _LAST_FOUND[key] = found
+    if model is not None:
+        _LAST_FOUND[key].check(model.sae)
+    return _LAST_FOUND[key]
+
+
 def _from_cache(cls: type, repository: str, model: Any) -> ConceptDictionary | None:
     """The dictionary of a checkpoint that came from the Hub, from the same commit."""
     from transformers.utils import cached_file
@@ -296,7 +321,12 @@ def _from_cache(cls: type, repository: str, model: Any) -> ConceptDictionary | N
     files = [
         cached_file(repository, name, revision=commit, **optional) for name in (store.NUMBERS_FILE, store.TABLE_FILE)
     ]
-    return cls.load(Path(files[0]).parent, model) if all(files) else None
+    return _newest(cls, Path(files[0]).parent, model) if all(files) else None
+
+
+def _word_and_share(word: Any) -> tuple[str, float]:
+    """Of an entry, or as it is stored."""
+    return (word["word"], word["share"]) if isinstance(word, dict) else word
 
 
 __all__ = ["ConceptDictionary", "ConceptEntry", "scenes_objects", "target_objects"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -239,7 +240,7 @@ def make_entries(
     return entries, pictures
 
 
-def columns_of(entries: list[ConceptEntry]) -> dict[str, list]:
+def columns_of(entries: Sequence[ConceptEntry]) -> dict[str, list]:
     """Entries as the columns of a table, of plain values."""
     names = ("feature", "label", "label_place", *SCORES, "cross_modal", *MEASURES)
     columns = {name: [getattr(entry, name) for entry in entries] for name in names}
@@ -249,9 +250,28 @@ def columns_of(entries: list[ConceptEntry]) -> dict[str, list]:
     return columns
 
 
-def entries_of(columns: dict[str, list]) -> list[ConceptEntry]:
-    """The reverse of [`columns_of`]."""
-    return [_read_entry(dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)]
+class StoredEntries(Sequence):
+    """Entries of a stored table, each made when it is asked for: SAEs of large models have tens of thousands.
+
+    Args:
+        table (`pyarrow.Table`): Of the columns of [`columns_of`].
+    """
+
+    def __init__(self, table: Any):
+        self.table = table.combine_chunks()
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, feature: int) -> ConceptEntry:
+        return _read_entry(self.table.slice(range(len(self))[feature], 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[ConceptEntry]:
+        return map(_read_entry, self.table.to_pylist())
+
+    def column(self, name: str) -> list:
+        """One plain value per feature."""
+        return self.table.column(name).to_pylist()
 
 
 def _read_entry(row: dict[str, Any]) -> ConceptEntry:
@@ -268,4 +288,4 @@ def _read_entry(row: dict[str, Any]) -> ConceptEntry:
     return ConceptEntry(**(row | read))
 
 
-__all__ = ["CoFiring", "ConceptEntry", "ExampleStore", "PatchExample", "WordExample", "columns_of", "entries_of"]
+__all__ = ["CoFiring", "ConceptEntry", "ExampleStore", "PatchExample", "StoredEntries", "WordExample", "columns_of"]

@@ -83,8 +83,8 @@ def write_files(
         os.replace(unfinished, folder / name)
 
 
-def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, list], dict[str, Any]]:
-    """Read both files: arrays, columns of the table, and what the header says of their making.
+def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:
+    """Read both files: arrays, the table (`pyarrow.Table`), and what the header says of their making.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -105,7 +105,7 @@ def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
             "or one of the two was replaced); write the dictionary again."
         )
     _, parquet = _pyarrow()
-    return arrays, parquet.read_table(io.BytesIO(table)).to_pydict(), json.loads(header["info"])
+    return arrays, parquet.read_table(io.BytesIO(table)), json.loads(header["info"])
 
 
 def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
