@@ -8,15 +8,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainingArguments
 
 pytest.importorskip("accelerate")
 
+from segcompass_hf import SegCompassSae  # noqa: E402
 from segcompass_hf.data.scene_drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
 from segcompass_hf.training.muon import MuonWithAdamW  # noqa: E402
 from segcompass_hf.training.scenes_batches import MAX_OBJECTS, SceneSamples, patch_labels  # noqa: E402
 from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer  # noqa: E402
-from segcompass_hf.training.scenes_parts import build_processor  # noqa: E402
-from segcompass_hf.training.scenes_recipe import Stage, export_checkpoint, run_stage  # noqa: E402
+from segcompass_hf.training.scenes_parts import build_processor, build_sae_config  # noqa: E402
+from segcompass_hf.training.scenes_recipe import Stage, _finish, export_checkpoint, run_stage  # noqa: E402
+from segcompass_hf.training.scenes_sae import SceneSaeTrainer, StateDataset  # noqa: E402
 
 
 def test_patch_labels_by_hand():
@@ -111,6 +114,41 @@ def test_muon_state_survives_saving():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk"])
+def test_every_family_of_saes_trains_and_gets_its_dead_features_back(architecture, tmp_path):
+    torch.manual_seed(0)
+    states = torch.randn(64, 128)
+    k = {"k": 4} if "topk" in architecture else {}
+    sae = SegCompassSae(build_sae_config(2, d_sae=32, architecture=architecture, **k))
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, per_device_train_batch_size=64, report_to=[], remove_unused_columns=False, use_cpu=True
+    )
+    arguments.save_strategy = "no"
+    trainer = SceneSaeTrainer(
+        model=sae, args=arguments, train_dataset=StateDataset(states), data_collator=lambda rows: rows
+    )
+    trainer.train()
+    per_feature = [name for name in ("b_enc", "b_gate", "b_mag", "r_mag", "threshold") if hasattr(sae, name)]
+    assert len(per_feature) == {"gated": 3, "jumprelu": 2}.get(architecture, 1)
+    with torch.no_grad():
+        for name in per_feature:
+            getattr(sae, name).fill_(7.0)
+    trainer.fired = torch.ones(32)
+    trainer.fired[5] = 0
+    trainer.resample()
+    for name in per_feature:
+        values = getattr(sae, name)
+        assert values[5] == 0 and (values[:5] == 7).all() and (values[6:] == 7).all()
+    assert sae.W_dec[5].norm() > 0 and trainer.fired.sum() == 0
+    before = sae.encode(states)
+    _finish("sae", sae, tmp_path / "sae")
+    norms = sae.W_dec.norm(dim=1)
+    if k:
+        assert torch.equal(sae.encode(states), before), "features that compete keep their lengths"
+    else:
+        torch.testing.assert_close(norms, torch.ones(32))
+
+
 def test_a_stage_says_what_it_needs(tmp_path):
     with pytest.raises(FileNotFoundError, match="starts from 'vision'"):
         run_stage("warmup", tmp_path)
@@ -123,8 +161,8 @@ def test_every_stage_runs_resumes_exactly_and_exports(tmp_path, monkeypatch):
         "vision": Stage(4, 4, 6e-3, 0),
         "masks": Stage(4, 4, 6e-3, 1),
         "warmup": Stage(4, 4, 3e-3, 2),
-        "sae": Stage(4, 256, 2e-3, 3),
-        "slots": Stage(4, 4, 6e-3, 5),
+        "sae": Stage(4, 256, 2e-3, 3, options={"d_sae": 96, "layer": 1}),
+        "slots": Stage(4, 4, 6e-3, 5, options={"num_slots": 3, "concept_threshold": 0.1}),
         "joint": Stage(4, 4, 4e-3, 4),
     }
     for name, stage in settings.items():
@@ -165,4 +203,6 @@ def test_every_stage_runs_resumes_exactly_and_exports(tmp_path, monkeypatch):
     sample = SceneSamples(1, "val")[0]
     inputs = processor(images=sample["image"], instruction=sample["instruction"], return_tensors="pt")
     seg = model.segment(**inputs, max_new_tokens=24)
-    assert seg.pred_masks.shape == (1, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
+    assert seg.pred_masks.shape == (1, 3, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
+    assert (model.config.sae_layer, model.config.sae_config.d_sae) == (1, 96)
+    assert (model.config.concept_threshold, processor.num_slots) == (0.1, 3)

@@ -132,6 +132,7 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
 
 def run(options: argparse.Namespace) -> None:
     start = {"warmup": options.warmup, "masks": options.masks}
+    sae = options.runs / DEFAULT / "sae"
     for name, factor, value, changes in settings():
         if name not in (options.only or [name]):
             continue
@@ -141,7 +142,9 @@ def run(options: argparse.Namespace) -> None:
                 continue
             print(f"{name}: {changes or 'no change'}", flush=True)
             with counted(folder, changes):
-                stages = train(folder, changes, start, options.scale)
+                # where nothing of the SAE is changed it would be trained to the same weights again
+                shared = {"sae": sae} if changes and "sae" not in changes and (sae / LOG).exists() else {}
+                stages = train(folder, changes, start | shared, options.scale)
                 figures = evaluate(folder, options.num_samples)
             stages = {stage: dataclasses.asdict(of) for stage, of in stages.items()}
             record = {"factor": factor, "value": value, "stages": stages, "commit": commit(), **figures}

@@ -102,6 +102,7 @@ def _plot(default: dict, records: dict[str, dict], defaults: dict[str, Any]) -> 
             axes.errorbar(place, giou["value"], spread, fmt="o", color=colour, ecolor=INK, capsize=3)
         names = [str(name) for name, _ in points]
         axes.set_xticks(range(len(names)), names, rotation=30 if isinstance(value, str) else 0, fontsize=8)
+        axes.set_xlim(-0.5, len(names) - 0.5)
         axes.set_title(factor, fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in panels:  # what is left has no factor
