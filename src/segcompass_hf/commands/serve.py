@@ -1,0 +1,79 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass serve`: the live page, here or as the files of a Hugging Face Space."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .common import BUNDLED_DOMAIN, UserError, load_checkpoint
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "serve", help="a live page: draw or upload a picture, ask, watch it think, turn concepts up and down"
+    )
+    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
+    )
+    parser.add_argument("--port", type=_port, help="port to listen on (the first free one from 7860)")
+    parser.add_argument(
+        "--share", action="store_true", help="a public address for three days, through gradio's servers"
+    )
+    parser.add_argument(
+        "--space", type=Path, metavar="FOLDER", help="write the files of a Hugging Face Space instead, and stop"
+    )
+    parser.add_argument(
+        "--package", help="with --space: what the Space installs this package from (segcompass_hf from PyPI)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    if args.space is not None:
+        _write_space(args)
+        return
+    if args.package is not None:
+        raise UserError("--package belongs to --space.")
+    try:
+        from segcompass_hf.explain.app import build_app, launch_options
+    except ImportError as error:
+        raise UserError(f"the live page needs gradio: pip install 'segcompass_hf[explain]' ({error})") from error
+    from segcompass_hf.explain.live import LiveModel
+
+    model, processor, name = load_checkpoint(args.model)
+    bundled = args.model is None
+    app = build_app(LiveModel(model, processor, name), scenes=bundled, note=BUNDLED_DOMAIN if bundled else "")
+    try:
+        _, local, public = app.launch(
+            server_name=args.host,
+            server_port=args.port,
+            share=args.share,
+            prevent_thread_lock=True,
+            **launch_options(),
+        )
+    except OSError as error:  # gradio's, for a port that is taken
+        raise UserError(str(error)) from error
+    print(f"{name}: {local}" + (f" and {public}" if public else ""), flush=True)
+    app.block_thread()
+
+
+def _write_space(args: argparse.Namespace) -> None:
+    from segcompass_hf.hub.spaces import write_space
+
+    try:
+        written = write_space(args.space, args.model, args.package)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(str(error)) from error
+    print(f"{args.space}: {', '.join(path.name for path in written)}")
+    print(f"upload with: hf upload OWNER/NAME {args.space} . --repo-type space")
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port; they go from 1 to 65535")
+    return int(text)

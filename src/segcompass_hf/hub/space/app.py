@@ -1,0 +1,14 @@
+"""SegCompass, live: the page that `segcompass serve` shows, as a Space."""
+
+import os
+
+from segcompass_hf.commands.common import BUNDLED_DOMAIN, load_checkpoint
+from segcompass_hf.explain.app import build_app, launch_options
+from segcompass_hf.explain.live import LiveModel
+
+model_id = os.environ.get("SEGCOMPASS_MODEL") or "{{MODEL_ID}}" or None
+model, processor, name = load_checkpoint(model_id)
+app = build_app(LiveModel(model, processor, name), scenes=model_id is None, note="" if model_id else BUNDLED_DOMAIN)
+
+if __name__ == "__main__":
+    app.launch(**launch_options())
