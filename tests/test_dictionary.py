@@ -2,11 +2,13 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from browser import console_messages, open_browser, requested_addresses
+from loopback_hub import hub  # noqa: F401
 from PIL import Image
 from supervised import tiny_row
 from tiny import FAMILIES, tiny_model, tiny_processor
@@ -332,6 +334,24 @@ def test_own_reasoning_and_a_checkpoints_folder(tmp_path):
     broken = rows[0] | {"masks": [{"size": [3, 3], "counts": "09"}]}
     with pytest.raises(ValueError, match="sample 'sample-0': .* mask of \\(3, 3\\) pixels"):
         ConceptDictionary.build(model, processor, [broken])
+
+
+def test_comes_from_the_hub_at_a_revision(made, hub, tmp_path):  # noqa: F811
+    from huggingface_hub import HfApi
+
+    made.save(tmp_path / "folder")
+    HfApi().create_repo("me/concepts")
+    empty = HfApi().model_info("me/concepts").sha
+    commit = HfApi().upload_folder(repo_id="me/concepts", folder_path=tmp_path / "folder").oid
+    assert list(ConceptDictionary.from_pretrained("me/concepts").entries) == made.entries
+    with pytest.raises(OSError, match="concepts.safetensors"):
+        ConceptDictionary.from_pretrained("me/concepts", revision=empty)
+
+    def model(revision):  # as a model knows where it came from
+        config = SimpleNamespace(_name_or_path="me/concepts", _commit_hash=revision)
+        return SimpleNamespace(sae=tiny_sae(), config=config)
+
+    assert ConceptDictionary.find(model(commit)).label(0) == "red" and ConceptDictionary.find(model(empty)) is None
 
 
 def test_objects_of_scenes_are_named_by_their_reasoning():
