@@ -16,6 +16,13 @@ from loopback_hub_endpoints import HubHandler
 OWNER, TOKEN = "me", "hf_of_me"
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        pass  # clients that are killed are part of the tests
+
+
 class LoopbackHub:
     """The server and what it holds.
 
@@ -25,20 +32,20 @@ class LoopbackHub:
         uploads (`list[str]`): sha256 of every large file that arrived whole.
         lose_uploads (`int`): So many uploads from now on lose their connection half-way.
         lose_downloads (`int`): The same for downloads of whole files above a megabyte.
-        upload_seconds (`float`): Pause before a large file is taken, so that a client can be killed meanwhile.
-        upload_began (`threading.Event`): Set when the first large file begins to arrive.
+        hold_after (`int`, *optional*): After so many large files the next ones are held up.
+        held (`threading.Event`): Set when one is held up.
+        release (`threading.Event`): Lets those that are held up go on.
     """
 
     def __init__(self):
         self.repos, self.large_files, self.collections = {}, {}, {}
         self.uploads, self.requests = [], []
         self.lose_uploads = self.lose_downloads = 0
-        self.upload_seconds = 0.0
-        self.upload_began = threading.Event()
+        self.hold_after, self.started = None, 0
+        self.held, self.release = threading.Event(), threading.Event()
         self.tokens = {TOKEN: OWNER}
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self) -> "LoopbackHub":
@@ -46,6 +53,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, *_) -> None:
+        self.release.set()
         self.server.shutdown()
         self.server.server_close()
 

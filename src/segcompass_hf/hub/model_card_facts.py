@@ -92,10 +92,10 @@ def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
     first = evaluations[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     precision = first["settings"]["predictor"].get("dtype", "unknown precision")
-    commits = sorted({run["commit"] or "unknown" for run in evaluations})
+    commits = list(dict.fromkeys((run["commit"] or "unknown")[:8] for run in evaluations))
     parts.append(
-        f"In {precision}, batch size {first['settings']['batch_size']}, on {first['device']['name']}; commit "
-        f"{', '.join(commits)}; {versions}."
+        f"In {precision}, batch size {first['settings']['batch_size']}, on {first['device']['name']}; "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {versions}."
     )
     unreadable = sum(run["counts"]["unreadable"] for run in evaluations)
     if unreadable:

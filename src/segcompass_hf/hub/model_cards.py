@@ -24,6 +24,7 @@ TAGS = (
     "custom_code",
     "segcompass",
 )
+UNKNOWN_ID = "OWNER/NAME"  # in a card that was written before anybody knew where to; a push replaces it
 DEFAULT_RECIPE = "checkpoint"
 EXAMPLES_FOLDER = "examples"
 _HEADER_FACTS = ("license", "base_model", "language")  # of a recipe, for the header alone
@@ -54,7 +55,7 @@ def write_model_card(
         recipe (`str` or `Mapping`, *optional*): What there is to tell about it: the name of one of
             [`recipe_names`], a YAML file, or its content (`title`, `summary`, `use`, `limits`, `training`, `licence`,
             `quoted` figures, ...).
-        repo_id (`str`, *optional*): Where it will be; used in the example.
+        repo_id (`str`, *optional*): Where it will be, for the example of use; a push fills it in.
         base_model (`str` or `Sequence[str]`, *optional*): Hub ids of what it was trained from.
         license (`str`, *optional*): Identifier of the Hub, such as `apache-2.0`; needed where recipe and README name
             none.
@@ -85,7 +86,7 @@ def write_model_card(
     text = {"training": training} if training else {}
     card = render_model_card(
         recipe or DEFAULT_RECIPE,
-        repo_id=repo_id or folder.name,
+        repo_id=repo_id or UNKNOWN_ID,
         header={name: value for name, value in header.items() if value},
         evaluations=evaluations,
         architecture=architecture_table(folder),
@@ -102,7 +103,7 @@ def write_model_card(
 
 def render_model_card(
     recipe: str | Mapping[str, Any],
-    repo_id: str = "OWNER/NAME",
+    repo_id: str = UNKNOWN_ID,
     header: Mapping[str, Any] | None = None,
     evaluations: Sequence[dict[str, Any]] = (),
     **text: Any,
@@ -137,12 +138,11 @@ def render_model_card(
         from ..evaluation.report import model_index
 
         header["model-index"] = model_index(*evaluations)
-        header["metrics"] = sorted({metric for run in evaluations for metric in run["metrics"]})
     data = ModelCardData(library_name=LIBRARY, pipeline_tag=PIPELINE_TAG, tags=list(TAGS), **header)
     example = (header.get("widget") or [{"src": "image.jpg", "text": "the mug that is easiest to reach"}])[0]
     quoted = facts.get("quoted") or []
     values = {
-        "title": repo_id.split("/")[-1],
+        "title": "SegCompass" if repo_id == UNKNOWN_ID else repo_id.split("/")[-1],
         "architecture": "",
         "licence": f"`{header['license']}`.",
         "adapter": False,
@@ -155,10 +155,18 @@ def render_model_card(
     values |= text
     values["quoted"] = table(["data set", "metric", "value"], quoted) if quoted else facts.get("quoted_missing")
     values |= {"repo_id": repo_id, "base": header.get("base_model")}
-    values |= {"example_image": example["src"], "example_instruction": example["text"]}
+    values |= {"example_image": _address(example["src"], repo_id), "example_instruction": example["text"]}
     # What the template tests for has to be there: without a name it would read the header's field of that name.
     values = {"space": None, "figure": None, "dictionary": False, "details": ""} | values
-    return ModelCard.from_template(data, template_path=str(TEMPLATES / "model_card.md"), **values)
+    card = ModelCard.from_template(data, template_path=str(TEMPLATES / "model_card.md"), **values)
+    card.text = card.text.rstrip() + "\n"
+    return card
+
+
+def _address(source: str, repo_id: str) -> str:
+    """Where the pipeline finds an image of the repository."""
+    is_file = source.startswith(f"{EXAMPLES_FOLDER}/")
+    return f"https://huggingface.co/{repo_id}/resolve/main/{source}" if is_file else source
 
 
 def recipe_names() -> list[str]:
@@ -168,6 +176,15 @@ def recipe_names() -> list[str]:
 
 def load_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
     """What there is to tell about a model, from a name, a YAML file or a mapping; `extends` names one to add to."""
+    facts = _read_recipe(recipe)
+    for blank in ("config", "training_note"):  # what recipes that extend one another fill in
+        for name, value in facts.items():
+            if isinstance(value, str):
+                facts[name] = value.replace(f"{{{blank}}}", str(facts.get(blank, "")))
+    return facts
+
+
+def _read_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
     import yaml
 
     if isinstance(recipe, Mapping):
@@ -180,15 +197,10 @@ def load_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
                 f"there is no recipe {recipe!r}: neither a YAML file nor one of {', '.join(recipe_names())}."
             )
         own = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = load_recipe(own.pop("extends")) if "extends" in own else {}
-    facts = {**base, **own}
-    blanks = {"num_slots": "as many as it has slots", "config": "", "training_note": ""}
-    for name, value in facts.items():
-        if isinstance(value, str):
-            for blank, fallback in blanks.items():
-                value = value.replace(f"{{{blank}}}", str(facts.get(blank, fallback)))
-            facts[name] = value
-    return facts
+        if not isinstance(own, dict):
+            raise ValueError(f"the recipe {recipe} holds no fields such as `summary: ...`.")
+    base = _read_recipe(own.pop("extends")) if "extends" in own else {}
+    return {**base, **own}
 
 
 def _stated_header(path: Path) -> dict[str, Any]:

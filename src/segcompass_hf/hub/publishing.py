@@ -98,11 +98,14 @@ def push_to_hub(
         ValueError: A check fails, the name is none, or the repository is public and `private` was asked for.
         huggingface_hub.errors.HfHubHTTPError: The Hub refuses.
     """
+    from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
     from .publishing_checks import check_stage
 
     validate_repo_id(repo_id)
+    if "/" not in repo_id and not dry_run:  # the card names the whole
+        repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory(prefix="segcompass-push-") as work:
         source = _saved(model_or_folder, processor, Path(work) / "saved")
         stage = stage_checkpoint(source, Path(work) / repo_id.split("/")[-1], base_model)
@@ -110,6 +113,7 @@ def push_to_hub(
             from .model_cards import write_model_card
 
             write_model_card(stage.folder, repo_id=repo_id, base_model=base_model, evaluations=evaluations, **card)
+        _name_repository(stage.folder / "README.md", repo_id)
         checks = check_stage(stage, evaluations, device)
         files = {name: path.stat().st_size for name, path in stage.files().items() if "__pycache__" not in name}
         publication = ModelPublication(files, checks, stage.left_behind)
@@ -132,6 +136,15 @@ def _saved(model_or_folder: Any, processor: Any | None, folder: Path) -> Path:
     return folder
 
 
+def _name_repository(card: Path, repo_id: str) -> None:
+    """Fill in the place that a card left open."""
+    from .model_cards import UNKNOWN_ID
+
+    text = card.read_text(encoding="utf-8")
+    if UNKNOWN_ID in text:
+        card.write_text(text.replace(UNKNOWN_ID, repo_id), encoding="utf-8")
+
+
 def _publish(
     stage: Stage,
     publication: ModelPublication,
@@ -145,7 +158,7 @@ def _publish(
 
     api = HfApi(token=token)
     ModelCard.load(stage.folder / "README.md").validate()  # asks the Hub, before anything is made there
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.create_repo(repo_id, private=private, exist_ok=True)
     if private and not api.repo_info(repo_id).private:
         raise ValueError(f"{repo_id} exists and is public; make it private in its settings, or name another.")
     if revision is not None:

@@ -41,6 +41,8 @@ def check_stage(stage: Stage, evaluations: Sequence[dict[str, Any]] = (), device
     model, processor = load_stage(stage, device)
     done.append(f"loads as {type(model).__name__} in {str(model.dtype).removeprefix('torch.')}")
     done.append(_check_answers(model, processor, examples))
+    if (stage.folder / "concepts.safetensors").is_file():
+        done.append(_check_dictionary(stage.folder, model))
     done += [_check_figures(model, run) for run in evaluations]
     return done
 
@@ -163,8 +165,8 @@ def _load_adapter(stage: Stage) -> tuple[Any, Any]:
         stored = {key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
     expected = set(get_peft_model_state_dict(model, adapter_name="default"))
     if stored != expected:
-        differing = sorted(stored ^ expected)
-        raise ValueError(f"{ADAPTER} and the adapter's configuration differ in {len(differing)} weights: {differing[:3]}")
+        wrong = sorted(stored ^ expected)
+        raise ValueError(f"{ADAPTER} and the adapter's configuration differ in {len(wrong)} weights: {wrong[:3]}")
     has_processor = (stage.folder / "processor_config.json").is_file()
     return model, SegCompassProcessor.from_pretrained(str(stage.folder) if has_processor else base)
 
@@ -184,6 +186,16 @@ def _check_answers(model: Any, processor: Any, examples: list[tuple[Path, str]])
         kept.append(len(processor.post_process_segmentation(answer, **sizes)[0]["scores"]))
     source = "examples of the card" if examples else "a drawn image"
     return f"answers {len(kept)} instruction{'s' * (len(kept) > 1)} on {source}: {kept} masks kept"
+
+
+def _check_dictionary(folder: Path, model: Any) -> str:
+    from ..explain.dictionary import ConceptDictionary
+
+    try:
+        dictionary = ConceptDictionary.load(folder, model)
+    except FileNotFoundError as error:
+        raise ValueError(f"half of the concept dictionary is missing: {error}") from error
+    return f"concept dictionary: {len(dictionary):,} features, of this SAE"
 
 
 def _probe() -> Image.Image:
