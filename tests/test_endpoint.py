@@ -1,0 +1,382 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""The endpoint: right answers, clear refusals, no way inside by URL, and nothing that stops it."""
+
+import base64
+import http.client
+import io
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segcompass_hf
+from segcompass_hf.data import scenes
+from segcompass_hf.data.schema import decode_mask, encode_mask
+from segcompass_hf.hub.endpoint import handler as endpoint
+from segcompass_hf.hub.endpoint.handler import EndpointHandler, Limits, RequestError, encode_rle, fetch, is_public
+from segcompass_hf.hub.endpoint.server import EndpointServer
+
+FAST = {"reasoning": "none"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(scenes.iterate("val", 4, seed=0))
+
+
+@pytest.fixture(scope="module")
+def handler():
+    return EndpointHandler(str(segcompass_hf.bundled_checkpoint()), device="cpu")
+
+
+def as_png(image, size=None) -> bytes:
+    file = io.BytesIO()
+    (image if size is None else image.resize(size)).save(file, "PNG")
+    return file.getvalue()
+
+
+def as_base64(image) -> str:
+    return base64.b64encode(as_png(image)).decode()
+
+
+def request(row, **parameters) -> dict:
+    sample = {"image": as_base64(row["image"]), "instruction": row["instruction"]}
+    return {"inputs": sample, "parameters": FAST | parameters}
+
+
+def directly(handler, row) -> dict:
+    """What the model itself answers, with the package's own run lengths."""
+    inputs = handler.processor(images=row["image"], instruction=row["instruction"], return_tensors="pt")
+    answer = handler.model.segment(**inputs, reasoning="none")
+    sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
+    result = handler.processor.post_process_segmentation(answer, **sizes)[0]
+    masks = [encode_mask(mask.numpy()) for mask in result["masks"]]
+    found = zip(result["slots"].tolist(), result["scores"].tolist(), masks, strict=True)
+    segments = [{"slot": slot, "score": score, "mask": mask} for slot, score, mask in found]
+    size = list(row["image"].size[::-1])
+    return {"reasoning": result["reasoning"], "text": result["text"], "size": size, "segments": segments}
+
+
+class TestMasks:
+    def test_run_lengths_are_cocos(self):
+        random = np.random.default_rng(0)
+        cases = [np.zeros((3, 5)), np.ones((3, 5)), np.eye(4), np.tri(300, 200), random.random((70, 50)) > 0.5]
+        cases += [np.indices((900, 700)).sum(0) > 800]  # counts beyond one and two groups of five bits, and negative
+        for mask in cases:
+            assert encode_rle(mask) == encode_mask(mask.astype(bool))
+            np.testing.assert_array_equal(decode_mask(encode_rle(mask)), mask.astype(bool))
+
+
+class TestAnswers:
+    def test_same_as_the_model_itself(self, handler, rows):
+        answers = [handler(request(row)) for row in rows]
+        assert answers == [directly(handler, row) for row in rows]
+        assert sum(len(answer["segments"]) for answer in answers) >= 3
+        json.dumps(answers, allow_nan=False)
+
+    def test_every_way_to_send_an_image(self, handler, rows):
+        row, data = rows[0], as_png(rows[0]["image"])
+        expected, encoded = handler(request(row)), base64.b64encode(data).decode()
+        for image in (data, row["image"], f"data:image/png;base64,{encoded}", bytearray(data)):
+            sample = {"image": image, "instruction": row["instruction"]}
+            assert handler({"inputs": sample, "parameters": FAST}) == expected
+        # as an endpoint passes on a request whose body is the image
+        assert handler({"inputs": data, "parameters": FAST | {"instruction": row["instruction"]}}) == expected
+
+    def test_png_masks_and_thresholds(self, handler, rows):
+        row = next(row for row in rows if directly(handler, row)["segments"])
+        found = handler(request(row, mask_format="png"))["segments"]
+        for segment, expected in zip(found, directly(handler, row)["segments"], strict=True):
+            mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(segment["mask"])))) == 255
+            np.testing.assert_array_equal(mask, decode_mask(expected["mask"]))
+        assert len(handler(request(row, slot_logit_threshold=-1e5))["segments"]) == handler.processor.num_slots
+        assert handler(request(row, slot_logit_threshold=1e5))["segments"] == []
+        small = handler(request(row, mask_logit_threshold=5))["segments"][0]["mask"]
+        assert decode_mask(small).sum() < decode_mask(directly(handler, row)["segments"][0]["mask"]).sum()
+
+    def test_one_bad_input_leaves_the_others_alone(self, handler, rows):
+        good = [request(row)["inputs"] for row in rows[:2]]
+        bad = {"image": "AAAA", "instruction": "red"}
+        answers = handler({"inputs": [good[0], bad, good[1]], "parameters": FAST})
+        assert [answers[0], answers[2]] == [directly(handler, row) for row in rows[:2]]
+        assert answers[1]["error"]["status"] == 400
+
+
+PIXEL = base64.b64encode(as_png(Image.new("RGB", (8, 8)))).decode()
+BAD = {
+    "no object": ([], 400, "a request is"),
+    "nothing": ({}, 400, "a request is"),
+    "no instruction": ({"inputs": {"image": PIXEL}}, 400, "instruction is missing"),
+    "an empty one": ({"inputs": {"image": PIXEL, "instruction": " "}}, 400, "instruction is missing"),
+    "a long one": ({"inputs": {"image": PIXEL, "instruction": "a" * 2001}}, 413, "2001 characters"),
+    "half a character": ({"inputs": {"image": PIXEL, "instruction": "\ud800"}}, 400, "not valid Unicode"),
+    "another field": ({"inputs": {"image": PIXEL, "instruction": "a", "x": 1}}, 400, "got also x"),
+    "no image": ({"inputs": {"instruction": "red"}}, 400, "image is a NoneType"),
+    "a number": ({"inputs": {"image": 3, "instruction": "red"}}, 400, "image is a int"),
+    "no base64": ({"inputs": {"image": "/etc/passwd.", "instruction": "red"}}, 400, "neither base64 nor"),
+    "no picture": ({"inputs": {"image": "AAAA", "instruction": "red"}}, 400, "cannot be read; expected PNG"),
+    "a cut picture": ({"inputs": {"image": PIXEL[:60], "instruction": "red"}}, 400, "cannot be read"),
+    "a bare data url": ({"inputs": {"image": "data:image/png,x", "instruction": "a"}}, 400, "must be base64"),
+    "a file": ({"inputs": {"image": "file:///etc/passwd", "instruction": "a"}}, 400, "neither base64 nor"),
+    "many": ({"inputs": [{}] * 9}, 400, "got 9 inputs"),
+    "none": ({"inputs": []}, 400, "got 0 inputs"),
+    "parameters": ({"inputs": PIXEL, "parameters": [1]}, 400, "parameters is a list"),
+    "unknown": ({"inputs": PIXEL, "parameters": {"temperature": 1}}, 400, "'temperature' is not known"),
+    "a format": ({"inputs": PIXEL, "parameters": {"mask_format": "svg"}}, 400, "one of rle, png"),
+    "a list": ({"inputs": PIXEL, "parameters": {"reasoning": ["full"]}}, 400, "one of full, short, none"),
+    "tokens": ({"inputs": PIXEL, "parameters": {"max_new_tokens": 10**9}}, 400, "from 1 to 1024"),
+    "a bool": ({"inputs": PIXEL, "parameters": {"max_new_tokens": True}}, 400, "from 1 to 1024"),
+    "nan": ({"inputs": PIXEL, "parameters": {"slot_logit_threshold": float("nan")}}, 400, "a finite number"),
+    "few tokens": ({"inputs": {"image": PIXEL, "instruction": "a"}, "parameters": {"max_new_tokens": 1}}, 422, ""),
+    "a strip": (
+        {"inputs": {"image": as_png(Image.new("L", (900, 2))), "instruction": "a"}},
+        422,
+        "factor of at most 200",
+    ),
+    "large": ({"inputs": {"image": as_png(Image.new("1", (4000, 3001))), "instruction": "a"}}, 413, "4000 x 3001"),
+    "heavy": ({"inputs": {"image": b"x" * 10_000_001, "instruction": "a"}}, 413, "10000001 bytes"),
+    "heavy base64": ({"inputs": {"image": "A" * 13_400_000, "instruction": "a"}}, 413, "10050000 bytes"),
+}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("case", BAD)
+    def test_says_whose_fault_it_is(self, handler, case):
+        data, status, message = BAD[case]
+        error = handler(data)["error"]
+        assert error["status"] == status and message in error["message"]
+
+    def test_own_faults_stay_in_the_log(self, handler, rows, monkeypatch):
+        def broken(*args, **kwargs):
+            raise RuntimeError("a secret path")
+
+        monkeypatch.setattr(handler.model, "segment", broken)
+        error = handler(request(rows[0]))["error"]
+        assert error["status"] == 500 and "secret" not in error["message"]
+        monkeypatch.setattr(handler.model, "segment", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+        assert handler(request(rows[0]))["error"]["status"] == 503
+        monkeypatch.undo()
+        assert handler(request(rows[0])) == directly(handler, rows[0])
+
+
+class TestAddresses:
+    @pytest.mark.parametrize("address", ["93.184.215.14", "8.8.8.8", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
+    def test_public(self, address):
+        assert is_public(address)
+
+    @pytest.mark.parametrize(
+        "address",
+        ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
+        + ["224.0.0.1", "255.255.255.255", "198.18.0.1", "192.0.2.1", "168.63.129.16", "::1", "::", "fe80::1%eth0"]
+        + ["fc00::1", "fec0::1", "ff02::1", "2001:db8::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1"]
+        + ["64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2002:a9fe:a9fe::1"],
+    )
+    def test_inside(self, address):
+        assert not is_public(address)
+
+    @pytest.mark.parametrize(
+        "url,message",
+        [
+            ("http://127.0.0.1/a.png", "not on the public internet"),
+            ("http://localhost/a.png", "not on the public internet"),
+            ("http://2130706433/", "not on the public internet"),  # 127.0.0.1 as one number
+            ("http://0x7f.1/", "not on the public internet"),
+            ("http://0177.0.0.1/", "not on the public internet"),
+            ("http://[::1]/", "not on the public internet"),
+            ("http://[::ffff:169.254.169.254]/", "not on the public internet"),
+            ("http://user:pw@example.com/", "without user name"),
+            ("http://example.com:22/", "names port 22"),
+            ("http://example.com:99999/", "cannot be read"),
+            ("http:///a.png", "a URL is http"),
+            ("http://[::1/", "cannot be read"),
+            ("http://a..b/", "cannot be"),
+        ],
+    )
+    def test_urls_that_lead_inside(self, url, message):
+        with pytest.raises(RequestError, match=message) as caught:
+            fetch(url, Limits())
+        assert caught.value.status == 400
+
+    def test_all_addresses_of_a_name_count(self, monkeypatch):
+        two = [(2, 1, 6, "", ("93.184.215.14", 80)), (2, 1, 6, "", ("10.0.0.1", 80))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: two)
+        with pytest.raises(RequestError, match="not on the public internet"):
+            fetch("http://example.com/", Limits())
+
+    def test_connects_to_the_address_that_was_checked(self, monkeypatch):
+        """A name that stands for another address at its second look-up is looked up once."""
+        answers = iter(["93.184.215.14", "127.0.0.1"])
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: [(2, 1, 6, "", (next(answers), 80))])
+        connected = []
+
+        def connect(address, timeout):
+            connected.append(address)
+            raise OSError
+
+        monkeypatch.setattr(socket, "create_connection", connect)
+        with pytest.raises(RequestError, match="cannot be read"):
+            fetch("http://example.com/", Limits())
+        assert connected == [("93.184.215.14", 80)]
+
+
+class _Site(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path
+        if path.startswith("/to/"):
+            self.send_response(302)
+            self.send_header("Location", path[4:])
+            self.end_headers()
+        elif path == "/drip":
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.1)
+        elif path in ("/a.png", "/large"):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.server.image if path == "/a.png" else b"x" * 3_000_000)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def site(rows, monkeypatch):
+    """A web site on loopback, under the public-looking name `site.example`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Site)
+    server.image, server.daemon_threads, server.handle_error = as_png(rows[0]["image"]), True, lambda *a: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    real = endpoint.resolve
+    monkeypatch.setattr(
+        endpoint, "resolve", lambda host, port: "127.0.0.1" if host == "site.example" else real(host, port)
+    )
+    yield f"http://site.example:{server.server_port}", Limits(ports=(80, server.server_port), image_bytes=2_000_000)
+    server.shutdown()
+
+
+class TestFetching:
+    def test_an_image_and_a_redirect_to_it(self, site, handler, rows, monkeypatch):
+        url, limits = site
+        monkeypatch.setattr(handler, "limits", limits)
+        for path in ("/a.png", "/to//a.png"):
+            sample = {"image": url + path, "instruction": rows[0]["instruction"]}
+            assert handler({"inputs": sample, "parameters": FAST}) == directly(handler, rows[0])
+
+    @pytest.mark.parametrize(
+        "path,status,message",
+        [
+            ("/to/http://127.0.0.1/", 400, "not on the public internet"),
+            ("/to/http://[::1]:80/", 400, "not on the public internet"),
+            ("/to/file:///etc/passwd", 400, "a URL is http"),
+            ("/to//to//to//to//a.png", 400, "redirects more than 3 times"),
+            ("/nothing", 400, "status 404"),
+            ("/large", 413, "more than 2000000 bytes"),
+        ],
+    )
+    def test_refused(self, site, path, status, message):
+        with pytest.raises(RequestError, match=message) as caught:
+            fetch(site[0] + path, site[1])
+        assert caught.value.status == status
+
+    def test_one_byte_at_a_time(self, site):
+        url, limits = site
+        limits.fetch_seconds, start = 0.5, time.monotonic()
+        with pytest.raises(RequestError, match="took more than 0.5 seconds"):
+            fetch(url + "/drip", limits)
+        assert time.monotonic() - start < 5
+
+
+@pytest.fixture(scope="module")
+def server(handler):
+    server = EndpointServer(handler, in_flight=4, max_body=2_000_000, read_seconds=1.0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def send(server, body: bytes, headers: dict | None = None, path: str = "/") -> tuple[int, dict]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=120)
+    connection.request("POST", path, body, headers or {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    return response.status, json.loads(response.read())
+
+
+def send_raw(server, data: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as raw:
+        raw.sendall(data)
+        return raw.recv(10_000)
+
+
+class TestServer:
+    def test_statuses(self, server, handler, rows):
+        assert send(server, json.dumps(request(rows[0])).encode()) == (200, directly(handler, rows[0]))
+        assert send(server, b"{")[0] == 400
+        assert send(server, b"[" * 100_000)[0] == 400
+        assert send(server, b"\xff\xfe")[0] == 400
+        assert send(server, b"{}")[0] == 400
+        assert send(server, b"{}", path="/other")[0] == 404
+        assert send(server, b" " * 10, {"Content-Length": "2000001"})[0] == 413
+        assert send_raw(server, b"POST / HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.0 411")
+        assert send_raw(server, b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{").startswith(b"HTTP/1.0 408")
+        assert b"400" in send_raw(server, b"\x00\x01\x02 nonsense\r\n\r\n")
+        query = "/?reasoning=none&instruction=" + rows[0]["instruction"].replace(" ", "%20")
+        status, answer = send(server, as_png(rows[0]["image"]), {"Content-Type": "image/png"}, query)
+        assert (status, answer) == (200, directly(handler, rows[0]))
+
+    def test_many_at_once_a_third_of_them_malformed(self, server, handler, rows):
+        expected = {row["instruction"]: directly(handler, row) for row in rows}
+        bodies = []
+        for index in range(24):
+            row = rows[index % len(rows)]
+            bad = [b"nonsense", b'{"inputs": 1}', json.dumps({"inputs": {"image": "!", "instruction": "a"}}).encode()]
+            good = json.dumps(request(row)).encode()
+            bodies.append((None, bad[index % 9 // 3]) if index % 3 == 0 else (row["instruction"], good))
+        with ThreadPoolExecutor(24) as pool:
+            answers = list(pool.map(lambda body: send(server, body[1]), bodies))
+        for (instruction, _), (status, answer) in zip(bodies, answers, strict=True):
+            if instruction is None:
+                assert status == 400 and answer["error"]["message"]
+            else:
+                assert status == 200 and answer == expected[instruction]
+
+
+@pytest.mark.slow
+def test_beside_a_checkpoint_without_this_package(rows, handler, tmp_path):
+    """`handler.py` as remote code: loaded by its path, in a process that cannot import `segcompass_hf`."""
+    from transformers import AutoModel, AutoProcessor
+
+    folder = tmp_path / "repository"
+    AutoModel.from_pretrained(segcompass_hf.bundled_checkpoint()).save_pretrained(folder)
+    AutoProcessor.from_pretrained(segcompass_hf.bundled_checkpoint()).save_pretrained(folder)
+    (folder / "handler.py").write_bytes(Path(endpoint.__file__).read_bytes())
+    (tmp_path / "request.json").write_text(json.dumps(request(rows[0])))
+    code = (
+        "import importlib.util as u, json, sys\n"
+        "sys.modules['segcompass_hf'] = None\n"
+        "spec = u.spec_from_file_location('handler', 'repository/handler.py')\n"
+        "module = u.module_from_spec(spec); sys.modules['handler'] = module; spec.loader.exec_module(module)\n"
+        "answer = module.EndpointHandler('repository', device='cpu')(json.load(open('request.json')))\n"
+        "json.dump(answer, open('answer.json', 'w'))\n"
+    )
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "PATH": "",
+        "HOME": str(tmp_path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "answer.json").read_text()) == directly(handler, rows[0])
