@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,9 @@ from segcompass_hf.explain.dictionary_objects import normalize_word, scenes_obje
 from segcompass_hf.explain.dictionary_page import page
 from segcompass_hf.explain.dictionary_reading import Active, ConceptReader, RowReading
 from segcompass_hf.modeling_sae import SegCompassSae
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import scenes_dictionary  # noqa: E402
 
 D_SAE = 6
 IMAGES = [[f"image-{i}" for i in range(100) if half_of(f"image-{i}") == half] for half in (0, 1)]
@@ -352,6 +357,26 @@ def test_comes_from_the_hub_at_a_revision(made, hub, tmp_path):  # noqa: F811
         return SimpleNamespace(sae=tiny_sae(), config=config)
 
     assert ConceptDictionary.find(model(commit)).label(0) == "red" and ConceptDictionary.find(model(empty)) is None
+
+
+def test_benchmark_lists_what_passes_and_what_fails(made):
+    result = scenes_dictionary.measure(made)
+    rows = {row["word"]: row for row in (*result["attributes"], *result["relations"])}
+    # "red" reaches 20/21 on words and 1 on patches; the best "blue" has 1 on words and 0 on patches.
+    assert rows["red"]["passes"] and rows["red"]["feature"] == 0
+    assert not rows["blue"]["passes"] and rows["blue"]["feature"] == 1 and rows["blue"]["features"] == 2
+    assert rows["ring"]["feature"] is None and not rows["ring"]["passes"] and not rows["above"]["passes"]
+    assert result["share_of_attributes"] == pytest.approx(1 / 13) and result["share_of_relations"] == 0
+    assert result["failures"] == [word for word in rows if word != "red"]
+    assert result["features"] == {
+        **{"all": 6, "firing": 5, "labelled": 5},
+        **{"labelled on words and patches": 1, "labelled on words": 3, "labelled on patches": 1},
+    }
+    made_by = {"command": "python x", "model": "m", "split": "val", "reasoning": "reference", "dictionary": made.info}
+    table = scenes_dictionary.markdown(made_by | result)
+    assert "**8% of colours, shapes and sizes**" in table and "Failures: green, blue" in table
+    assert "| colour | red | 1 | 0 | 0.95 (0.95) | 1.00 (1.00) | 0.97 | yes |" in table
+    assert "| shape | ring | 0 | – | – (–) | – (–) | – | no |" in table
 
 
 def test_objects_of_scenes_are_named_by_their_reasoning():
