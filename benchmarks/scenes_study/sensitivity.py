@@ -40,15 +40,16 @@ STAGES = {
 EVALUATED = 300  # scenes
 DEFAULT = "default"
 NO_THRESHOLD = {"concept_threshold": 0.0}
-# factor -> value -> options of stages; what is not named is the default's
+# factor -> value -> options of stages; what is not named is the default's. The families' sparsity weights are those
+# with which benchmarks/sae_architectures.py came to about the default's L0.
 FACTORS: dict[str, dict[Any, dict[str, dict]]] = {
     "d_sae": {size: {"sae": {"d_sae": size}} for size in (256, 512, 2048, 4096)},
     "K (slots)": {number: {"slots": {"num_slots": number}} for number in (2, 6)},
     "L (SAE layer)": {layer: {"sae": {"layer": layer}} for layer in (1, 3)},
     "l1": {weight: {"sae": {"l1_coefficient": weight}} for weight in (0.25, 4.0)},
     "SAE family": {
-        "gated": {"sae": {"architecture": "gated"}},
-        "jumprelu": {"sae": {"architecture": "jumprelu", "l1_coefficient": 0.3}},
+        "gated": {"sae": {"architecture": "gated", "l1_coefficient": 1.4}},
+        "jumprelu": {"sae": {"architecture": "jumprelu", "l1_coefficient": 0.1, "k": 26}},
         "topk": {"sae": {"architecture": "topk", "k": 13}, "slots": NO_THRESHOLD},
         "batchtopk": {"sae": {"architecture": "batchtopk", "k": 13}, "slots": NO_THRESHOLD},
     },
