@@ -1,15 +1,19 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attribution: how much every active (token, feature) entry contributes to a mask; gradients integrated along paths.
+"""Attribution: how much every active (token, feature) entry contributes to a mask, by gradients times activations.
 
-`f` is a scalar of one mask as a function of the activations `v`. Along any path from `v` to nothing the contributions
-`c_i = int df/dv_i dv_i` add up to `f(v) - f(0)`: completeness. Which path is a matter of what concepts mean. The
-straight line dims all concepts alike, which the slot encoder's LayerNorm hardly sees until they are all but gone; then
-everything happens at once. Here features leave one group after another, in random order, so that contributions are
-taken among all sizes of company; a second path in the reverse order balances the first.
+`f` is a scalar of one mask as a function of the activations `v`; contributions share out `f(v) - f(0)` among them.
 
-A LayerNorm makes the moment when a token loses its last concept a jump, however faint that concept has become. The
-jump is measured, and shared equally by the concepts that left the token then: as in an "or", each of them alone would
-have kept it. Everywhere else `f` is smooth, and Gauss-Legendre quadrature is refined until it is exact to `tolerance`.
+`straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm in
+the slot encoder hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts
+(`FAINT` of their activation) to none is a jump. It is measured, and shared equally among the tokens and a token's
+concepts: as in an "or", each of them alone would have kept its token. The rest is smooth, and its quadrature refined.
+
+`subsets`, the default, takes the gradients among natural company instead: on random subsets of the features, each on
+or off in the whole sequence, of sizes as they occur while concepts are taken away. This estimates Shapley values of
+`f`'s multilinear extension. Gradients next to a jump are outliers, so the ends of each entry's distribution are cut.
+
+What the sum of contributions then still misses of the change (`quadrature_error`) is spread over them in proportion to
+their size, as KernelSHAP and its like impose efficiency, so that shares add up to the change.
 """
 
 from __future__ import annotations
@@ -20,15 +24,16 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from ..modeling_concepts import SparseConcepts
 from ..modeling_heatmaps import SlotMapperOutput
 from .explanation import Target
 from .replay import Replay
 
-Method = Literal["paths", "straight"]
+Method = Literal["subsets", "straight"]
 
-FAINT = 0.02  # share of its activation below which a concept is as good as gone; LayerNorm's epsilon acts at 0.004
-MAX_REFINEMENTS = 3  # doublings of the nodes of a piece
+SUBSET_SIZES = (0.15, 0.85)  # smallest and largest share of the features in a subset
+OUTLIERS = 0.1  # share of each entry's gradients cut to the nearest kept one, at either end
+FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
+MAX_REFINEMENTS = 2  # doublings of the number of gradients
 
 
 @dataclass
@@ -41,6 +46,7 @@ class Attribution:
         contributions (`torch.Tensor` of shape `(num_active,)`): Of the captured concepts' entries, in their order.
         value, baseline_value (`float`): The scalar with all concepts and with none.
         completeness_error (`float`): |sum of contributions - change| / |change|.
+        quadrature_error (`float`): The same before what was missing was spread over the contributions.
         num_gradients (`int`): Points at which the gradient was taken.
     """
 
@@ -50,22 +56,12 @@ class Attribution:
     value: float
     baseline_value: float
     completeness_error: float
+    quadrature_error: float
     num_gradients: int
 
     def per_feature(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Contributions `(num_features,)` of whole features; `features, index = ids.unique(return_inverse=True)`."""
         return self.contributions.new_zeros(len(features)).index_add(0, index, self.contributions)
-
-
-@dataclass
-class _Piece:
-    """A straight piece of a path, between two levels `(num_active,)` in [0, 1]; a jump where it has `shares`."""
-
-    start: torch.Tensor
-    end: torch.Tensor
-    shares: torch.Tensor | None = None
-    contributions: torch.Tensor | None = None  # (masks, num_active)
-    num_gradients: int = 0
 
 
 class _Scalars:
@@ -119,10 +115,9 @@ def attribute(
     replay: Replay,
     slots: list[int],
     target: Target = "mask_logit",
-    method: Method = "paths",
+    method: Method = "subsets",
     *,
-    num_groups: int = 4,
-    num_nodes: int = 2,
+    num_points: int = 24,
     tolerance: float = 0.01,
     seed: int = 0,
 ) -> list[Attribution]:
@@ -133,115 +128,92 @@ def attribute(
         slots (`list[int]`): Whose masks.
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask at the model's mask resolution, or
             the slot's confidence (`slot_logit`; also where a mask is empty).
-        method (`str`, defaults to `"paths"`): `paths`: features leave in `num_groups` random groups, once in this
-            order and once in the reverse. `straight`: all fade together, the classic choice; cheaper, less faithful.
-        num_groups (`int`, defaults to 4): Groups of features per path.
-        num_nodes (`int`, defaults to 2): Quadrature nodes per piece of a path, to begin with.
-        tolerance (`float`, defaults to 0.01): Completeness error above which pieces are refined.
-        seed (`int`, defaults to 0): Of the groups. A feature's group depends on it and on the features active.
+        method (`str`, defaults to `"subsets"`): `subsets` or `straight`, see above.
+        num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
+        tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
+        seed (`int`, defaults to 0): Of the subsets, which depend on it and on the features active, on nothing else.
 
     Returns:
         `list[Attribution]`, one per slot; empty for no slots.
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}.")
-    if target not in get_args(Target):
-        raise ValueError(f"target must be one of {', '.join(get_args(Target))}, got {target!r}.")
+    for name, value, known in (("method", method, Method), ("target", target, Target)):
+        if value not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
+    if num_points < 2:
+        raise ValueError(f"num_points={num_points} is too few; an average takes at least 2.")
     if not slots:
         return []
     scalars = _Scalars(replay, slots, target)
-    concepts = replay.captured.concepts
-    paths = [_straight(concepts)] if method == "straight" else _random_paths(concepts, num_groups, seed)
-    pieces = [piece for path in paths for piece in path]
-    if pieces:
-        _integrate(scalars, pieces, num_nodes, tolerance)
-    ends = scalars.at(torch.stack([torch.ones_like(concepts.values), torch.zeros_like(concepts.values)]))
+    ones = torch.ones_like(scalars.activations)
+    ends = scalars.at(torch.stack([ones, ones * FAINT, ones * 0]))  # (3, masks)
+    changes = ends[0] - ends[2]  # (masks,)
+    if not len(ones):
+        found, count = changes.new_zeros(len(slots), 0), 0
+    elif method == "straight":
+        found, count = _straight(scalars, ends, num_points, tolerance)
+    else:
+        found, count = _subsets(scalars, num_points, seed), num_points
     results = []
     for mask, slot in enumerate(slots):
-        total = sum(piece.contributions[mask] for piece in pieces) / len(paths) if pieces else concepts.values * 0
-        value, baseline = ends[:, mask].tolist()
-        change, found = value - baseline, float(total.sum())
-        error = abs(found - change) / abs(change) if change else abs(found)
-        count = sum(piece.num_gradients for piece in pieces)
-        results.append(Attribution(slot, scalars.targets[mask], total, value, baseline, error, count))
+        missing = changes[mask] - found[mask].sum()
+        scale = changes[mask].abs().clamp(min=1e-12)
+        contributions = _spread(found[mask], missing)
+        results.append(
+            Attribution(
+                slot=slot,
+                target=scalars.targets[mask],
+                contributions=contributions,
+                value=float(ends[0, mask]),
+                baseline_value=float(ends[2, mask]),
+                completeness_error=float((changes[mask] - contributions.sum()).abs() / scale),
+                quadrature_error=float(missing.abs() / scale),
+                num_gradients=count,
+            )
+        )
     return results
 
 
-def _straight(concepts: SparseConcepts) -> list[_Piece]:
-    """All concepts fade together; the last bit is a jump."""
-    full, gone = torch.ones_like(concepts.values), torch.zeros_like(concepts.values)
-    groups = torch.zeros_like(concepts.token_index)
-    return _pieces(concepts, groups, [full, gone]) if len(full) else []
+def _subsets(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
+    """Gradients times activations over random subsets of the features, averaged robustly: `(masks, num_active)`."""
+    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
+    random = np.random.default_rng(seed)
+    draws = random.random((num_points // 2, len(features)))
+    draws = np.concatenate([draws, 1 - draws])  # a feature left out in one half of the subsets is there in the other
+    low, high = SUBSET_SIZES
+    sizes = low + (high - low) * (np.arange(len(draws)) + 0.5) / len(draws)
+    sizes = np.concatenate([sizes[0::2], sizes[1::2]])
+    present = torch.from_numpy(draws < sizes[:, None]).to(index.device)[:, index]  # (points, num_active)
+    gradients = scalars.gradients(present.to(scalars.activations.dtype), list(range(len(scalars.slots))))
+    low, high = (gradients.quantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
+    return gradients.clamp(low, high).mean(0)
 
 
-def _random_paths(concepts: SparseConcepts, num_groups: int, seed: int) -> list[list[_Piece]]:
-    """Two paths from all concepts to none: features leave by groups, and by the same groups in reverse."""
-    features, index = concepts.features.unique(return_inverse=True)
-    if not len(features):
-        return [[]]
-    num_groups = min(num_groups, len(features))
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(features))).to(index.device)
-    group = (order * num_groups // len(features))[index]  # (num_active,), in [0, num_groups)
-    paths = []
-    for groups in (group, num_groups - 1 - group):
-        knots = [(groups >= knot).to(concepts.values.dtype) for knot in range(num_groups + 1)]
-        paths.append(_pieces(concepts, groups, knots))
-    return paths
-
-
-def _pieces(concepts: SparseConcepts, groups: torch.Tensor, knots: list[torch.Tensor]) -> list[_Piece]:
-    """Straight pieces between knots; group g leaves in piece g, with a jump where it leaves tokens empty."""
-    token_index, length = concepts.token_index, concepts.sequence_length
-    last = groups.new_full((length,), -1).scatter_reduce(0, token_index, groups, "amax")  # group that empties a token
-    pieces = []
-    for number, (start, end) in enumerate(zip(knots, knots[1:], strict=False)):
-        empties = (groups == number) & (last[token_index] == number)  # (num_active,)
-        if not bool(empties.any()):
-            pieces.append(_Piece(start, end))
-            continue
-        faint = end + FAINT * (start - end)
-        weights = empties / torch.bincount(token_index[empties], minlength=length)[token_index].clamp(min=1)
-        pieces += [_Piece(start, faint), _Piece(faint, end, shares=weights / weights.sum())]
-    return pieces
-
-
-def _integrate(scalars: _Scalars, pieces: list[_Piece], num_nodes: int, tolerance: float) -> None:
-    """Fill in every piece's contributions, refining the pieces that are off while the whole is off."""
-    ends = scalars.at(torch.stack([level for piece in pieces for level in (piece.start, piece.end)]))
-    changes = ends[0::2] - ends[1::2]  # (pieces, masks)
-    whole = (changes.sum(0)).abs().clamp(min=1e-6)  # (masks,), of all paths together
-    for piece, change in zip(pieces, changes, strict=True):
-        if piece.shares is not None:
-            piece.contributions = change[:, None] * piece.shares
-    smooth = [piece for piece in pieces if piece.shares is None]
-    todo = [(piece, list(range(len(scalars.slots)))) for piece in smooth]
-    for refinement in range(MAX_REFINEMENTS + 1):
-        _quadrature(scalars, todo, num_nodes * 2**refinement)
-        found = torch.stack([piece.contributions.sum(1) for piece in pieces])  # (pieces, masks)
-        off = found - changes
-        wrong = off.sum(0).abs() > tolerance * whole  # (masks,)
-        # A piece's fair part of the tolerated error; the worst piece is refined in any case.
-        bound = torch.minimum(tolerance * whole / len(smooth), off.abs().max(0).values)
-        redo = wrong & (off.abs() >= bound)  # (pieces, masks)
-        todo = [(piece, row.nonzero()[:, 0].tolist()) for piece, row in zip(pieces, redo, strict=True) if row.any()]
+def _straight(
+    scalars: _Scalars, ends: torch.Tensor, num_nodes: int, tolerance: float
+) -> tuple[torch.Tensor, int]:
+    """Integrated gradients from all concepts to faint ones, and the jump from there to none."""
+    concepts = scalars.replay.captured.concepts
+    per_token = torch.bincount(concepts.token_index)[concepts.token_index]  # (num_active,)
+    shares = 1 / per_token / per_token.reciprocal().sum()
+    todo, count = list(range(len(scalars.slots))), 0
+    smooth = scalars.activations.new_zeros(len(scalars.slots), len(per_token), dtype=torch.float32)
+    for _ in range(MAX_REFINEMENTS + 1):
+        nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
+        levels = FAINT + (1 - FAINT) * torch.from_numpy((nodes + 1) / 2).to(scalars.activations)
+        weights = torch.from_numpy(weights / 2).to(smooth) * (1 - FAINT)
+        gradients = scalars.gradients(levels[:, None].expand(-1, len(per_token)), todo)
+        smooth[todo] = (gradients * weights[:, None, None]).sum(0)
+        off = (smooth.sum(1) - (ends[0] - ends[1])).abs() > tolerance * (ends[0] - ends[2]).abs()
+        todo, count = off.nonzero()[:, 0].tolist(), count + num_nodes
         if not todo:
-            return
+            break
+        num_nodes *= 2
+    return smooth + (ends[1] - ends[2])[:, None] * shares, count
 
 
-def _quadrature(scalars: _Scalars, todo: list[tuple[_Piece, list[int]]], num_nodes: int) -> None:
-    """Gauss-Legendre along straight pieces: `int df/dv_i dv_i = (start_i - end_i) v_i mean df/dv_i`."""
-    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
-    nodes = torch.from_numpy((nodes + 1) / 2).to(scalars.activations)
-    weights = torch.from_numpy(weights / 2).to(scalars.activations)
-    by_masks: dict[tuple[int, ...], list[_Piece]] = {}
-    for piece, masks in todo:
-        by_masks.setdefault(tuple(masks), []).append(piece)
-    for masks, pieces in by_masks.items():
-        levels = torch.cat([p.start + nodes[:, None] * (p.end - p.start) for p in pieces])
-        gradients = scalars.gradients(levels, list(masks)).view(len(pieces), num_nodes, len(masks), -1)
-        for piece, gradient in zip(pieces, gradients, strict=True):
-            if piece.contributions is None:
-                piece.contributions = gradient.new_zeros(len(scalars.slots), gradient.shape[-1])
-            mean = (gradient * weights[:, None, None]).sum(0)
-            piece.contributions[list(masks)] = mean * (piece.start - piece.end)
-            piece.num_gradients += num_nodes
+def _spread(contributions: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
+    """Add what is missing to the sum, in proportion to the contributions' sizes."""
+    sizes = contributions.abs()
+    total = sizes.sum()
+    weights = sizes / total if total > 0 else torch.full_like(sizes, 1 / max(1, len(sizes)))
+    return contributions + missing * weights

@@ -112,6 +112,8 @@ class MaskExplanation:
         value, baseline_value (`float`): The scalar as it is, and without any concept.
         completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
             `change = value - baseline_value`.
+        quadrature_error (`float`): What gradients alone missed of the change, over its size, before it was spread over
+            the concepts; a measure of how rough the way from no concepts to all of them is.
         num_concepts (`int`): Active concepts altogether, also those beyond `max_concepts`.
         kept (`bool`): Whether the model answers with this mask. When it keeps none, the strongest slot is explained
             by its `slot_logit`, with `kept=False`.
@@ -127,6 +129,7 @@ class MaskExplanation:
     value: float
     baseline_value: float
     completeness_error: float
+    quadrature_error: float = 0.0
     num_concepts: int = 0
     kept: bool = True
     iou_to_truth: float | None = None

@@ -1,0 +1,88 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""What explaining costs: `explain` (its own segmentation, attribution, 5 ablations per mask) against `segment` alone.
+
+Both run on every sample in turn, in one process and on one thread; images are prepared by the processor in both. Time
+is CPU time of the process, which other load hardly distorts (wall time on a GPU).
+
+    python benchmarks/explain_cost.py --num-samples 40 --output benchmarks/results/explain/cost
+
+Writes OUTPUT.json and OUTPUT.md.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
+from segcompass_hf.data import scenes
+from segcompass_hf.explain import explain
+from segcompass_hf.explain.faithfulness import bootstrap_interval
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="a checkpoint's folder; the bundled one when left out")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-samples", type=int, default=40)
+    parser.add_argument("--output", default="explain_cost", help="path of the results without ending")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    on_gpu = arguments.device != "cpu"
+    source = arguments.model or bundled_checkpoint()
+    model = SegCompassForReasoningSegmentation.from_pretrained(source).eval().to(arguments.device)
+    processor = SegCompassProcessor.from_pretrained(source)
+
+    def timed(function) -> tuple[float, object]:
+        clock = time.perf_counter if on_gpu else time.process_time
+        start = clock()
+        result = function()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return clock() - start, result
+
+    def segment(row):
+        inputs = processor(images=row["image"], instruction=row["instruction"]).to(arguments.device)
+        output = model.segment(**inputs)
+        return processor.post_process_segmentation(output, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+
+    times = []
+    rows = list(scenes.iterate("val", arguments.num_samples + 1))
+    for number, row in enumerate([rows[-1], *rows[:-1]]):  # the first warms up
+        alone, _ = timed(lambda row=row: segment(row))
+        whole, explanation = timed(lambda row=row: explain(model, processor, row["image"], row["instruction"]))
+        if number:
+            times.append((alone, whole, len(explanation.masks)))
+    alone, whole, masks = np.array(times).T
+    summary = {
+        "num_samples": len(times),
+        "masks_per_image": float(masks.mean()),
+        "clock": "wall" if on_gpu else "cpu",
+        "segment_seconds": bootstrap_interval(alone),
+        "explain_seconds": bootstrap_interval(whole),
+        "ratio_of_means": float(whole.mean() / alone.mean()),
+        "ratio": {f"p{q}": float(np.quantile(whole / alone, q / 100)) for q in (10, 50, 90)},
+    }
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = (
+        f"`explain` (attribution and 5 ablations per mask, {masks.mean():.2f} masks per image) takes "
+        f"{summary['ratio_of_means']:.2f} times as long as `segment`: {whole.mean():.3f} s against "
+        f"{alone.mean():.3f} s of {summary['clock']} time, means of {len(times)} samples, one thread. Ratio per "
+        f"sample: median {summary['ratio']['p50']:.2f}, 90 % of samples below {summary['ratio']['p90']:.2f}.\n"
+        f"`python benchmarks/explain_cost.py --num-samples {arguments.num_samples} --device {arguments.device}`\n"
+    )
+    output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
