@@ -38,6 +38,13 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         resample_every (`int`, *optional*): Steps between resamplings of dead features (`standard` only): they take the
             direction of badly rebuilt states. `topk` and `batchtopk` have an auxiliary loss for theirs.
         resample_until (`float`, defaults to 0.6): Share of the steps after which none is resampled any more.
+        pair_loss (`str`, defaults to `"none"`): Makes words and the patches of what they name share features, see
+            `training.sae_pairs`: `"shared_topk"` or `"contrastive"`. Needs rows in the row schema with masks.
+        pair_weight (`float`, defaults to 1.0): Of that loss.
+        pair_k (`int`, defaults to 8): Features that a word and its patch have in common at most (`shared_topk`).
+        pair_batch (`int`, defaults to 512): Pairs of a step.
+        pair_rows (`int`, defaults to 256): Rows whose pairs are in memory; every 64 steps they are replaced by the
+            next, which costs their pass through the VLM.
         train_tokens (`int`, *optional*): Tokens to train on.
         buffer_tokens (`int`, defaults to 262144): Tokens mixed in memory, per process: times `d_in` times the bytes of
             the VLM's dtype (2 GiB for 4,096 in bfloat16).
@@ -84,6 +91,14 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
     resample_every: int | None = field(default=None, metadata={"help": "Steps between resamplings (standard only)."})
     resample_until: float = field(default=0.6, metadata={"help": "Share of the steps after which there is none."})
 
+    pair_loss: Literal["none", "shared_topk", "contrastive"] = field(
+        default="none", metadata={"help": "Makes words and patches share features."}
+    )
+    pair_weight: float = field(default=1.0, metadata={"help": "Of that loss."})
+    pair_k: int = field(default=8, metadata={"help": "Features that word and patch have in common at most."})
+    pair_batch: int = field(default=512, metadata={"help": "Pairs of a step."})
+    pair_rows: int = field(default=256, metadata={"help": "Rows whose pairs are in memory."})
+
     train_tokens: int | None = field(default=None, metadata={"help": "Tokens to train on, of all processes."})
     buffer_tokens: int = field(default=262_144, metadata={"help": "Tokens mixed in memory, per process."})
     rows_per_batch: int = field(default=8, metadata={"help": "Rows of one pass through the VLM."})
@@ -109,7 +124,8 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
             raise ValueError(
                 f"validation_share={self.validation_share} holds out more than it trains on; at most 0.5."
             )
-        for name in ("buffer_tokens", "rows_per_batch", "dead_after_tokens", "resample_every", "train_tokens"):
+        counts = ("buffer_tokens", "rows_per_batch", "dead_after_tokens", "resample_every", "train_tokens")
+        for name in (*counts, "pair_k", "pair_batch", "pair_rows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         if self.resample_every is not None and self.architecture != "standard":

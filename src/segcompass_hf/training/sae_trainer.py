@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback
+from transformers import AutoModelForImageTextToText, Trainer
 from transformers.utils import logging
 
 from ..data.readable_rows import UnreadableLog
@@ -20,14 +21,12 @@ from .sae_activations import ActivationBuffer, ActivationHarvester, HarvestedTok
 from .sae_cache import ActivationCache, cache_key, estimate_tokens
 from .sae_config import SaeTrainingConfig
 from .sae_metrics import SaeEvaluation, density_histogram, density_shares, evaluate_rows
+from .sae_pair_buffer import PairBuffer
+from .sae_pairs import pair_loss
 from .sae_rows import RowEncoder, RowStream, _mix
 from .sae_start import choose_layer, frozen, new_sae, start_from_data_
-from .sae_upkeep import (
-    FiringCounts,
-    remove_radial_gradient_,
-    resample_dead_features_,
-    set_unit_norm_,
-)
+from .sae_upkeep import FiringCounts, SaeUpkeep, resample_dead_features_
+from .token_pairs import Name, target_names
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +52,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         train_dataset: Rows.
         eval_dataset (*optional*): Rows; when left out, every `1 / args.validation_share`-th row of `train_dataset` is
             held out.
+        names (`Callable`, defaults to [`target_names`]): Row -> its names, for `args.pair_loss`.
         kwargs: Further arguments of [`~transformers.Trainer`], such as `callbacks`.
     """
 
@@ -64,6 +64,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         args: SaeTrainingConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        names: Callable[[dict], list[Name]] = target_names,
         **kwargs,
     ):
         if vlm is None or processing_class is None or train_dataset is None:
@@ -91,9 +92,10 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token)
         self._make_streams(train_dataset, eval_dataset)
         self.buffer: ActivationBuffer | None = None  # made when training begins
+        self.pairs = self._pair_buffer(names) if args.pair_loss != "none" else None
         self.firing = FiringCounts(model.config.d_sae, args.device)
         self.last_batch: dict[str, torch.Tensor] | None = None
-        self.add_callback(_Upkeep(self))
+        self.add_callback(SaeUpkeep(self))
 
     def _validate_args(self) -> None:
         """Rows held out of the training set are an evaluation set too."""
@@ -116,6 +118,11 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             self.eval_stream = RowStream(eval_dataset, **shared)
         elif hold_out is not None:
             self.eval_stream = RowStream(train_dataset, hold_out, part="held_out", **shared)
+
+    def _pair_buffer(self, names: Callable[[dict], list[Name]]) -> PairBuffer:
+        args = self.args
+        sizes = (args.pair_batch, args.pair_rows, args.rows_per_batch)
+        return PairBuffer(self.harvester, self.source.stream, names, *sizes, seed=args.seed)
 
     # Data
 
@@ -177,6 +184,10 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             sae.topk_threshold.copy_(self.accelerator.reduce(sae.topk_threshold, "mean"))
         # The warm-up of the sparsity term takes part of it away again.
         loss = output.loss - (1 - self._l1_share()) * sae.config.l1_coefficient * output.sparsity_loss
+        if self.pairs is not None:
+            paired = pair_loss(sae, self.pairs.next_batch(), self.args.pair_loss, self.args.pair_k)
+            loss = loss + self.args.pair_weight * paired
+            self.means.add("pair_loss", paired.detach())
         self.firing.add(output.feature_acts.detach(), self.accelerator)
         self._report(sae, inputs, output)
         self.last_batch = inputs
@@ -295,6 +306,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             "sae_means": self.means.sums,
             "sae_buffer": self.buffer.state_dict(),
             "sae_firing": self.firing.state_dict(),
+            "sae_pairs": None if self.pairs is None else self.pairs.state_dict(),
             "sae_processes": self.args.world_size,
         }
 
@@ -308,34 +320,11 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         self.means.sums = state["sae_means"]
         self.buffer.load_state_dict(state["sae_buffer"])
         self.firing.load_state_dict(state["sae_firing"])
+        if self.pairs is not None:
+            self.pairs.load_state_dict(state["sae_pairs"])
 
     def floating_point_ops(self, inputs) -> int:
         return 6 * inputs["hidden_states"].shape[0] * sum(p.numel() for p in self.model.parameters())
-
-
-class _Upkeep(TrainerCallback):
-    """What happens around the optimiser's step."""
-
-    def __init__(self, trainer: SaeTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0 and self.trainer.is_new_sae:
-            self.trainer.start_from_data()
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.unit_decoder:
-            remove_radial_gradient_(self.trainer.accelerator.unwrap_model(self.trainer.model))
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        if self.trainer.unit_decoder:
-            set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
-
-    def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = self.trainer.passes
-        every = args.resample_every
-        if every and state.global_step % every == 0 and state.global_step <= args.resample_until * state.max_steps:
-            self.trainer.resample()
 
 
 def _step_tokens(args: SaeTrainingConfig) -> int:

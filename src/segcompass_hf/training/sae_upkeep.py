@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ..modeling_sae import SegCompassSae
 
@@ -129,4 +130,29 @@ def _feature_rows(sae: SegCompassSae, features: torch.Tensor) -> Iterator[tuple[
     yield sae.b_enc, features
 
 
-__all__ = ["FiringCounts", "resample_dead_features_"]
+class SaeUpkeep(TrainerCallback):
+    """What happens around the optimiser's step of a [`SaeTrainer`]."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0 and self.trainer.is_new_sae:
+            self.trainer.start_from_data()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.unit_decoder:
+            remove_radial_gradient_(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.trainer.unit_decoder:
+            set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = self.trainer.passes
+        every = args.resample_every
+        if every and state.global_step % every == 0 and state.global_step <= args.resample_until * state.max_steps:
+            self.trainer.resample()
+
+
+__all__ = ["FiringCounts", "SaeUpkeep", "resample_dead_features_"]

@@ -8,6 +8,7 @@ and measured.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,20 @@ class Name(NamedTuple):
 
     words: str
     objects: tuple[int, ...]
+
+
+class NamePlaces(NamedTuple):
+    """Where a name stands in a sequence, and what it names.
+
+    Args:
+        words (`str`): The name.
+        occurrences (`list[list[int]]`): Places of the tokens of every occurrence.
+        patches (`torch.LongTensor` of shape `(patches,)`): Places of the image tokens.
+    """
+
+    words: str
+    occurrences: list[list[int]]
+    patches: torch.Tensor
 
 
 def target_names(row: dict[str, Any]) -> list[Name]:
@@ -83,18 +98,20 @@ class TokenPairs:
             show what it names). A name that has only one of the two in a row has neither.
         """
         ids = batch["input_ids"]
-        found = [list(self._of_row(*row)) for row in zip(rows, images, ids, batch["attention_mask"], strict=True)]
+        found = [list(self.places(*row)) for row in zip(rows, images, ids, batch["attention_mask"], strict=True)]
         width = max(1, *(len(names) for names in found))
         words = torch.zeros(*ids.shape, width, dtype=torch.bool)
         patches = torch.zeros_like(words)
         for index, names in enumerate(found):
-            for column, (word_places, patch_places) in enumerate(names):
-                words[index, word_places, column] = True
-                patches[index, patch_places, column] = True
+            for column, places in enumerate(names):
+                words[index, list(itertools.chain.from_iterable(places.occurrences)), column] = True
+                patches[index, places.patches, column] = True
         return {"pair_words": words, "pair_patches": patches}
 
-    def _of_row(self, row, image, ids, attention) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """(places of the words, places of the patches) of every name that has both."""
+    def places(
+        self, row: dict[str, Any], image: Any, ids: torch.Tensor, attention: torch.Tensor
+    ) -> Iterator[NamePlaces]:
+        """Where every name of one row stands that has both words and patches. Tensors `(sequence_length,)`."""
         ids = ids.cpu()
         image_places = (ids == self.processor.image_token_id).nonzero()[:, 0]
         names = self.names(row)
@@ -114,7 +131,7 @@ class TokenPairs:
             patches = image_places[shown[list(name.objects)].any(0)]
             # More of them than the row says: the template has the word too, and which is which is not known.
             if occurrences and len(occurrences) <= said and len(patches):
-                yield [text_places[start + i] for start, length in occurrences for i in range(length)], patches
+                yield NamePlaces(name.words, [text_places[i : i + n] for i, n in occurrences], patches)
 
     def _shown(self, masks: np.ndarray, num_patches: int) -> torch.Tensor:
         """Which patches show which object, `(objects, num_patches)` bool."""
@@ -124,4 +141,4 @@ class TokenPairs:
         return (coverage >= MIN_COVERAGE) | ((coverage == most) & (coverage > 0))
 
 
-__all__ = ["Name", "TokenPairs", "listed_names", "target_names"]
+__all__ = ["Name", "NamePlaces", "TokenPairs", "listed_names", "target_names"]
