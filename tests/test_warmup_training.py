@@ -43,8 +43,10 @@ def test_alignment_gradient_reaches_embeddings_and_projector(family, tmp_path):
     assert not any("vision_tower" in name or "visual.blocks" in name for name in gradients.values)
 
 
-@pytest.mark.parametrize(("family", "layer"), [("llava", 0), ("qwen2_5_vl", 2)])
-def test_alignment_falls_in_training(family, layer, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layer", "pairs"), [("llava", 0, "target"), ("llava", 2, "names"), ("qwen2_5_vl", 2, "target")]
+)
+def test_alignment_falls_in_training(family, layer, pairs, tmp_path):
     rows = []
     for index in range(4):  # the object is at the left or at the right, and the words say which
         mask = np.zeros((56, 56), bool)
@@ -53,6 +55,7 @@ def test_alignment_falls_in_training(family, layer, tmp_path):
         picture = np.where(mask[..., None], np.uint8([200, 30, 30]), np.uint8([30, 30, 90 + index]))
         rows.append(tiny_row(index, masks=[encode_mask(mask)], image=picture, instruction="the red square"))
     settings = {"alignment_weight": 1.0, "alignment_layer": layer, "max_steps": 20, "learning_rate": 3e-3}
+    settings["alignment_pairs"] = pairs
     trainer = warmup(tmp_path, bare_vlm(family), rows, family, **settings)
     trainer.train()
     logs = trainer.state.log_history

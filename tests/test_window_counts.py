@@ -63,6 +63,11 @@ def test_window_counts_by_hand():
     assert count_window([first, second], "zero").segmentation_items == 3
     assert count_window([second]).segmentation_items == 1  # divides a sum that is zero
     assert count_window([first], reduce=lambda totals: totals * 2).tokens == 6
+    # Three samples of two names each: both sides of one name, sides of different names, nothing.
+    words, patches = torch.zeros(3, 4, 2, dtype=torch.bool), torch.zeros(3, 4, 2, dtype=torch.bool)
+    words[0, 0, 1] = patches[0, 3, 1] = words[1, 0, 0] = patches[1, 3, 1] = True
+    paired = {"input_ids": torch.zeros(3, 4), "pair_words": words, "pair_patches": patches}
+    assert count_window([paired]).alignment_items == 1
 
 
 def test_metric_means():

@@ -16,19 +16,21 @@ from ..data.collator import SegmentationCollator, language_inputs
 from ..freezing_segcompass import parameter_groups
 from ..generation_segcompass import decoder_layers
 from ..images_segcompass import to_rgb_image
-from .alignment import AlignmentTargets, alignment_loss, instruction_words
+from .alignment import AlignmentTargets, alignment_loss, instruction_words, pair_alignment_loss
 from .language_loss import language_loss_sums, logits_to_keep
 from .metric_means import MetricMeansMixin
 from .rewards import format_reward
 from .robust import RobustTrainerMixin
 from .segmentation_evaluation import FirstRows
+from .token_pairs import Name, TokenPairs, target_names
 from .warmup_config import WarmupConfig
 from .warmup_parts import add_adapters_to_vlm, choose_trainable
 from .window_counts import WindowCountsMixin
 
 logger = logging.get_logger(__name__)
 
-ALIGNMENT_INPUTS = ("alignment_words", "alignment_text", "alignment_coverage")
+ALIGNMENT_INPUTS = ("alignment_words", "alignment_text", "alignment_coverage")  # alignment_pairs="target"
+PAIR_INPUTS = ("pair_words", "pair_patches")  # alignment_pairs="names"
 SAM_INPUTS = ("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels", "num_objects")
 
 
@@ -52,6 +54,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of weights, and the rows of the added
             tokens. `merge_adapters` puts them into the weights afterwards.
         target_words (`Callable`, defaults to `instruction_words`): Row -> words that mean its target (alignment).
+        names (`Callable`, defaults to `target_names`): Row -> its names (`alignment_pairs="names"`).
         data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
         kwargs: For [`~transformers.Trainer`].
     """
@@ -65,6 +68,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         processing_class: Any = None,
         peft_config: Any = None,
         target_words: Callable[[dict], list[str]] = instruction_words,
+        names: Callable[[dict], list[Name]] = target_names,
         data_collator: Any = None,
         **kwargs,
     ):
@@ -81,6 +85,8 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
                 args.ddp_find_unused_parameters = True  # LLaVA reads its vision encoder before the last layer
         if data_collator is None:
             targets = AlignmentTargets(processing_class, target_words, args.alignment_text)
+            if args.alignment_pairs == "names":
+                targets = TokenPairs(processing_class, names)
             data_collator = SegmentationCollator(
                 processing_class,
                 missing_reasoning=args.missing_reasoning,
@@ -103,7 +109,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         inputs = {name: value for name, value in inputs.items() if name not in SAM_INPUTS}
         labels, _ = inputs.pop("labels"), inputs.pop("completion_mask", None)
-        targets = {name: inputs.pop(name) for name in ALIGNMENT_INPUTS if name in inputs}
+        targets = {name: inputs.pop(name) for name in (*ALIGNMENT_INPUTS, *PAIR_INPUTS) if name in inputs}
         aligns = bool(targets) and self.args.alignment_weight > 0
         output = model(
             **_with_positions(self.vlm, inputs),
@@ -119,7 +125,8 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         if aligns:
             is_image = inputs["input_ids"] == self.processing_class.image_token_id
             states = output.hidden_states[self.alignment_layer]
-            aligned, num_aligned = alignment_loss(states, *targets.values(), is_image, self.args.alignment_temperature)
+            align = pair_alignment_loss if "pair_words" in targets else alignment_loss
+            aligned, num_aligned = align(states, *targets.values(), is_image, self.args.alignment_temperature)
             loss = loss + self.args.alignment_weight * aligned / counts.alignment_items
             if model.training:
                 self.means.add("alignment_loss", aligned, num_aligned)

@@ -26,11 +26,15 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
         missing_reasoning (`str`, defaults to `"format"`): Rows without reference reasoning, see
             [`SegmentationCollator`].
         alignment_weight (`float`, defaults to 0.0): Of the word-patch alignment, see `training.alignment`; 0 is off.
+        alignment_pairs (`str`, defaults to `"target"`): `"target"` holds all words that mean the target against its
+            masks; `"names"` every name against the patches of what it names, whichever object of the row it is (see
+            `training.token_pairs`), with the trainer's `names`. It then reads the whole text.
         alignment_layer (`int`, *optional*): Index into `hidden_states` of the states it acts on; 0 are the embeddings
             and projected patches. The layer the SAE reads (or will by default) when left out.
         alignment_text (`str`, defaults to `"instruction"`): Where the words stand that mean the target: there or in
-            the `"reasoning"`.
-        alignment_temperature (`float`, defaults to 0.07): Of its softmax.
+            the `"reasoning"`; for `alignment_pairs="target"`.
+        alignment_temperature (`float`, defaults to 0.07): Of its softmax. What is aligned takes up the more of a state
+            the higher it is, and an SAE has features for what takes up much: 0.25 or more where one follows.
         num_eval_generations (`int`, defaults to 16): First rows of the evaluation set that are answered freely and
             greedily at each evaluation, for `eval_format_share`; 0 for none, -1 for all.
         eval_max_new_tokens (`int`, defaults to 512): Of those answers.
@@ -51,6 +55,7 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
         default="format", metadata={"help": "Language loss of rows without reference reasoning."}
     )
     alignment_weight: float = field(default=0.0, metadata={"help": "Of the word-patch alignment; 0: off."})
+    alignment_pairs: Literal["target", "names"] = field(default="target", metadata={"help": "What is held together."})
     alignment_layer: int | None = field(default=None, metadata={"help": "hidden_states index; default: the SAE's."})
     alignment_text: Literal["instruction", "reasoning"] = field(
         default="instruction", metadata={"help": "Where the words stand that mean the target."}

@@ -45,7 +45,8 @@ def count_window(
 
     Args:
         batches (`Iterable[Mapping]`): The micro-batches of one optimizer step on this process. `labels` are counted
-            from the second token on (the first is never predicted), `num_objects` and `alignment_words` where given.
+            from the second token on (the first is never predicted), `num_objects`, `alignment_words`
+            and `pair_words` where given.
         empty_samples (`str`, defaults to `"exclude"`): The model configuration's: whether samples without objects
             count in L_seg.
         reduce (`Callable`, *optional*): Sums a tensor over the processes (`accelerator.reduce`).
@@ -57,6 +58,8 @@ def count_window(
         tokens = 0 if labels is None else int((labels[:, 1:] != -100).sum())
         found = 0 if objects is None else int((objects > 0).sum()) if empty_samples == "exclude" else size
         aligned = 0 if words is None else int((words.any(1) & (batch["alignment_coverage"] > 0).any(1)).sum())
+        if "pair_words" in batch:
+            aligned = int((batch["pair_words"].any(1) & batch["pair_patches"].any(1)).any(1).sum())
         totals += torch.tensor([tokens, found, size, aligned], dtype=torch.float64)
     totals = totals.float()
     if reduce is not None:
