@@ -20,16 +20,28 @@ CELLS = tuple("abcdefgh"[column] + str(row + 1) for row in range(GRID) for colum
 
 
 class SceneSamples(Dataset):
-    """Scene `i` of a split as arrays; the same `i` gives the same sample in every process and after every resume."""
+    """Scene `i` of a split as arrays; the same `i` gives the same sample in every process and after every resume.
 
-    def __init__(self, num_samples: int, split: str = "train", seed: int = 0, kinds: tuple[str, ...] | None = None):
-        self.num_samples, self.split, self.seed, self.kinds = num_samples, split, seed, kinds
+    `kinds` restricts the instructions, but for every `any_kind_every`-th scene.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        split: str = "train",
+        seed: int = 0,
+        kinds: tuple[str, ...] | None = None,
+        any_kind_every: int | None = None,
+    ):
+        self.num_samples, self.split, self.seed = num_samples, split, seed
+        self.kinds, self.any_kind_every = kinds, any_kind_every
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        scene = scenes.sample(self.split, index, self.seed, self.kinds)
+        free = self.any_kind_every is not None and index % self.any_kind_every == 0
+        scene = scenes.sample(self.split, index, self.seed, None if free else self.kinds)
         table = np.full((MAX_OBJECTS, 4), -100, np.int64)  # color, shape, size, cell of each object
         for row, o in zip(table, scene.objects, strict=False):
             row[:3] = [values.index(getattr(o, name)) for name, values in ATTRIBUTES.items()]

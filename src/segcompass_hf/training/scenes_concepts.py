@@ -1,12 +1,14 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""What makes the concepts of scenes-tiny shared between words and patches, as options of its warm-up."""
+"""What makes the concepts of scenes-tiny shared between words and patches, as options of its warm-up and SAE."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
-from .scenes_batches import ATTRIBUTES
+from .sae_pair_buffer import PairBlock
+from .scenes_batches import ATTRIBUTES, SceneCollator, SceneSamples, patch_labels
 
 
 class ConceptWords:
@@ -50,6 +52,33 @@ class ConceptWords:
             is_word = torch.isin(input_ids, words)
             scores = directions[is_word] @ anchors.t()
             right = (input_ids[is_word][:, None] == words).long().argmax(-1)
-            loss = loss + F.cross_entropy(self.scale * scores, right)
+            error = F.cross_entropy(self.scale * scores, right, reduction="sum")
+            loss = loss + error / max(1, len(right))
             seen[f"{name}_said"] = (scores.argmax(-1) == right).float().mean()
         return loss, seen
+
+
+@torch.no_grad()
+def harvest_pairs(
+    vlm, tokenizer, layer: int, num_scenes: int, seed: int, batch_size: int = 64, kinds: tuple[str, ...] | None = None
+) -> PairBlock:
+    """States of every color, shape and size word of some scenes, and of the patches in the same scene that show it."""
+    vlm.eval()
+    block, image = PairBlock(), tokenizer.convert_tokens_to_ids("<image>")
+    names = {
+        value: (attribute, number, tokenizer.convert_tokens_to_ids(value))
+        for attribute, values in ATTRIBUTES.items()
+        for number, value in enumerate(values)
+    }
+    scenes = SceneSamples(num_scenes, seed=seed, kinds=kinds)
+    for batch in DataLoader(scenes, batch_size, collate_fn=SceneCollator(tokenizer)):
+        inputs = {name: batch[name].to(vlm.device) for name in ("input_ids", "attention_mask", "pixel_values")}
+        hidden = vlm.base_model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[layer]
+        labels = patch_labels(batch["ids"], batch["objects"])
+        for index, (ids, states) in enumerate(zip(batch["input_ids"], hidden.float().cpu(), strict=True)):
+            patches = states[ids == image]  # (64, hidden)
+            for name, (attribute, number, word) in names.items():
+                shown = labels[attribute][index] == number
+                if shown.any() and (ids == word).any():
+                    block.add(name, states[ids == word], patches[shown])
+    return block

@@ -16,7 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
+from .sae_start import THRESHOLD_TOKENS, fit_thresholds_
 from .scenes_batches import SceneCollator, SceneSamples
+from .scenes_concepts import harvest_pairs
 from .scenes_joint import JointCollator, JointTrainer
 from .scenes_parts import build_processor, build_sae_config, build_sam, build_tokenizer, build_vlm
 from .scenes_sae import SceneSaeTrainer, StateDataset, harvest, sae_report
@@ -30,10 +32,11 @@ SAE_LAYER = 2  # of 4
 class Stage:
     """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
 
-    `kinds` restricts the instructions (`None`: all kinds). `options` change what the stage builds: of `warmup` the
-    weights of its losses (`concept_weight` makes concepts shared by words and patches); of `sae` the fields of
-    `SegCompassSaeConfig`, `layer` among them; of `slots` those of `SegCompassConfig`, such as `num_slots` (objects
-    beyond them are united) and `concept_threshold`.
+    `kinds` restricts the instructions (`None`: all kinds), but for every `any_kind_every`-th scene. `options` change
+    what the stage builds: of `warmup` the weights of its losses (`concept_weight` makes concepts shared by words and
+    patches); of `sae` the fields of `SegCompassSaeConfig`, `layer` among them, and the pair loss of `SceneSaeTrainer`;
+    of `slots` those of `SegCompassConfig`, such as `num_slots` (objects beyond them are united) and
+    `concept_threshold`.
     """
 
     steps: int
@@ -41,6 +44,7 @@ class Stage:
     learning_rate: float
     seed: int
     kinds: tuple[str, ...] | None = None
+    any_kind_every: int | None = None
     options: dict[str, Any] | None = None
 
 
@@ -54,11 +58,19 @@ STAGES = {
         seed=2,
         options={"concept_weight": 0.3, "concept_scale": 8.0},  # words and patches share concepts
     ),
-    "sae": Stage(steps=2500, batch_size=2048, learning_rate=2e-3, seed=3),
+    "sae": Stage(
+        steps=2500,
+        batch_size=2048,
+        learning_rate=2e-3,
+        seed=3,
+        options={"pair_loss": "shared_topk", "pair_weight": 0.5},  # a word and its patches, one set of features
+    ),
     "slots": Stage(steps=1000, batch_size=32, learning_rate=6e-3, seed=5),
     "joint": Stage(steps=800, batch_size=32, learning_rate=4e-3, seed=4),
 }
 SAE_SCENES = 3000  # whose tokens the SAE is trained on
+PAIR_SCENES = 600  # whose words and patches it is taught to give the same features, with `pair_loss`
+PAIRING = ("pair_loss", "pair_weight", "pair_k")
 SLOT_SETTINGS = {
     "num_slots": 4,
     "d_slot": 128,
@@ -86,6 +98,12 @@ NEEDS = {
     "slots": ("warmup", "sae", "masks"),
     "joint": ("slots",),
 }
+
+
+def _scenes(stage: Stage) -> SceneSamples:
+    """The stream of scenes of a stage."""
+    count = stage.steps * stage.batch_size
+    return SceneSamples(count, seed=stage.seed, kinds=stage.kinds, any_kind_every=stage.any_kind_every)
 
 
 def _arguments(name: str, stage: Stage, folder: Path, logging_steps: int = 50) -> TrainingArguments:
@@ -151,7 +169,7 @@ def _vision(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     tokenizer = build_tokenizer()
     vlm = build_vlm(tokenizer)
     vlm.model.language_model.layers.requires_grad_(False)
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    data = _scenes(stage)
     return vlm, VisionTrainer(
         model=vlm, args=arguments, train_dataset=data, data_collator=SceneCollator(), tokenizer=tokenizer
     )
@@ -160,7 +178,7 @@ def _vision(output_dir: Path, stage: Stage, arguments: TrainingArguments):
 def _masks(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     sam = build_sam()
     MaskTrainer.add_auxiliary_head(sam)
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed)
+    data = _scenes(stage)
     return sam, MaskTrainer(model=sam, args=arguments, train_dataset=data, data_collator=SceneCollator())
 
 
@@ -170,7 +188,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     vlm = AutoModelForImageTextToText.from_pretrained(
         output_dir / "vision", dtype=torch.float32, attn_implementation="eager"
     )
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
+    data = _scenes(stage)
     return vlm, WarmupTrainer(
         model=vlm,
         args=arguments,
@@ -188,12 +206,26 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "warmup", dtype=torch.float32)
     vlm.to(arguments.device)
     options = {"layer": SAE_LAYER} | (stage.options or {})
-    states, _ = harvest(vlm, tokenizer, options["layer"], SAE_SCENES, seed=stage.seed, kinds=stage.kinds)
+    pairing = {name: options.pop(name) for name in PAIRING if name in options}
+    layer, settings = options["layer"], {"seed": stage.seed, "kinds": stage.kinds}
+    states, ids = harvest(vlm, tokenizer, layer, SAE_SCENES, **settings)
+    modality_ids = (ids == vlm.config.image_token_id).long()
+    if pairing:
+        pairing["pairs"] = harvest_pairs(vlm, tokenizer, layer, min(PAIR_SCENES, SAE_SCENES), **settings)
     sae = SegCompassSae(build_sae_config(**options))
+    if sae.config.normalize_activations == "per_modality":
+        sae.fit_modality_statistics_(states, modality_ids)
     with torch.no_grad():
-        sae.b_dec.copy_(sae.normalize(states)[0].mean(0))
+        sae.b_dec.copy_(sae.normalize(states, modality_ids)[0].mean(0))
+    if sae.config.architecture == "jumprelu" and sae.config.k is not None:  # `k` only says where thresholds start
+        sample = slice(THRESHOLD_TOKENS)
+        fit_thresholds_(sae, sae.normalize(states[sample], modality_ids[sample])[0], sae.config.k)
     return sae, SceneSaeTrainer(
-        model=sae, args=arguments, train_dataset=StateDataset(states), data_collator=lambda rows: rows
+        model=sae,
+        args=arguments,
+        train_dataset=StateDataset(states, modality_ids),
+        data_collator=lambda rows: rows,
+        **pairing,
     )
 
 
@@ -213,7 +245,7 @@ def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     with torch.no_grad():
         model.codebook.weight.copy_(model.sae.W_dec)
     SlotTrainer.add_head(model)
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
+    data = _scenes(stage)
     return model, SlotTrainer(
         model=model,
         args=arguments,
@@ -227,7 +259,7 @@ def _joint(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     model = SegCompassForReasoningSegmentation.from_pretrained(output_dir / "slots", dtype=torch.float32)
     model.vlm.set_attn_implementation("eager")
     model.freeze_for_training()
-    data = SceneSamples(stage.steps * stage.batch_size, seed=stage.seed, kinds=stage.kinds)
+    data = _scenes(stage)
     return model, JointTrainer(
         model=model,
         args=arguments,

@@ -8,9 +8,12 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
+from .sae_pair_buffer import PairBlock
+from .sae_pairs import PairLoss, pair_loss
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_trainers import RecipeTrainer
 
+PAIRS = 512  # of a step, with a pair loss
 _PER_FEATURE = ("b_enc", "b_gate", "b_mag", "r_mag", "threshold")  # which there are depends on the architecture
 
 
@@ -45,22 +48,28 @@ def harvest(
 
 
 class StateDataset(TensorDataset):
-    """Rows of hidden states, as dictionaries."""
+    """Rows of hidden states and, where given, of modalities (0 text, 1 image), as dictionaries."""
+
+    names = ("hidden_states", "modality_ids")
 
     def __getitem__(self, index):
-        return {"hidden_states": self.tensors[0][index]}
+        return {name: tensor[index] for name, tensor in zip(self.names, self.tensors, strict=False)}
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        return {"hidden_states": self.tensors[0][torch.as_tensor(indices)]}
+        return self[torch.as_tensor(indices)]
 
 
 @torch.no_grad()
-def sae_report(sae, states: torch.Tensor, chunk: int = 8192) -> dict[str, float]:
+def sae_report(
+    sae, states: torch.Tensor, modality_ids: torch.Tensor | None = None, chunk: int = 8192
+) -> dict[str, float]:
     """Explained variance (1 - FVU), L0 and share of features that never fire, over `states` `(tokens, d_in)`."""
     error, fired, active = 0.0, torch.zeros(sae.config.d_sae), 0.0
-    normalized = torch.cat([sae.normalize(part)[0] for part in states.split(chunk)])
-    for part in normalized.split(chunk):
-        acts = sae.encode(part)
+    modalities = [None] * len(states) if modality_ids is None else modality_ids.split(chunk)
+    parts = list(zip(states.split(chunk), modalities, strict=False))
+    normalized = torch.cat([sae.normalize(*part)[0] for part in parts])
+    for raw, part in zip(parts, normalized.split(chunk), strict=True):
+        acts = sae.encode(*raw)
         error += (sae.decode(acts) - part).pow(2).sum().item()
         fired += (acts > 0).float().sum(0).cpu()
         active += (acts > 0).float().sum().item()
@@ -77,11 +86,28 @@ class SceneSaeTrainer(RecipeTrainer):
 
     A feature that did not fire for `resample_every` steps takes the direction of a badly reconstructed state
     (Bricken et al. 2023, "Towards Monosemanticity", appendix on resampling).
+
+    Args:
+        resample_every (`int`): Steps.
+        pairs ([`PairBlock`], *optional*): Words and patches to add a pair loss for, see `sae_pairs`.
+        pair_loss (`str`): `shared_topk` or `contrastive`.
+        pair_weight (`float`): Of that loss.
+        pair_k (`int`): Features of a pair (`shared_topk`).
     """
 
-    def __init__(self, *args, resample_every: int = 250, **kwargs):
+    def __init__(
+        self,
+        *args,
+        resample_every: int = 250,
+        pairs: PairBlock | None = None,
+        pair_loss: PairLoss = "none",
+        pair_weight: float = 1.0,
+        pair_k: int = 8,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.resample_every = resample_every
+        self.pairs, self.pair_loss, self.pair_weight, self.pair_k = pairs, pair_loss, pair_weight, pair_k
         self.final_l1 = self.model.config.l1_coefficient
         self.fired = torch.zeros(self.model.config.d_sae)
         self.add_callback(_Resample(self))
@@ -94,13 +120,20 @@ class SceneSaeTrainer(RecipeTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ramp = min(1.0, (self.state.global_step + 1) / (0.15 * self.state.max_steps))
         self.model.config.l1_coefficient = self.final_l1 * ramp
-        output = model(inputs["hidden_states"])
+        output = model(**inputs)
         self.model.config.l1_coefficient = self.final_l1
         active = output.feature_acts.detach() > 0
         self.fired += active.float().sum(0).cpu()
         self.report(mse=output.mse_loss, l0=active.float().sum(-1).mean())
         self.last_states, self.last_reconstruction = inputs["hidden_states"], output.reconstruction.detach()
-        return output.loss
+        return output.loss + self._pair_loss() if self.pairs is not None else output.loss
+
+    def _pair_loss(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.state.global_step)  # the same draw after a resume
+        batch = self.pairs.draw(PAIRS, generator)
+        loss = pair_loss(self.model, batch, self.pair_loss, self.pair_k)
+        self.report(pair_loss=loss)
+        return self.pair_weight * loss
 
     @torch.no_grad()
     def resample(self) -> None:
@@ -108,8 +141,8 @@ class SceneSaeTrainer(RecipeTrainer):
         sae = self.model
         dead = (self.fired == 0).nonzero()[:, 0]
         self.fired.zero_()
-        error = sae.normalize(self.last_states - self.last_reconstruction)[0]
-        weights = (self.last_states - self.last_reconstruction).pow(2).sum(-1)
+        error = self.last_states - self.last_reconstruction
+        weights = error.pow(2).sum(-1)
         dead = dead[: len(weights)]
         if not len(dead):
             return
@@ -143,5 +176,6 @@ class _Resample(TrainerCallback):
             self.trainer.resample()
 
     def on_train_end(self, args, state, control, **kwargs):
-        states = self.trainer.train_dataset.tensors[0]
-        self.trainer.log(sae_report(self.trainer.model, states[:: max(1, len(states) // 20_000)].to(args.device)))
+        tensors = self.trainer.train_dataset.tensors
+        step = max(1, len(tensors[0]) // 20_000)
+        self.trainer.log(sae_report(self.trainer.model, *(tensor[::step].to(args.device) for tensor in tensors)))
