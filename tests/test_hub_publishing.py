@@ -329,3 +329,25 @@ def test_killed_in_the_middle_and_repeated(folder, hub: LoopbackHub, tmp_path): 
         assert hashlib.sha256(there[name]).digest() == hashlib.sha256(expected).digest(), name
     assert len(hub.uploads) == 2 and hub.uploads[: len(arrived)] == arrived  # what had arrived was not sent again
     assert hub.repos["models", "me/mine"].branches["main"] == publication.commit
+
+
+def test_the_base_of_an_adapter_that_was_moved(tmp_path):
+    from segcompass_hf import bundled_checkpoint
+    from segcompass_hf.training.adapters import _base_on_this_machine, load_adapter
+
+    assert _base_on_this_machine("owner/name", "adapter") == "owner/name"
+    assert _base_on_this_machine(str(tmp_path), "adapter") == str(tmp_path)
+    elsewhere = "/opt/venv/lib/site-packages/segcompass_hf/checkpoints/scenes-tiny"
+    assert _base_on_this_machine(elsewhere, "adapter") == str(bundled_checkpoint())
+    config = {"peft_type": "LORA", "base_model_name_or_path": "/gone/model"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match="was trained on '/gone/model', which is not on this machine"):
+        load_adapter(None, tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="names '/gone/model' as its base model, which is no Hub id"):
+        stage_checkpoint(tmp_path, tmp_path / "stage")
+    stage = stage_checkpoint(tmp_path, tmp_path / "other", base_model="owner/name")
+    written = json.loads((stage.folder / "adapter_config.json").read_text())
+    assert written == config | {"base_model_name_or_path": "owner/name"}
+    assert (stage.kind, stage.base, stage.local_base) == ("adapter", "owner/name", None)
+    assert set(stage.files()) == {"adapter_config.json", "adapter_model.safetensors"}  # its base brings the code

@@ -139,7 +139,7 @@ def test_a_stranger_gets_the_same_answers(hub: LoopbackHub, tmp_path):  # noqa: 
     environment |= hub.environment(tmp_path / "stranger") | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path / "plan.json")],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600,
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert hub.lose_downloads == 0  # a connection was lost, and the download went on

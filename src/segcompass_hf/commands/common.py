@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
             raise UserError(f"there is no checkpoint folder {path!r}.")
         path = str(Path(path).expanduser()) if looks_local else path
 
+    _check_base(Path(path))
     import torch
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
@@ -65,6 +67,20 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
+
+
+def _check_base(folder: Path) -> None:
+    """An adapter that was moved here without its base: transformers would take the folder's name for a Hub id."""
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        moved = Path(named).is_absolute() and not Path(named).is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no adapter, or one that loading will complain about
+    if moved:
+        raise UserError(
+            f"{str(folder)!r} is an adapter of the model in {named!r}, which is not on this machine; write the place "
+            "or Hub id of that model into base_model_name_or_path of its adapter_config.json."
+        )
 
 
 def make_folder(path: Path) -> None:

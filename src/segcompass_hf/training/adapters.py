@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .. import bundled_checkpoint
 from ..generation_segcompass import decoder_layers
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 
@@ -234,6 +235,7 @@ def load_adapter(
         kwargs: For loading the base (`dtype`, `quantization_config`, `device_map`, ...).
 
     Raises:
+        FileNotFoundError: The adapter names a folder as its base that is not on this machine.
         ValueError: The adapter names no base, or does not fit this one (see [`check_peft_config`]).
     """
     config = PeftConfig.from_pretrained(str(adapter))
@@ -243,12 +245,26 @@ def load_adapter(
             raise ValueError(
                 f"{adapter} does not say which model it was trained on (that model was never saved); pass it as base."
             )
+        base = _base_on_this_machine(base, adapter)
     if not isinstance(base, nn.Module):
         base = SegCompassForReasoningSegmentation.from_pretrained(base, **kwargs)
     elif kwargs:
         raise ValueError(f"{', '.join(kwargs)} would load the base, which is loaded already; leave them out.")
     check_peft_config(base, config)
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=is_trainable)
+
+
+def _base_on_this_machine(base: str, adapter: str | Path) -> str:
+    """A base that an adapter names: a Hub id or folder; the bundled checkpoint wherever this package is."""
+    folder = Path(base).expanduser()
+    if folder.is_dir() or not (folder.is_absolute() or base.startswith(".") or base.count("/") > 1):
+        return base
+    bundled = bundled_checkpoint()
+    if folder.parts[-3:] == bundled.parts[-3:]:  # segcompass_hf/checkpoints/NAME
+        return str(bundled)
+    raise FileNotFoundError(
+        f"{adapter} was trained on {base!r}, which is not on this machine; pass its new place or Hub id as base."
+    )
 
 
 @torch.no_grad()
