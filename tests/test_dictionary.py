@@ -124,19 +124,24 @@ def test_measures_and_examples_by_hand(made):
     assert [other.feature for other in made[3].cofiring] == []
 
 
-def test_patches_off_the_target_count_for_the_rows_own_words_only():
-    # Rows name the red object alone: the last two patches are none of "red", and may be "blue" or not.
+def test_patches_off_the_target_are_left_out_where_not_all_objects_are_named():
+    # Six rows name the red object alone, two the blue one; what the other patches show is not known.
     counts = DictionaryCounts(D_SAE)
     for half in (0, 1):
         for i in range(8):
             objects = [(frozenset({"red"}), RED)] if i < 6 else [(frozenset({"blue"}), BLUE)]
-            patches = [(0, 0, 1.0), (1, 0, 1.0), (3, 0, 1.0), (2, 1, 1.0), (3, 1, 1.0)]
-            counts.add(reading(10 * half + i, IMAGES[half][i], [], patches, objects=objects))
+            words, patches = [(1, 2, 1.0)], [(0, 0, 1.0), (1, 0, 1.0), (3, 0, 1.0), (2, 1, 1.0), (3, 1, 1.0)]
+            patches += [(2, 0, 1.0)] if i == 7 else []
+            patches += [(unit, 2, 1.0) for unit in range(3)] if i in (0, 6, 7) else []
+            counts.add(reading(10 * half + i, IMAGES[half][i], words, patches, objects=objects))
     labels, red = derive_labels(counts), counts.vocabulary["red"]
-    # Feature 0 in the six rows of "red": 12 hits, 6 firings off it; in the two others the patches off the blue object
-    # are not known to be red or not. Feature 1 in all rows is off "red" 12 times, and on the blue object twice.
-    assert labels["label"][0] == red and labels["f1_patches"][0] == pytest.approx(2 * 12 / (18 + 12))
-    assert labels["label"][1] == -1
+    # Feature 0: all 12 patches of the red objects and one of the blue; firings on the background do not count.
+    assert labels["label"][0] == red and labels["f1_patches"][0] == pytest.approx(2 * 12 / (13 + 12))
+    # Feature 1: on patch 2 in all rows, which counts in the two that name it blue.
+    assert labels["label"][1] == -1  # too few units of "blue" to say
+    # Feature 2: every "red" of the text; of the red patches 2 of 12, and both blue ones: (1 + 0.5) / 2 of the firings.
+    assert labels["label"][2] == red and labels["f1_patches"][2] == pytest.approx(2 * 2 / (4 + 12))
+    assert labels["purity"][2] == pytest.approx((8 + 2) / (8 + 4))
 
 
 def test_streaming_gives_what_one_shot_gives():

@@ -92,11 +92,12 @@ class ConceptDictionary:
             named_objects (`Callable`, defaults to [`target_objects`]): A row -> the words that name an object, and
                 its mask, for as many objects as are known; [`scenes_objects`] for Scenes.
             all_objects_named (`bool`, defaults to `False`): Those are all objects of the image, so that patches off
-                them are known to be none of them. Else patches off the target count for the row's own words only.
+                them are of no word. Otherwise those patches are left out, and since a target may be red without being
+                called so, F1 on patches and purity are lower bounds.
             top_k (`int`, defaults to 8): Examples per feature, of words and of patches.
             max_pictures (`int`, defaults to 300): Small pictures kept for the examples; some 3 KB each.
             max_entries (`int`, defaults to 4,000,000): Bound of the tables of (word, feature) and (feature, feature)
-                pairs, 16 bytes an entry, nine tables; the rarest pairs are forgotten beyond it.
+                pairs, 16 bytes an entry, five tables; the rarest pairs are forgotten beyond it.
 
         Raises:
             ValueError: There are no rows, or one cannot be read; the message names the sample.

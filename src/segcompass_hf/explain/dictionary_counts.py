@@ -90,8 +90,7 @@ class PairCounts:
 class Firing:
     """Where concepts fired on the units of one modality (words or patches), of one half of the rows.
 
-    For a word w and a feature j at a threshold: `hits` are the units of w on which j fired, and j's firings are
-    counted on the units known to be w or not: `fires` (known for every word) and `elsewhere` (known for w only).
+    `fires` counts all firings of a feature by bin, `hits` those on the units of a word.
     """
 
     def __init__(self, d_sae: int, max_entries: int):
@@ -99,7 +98,7 @@ class Firing:
         self.units = 0
         self.positives: dict[int, int] = defaultdict(int)  # word -> units of it
         self.fires = np.zeros((d_sae, NUM_BINS), np.int32)
-        self.hits, self.elsewhere = PairCounts(max_entries), PairCounts(max_entries)
+        self.hits = PairCounts(max_entries)
 
     def add_units(self, active: Active, num_units: int) -> None:
         """Units of which it is known which word they are."""
@@ -109,16 +108,9 @@ class Firing:
     def add_hits(self, word: int, active: Active, is_word: np.ndarray) -> None:
         """Units `(num_units,)`, bool, that are of a word."""
         self.positives[word] += int(is_word.sum())
-        self.hits.add(self._keys(word, active, is_word))
-
-    def add_elsewhere(self, word: int, active: Active, known: np.ndarray) -> None:
-        """Units `(num_units,)`, bool, known to be none of this word; whether of another is not known."""
-        self.elsewhere.add(self._keys(word, active, known))
-
-    def _keys(self, word: int, active: Active, chosen: np.ndarray) -> np.ndarray:
-        inside = chosen[active.units]
+        inside = is_word[active.units]
         pairs = word * self.d_sae + active.features[inside]
-        return (pairs << _BIN_BITS) | bin_of(active.values[inside])
+        self.hits.add((pairs << _BIN_BITS) | bin_of(active.values[inside]))
 
 
 class TopExamples:
@@ -152,8 +144,8 @@ class DictionaryCounts:
     Args:
         d_sae (`int`): Features.
         top_k (`int`): Examples per feature and modality.
-        all_objects_named (`bool`): The named objects of a row are all there are. Otherwise patches off them are known
-            for the words of the row only: they are none of these.
+        all_objects_named (`bool`): The named objects of a row are all there are, so that patches off them are of no
+            word. Otherwise those patches are not counted: what they show is not known.
         max_entries (`int`): Bound of every sparse table, 16 bytes an entry.
     """
 
@@ -172,8 +164,7 @@ class DictionaryCounts:
     @property
     def forgotten(self) -> int:
         """Occurrences of rare pairs that did not fit into the bound."""
-        tables = [table for firing in (*self.words, *self.patches) for table in (firing.hits, firing.elsewhere)]
-        return sum(table.forgotten for table in (*tables, self.pairs))
+        return self.pairs.forgotten + sum(firing.hits.forgotten for firing in (*self.words, *self.patches))
 
     def add(self, reading: RowReading) -> None:
         """Count one row."""
@@ -214,7 +205,6 @@ class DictionaryCounts:
         firing.add_units(Active(*(array[inside] for array in active)), int(known.sum()))
         for word, patches in shown.items():
             firing.add_hits(word, active, patches)
-            firing.add_elsewhere(word, active, ~known)
 
     def _add_pairs(self, reading: RowReading) -> None:
         """Features of the same unit, of units spread evenly over words and patches."""

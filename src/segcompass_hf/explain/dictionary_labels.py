@@ -42,7 +42,7 @@ class FiringRates:
 
     def __init__(self, firing: Firing):
         self.d_sae = firing.d_sae
-        self.hits, self.elsewhere = _Suffixes(*firing.hits.arrays()), _Suffixes(*firing.elsewhere.arrays())
+        self.hits = _Suffixes(*firing.hits.arrays())
         self.fires = np.cumsum(firing.fires[:, ::-1], axis=1, dtype=np.int32)[:, ::-1]  # (d_sae, NUM_BINS)
         self.positives = np.zeros(max(firing.positives, default=-1) + 1, np.int64)
         for word, count in firing.positives.items():
@@ -54,8 +54,7 @@ class FiringRates:
         positives = np.zeros(len(words), np.int64)
         known = words < len(self.positives)
         positives[known] = self.positives[words[known]]
-        fires = self.fires[features, bins] + self.elsewhere.at(pairs, bins)
-        return Scores(self.hits.at(pairs, bins), fires, positives)
+        return Scores(self.hits.at(pairs, bins), self.fires[features, bins], positives)
 
     def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every (word, feature) pair with a hit, `word * d_sae + feature`: the largest F1 and its bin.
@@ -100,8 +99,9 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
 
     For a word w and a feature j, F1 of "j fires" against "this is w" is taken on words (w as it is written) and on
     patches (of objects that w names), each at the threshold that is best on the first half. The label is the word of
-    the largest mean of the two (0 where w names no object). It is given where at least half of j's firings there, on
-    words and patches together, are on w.
+    the largest mean of the two (0 where w names no object). It is given where at least half of j's firings there are
+    on w: of words and patches together where all objects are named, else on average over the two, since a patch may
+    show what its row does not say (which also makes F1 on patches and purity lower bounds).
 
     Returns:
         `dict` of arrays `(d_sae,)`: `label` (word id, -1 for none), `threshold_words`, `threshold_patches`
@@ -113,8 +113,14 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     score = [FiringRates(firing[1]) for firing in (counts.words, counts.patches)]
     best = _best_words(counts.d_sae, derive)
     features, words, bins = best["features"], best["words"], best["bins"]  # bins: (2, features)
-    seen = derive[0].at(words, features, bins[0]) + derive[1].at(words, features, bins[1])
-    kept = (np.nan_to_num(seen.precision) >= MIN_PRECISION) & (seen.hits >= MIN_HITS)
+    seen = [rates.at(words, features, b) for rates, b in zip(derive, bins, strict=True)]
+    pooled = seen[0] + seen[1]
+    precision = np.nan_to_num(pooled.precision)
+    if not counts.all_objects_named:
+        both = np.stack([modality.precision for modality in seen])
+        fired = np.maximum((~np.isnan(both)).sum(0), 1)
+        precision = np.nansum(both, axis=0) / fired
+    kept = (precision >= MIN_PRECISION) & (pooled.hits >= MIN_HITS)
     features, words, bins = features[kept], words[kept], bins[:, kept]
     held_out = [rates.at(words, features, b) for rates, b in zip(score, bins, strict=True)]
     anything = [rates.at(words, features, np.zeros_like(words)) for rates in score]

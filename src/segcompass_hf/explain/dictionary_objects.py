@@ -37,7 +37,8 @@ def normalize_word(word: str) -> str:
 def target_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
     """The content words of the instruction name the union of the target's masks; nothing else is known.
 
-    Works for every row with masks (RefCOCO and its like). A row without target names nothing.
+    Works for every row with masks (RefCOCO and its like). A row without target names nothing. Words for other objects
+    ("left of the red one") count too: nothing tells them apart.
     """
     from ..training.alignment import instruction_words
 
