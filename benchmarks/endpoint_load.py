@@ -3,8 +3,8 @@
 
     python benchmarks/endpoint_load.py --requests 200 --rounds 2 --output benchmarks/results/endpoint_load.md
 
-The server runs in a process of its own on loopback, with the bundled checkpoint on the CPU. Every answer is compared with
-the one that the same request gets alone, before the load.
+The server runs in a process of its own on loopback, with the bundled checkpoint on the CPU. Every answer is compared
+with the one that the same request gets alone, before the load.
 """
 
 import argparse
@@ -84,7 +84,8 @@ def request_of(row: dict, mask_format: str) -> bytes:
     file = io.BytesIO()
     row["image"].save(file, "PNG")
     sample = {"image": base64.b64encode(file.getvalue()).decode(), "instruction": row["instruction"]}
-    return json.dumps({"inputs": sample, "parameters": {"reasoning": "short", "mask_format": mask_format}}).encode()
+    reasoning = {"rle": "none", "png": "short"}[mask_format]
+    return json.dumps({"inputs": sample, "parameters": {"reasoning": reasoning, "mask_format": mask_format}}).encode()
 
 
 def malformed(good: bytes, number: int) -> bytes:
