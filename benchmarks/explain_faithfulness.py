@@ -44,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="val", help="of Scenes")
     parser.add_argument("--num-samples", type=int, default=300)
     parser.add_argument("--method", default="subsets", help="of attribution")
+    parser.add_argument("--target", default="mask_logit", help="what is explained")
     parser.add_argument("--no-sufficient", action="store_true", help="no minimal sufficient sets")
     parser.add_argument("--output", default="faithfulness", help="path of the results without ending")
     return parser.parse_args()
@@ -59,7 +60,7 @@ def measure(model, processor, row, arguments, seed: int) -> list[dict]:
     """One record per kept mask of a sample."""
     captured = capture(model, processor(images=row["image"], instruction=row["instruction"]))[0]
     replay = Replay(model, captured)
-    attributions = attribute(replay, captured.kept_slots, method=arguments.method)
+    attributions = attribute(replay, captured.kept_slots, arguments.target, arguments.method)
     return [
         measure_mask(replay, attributions, number, not arguments.no_sufficient, seed)
         for number in range(len(attributions))
@@ -197,7 +198,8 @@ def main() -> None:
     processor = SegCompassProcessor.from_pretrained(source)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"split": arguments.split, "method": arguments.method, "weights": weights_mark(model)}
+    settings = {name: getattr(arguments, name) for name in ("split", "method", "target")}
+    settings["weights"] = weights_mark(model)
     journal = output.with_suffix(".jsonl")
     lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
     if any(line["settings"] != settings for line in lines):
@@ -214,10 +216,9 @@ def main() -> None:
     records = [{"sample": index} | mask for index in range(arguments.num_samples) for mask in done[index]]
     if not records:
         sys.exit("the model keeps no mask on these samples: there is nothing to measure.")
-    command = "python benchmarks/explain_faithfulness.py " + " ".join(
-        f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in ("split", "num_samples", "method")
-    )
-    summary = {"command": command, "split": arguments.split, "method": arguments.method, **summarize(records)}
+    given = {name.replace("_", "-"): getattr(arguments, name) for name in ("split", "num_samples", "method", "target")}
+    command = " ".join(["python benchmarks/explain_faithfulness.py", *(f"--{k} {v}" for k, v in given.items())])
+    summary = {"command": command, **settings, **summarize(records)}
     output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
     write_markdown(output.with_suffix(".md"), summary, command)
     draw(output.with_suffix(".png"), records)

@@ -100,6 +100,11 @@ def test_contributions_add_up_on_the_bundled_checkpoint(first):
         change = attribution.value - attribution.baseline_value
         assert attribution.contributions.sum().item() == pytest.approx(change, rel=0.01)
         assert attribution.completeness_error < 0.01
+    (contrast,) = attribute(replay, [attributions[0].slot], "mask_contrast", num_points=4)
+    logits = replay.captured.pred_masks[0, contrast.slot]
+    outside = logits[logits <= 0].mean().item()
+    assert contrast.value == pytest.approx(attributions[0].value - outside, rel=1e-4)
+    assert contrast.completeness_error < 0.01
     (straight,) = attribute(replay, [attributions[0].slot], method="straight")
     assert straight.completeness_error < 0.01 and straight.quadrature_error < 0.05
 
@@ -176,14 +181,14 @@ def test_odd_answers_are_explained_too():
     model, processor, image = tiny_model("llava"), tiny_processor("llava"), tiny_image()
 
     def run(**arguments):
-        return explain(model, processor, image, "the red thing", max_new_tokens=12, num_ablations=1, **arguments)
+        return explain(model, processor, image, "the red thing", max_new_tokens=8, num_ablations=1, **arguments)
 
     model.config.slot_logit_threshold = 100.0  # nothing is kept: the strongest slot says why
     (mask,) = run().masks
     assert not mask.kept and mask.target == "slot_logit" and mask.completeness_error < 0.01
-    assert run(target="mask_logit", max_concepts=0).masks[0].concepts == []
     model.config.slot_logit_threshold = -100.0  # every slot is kept
-    assert len(run().masks) == model.config.num_slots
+    masks = run(target="mask_contrast", max_concepts=0).masks
+    assert len(masks) == model.config.num_slots and all(mask.concepts == [] for mask in masks)
 
     model.config.concept_threshold = 1e9  # no concept is active
     for mask in run().masks:

@@ -10,7 +10,7 @@ concepts: as in an "or", each of them alone would have kept its token. The rest 
 
 `subsets`, the default, takes the gradients among natural company instead: on random subsets of the features, each on
 or off in the whole sequence, of sizes as they occur while concepts are taken away. This estimates Shapley values of
-`f`'s multilinear extension. Gradients next to a jump are outliers, so the ends of each entry's distribution are cut.
+`f`'s multilinear extension. Gradients next to a jump are outliers: the ends of each feature's distribution are cut.
 
 What the sum of contributions then still misses of the change (`quadrature_error`) is spread over them in proportion to
 their size, as KernelSHAP and its like impose efficiency, so that shares add up to the change.
@@ -27,11 +27,12 @@ import torch
 from ..modeling_heatmaps import SlotMapperOutput
 from .explanation import Target
 from .replay import Replay
+from .scalars import MaskScalar
 
 Method = Literal["subsets", "straight"]
 
 SUBSET_SIZES = (0.15, 0.85)  # smallest and largest share of the features in a subset
-OUTLIERS = 0.1  # share of each entry's gradients cut to the nearest kept one, at either end
+OUTLIERS = 0.15  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
 
@@ -42,7 +43,7 @@ class Attribution:
 
     Args:
         slot (`int`): Whose mask.
-        target (`str`): `mask_logit` or `slot_logit`.
+        target (`str`): What was explained, see [`MaskScalar`].
         contributions (`torch.Tensor` of shape `(num_active,)`): Of the captured concepts' entries, in their order.
         value, baseline_value (`float`): The scalar with all concepts and with none.
         completeness_error (`float`): |sum of contributions - change| / |change|.
@@ -68,23 +69,16 @@ class _Scalars:
     """The scalar of every mask explained, as a function of levels."""
 
     def __init__(self, replay: Replay, slots: list[int], target: Target):
-        self.replay, self.slots = replay, slots
-        captured = replay.captured
-        self.activations = captured.concepts.values
-        inside = captured.pred_masks[0, slots] > replay.model.config.mask_logit_threshold  # (masks, 4h, 4w)
-        if replay.valid_area is not None:
-            inside = inside & replay.valid_area[0]
-        self.inside, self.sizes = inside, inside.sum((1, 2))
-        # An empty mask has no inside: its slot's confidence is explained.
-        self.targets = [target if size else "slot_logit" for size in self.sizes.tolist()]
+        self.replay = replay
+        self.activations = replay.captured.concepts.values
+        self.scalars = [MaskScalar(replay, slot, target) for slot in slots]
 
     def _scalar(self, mask: int, maps: SlotMapperOutput) -> torch.Tensor:
         """The scalar of one mask, `(rows,)`."""
-        slot = self.slots[mask]
-        if self.targets[mask] == "slot_logit":
-            return maps.slot_logits[:, slot].float()
-        logits = self.replay.decode(maps.heatmap_logits[:, slot : slot + 1])[:, 0].float()
-        return (logits * self.inside[mask]).sum((1, 2)) / self.sizes[mask]
+        scalar, logits = self.scalars[mask], None
+        if scalar.target != "slot_logit":
+            logits = self.replay.decode(maps.heatmap_logits[:, scalar.slot : scalar.slot + 1])[:, 0]
+        return scalar(maps.slot_logits, logits)
 
     @torch.no_grad()
     def at(self, levels: torch.Tensor) -> torch.Tensor:
@@ -92,9 +86,10 @@ class _Scalars:
         parts = []
         for chunk in levels.split(self.replay.chunk_size):
             maps = self.replay.maps(self.replay.embed(chunk * self.activations))
-            parts.append(torch.stack([self._scalar(mask, maps) for mask in range(len(self.slots))], dim=1))
+            parts.append(torch.stack([self._scalar(mask, maps) for mask in range(len(self.scalars))], dim=1))
         return torch.cat(parts)
 
+    @torch.enable_grad()
     def gradients(self, levels: torch.Tensor, masks: list[int]) -> torch.Tensor:
         """`v_i df/dv_i` of some masks at every row of levels: `(rows, len(masks), num_active)`."""
         token_index, parts = self.replay.captured.concepts.token_index, []
@@ -126,8 +121,8 @@ def attribute(
     Args:
         replay ([`Replay`]): Of the captured answer.
         slots (`list[int]`): Whose masks.
-        target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask at the model's mask resolution, or
-            the slot's confidence (`slot_logit`; also where a mask is empty).
+        target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
+            see [`MaskScalar`].
         method (`str`, defaults to `"subsets"`): `subsets` or `straight`, see above.
         num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
@@ -161,7 +156,7 @@ def attribute(
         results.append(
             Attribution(
                 slot=slot,
-                target=scalars.targets[mask],
+                target=scalars.scalars[mask].target,
                 contributions=contributions,
                 value=float(ends[0, mask]),
                 baseline_value=float(ends[2, mask]),
@@ -183,9 +178,14 @@ def _subsets(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     sizes = low + (high - low) * (np.arange(len(draws)) + 0.5) / len(draws)
     sizes = np.concatenate([sizes[0::2], sizes[1::2]])
     present = torch.from_numpy(draws < sizes[:, None]).to(index.device)[:, index]  # (points, num_active)
-    gradients = scalars.gradients(present.to(scalars.activations.dtype), list(range(len(scalars.slots))))
-    low, high = (gradients.quantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
-    return gradients.clamp(low, high).mean(0)
+    gradients = scalars.gradients(present.to(scalars.activations.dtype), list(range(len(scalars.scalars))))
+    by_feature = gradients.new_zeros(*gradients.shape[:2], len(features)).index_add(2, index, gradients)
+    low, high = (by_feature.quantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
+    cut = by_feature.clamp(low, high) - by_feature  # (points, masks, num_features)
+    # What is cut of a feature is taken from its entries, in proportion to their sizes.
+    sizes = gradients.abs()
+    totals = torch.zeros_like(by_feature).index_add(2, index, sizes).clamp(min=1e-30)
+    return (gradients + (cut / totals)[:, :, index] * sizes).mean(0)
 
 
 def _straight(
@@ -195,8 +195,8 @@ def _straight(
     concepts = scalars.replay.captured.concepts
     per_token = torch.bincount(concepts.token_index)[concepts.token_index]  # (num_active,)
     shares = 1 / per_token / per_token.reciprocal().sum()
-    todo, count = list(range(len(scalars.slots))), 0
-    smooth = scalars.activations.new_zeros(len(scalars.slots), len(per_token), dtype=torch.float32)
+    todo, count = list(range(len(scalars.scalars))), 0
+    smooth = scalars.activations.new_zeros(len(scalars.scalars), len(per_token), dtype=torch.float32)
     for _ in range(MAX_REFINEMENTS + 1):
         nodes, weights = np.polynomial.legendre.leggauss(num_nodes)
         levels = FAINT + (1 - FAINT) * torch.from_numpy((nodes + 1) / 2).to(scalars.activations)

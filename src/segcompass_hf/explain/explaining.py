@@ -37,8 +37,8 @@ def explain(
         processor ([`SegCompassProcessor`]): Its processor.
         image: What the processor takes as an image.
         instruction (`str`): What to look for.
-        target (`str`, defaults to `"mask_logit"`): The scalar explained: the mean logit inside the mask, or the slot's
-            confidence (`slot_logit`).
+        target (`str`, defaults to `"mask_logit"`): The scalar explained: the mean logit inside the mask, that minus
+            the mean outside (`mask_contrast`), or the slot's confidence (`slot_logit`).
         method (`str`, defaults to `"subsets"`): See [`attribute`].
         num_ablations (`int`, defaults to 5): Of how many concepts per mask the answer without them is shown.
         dictionary ([`ConceptDictionary`], *optional*): Names the concepts; the checkpoint's own when it has one.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
-Target = Literal["mask_logit", "slot_logit"]
+Target = Literal["mask_logit", "mask_contrast", "slot_logit"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ class MaskExplanation:
         mask (`np.ndarray` of shape `(H, W)`): bool, at the image's size.
         heatmap (`np.ndarray` of shape `(H, W)`): float32 in [0, 1].
         concepts (`list[ConceptAttribution]`): By |contribution|, largest first; at most `max_concepts`.
-        target (`str`): The scalar explained: `mask_logit` (mean inside the mask) or `slot_logit` (confidence).
+        target (`str`): The scalar explained: `mask_logit` (mean inside the mask), `mask_contrast` (that minus the mean
+            outside) or `slot_logit` (confidence).
         value, baseline_value (`float`): The scalar as it is, and without any concept.
         completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
             `change = value - baseline_value`.

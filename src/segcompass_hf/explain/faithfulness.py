@@ -11,6 +11,7 @@ import torch
 
 from .attribution import Attribution
 from .replay import Replay
+from .scalars import MaskScalar
 
 # Shares of a sequence's features at which curves are read; nothing (0) and everything (1) are known and not computed.
 FRACTIONS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.9)
@@ -114,24 +115,12 @@ def mask_readings(replay: Replay, attribution: Attribution, levels: torch.Tensor
     Returns:
         `tuple[np.ndarray, np.ndarray]`: The IoU is taken at the model's mask resolution, within the image.
     """
-    captured, slot = replay.captured, attribution.slot
-    threshold = replay.model.config.mask_logit_threshold
-    original = captured.pred_masks[0, slot] > threshold
-    if replay.valid_area is not None:
-        original = original & replay.valid_area[0, 0]
-    iou, value = [], []
-    for rows in levels.to(captured.concepts.values.dtype).split(replay.chunk_size):
-        output = replay.run(replay.embed(rows * captured.concepts.values), [slot])
-        logits = output.pred_masks[:, 0].float()
-        masks = logits > threshold
-        if replay.valid_area is not None:
-            masks = masks & replay.valid_area[0]
-        union = (masks | original).sum((1, 2))
-        iou.append(torch.where(union > 0, (masks & original).sum((1, 2)) / union.clamp(min=1), 1.0))
-        if attribution.target == "slot_logit":
-            value.append(output.slot_logits[:, slot].float())
-        else:
-            value.append((logits * original).sum((1, 2)) / original.sum())
+    scalar = MaskScalar(replay, attribution.slot, attribution.target)
+    activations, iou, value = replay.captured.concepts.values, [], []
+    for rows in levels.to(activations.dtype).split(replay.chunk_size):
+        output = replay.run(replay.embed(rows * activations), [scalar.slot])
+        iou.append(scalar.iou(output.pred_masks[:, 0]))
+        value.append(scalar(output.slot_logits, output.pred_masks[:, 0]))
     return torch.cat(iou).cpu().numpy(), torch.cat(value).cpu().numpy()
 
 
