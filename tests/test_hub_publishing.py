@@ -308,7 +308,7 @@ def test_killed_in_the_middle_and_repeated(folder, hub: LoopbackHub, tmp_path): 
     hub.hold_after = 1
     process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
     try:
-        assert hub.held.wait(240) and process.poll() is None
+        assert hub.held.wait(1200) and process.poll() is None
     finally:
         process.kill()
         process.wait()
