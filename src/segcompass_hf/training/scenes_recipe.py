@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
-from .sae_start import THRESHOLD_TOKENS, fit_thresholds_
+from .sae_start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_concepts import harvest_pairs
 from .scenes_joint import JointCollator, JointTrainer
@@ -219,6 +219,7 @@ def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
         sae.b_dec.copy_(sae.normalize(states, modality_ids)[0].mean(0))
     if sae.config.architecture == "jumprelu" and sae.config.k is not None:  # `k` only says where thresholds start
         sample = slice(THRESHOLD_TOKENS)
+        spread_directions_(sae, stage.seed, encoder_norm=1.0)
         fit_thresholds_(sae, sae.normalize(states[sample], modality_ids[sample])[0], sae.config.k)
     return sae, SceneSaeTrainer(
         model=sae,
