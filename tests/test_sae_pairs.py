@@ -109,7 +109,7 @@ def test_pair_losses_make_words_and_patches_share_features(kind):
         torch.manual_seed(0)
         sae = SegCompassSae(SegCompassSaeConfig(d_in=12, d_sae=24, layer=0, l1_coefficient=0.5))
         optimizer = torch.optim.Adam(sae.parameters(), lr=1e-2)
-        for _ in range(300):
+        for _ in range(200):
             loss = sae(torch.cat([words, patches])).loss
             if weight:
                 loss = loss + weight * pair_loss(sae, NamedStates(words, patches, names), kind, k=2)
