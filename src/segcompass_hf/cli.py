@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .commands import data, evaluate, explain, init, push, serve
+from .commands import convert, data, evaluate, explain, init, push, serve
 from .commands.common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, one_line, positive
 
-_COMMANDS = (explain, evaluate, serve, data, init, push)  # each in a module of its own
+_COMMANDS = (explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
 
 
 class _Parser(argparse.ArgumentParser):
