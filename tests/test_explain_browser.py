@@ -205,17 +205,24 @@ def test_contrast(window, tmp_path, dark):
 
 def test_many_concepts_are_filtered(window, tmp_path):
     _open(window, made_explanation(num_masks=1, num_concepts=60, labels=("red", None)), tmp_path)
+    visible = "#list li:not([hidden]) > button"
+    assert len(_all(window, visible)) == 15
     search = window.find_element("id", "search")
     search.send_keys("red")
     # Concept c fires on word c + 1 of the instruction and of the reasoning, from the start again after the last.
     question, reasoning = INSTRUCTION.split(), REASONING.split()
     fired = {c for c in range(60) if "red" in (question[(c + 1) % 8], reasoning[(c + 1) % len(reasoning)])}
-    assert {int(b.get_attribute("data-concept")) for b in _all(window, "#list li:not([hidden]) > button")} == fired
+    assert {int(b.get_attribute("data-concept")) for b in _all(window, visible)} == fired
     search.clear()
     search.send_keys("#59")
-    assert [b.get_attribute("data-concept") for b in _all(window, "#list li:not([hidden]) > button")] == ["59"]
+    assert [b.get_attribute("data-concept") for b in _all(window, visible)] == ["59"]
     search.send_keys("nothing")
     assert window.find_element("id", "empty").is_displayed()
+    search.clear()
+    search.send_keys("x\ue003")  # and deleted again: the first ones, as before
+    window.find_element("id", "more").click()
+    assert len(_all(window, visible)) == 60 and not window.find_element("id", "more").is_displayed()
+    assert window.switch_to.active_element.get_attribute("data-concept") == "15"
 
 
 def test_no_object(window, tmp_path):

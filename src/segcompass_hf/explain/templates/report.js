@@ -4,7 +4,8 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const { width, height } = data.image;
   const byId = (id) => document.getElementById(id);
-  const state = { mask: 0, concept: null, search: "", layers: { masks: true, heat: false, patches: true, without: true } };
+  const state = { mask: 0, concept: null, search: "", all: false, layers: { masks: true, heat: false, patches: true, without: true } };
+  const FIRST = 15; // concepts listed before one asks for all
   const paths = data.pool.map(() => null);
   const path = (number) => (paths[number] ??= maskPath(data.pool[number], width, height));
   const words = new Map([...data.words.question, ...data.words.reasoning].map(([, at, word]) => [at, word]));
@@ -14,10 +15,12 @@
   const maskName = (index) => (data.masks[index].kept ? `Mask ${index + 1}` : "Strongest slot");
   const conceptName = (concept) => concept.label ?? `Concept ${concept.id}`;
 
-  // Distinct words a concept fired on, strongest activation first.
+  // Distinct words a concept fired on, strongest activation first, signs after the words.
   function firedWords(concept) {
     const ordered = concept.tokens.filter(([at]) => words.get(at)).sort((a, b) => b[1] - a[1]);
-    return [...new Set(ordered.map(([at]) => words.get(at)))];
+    const distinct = [...new Set(ordered.map(([at]) => words.get(at)))];
+    const isSign = (word) => !/[\p{L}\p{N}]/u.test(word);
+    return [...distinct.filter((word) => !isSign(word)), ...distinct.filter(isSign)];
   }
 
   function strengths(concept) {
@@ -132,7 +135,7 @@
   function chooseMask(index) {
     if (index === state.mask) return;
     const kept = data.masks[index].concepts.some((concept) => concept.id === state.concept);
-    Object.assign(state, { mask: index, concept: kept ? state.concept : null, search: "" });
+    Object.assign(state, { mask: index, concept: kept ? state.concept : null, search: "", all: state.all || kept });
     drawConcepts();
     update();
     tell(`${maskName(index)}, confidence ${score(current().score)}.`);
@@ -188,15 +191,21 @@
       element("div", { class: "heading" },
         title(mask.kept ? `Concepts behind mask ${state.mask + 1}` : "Why no object: the strongest slot"),
         mask.concepts.length > 6 ? search : null),
-      element("p", { class: "account" }, account(mask)), list, empty);
+      element("p", { class: "account" }, account(mask)), list, empty,
+      element("button", { type: "button", id: "more", on: { click: showAll } }, `Show all ${mask.concepts.length}`));
     const shares = mask.concepts.map((concept) => concept.share ?? 0);
     const [low, high] = [Math.min(0, ...shares), Math.max(0, ...shares)];
     const span = high - low || 1;
     list.style.setProperty("--zero", (-low / span).toFixed(4));
     list.append(...mask.concepts.map((concept, index) => conceptItem(concept, index, span)));
     roving(list, "li:not([hidden]) > button", { previous: "ArrowUp", next: "ArrowDown" }, (button) => choose(+button.dataset.concept));
-    if (!mask.concepts.length) empty.hidden = false;
-    mark();
+    filterConcepts();
+  }
+
+  function showAll() {
+    state.all = true;
+    filterConcepts();
+    byId("list").children[FIRST].firstChild.focus();
   }
 
   function account(mask) {
@@ -204,7 +213,7 @@
     const listed = mask.concepts.reduce((sum, concept) => sum + (concept.share ?? 0), 0);
     const parts = [`Without any concept the ${what} would be ${fixed(mask.baseline)}; it is ${fixed(mask.value)}.`];
     parts.push(mask.numConcepts > mask.concepts.length
-      ? `${mask.concepts.length} of ${mask.numConcepts} active concepts are listed, ${percent(listed)} of that change.`
+      ? `${mask.concepts.length} of ${mask.numConcepts} active concepts are listed; their shares add up to ${Math.round(100 * listed)} %.`
       : `${many(mask.numConcepts, "active concept")} made that change.`);
     if (mask.error !== null) parts.push(`Completeness error ${percent(mask.error)}.`);
     if (mask.truth !== null) parts.push(`IoU with the truth ${fixed(mask.truth)}.`);
@@ -214,7 +223,7 @@
   function conceptItem(concept, index, span) {
     const against = concept.direction === "against";
     const fired = firedWords(concept);
-    const clue = concept.label ? `#${concept.id}` : fired.length ? `fired on ${fired.slice(0, 4).join(", ")}` : "fired on patches only";
+    const clue = concept.label ? `#${concept.id}` : fired.length ? `fired on ${fired.slice(0, 4).join(" · ")}` : "fired on patches only";
     const button = element("button", {
       type: "button", "data-concept": concept.id, "aria-expanded": "false", "aria-controls": `about-${index}`,
       on: { click: () => choose(state.concept === concept.id ? null : concept.id) },
@@ -258,12 +267,13 @@
     byId("list").querySelectorAll("li").forEach((item, index) => {
       const concept = current().concepts[index];
       const text = [conceptName(concept), `#${concept.id}`, ...firedWords(concept)].join("\n").toLowerCase();
-      item.hidden = !text.includes(wanted);
+      item.hidden = !text.includes(wanted) || (!state.all && !wanted && index >= FIRST);
       shown += !item.hidden;
     });
     byId("empty").hidden = shown > 0;
+    byId("more").hidden = state.all || wanted !== "" || current().concepts.length <= FIRST;
     mark();
-    tell(many(shown, "concept"));
+    if (wanted) tell(many(shown, "concept"));
   }
 
   function choose(id) {
