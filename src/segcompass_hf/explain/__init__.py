@@ -37,6 +37,10 @@ _EXPORTS = {
     "Token": "explanation",
     "TokenShare": "explanation",
     "mask_to_rle": "explanation",
+    "ConceptDictionary": "dictionary",
+    "ConceptEntry": "dictionary",
+    "scenes_objects": "dictionary_objects",
+    "target_objects": "dictionary_objects",
 }
 __all__ = list(_EXPORTS)
 
