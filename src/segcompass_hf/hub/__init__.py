@@ -9,6 +9,7 @@ from typing import Any
 # Public name -> submodule that defines it.
 _EXPORTS = {
     "convert_original_checkpoint": "conversion",
+    "convert_to_original_checkpoint": "conversion_to_original",
     "push_to_hub": "publishing",
     "ModelPublication": "publishing",
     "stage_checkpoint": "publishing_stage",
