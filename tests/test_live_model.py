@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.explain.causal import steer
+from segcompass_hf.explain.figure import tidy
 from segcompass_hf.explain.live import NUM_SHOWN, LiveAnswer, LiveModel, paint
 
 
@@ -29,7 +30,7 @@ def made(live):
 def test_reasoning_grows_into_the_answer(made):
     *texts, answer = made
     assert isinstance(answer, LiveAnswer) and answer.explanation.model_name == "tiny"
-    assert len(texts) > 2 and texts[-1].split() == answer.explanation.reasoning.split()
+    assert len(texts) > 2 and texts[-1] == tidy(answer.explanation.reasoning)
     assert all(later.startswith(earlier[:5]) for earlier, later in zip(texts, texts[1:], strict=False))
 
 

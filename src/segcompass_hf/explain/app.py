@@ -95,7 +95,7 @@ def build_app(live: LiveModel, scenes: bool = False, note: str = "") -> gr.Block
             gr.HTML("<h2>Turn concepts down or up, and the masks follow</h2>")
             with gr.Row(elem_id="sliders"):
                 sliders = [
-                    gr.Slider(0, 2, 1, step=0.1, visible=False, elem_id=f"concept-{index}", min_width=220)
+                    gr.Slider(0, 2, 1, step=0.1, visible=False, elem_id=f"concept-{index}", min_width=320)
                     for index in range(NUM_SHOWN)
                 ]
             with gr.Row(elem_id="after"):

@@ -139,8 +139,8 @@ def paint(
 
 def _grow(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A mask at another (width, height), its steps smoothed."""
-    soft = Image.fromarray(np.asarray(mask, dtype=np.float32)).resize(size, Image.Resampling.BICUBIC)
-    return np.asarray(soft) > 0.5
+    soft = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(soft.filter(ImageFilter.GaussianBlur(0.6 * size[0] / mask.shape[1]))) > 127
 
 
 def _edge(mask: np.ndarray, width: int) -> np.ndarray:
