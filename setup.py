@@ -21,13 +21,14 @@ EXTRAS = {
     "train": ["trl>=1.16,<1.17", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "bitsandbytes>=0.48", "scipy>=1.11"],
     "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.11"],
     "demo": ["matplotlib>=3.8"],
-    "explain": ["matplotlib>=3.8", "gradio>=5", "pycocotools>=2.0.8", "pyarrow>=15"],
+    "explain": ["matplotlib>=3.8", "gradio>=6", "pycocotools>=2.0.8", "pyarrow>=15"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
     "sae-lens>=6.54,<7",  # its SAEs must load here and ours there
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
 
 setup(

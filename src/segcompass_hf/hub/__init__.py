@@ -10,6 +10,10 @@ from typing import Any
 _EXPORTS = {
     "convert_original_checkpoint": "conversion",
     "convert_to_original_checkpoint": "conversion_to_original",
+    "load_original_sae": "conversion",
+    "load_original_sam": "conversion",
+    "compose_checkpoint": "composition",
+    "write_space": "spaces",
     "push_to_hub": "publishing",
     "ModelPublication": "publishing",
     "stage_checkpoint": "publishing_stage",
