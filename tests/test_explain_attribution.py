@@ -55,6 +55,9 @@ def test_a_linear_model_is_explained_exactly():
     assert found.value == pytest.approx(4.5) and found.baseline_value == pytest.approx(0.5)
     assert found.quadrature_error < 1e-5 and found.completeness_error < 1e-5
 
+    (found,) = attribute(LinearReplay(), [0], "slot_logit", "paths")
+    torch.testing.assert_close(found.contributions, torch.tensor([2.0, -6.0, 8.0]))
+
     (found,) = attribute(LinearReplay(), [0], "slot_logit", "straight")
     # what is left of each token at FAINT goes in a jump of FAINT * 4; half of it per token, a token's concepts alike
     jump = FAINT * 4 * torch.tensor([0.25, 0.25, 0.5])
@@ -105,6 +108,8 @@ def test_contributions_add_up_on_the_bundled_checkpoint(first):
     outside = logits[logits <= 0].mean().item()
     assert contrast.value == pytest.approx(attributions[0].value - outside, rel=1e-4)
     assert contrast.completeness_error < 0.01
+    (paths,) = attribute(replay, [attributions[0].slot], method="paths")
+    assert paths.quadrature_error == paths.completeness_error < 1e-4  # nothing had to be spread
     (straight,) = attribute(replay, [attributions[0].slot], method="straight")
     assert straight.completeness_error < 0.01 and straight.quadrature_error < 0.05
 

@@ -1,19 +1,24 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Attribution: how much every active (token, feature) entry contributes to a mask, by gradients times activations.
+"""Attribution: how much every active (token, feature) entry contributes to a mask.
 
 `f` is a scalar of one mask as a function of the activations `v`; contributions share out `f(v) - f(0)` among them.
 
-`straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm in
-the slot encoder hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts
-(`FAINT` of their activation) to none is a jump. It is measured, and shared equally among the tokens and a token's
-concepts: as in an "or", each of them alone would have kept its token. The rest is smooth, and its quadrature refined.
+`subsets`, the default, takes gradients times activations among natural company: on random subsets of the features,
+each on or off in the whole sequence, of sizes as they occur while concepts are taken away. This estimates Shapley
+values of `f`'s multilinear extension. Gradients next to a jump (where the last concept of a token goes, the slot
+encoder's LayerNorm makes one) are outliers: the ends of each feature's distribution are cut. What the sum then misses
+of the change (`quadrature_error`) is spread over the contributions by size.
 
-`subsets`, the default, takes the gradients among natural company instead: on random subsets of the features, each on
-or off in the whole sequence, of sizes as they occur while concepts are taken away. This estimates Shapley values of
-`f`'s multilinear extension. Gradients next to a jump are outliers: the ends of each feature's distribution are cut.
+`paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
+two orders (by `subsets`, and by activation), and `f` is read after every group. What a group changed is its
+contribution, shared out within the group by `subsets`; the first features are groups of one. The readings of a path
+begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is. It costs twice as much as
+`subsets`.
 
-What the sum of contributions then still misses of the change (`quadrature_error`) is spread over them in proportion to
-their size, as KernelSHAP and its like impose efficiency, so that shares add up to the change.
+`straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
+hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts (`FAINT` of their
+activation) to none is a jump. It is measured, and shared equally among the tokens and a token's concepts: as in an
+"or", each of them alone would have kept its token. The rest is smooth, and its quadrature refined.
 """
 
 from __future__ import annotations
@@ -29,12 +34,13 @@ from .explanation import Target
 from .replay import Replay
 from .scalars import MaskScalar
 
-Method = Literal["subsets", "straight"]
+Method = Literal["paths", "subsets", "straight"]
 
 SUBSET_SIZES = (0.15, 0.85)  # smallest and largest share of the features in a subset
 OUTLIERS = 0.15  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
+SINGLES, GROUPS = 8, 10  # of a path: first features one by one, then groups, each larger than the one before
 
 
 @dataclass
@@ -47,7 +53,8 @@ class Attribution:
         contributions (`torch.Tensor` of shape `(num_active,)`): Of the captured concepts' entries, in their order.
         value, baseline_value (`float`): The scalar with all concepts and with none.
         completeness_error (`float`): |sum of contributions - change| / |change|.
-        quadrature_error (`float`): The same before what was missing was spread over the contributions.
+        quadrature_error (`float`): The same before what gradients missed was spread over the contributions; `paths`
+            spreads nothing, there it is the completeness error.
         num_gradients (`int`): Points at which the gradient was taken.
     """
 
@@ -89,6 +96,14 @@ class _Scalars:
             parts.append(torch.stack([self._scalar(mask, maps) for mask in range(len(self.scalars))], dim=1))
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def at_mask(self, levels: torch.Tensor, mask: int) -> torch.Tensor:
+        """Values `(rows,)` of one mask at levels `(rows, num_active)`."""
+        parts = []
+        for chunk in levels.split(self.replay.chunk_size):
+            parts.append(self._scalar(mask, self.replay.maps(self.replay.embed(chunk * self.activations))))
+        return torch.cat(parts)
+
     @torch.enable_grad()
     def gradients(self, levels: torch.Tensor, masks: list[int]) -> torch.Tensor:
         """`v_i df/dv_i` of some masks at every row of levels: `(rows, len(masks), num_active)`."""
@@ -123,7 +138,7 @@ def attribute(
         slots (`list[int]`): Whose masks.
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
             see [`MaskScalar`].
-        method (`str`, defaults to `"subsets"`): `subsets` or `straight`, see above.
+        method (`str`, defaults to `"subsets"`): `paths`, `subsets` or `straight`, see above.
         num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
         seed (`int`, defaults to 0): Of the subsets, which depend on it and on the features active, on nothing else.
@@ -148,11 +163,13 @@ def attribute(
         found, count = _straight(scalars, ends, num_points, tolerance)
     else:
         found, count = _subsets(scalars, num_points, seed), num_points
+        if method == "paths":
+            found = torch.stack([_paths(scalars, mask, gradients) for mask, gradients in enumerate(found)])
     results = []
     for mask, slot in enumerate(slots):
         missing = changes[mask] - found[mask].sum()
         scale = changes[mask].abs().clamp(min=1e-12)
-        contributions = _spread(found[mask], missing)
+        contributions = found[mask] if method == "paths" else _spread(found[mask], missing)
         results.append(
             Attribution(
                 slot=slot,
@@ -186,6 +203,45 @@ def _subsets(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     sizes = gradients.abs()
     totals = torch.zeros_like(by_feature).index_add(2, index, sizes).clamp(min=1e-30)
     return (gradients + (cut / totals)[:, :, index] * sizes).mean(0)
+
+
+def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
+    """Measured contributions `(num_active,)` of one mask; `scores`, of the same shape, order and share out."""
+    concepts = scalars.replay.captured.concepts
+    features, index = concepts.features.unique(return_inverse=True)
+    nothing = scores.new_zeros(len(features))
+    by_score = nothing.index_add(0, index, scores)
+    by_activation = nothing.index_add(0, index, concepts.values.to(scores.dtype))
+    # Features that speak against the mask go last in both, as in the order by score.
+    by_activation = torch.where(by_score < 0, by_score, by_activation)
+    ends = _group_ends(len(features))
+    groups, keeps = [], []
+    for order in (by_score.argsort(descending=True, stable=True), by_activation.argsort(descending=True, stable=True)):
+        rank = torch.empty_like(order)
+        rank[order] = torch.arange(len(order), device=order.device)
+        first = rank[None] < torch.tensor(ends, device=order.device)[:, None]  # (len(ends), num_features)
+        keeps += [~first, first]  # deletion, insertion
+        groups.append(torch.bucketize(rank, torch.tensor(ends[1:], device=order.device), right=True))
+    values = scalars.at_mask(torch.cat(keeps)[:, index].to(scalars.activations.dtype), mask).view(4, len(ends))
+    changes = values.diff(dim=1) * values.new_tensor([-1.0, 1.0, -1.0, 1.0])[:, None]  # what each group is worth
+    total = nothing
+    for number, group in enumerate(groups):
+        total = total + _share_out(by_score, group, changes[2 * number : 2 * number + 2].mean(0)) / len(groups)
+    return _share_out(scores, index, total)
+
+
+def _group_ends(count: int) -> list[int]:
+    """How many features have gone after each group of a path, from 0 to all of them."""
+    singles = range(min(SINGLES, count) + 1)
+    return sorted({*singles, *np.geomspace(max(singles[-1], 1), max(count, 1), GROUPS).round().astype(int).tolist()})
+
+
+def _share_out(scores: torch.Tensor, group: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """Scores `(n,)` corrected so that those of each group add up to its total, in proportion to their sizes."""
+    sizes = scores.abs() + 1e-9
+    nothing = torch.zeros_like(totals, dtype=scores.dtype)
+    missing = totals - nothing.index_add(0, group, scores)
+    return scores + (missing / nothing.index_add(0, group, sizes).clamp(min=1e-30))[group] * sizes
 
 
 def _straight(
