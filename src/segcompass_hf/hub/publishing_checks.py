@@ -178,7 +178,7 @@ def _check_answers(model: Any, processor: Any, examples: list[tuple[Path, str]])
     kept = []
     for image, instruction in loaded:
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
-        answer = model.segment(**inputs, reasoning="short")
+        answer = model.segment(**inputs)
         for name in ("heatmap_logits", "slot_logits", "pred_masks"):
             if not getattr(answer, name).isfinite().all():
                 raise ValueError(f"{name} of an answer ({instruction!r}) are not finite; in which precision is it?")
