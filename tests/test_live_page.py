@@ -1,7 +1,7 @@
 """The live page in a real browser: reasoning streams, masks follow concepts, visitors do not see each other."""
 
 import os
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +16,8 @@ pytest.importorskip("gradio", reason="needs gradio: pip install 'segcompass_hf[e
 
 INJECTED = "<img src=x onerror=\"document.title='taken'\">"
 PATIENCE = 300  # seconds; a page of gradio takes its time on a busy machine
+GO_ON = threading.Event()  # whether the model writes on
+GO_ON.set()
 
 
 class Live:
@@ -24,8 +26,6 @@ class Live:
     name = "made-by-hand <b>"
 
     def answer(self, image, instruction, reasoning):
-        import threading
-
         from segcompass_hf.explain.live import LiveAnswer
 
         class Answer(LiveAnswer):
@@ -40,7 +40,7 @@ class Live:
         words = explanation.reasoning.split()
         for count in (1, len(words) // 2, len(words)):
             yield " ".join(words[:count])
-            time.sleep(0.7)
+            GO_ON.wait(PATIENCE)
         yield Answer(None, explanation, threading.Lock())
 
 
@@ -110,8 +110,10 @@ def test_a_visit(window, address, tmp_path):
 
     _click(window, "#another")
     _until(window, lambda: _value(window, "#instruction textarea"))
+    GO_ON.clear()
     _click(window, "#find")
     _until(window, lambda: _value(window, "#reasoning textarea") == "candidates:")  # as it is written
+    GO_ON.set()
     first = _seen(window, "#concept-0")
     assert f"{INJECTED} (#0): +68 % of mask 1" in first.text
     assert len([one for one in window.find_elements("css selector", "#sliders input[type=range]")]) == 6
