@@ -10,6 +10,48 @@ from torch import nn
 _NOT_HIDDEN = ("embed", "lm_head", "slot_queries", "codebook", "position")
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether matrix products in bfloat16 are worth it here: on CPUs without the instructions they take 50x as long."""
+    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class Float32Muon(torch.optim.Muon):
+    """`torch.optim.Muon` with its Newton-Schulz iteration in float32 instead of bfloat16, matrices of a shape at once."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
+            for parameters in by_shape.values():
+                self._update(parameters, group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict) -> None:
+        updates = []
+        for parameter in parameters:
+            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            buffer.lerp_(parameter.grad, 1 - group["momentum"])
+            updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
+        directions = _orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5  # "match_rms_adamw"
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+
+
+def _orthogonalize(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float):
+    """Bring the singular values of `(count, rows, columns)` near 1: `X <- a X + (b A + c A^2) X` with `A = X X^T`."""
+    a, b, c = coefficients
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
 class MuonWithAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` on 2-D hidden weights, `torch.optim.AdamW` on embeddings, vectors and convolutions.
 
@@ -40,9 +82,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 adamw.append({"params": plain, "lr": group["adamw_lr"], "weight_decay": 0.0})
         self.parts: list[torch.optim.Optimizer] = []
         if muon:
-            self.parts.append(
-                torch.optim.Muon(muon, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            kind = torch.optim.Muon if has_fast_bfloat16() else Float32Muon
+            self.parts.append(kind(muon, lr=1e-3, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
         if adamw:
             self.parts.append(torch.optim.AdamW(adamw, lr=1e-3, betas=betas))
         if not self.parts:

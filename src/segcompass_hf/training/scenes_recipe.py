@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
+from .muon import has_fast_bfloat16
 from .sae_start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_concepts import harvest_pairs
@@ -118,7 +119,7 @@ def _arguments(name: str, stage: Stage, folder: Path, logging_steps: int = 50) -
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": int(0.6 * stage.steps), "min_lr_ratio": 0.02},
         max_grad_norm=1.0,
-        bf16=name != "sae",
+        bf16=name != "sae" and has_fast_bfloat16(),
         use_cpu=not on_gpu,
         logging_steps=logging_steps,
         save_steps=max(1, min(500, stage.steps // 4)),
