@@ -4,6 +4,7 @@
 
 On CPU two processes share the work (one thread each); on a GPU one process does it. Stop it at any time: the same
 command goes on from the last checkpoint of the stage that was running. `--install` writes the result into the package.
+`--start bundled` takes vision tower, language model and SAM of the bundled checkpoint and runs the stages after them.
 """
 
 import argparse
@@ -15,9 +16,10 @@ import time
 
 import torch
 
-from segcompass_hf.training.scenes_recipe import STAGES, export_checkpoint, run_stage
+from segcompass_hf import bundled_checkpoint
+from segcompass_hf.training.scenes_recipe import STAGES, export_checkpoint, run_stage, split_checkpoint
 
-PARALLEL = ("warmup", "joint")  # the stages that are worth two processes
+PARALLEL = ("warmup", "words", "joint")  # the stages that are worth two processes
 FIRST = ("vision", "masks")  # independent of each other: side by side on CPU
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--output", default="runs/scenes-tiny", help="one folder per stage is made in here")
     parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps: 0.002 to see every stage work")
+    parser.add_argument("--start", metavar="CHECKPOINT", help="whose VLM and SAM to start from, or `bundled`")
     parser.add_argument("--install", action="store_true", help="write the result into the package as the bundled one")
     arguments = parser.parse_args()
     if arguments.stage:
@@ -50,10 +53,14 @@ def main() -> None:
         run_stage(arguments.stage, arguments.output, dataclasses.replace(stage, steps=steps))
         return
     began = time.time()
-    wait(*[start(stage, arguments.output, arguments.scale) for stage in FIRST])
-    for stage in STAGES:
-        if stage not in FIRST:
-            wait(start(stage, arguments.output, arguments.scale))
+    if arguments.start:
+        split_checkpoint(bundled_checkpoint() if arguments.start == "bundled" else arguments.start, arguments.output)
+        remaining = list(STAGES)[list(STAGES).index("warmup") + 1 :]
+    else:
+        wait(*[start(stage, arguments.output, arguments.scale) for stage in FIRST])
+        remaining = [stage for stage in STAGES if stage not in FIRST]
+    for stage in remaining:
+        wait(start(stage, arguments.output, arguments.scale))
         print(f"{stage} done, {(time.time() - began) / 60:.0f} minutes since the start", flush=True)
     destination = f"{arguments.output}/checkpoint"
     print("checkpoint:", export_checkpoint(arguments.output, destination))

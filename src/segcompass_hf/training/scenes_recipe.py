@@ -1,10 +1,12 @@
-"""How scenes-tiny is made: six stages from random weights, each resumable, on two CPU cores or one GPU."""
+"""How scenes-tiny is made: seven stages from random weights, each resumable, on two CPU cores or one GPU."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class Stage:
     """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
 
     `kinds` restricts the instructions (`None`: all kinds), but for every `any_kind_every`-th scene. `options` change
-    what the stage builds: of `warmup` the weights of its losses (`concept_weight` makes concepts shared by words and
+    what the stage builds: of `warmup` and `words` the weights of their losses (`concept_weight` makes concepts shared by words and
     patches); of `sae` the fields of `SegCompassSaeConfig`, `layer` among them, and the pair loss of `SceneSaeTrainer`;
     of `slots` those of `SegCompassConfig`, such as `num_slots` (objects beyond them are united) and
     `concept_threshold`.
@@ -52,11 +54,12 @@ class Stage:
 STAGES = {
     "vision": Stage(steps=700, batch_size=64, learning_rate=6e-3, seed=0),
     "masks": Stage(steps=1000, batch_size=16, learning_rate=6e-3, seed=1),
-    "warmup": Stage(
-        steps=4500,
+    "warmup": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
+    "words": Stage(
+        steps=1500,
         batch_size=32,
-        learning_rate=3e-3,
-        seed=2,
+        learning_rate=2e-3,
+        seed=21,
         options={"concept_weight": 0.3, "concept_scale": 8.0},  # words and patches share concepts
     ),
     "sae": Stage(
@@ -95,8 +98,9 @@ NEEDS = {
     "vision": (),
     "masks": (),
     "warmup": ("vision",),
-    "sae": ("warmup",),
-    "slots": ("warmup", "sae", "masks"),
+    "words": ("warmup",),
+    "sae": ("words",),
+    "slots": ("words", "sae", "masks"),
     "joint": ("slots",),
 }
 
@@ -183,11 +187,11 @@ def _masks(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     return sam, MaskTrainer(model=sam, args=arguments, train_dataset=data, data_collator=SceneCollator())
 
 
-def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
+def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments, start: str = "vision"):
     tokenizer = build_tokenizer()
     # Eager attention: twice as fast here as the fused kernel, whose backward is slow on CPUs at this size.
     vlm = AutoModelForImageTextToText.from_pretrained(
-        output_dir / "vision", dtype=torch.float32, attn_implementation="eager"
+        output_dir / start, dtype=torch.float32, attn_implementation="eager"
     )
     data = _scenes(stage)
     return vlm, WarmupTrainer(
@@ -204,7 +208,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments):
 
 def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     tokenizer = build_tokenizer()
-    vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "warmup", dtype=torch.float32)
+    vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "words", dtype=torch.float32)
     vlm.to(arguments.device)
     options = {"layer": SAE_LAYER} | (stage.options or {})
     pairing = {name: options.pop(name) for name in PAIRING if name in options}
@@ -236,7 +240,7 @@ def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     processor = build_processor(settings["num_slots"])
     model = SegCompassForReasoningSegmentation.from_pretrained_parts(
         AutoModelForImageTextToText.from_pretrained(
-            output_dir / "warmup", dtype=torch.float32, attn_implementation="eager"
+            output_dir / "words", dtype=torch.float32, attn_implementation="eager"
         ),
         SamModel.from_pretrained(output_dir / "masks", dtype=torch.float32),
         SegCompassSae.from_pretrained(output_dir / "sae", dtype=torch.float32),
@@ -276,10 +280,28 @@ _BUILDERS = {
     "vision": _vision,
     "masks": _masks,
     "warmup": _warmup,
+    "words": partial(_warmup, start="warmup"),
     "sae": _sae,
     "slots": _slots,
     "joint": _joint,
 }
+
+
+def split_checkpoint(checkpoint: str | Path, output_dir: str | Path, stages: Iterable[str] = ("warmup", "masks")) -> None:
+    """Lay the parts of a finished checkpoint down as results of earlier stages, to train the later ones again.
+
+    Args:
+        checkpoint (`str`): a checkpoint such as `bundled_checkpoint()`; its SAE must read the recipe's layer.
+        output_dir (`str`): of `run_stage`; stages that have a result there are left alone.
+        stages (`Iterable[str]`): of `warmup`, `words` (both its VLM), `masks` (its SAM) and `sae`.
+    """
+    model = SegCompassForReasoningSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
+    parts = {"warmup": model.vlm, "words": model.vlm, "masks": model.sam, "sae": model.sae}
+    for name in stages:
+        folder = Path(output_dir) / name
+        if not (folder / LOG).exists():
+            parts[name].save_pretrained(folder)
+            (folder / LOG).write_text(json.dumps({"part_of": Path(checkpoint).name}) + "\n")
 
 
 def export_checkpoint(output_dir: str | Path, destination: str | Path | None = None) -> Path:
@@ -325,4 +347,4 @@ def _finish(name: str, model: nn.Module, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-__all__ = ["NEEDS", "STAGES", "Stage", "export_checkpoint", "run_stage", "sae_report"]
+__all__ = ["NEEDS", "STAGES", "Stage", "export_checkpoint", "run_stage", "sae_report", "split_checkpoint"]
