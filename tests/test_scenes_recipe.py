@@ -14,11 +14,18 @@ pytest.importorskip("accelerate")
 
 from segcompass_hf import SegCompassSae  # noqa: E402
 from segcompass_hf.data.scene_drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
-from segcompass_hf.training.muon import MuonWithAdamW  # noqa: E402
+from segcompass_hf.training.muon import Float32Muon, MuonWithAdamW  # noqa: E402
 from segcompass_hf.training.scenes_batches import MAX_OBJECTS, SceneSamples, patch_labels  # noqa: E402
 from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer  # noqa: E402
 from segcompass_hf.training.scenes_parts import build_processor, build_sae_config  # noqa: E402
-from segcompass_hf.training.scenes_recipe import Stage, _finish, export_checkpoint, run_stage  # noqa: E402
+from segcompass_hf.training.scenes_recipe import (  # noqa: E402
+    Stage,
+    _finish,
+    _language_model,
+    export_checkpoint,
+    run_stage,
+    split_checkpoint,
+)
 from segcompass_hf.training.scenes_sae import SceneSaeTrainer, StateDataset  # noqa: E402
 
 
@@ -114,6 +121,28 @@ def test_muon_state_survives_saving():
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_muon_in_float32_goes_where_torch_goes(shape):
+    """Equal to torch's own but for the rounding of its bfloat16 iteration; momentum and decay included."""
+    torch.manual_seed(0)
+    theirs = [nn.Parameter(torch.randn(shape)) for _ in range(3)]
+    ours = [nn.Parameter(parameter.detach().clone()) for parameter in theirs]
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = torch.optim.Muon(theirs, **settings), Float32Muon(ours, **settings)
+    before = torch.stack(ours).detach().clone()
+    for _ in range(3):
+        for one, other in zip(theirs, ours, strict=True):
+            one.grad = torch.randn(shape)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    moved = (torch.stack(ours).detach() - before).norm()
+    assert moved > 0.1
+    torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=0, atol=0.01 * float(moved))
+    one, other = (o.state[p[1]]["momentum_buffer"] for o, p in zip(optimizers, (theirs, ours), strict=True))
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu", "topk", "batchtopk"])
 def test_every_family_of_saes_trains_and_gets_its_dead_features_back(architecture, tmp_path):
     torch.manual_seed(0)
@@ -161,12 +190,16 @@ def test_every_stage_runs_resumes_exactly_and_exports(tmp_path, monkeypatch):
         "vision": Stage(4, 4, 6e-3, 0),
         "masks": Stage(4, 4, 6e-3, 1),
         "warmup": Stage(4, 4, 3e-3, 2),
+        "words": Stage(4, 4, 3e-3, 6, options={"concept_weight": 0.3}),
         "sae": Stage(4, 256, 2e-3, 3, options={"d_sae": 96, "layer": 1}),
         "slots": Stage(4, 4, 6e-3, 5, options={"num_slots": 3, "concept_threshold": 0.1}),
         "joint": Stage(4, 4, 4e-3, 4),
     }
     for name, stage in settings.items():
         run_stage(name, tmp_path, stage)
+    words, warmup = (load_file(tmp_path / name / "model.safetensors") for name in ("words", "warmup"))
+    below = [key for key in warmup if "layers.0.mlp" in key and "language_model" in key]
+    assert below and not any(torch.equal(words[key], warmup[key]) for key in below)
     log = [json.loads(line) for line in (tmp_path / "joint" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 4
 
@@ -191,6 +224,13 @@ def test_every_stage_runs_resumes_exactly_and_exports(tmp_path, monkeypatch):
         torch.testing.assert_close(one[key], two[key], rtol=0, atol=0, msg=key)
 
     folder = export_checkpoint(tmp_path, tmp_path / "checkpoint")
+    # A checkpoint is as good a start as the stages behind it: its layers below the SAE are those of `words`.
+    split_checkpoint(folder, tmp_path / "split")
+    assert _language_model(tmp_path / "split") == tmp_path / "split" / "warmup"
+    part = load_file(tmp_path / "split" / "warmup" / "model.safetensors")
+    for key in below:
+        torch.testing.assert_close(part[key], words[key], rtol=1e-3, atol=1e-3)  # fp16
+    run_stage("sae", tmp_path / "split", settings["sae"])
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 12e6
     stored = load_file(folder / "model.safetensors")
     assert {t.dtype for t in stored.values() if t.is_floating_point()} <= {torch.float16, torch.float32}

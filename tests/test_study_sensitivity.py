@@ -49,11 +49,6 @@ def test_a_setting_is_run_by_one_process_and_once(tmp_path):
         assert not ours, "done"
 
 
-def test_what_training_starts_from_must_be_finished(tmp_path):
-    with pytest.raises(SystemExit, match="no finished stage 'warmup'"):
-        sensitivity.train(tmp_path / "a", {}, {"warmup": tmp_path / "none"}, 1.0)
-
-
 def write_record(folder, factor, value, ious):
     folder.mkdir(parents=True)
     record = {

@@ -3,9 +3,9 @@
     python benchmarks/scenes_study/concepts.py per_token          # one option; --until sae for the SAE alone
     python benchmarks/scenes_study/concepts_report.py             # table and plot from the records
 
-Every option is the same shortened recipe (SAE, slots, joint stage) behind a plain warm-up or one that went on with
-concept words for 300 steps; `concepts_settings.py` says what it changes. Needs the vision tower and SAM of `start.py`;
-the warm-ups are trained where no finished ones are given. Resumable. `runs/scenes-study/concepts/OPTION` holds
+Every option is the same shortened recipe (SAE, slots, joint stage) behind the recipe's plain warm-up or its stage
+`words`, which goes on from there with concept words; `concepts_settings.py` says what it changes. `--base` holds
+those stages: the output of `examples/train_scenes_tiny.py`. Resumable. `runs/scenes-study/concepts/OPTION` holds
 `sae.json` (joint AUC, Bridge Score, explained variance, L0) and `giou.json`.
 
     python benchmarks/scenes_study/concepts.py bundled            # measure the bundled checkpoint, train nothing
@@ -21,7 +21,7 @@ import torch
 from concepts_measure import harvest, measure
 from concepts_settings import EVALUATED, FOLDER, MEASURED, OPTIONS, SEED, STAGES, WARMUPS
 from runs import commit, counted, cpu_minutes, write_json
-from settings import RUNS
+from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
 
 from segcompass_hf import (
@@ -32,37 +32,21 @@ from segcompass_hf import (
 )
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
+from segcompass_hf.training.scenes_batches import SceneCollator, SceneSamples
 from segcompass_hf.training.scenes_parts import build_processor
 from segcompass_hf.training.scenes_recipe import LOG, SAE_LAYER, run_stage
 
 
-def prepare(option: str, start: Path, finished: dict[str, Path]) -> Path:
-    """The option's folder, with what its stages start from: SAM, and a warm-up that is trained where it is missing."""
+def prepare(option: str, base: Path) -> Path:
+    """The option's folder, with what its stages start from."""
     folder = FOLDER / option
     folder.mkdir(parents=True, exist_ok=True)
-    _link(folder / "warmup", _warmup(OPTIONS[option][0], start, finished))
-    _link(folder / "masks", start / "masks")
+    for place, source in (("warmup", base / WARMUPS[OPTIONS[option][0]]), ("masks", base / "masks")):
+        if not (source / LOG).exists():
+            raise SystemExit(f"{source} holds no finished stage; run examples/train_scenes_tiny.py, or name --base.")
+        if not (folder / place).exists():
+            (folder / place).symlink_to(source.resolve())
     return folder
-
-
-def _warmup(name: str, start: Path, finished: dict[str, Path]) -> Path:
-    """Folder of one of the two warm-ups. That with concept words starts where the plain one ended."""
-    if name in finished:
-        return finished[name]
-    folder = FOLDER / f"warmup-{name}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "warmup" / LOG).exists():
-        _link(folder / "vision", start / "vision" if name == "plain" else _warmup("plain", start, finished))
-        with counted(folder, dataclasses.asdict(WARMUPS[name])):
-            run_stage("warmup", folder, WARMUPS[name])
-    return folder / "warmup"
-
-
-def _link(place: Path, source: Path) -> None:
-    if not (source / LOG).exists():
-        raise SystemExit(f"{source} holds no finished stage; run benchmarks/scenes_study/start.py first.")
-    if not place.exists():
-        place.symlink_to(source.resolve())
 
 
 def run(stage: str, option: str, folder: Path) -> None:
@@ -77,9 +61,20 @@ def measure_sae(folder: Path) -> dict[str, Any]:
     vlm = AutoModelForImageTextToText.from_pretrained(folder / "warmup", dtype=torch.float32).eval()
     sae = SegCompassSae.from_pretrained(folder / "sae", dtype=torch.float32).eval()
     tokens = harvest(vlm, build_processor(), SAE_LAYER, scenes.iterate("val", MEASURED, seed=SEED))
-    log = [json.loads(line) for line in (folder / "warmup" / LOG).read_text().splitlines()]
-    accuracy = [entry["token_accuracy"] for entry in log if "token_accuracy" in entry]
-    return measure(sae, tokens) | {"token_accuracy": accuracy[-1]}
+    return measure(sae, tokens) | {"token_accuracy": token_accuracy(vlm)}
+
+
+@torch.no_grad()
+def token_accuracy(vlm) -> float:
+    """Share of the reference completions' tokens that the VLM puts first, teacher forced, on held-out scenes."""
+    right = total = 0
+    collate = SceneCollator(build_processor().tokenizer)
+    for batch in DataLoader(SceneSamples(MEASURED, split="val", seed=SEED), 32, collate_fn=collate):
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        target = batch["labels"][:, 1:]
+        hits = vlm(**inputs).logits[:, :-1].argmax(-1) == target
+        right, total = right + int(hits[target != -100].sum()), total + int((target != -100).sum())
+    return right / total
 
 
 def measure_bundled() -> None:
@@ -104,15 +99,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("option", choices=[*OPTIONS, "bundled"])
     parser.add_argument("--until", choices=("sae", "giou"), default="giou", help="what to measure last")
-    parser.add_argument("--start", type=Path, default=RUNS / "start", help="of start.py: its vision tower and SAM")
-    parser.add_argument("--plain", type=Path, help="a finished plain warm-up, in place of training it")
-    parser.add_argument("--concept-words", type=Path, help="a finished warm-up with concept words, likewise")
+    parser.add_argument("--base", type=Path, default=Path("runs/scenes-tiny"), help="warm-ups and SAM")
     options = parser.parse_args()
     if options.option == "bundled":
         measure_bundled()
         return
-    finished = {"plain": options.plain, "concept_words": options.concept_words}
-    folder = prepare(options.option, options.start, {name: path for name, path in finished.items() if path})
+    folder = prepare(options.option, options.base)
     warmup, changes = OPTIONS[options.option]
     facts = {"option": options.option, "warmup": warmup, "settings": changes, "commit": commit()}
     if not (folder / "sae.json").exists():

@@ -3,7 +3,7 @@
     python benchmarks/scenes_study/concepts_report.py
 
 Writes concepts.md, concepts.json and concepts.png to `benchmarks/results/scenes_study`. Options without a record are
-left out.
+left out; where `runs/` holds none, that of the last concepts.json is kept.
 """
 
 import argparse
@@ -35,7 +35,9 @@ difference to `{baseline}` on the same scenes. Intervals: 95 %, percentile boots
 
 def load() -> dict[str, dict[str, Any]]:
     """Records by option, as far as they are there."""
-    records = {}
+    last = RESULTS / "concepts.json"
+    old = json.loads(last.read_text()) if last.exists() else {}
+    records = {option: old[option] for option in (*OPTIONS, "bundled") if option in old}
     for option in (*OPTIONS, "bundled"):
         folder = FOLDER / option
         if (folder / "sae.json").exists():

@@ -6,13 +6,8 @@ from segcompass_hf.training.scenes_recipe import Stage
 
 FOLDER = RUNS / "concepts"
 
-# The plain warm-up is that of the recipe without concept words; the other goes on from it for few steps with them.
-WARMUPS = {
-    "plain": Stage(steps=4500, batch_size=32, learning_rate=3e-3, seed=2),
-    "concept_words": Stage(
-        steps=300, batch_size=32, learning_rate=1e-3, seed=21, options={"concept_weight": 0.5, "concept_scale": 4.0}
-    ),
-}
+# The recipe's stages that an option starts from. `words` went on from `warmup`, with concept words.
+WARMUPS = {"plain": "warmup", "concept_words": "words"}
 STAGES = {
     "sae": Stage(steps=1500, batch_size=2048, learning_rate=2e-3, seed=43),
     "slots": Stage(steps=300, batch_size=32, learning_rate=6e-3, seed=45),

@@ -3,10 +3,11 @@
     python benchmarks/scenes_study/sensitivity.py            # run what is not done yet, then --report
     python benchmarks/scenes_study/sensitivity.py --report   # table and plot from the records
 
-Every setting is the same shortened recipe (SAE, slots, joint stage) from the warm-up and SAM of the bundled
-checkpoint, with one thing changed. Resumable. The same command in a second terminal shares the work: a setting is run
-by one process at a time. With more objects than K slots the smallest are united in training; gIoU compares unions, so
-that no answer is out of reach. Top-k families choose by themselves and get no threshold. One seed.
+Every setting is the same shortened recipe (SAE, slots, joint stage) from the VLM and SAM of the bundled checkpoint
+(layers below the SAE and SAM's image encoder are those of the recipe's earlier stages), with one thing changed.
+Resumable. The same command in a second terminal shares the work: a setting is run by one process at a time. With more
+objects than K slots the smallest are united in training; gIoU compares unions, so that no answer is out of reach.
+Top-k families choose by themselves and get no threshold. One seed.
 """
 
 import argparse
@@ -26,14 +27,16 @@ from sensitivity_report import report
 from settings import EVALUATION_SEED, RUNS
 from transformers import AutoModel, AutoProcessor
 
+from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain.claims import IMAGE_PLACES, TEXT_PLACES, measure_claims
 from segcompass_hf.explain.claims_figures import bootstrap_interval
-from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage
+from segcompass_hf.training import scenes_recipe
+from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
 
 FOLDER = RUNS / "sensitivity"
 STAGES = {
-    "sae": Stage(steps=1000, batch_size=2048, learning_rate=2e-3, seed=23),
+    "sae": Stage(1000, 2048, 2e-3, seed=23, options=scenes_recipe.STAGES["sae"].options),
     "slots": Stage(steps=250, batch_size=32, learning_rate=6e-3, seed=25),
     "joint": Stage(steps=150, batch_size=32, learning_rate=4e-3, seed=24),
 }
@@ -95,12 +98,12 @@ def claimed(folder: Path) -> Iterator[bool]:
 def train(folder: Path, options: dict[str, dict], start: dict[str, Path], scale: float) -> dict[str, Stage]:
     """The three stages of a setting, from their last checkpoints where there are some."""
     for name, source in start.items():
-        if not (source / LOG).exists():
-            raise SystemExit(f"{source} holds no finished stage {name!r}; run examples/train_scenes_tiny.py first.")
         if not (folder / name).exists():
             (folder / name).symlink_to(source.resolve())
     stages = {
-        name: dataclasses.replace(stage, steps=max(2, round(scale * stage.steps)), options=options.get(name))
+        name: dataclasses.replace(
+            stage, steps=max(2, round(scale * stage.steps)), options=(stage.options or {}) | options.get(name, {})
+        )
         for name, stage in STAGES.items()
     }
     for name, stage in stages.items():
@@ -132,7 +135,12 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
 
 
 def run(options: argparse.Namespace) -> None:
-    start = {"warmup": options.warmup, "masks": options.masks}
+    base = options.runs / "base"
+    with claimed(base) as free:
+        if not free:
+            raise SystemExit("another process is laying down what all settings start from; run this again in a minute.")
+        split_checkpoint(bundled_checkpoint() if options.model == "bundled" else options.model, base)
+    start = {name: base / name for name in ("warmup", "masks")}
     sae = options.runs / DEFAULT / "sae"
     for name, factor, value, changes in settings():
         if name not in (options.only or [name]):
@@ -171,8 +179,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only the table and the plot, of what is done")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="settings to train, as their folders are called")
     parser.add_argument("--runs", type=Path, default=FOLDER)
-    parser.add_argument("--warmup", type=Path, default=Path("runs/scenes-tiny/warmup"))
-    parser.add_argument("--masks", type=Path, default=RUNS / "start" / "masks")
+    parser.add_argument("--model", default="bundled", help="whose VLM and SAM: a checkpoint's folder, or `bundled`")
     parser.add_argument("--num-samples", type=int, default=EVALUATED)
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of steps, for a try")
     parser.add_argument("--output", type=Path, help="path without ending; benchmarks/results when left out")

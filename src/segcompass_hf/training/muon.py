@@ -11,12 +11,12 @@ _NOT_HIDDEN = ("embed", "lm_head", "slot_queries", "codebook", "position")
 
 
 def has_fast_bfloat16() -> bool:
-    """Whether matrix products in bfloat16 are worth it here: on CPUs without the instructions they take 50x as long."""
+    """Whether bfloat16 pays here: on CPUs without its instructions a matrix product takes 50 times as long in it."""
     return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Float32Muon(torch.optim.Muon):
-    """`torch.optim.Muon` with its Newton-Schulz iteration in float32 instead of bfloat16, matrices of a shape at once."""
+    """`torch.optim.Muon` with its Newton-Schulz iteration in float32 and matrices of a shape at once."""
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -36,9 +36,9 @@ class Stage:
     """Settings of one stage. `learning_rate` is Muon's; each stage draws its own stream of scenes, `seed`.
 
     `kinds` restricts the instructions (`None`: all kinds), but for every `any_kind_every`-th scene. `options` change
-    what the stage builds: of `warmup` and `words` the weights of their losses (`concept_weight` makes concepts shared by words and
-    patches); of `sae` the fields of `SegCompassSaeConfig`, `layer` among them, and the pair loss of `SceneSaeTrainer`;
-    of `slots` those of `SegCompassConfig`, such as `num_slots` (objects beyond them are united) and
+    what the stage builds: of `warmup` and `words` the weights of their losses (`concept_weight` makes concepts shared
+    by words and patches); of `sae` the fields of `SegCompassSaeConfig`, `layer` among them, and the pair loss of
+    `SceneSaeTrainer`; of `slots` those of `SegCompassConfig`, such as `num_slots` (objects beyond them are united) and
     `concept_threshold`.
     """
 
@@ -99,10 +99,15 @@ NEEDS = {
     "masks": (),
     "warmup": ("vision",),
     "words": ("warmup",),
-    "sae": ("words",),
-    "slots": ("words", "sae", "masks"),
+    "sae": ("warmup",),  # from `words` where that has been run
+    "slots": ("warmup", "sae", "masks"),
     "joint": ("slots",),
 }
+
+
+def _language_model(output_dir: Path) -> Path:
+    """Folder of the VLM that later stages start from."""
+    return output_dir / ("words" if (output_dir / "words" / LOG).exists() else "warmup")
 
 
 def _scenes(stage: Stage) -> SceneSamples:
@@ -208,7 +213,7 @@ def _warmup(output_dir: Path, stage: Stage, arguments: TrainingArguments, start:
 
 def _sae(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     tokenizer = build_tokenizer()
-    vlm = AutoModelForImageTextToText.from_pretrained(output_dir / "words", dtype=torch.float32)
+    vlm = AutoModelForImageTextToText.from_pretrained(_language_model(output_dir), dtype=torch.float32)
     vlm.to(arguments.device)
     options = {"layer": SAE_LAYER} | (stage.options or {})
     pairing = {name: options.pop(name) for name in PAIRING if name in options}
@@ -240,7 +245,7 @@ def _slots(output_dir: Path, stage: Stage, arguments: TrainingArguments):
     processor = build_processor(settings["num_slots"])
     model = SegCompassForReasoningSegmentation.from_pretrained_parts(
         AutoModelForImageTextToText.from_pretrained(
-            output_dir / "words", dtype=torch.float32, attn_implementation="eager"
+            _language_model(output_dir), dtype=torch.float32, attn_implementation="eager"
         ),
         SamModel.from_pretrained(output_dir / "masks", dtype=torch.float32),
         SegCompassSae.from_pretrained(output_dir / "sae", dtype=torch.float32),
@@ -287,7 +292,9 @@ _BUILDERS = {
 }
 
 
-def split_checkpoint(checkpoint: str | Path, output_dir: str | Path, stages: Iterable[str] = ("warmup", "masks")) -> None:
+def split_checkpoint(
+    checkpoint: str | Path, output_dir: str | Path, stages: Iterable[str] = ("warmup", "masks")
+) -> None:
     """Lay the parts of a finished checkpoint down as results of earlier stages, to train the later ones again.
 
     Args:
