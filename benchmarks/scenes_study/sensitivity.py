@@ -138,7 +138,7 @@ def run(options: argparse.Namespace) -> None:
     base = options.runs / "base"
     with claimed(base) as free:
         if not free:
-            raise SystemExit("another process is laying down what all settings start from; run this again in a minute.")
+            raise SystemExit("another process is laying down the start of all settings; try again in a minute.")
         split_checkpoint(bundled_checkpoint() if options.model == "bundled" else options.model, base)
     start = {name: base / name for name in ("warmup", "masks")}
     sae = options.runs / DEFAULT / "sae"

@@ -3,17 +3,20 @@
 
 `f` is a scalar of one mask as a function of the activations `v`; contributions share out `f(v) - f(0)` among them.
 
-`subsets`, the default, takes gradients times activations among natural company: on random subsets of the features,
-each on or off in the whole sequence, of sizes as they occur while concepts are taken away. This estimates Shapley
-values of `f`'s multilinear extension. Gradients next to a jump (where the last concept of a token goes, the slot
-encoder's LayerNorm makes one) are outliers: the ends of each feature's distribution are cut. What the sum then misses
-of the change (`quadrature_error`) is spread over the contributions by size.
+`levels`, the default, takes gradients at random levels of all features at once, each from absent (0) to as it was (1)
+in the whole sequence. Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes,
+the others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the
+others smooth them. Some levels are cut off at 0 and 1, so that much of the company is natural; a feature is judged
+where its own is between. Levels are a Latin hypercube: every feature sees all of them. Gradients next to a jump (where
+the last concept of a token goes, the slot encoder's LayerNorm makes one) are outliers: the ends of each feature's
+distribution are cut. What the sum then misses of the change (`quadrature_error`) is spread over the contributions by
+size.
 
 `paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
-two orders (by `subsets`, and by activation), and `f` is read after every group. What a group changed is its
-contribution, shared out within the group by `subsets`; the first features are groups of one. The readings of a path
+two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
+contribution, shared out within the group by `levels`; the first features are groups of one. The readings of a path
 begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is. It costs twice as much as
-`subsets`.
+`levels`.
 
 `straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
 hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts (`FAINT` of their
@@ -34,9 +37,10 @@ from .explanation import Target
 from .replay import Replay
 from .scalars import MaskScalar
 
-Method = Literal["paths", "subsets", "straight"]
+Method = Literal["levels", "paths", "straight"]
 
-SUBSET_SIZES = (0.15, 0.85)  # smallest and largest share of the features in a subset
+STRETCH = 2.0  # of the levels around a half: with 2, a quarter each is cut off at 0 and at 1
+FULLNESS = 0.3  # by how much the levels of the fullest and the emptiest row are shifted
 OUTLIERS = 0.15  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
@@ -125,7 +129,7 @@ def attribute(
     replay: Replay,
     slots: list[int],
     target: Target = "mask_logit",
-    method: Method = "subsets",
+    method: Method = "levels",
     *,
     num_points: int = 24,
     tolerance: float = 0.01,
@@ -138,10 +142,10 @@ def attribute(
         slots (`list[int]`): Whose masks.
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
             see [`MaskScalar`].
-        method (`str`, defaults to `"subsets"`): `paths`, `subsets` or `straight`, see above.
+        method (`str`, defaults to `"subsets"`): `levels`, `paths` or `straight`, see above.
         num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
-        seed (`int`, defaults to 0): Of the subsets, which depend on it and on the features active, on nothing else.
+        seed (`int`, defaults to 0): Of the levels, which depend on it and on the features active, on nothing else.
 
     Returns:
         `list[Attribution]`, one per slot; empty for no slots.
@@ -162,7 +166,7 @@ def attribute(
     elif method == "straight":
         found, count = _straight(scalars, ends, num_points, tolerance)
     else:
-        found, count = _subsets(scalars, num_points, seed), num_points
+        found, count = _levels(scalars, num_points, seed), num_points
         if method == "paths":
             found = torch.stack([_paths(scalars, mask, gradients) for mask, gradients in enumerate(found)])
     results = []
@@ -185,24 +189,26 @@ def attribute(
     return results
 
 
-def _subsets(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
-    """Gradients times activations over random subsets of the features, averaged robustly: `(masks, num_active)`."""
+def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
+    """Gradients times activations at random levels of the features, averaged robustly: `(masks, num_active)`."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     random = np.random.default_rng(seed)
-    draws = random.random((num_points // 2, len(features)))
-    draws = np.concatenate([draws, 1 - draws])  # a feature left out in one half of the subsets is there in the other
-    low, high = SUBSET_SIZES
-    sizes = low + (high - low) * (np.arange(len(draws)) + 0.5) / len(draws)
-    sizes = np.concatenate([sizes[0::2], sizes[1::2]])
-    present = torch.from_numpy(draws < sizes[:, None]).to(index.device)[:, index]  # (points, num_active)
-    gradients = scalars.gradients(present.to(scalars.activations.dtype), list(range(len(scalars.scalars))))
+    shape = (num_points, len(features))
+    strata = (random.random(shape).argsort(axis=0) + random.random(shape)) / num_points  # uniform in every column
+    shift = FULLNESS * np.linspace(-1, 1, num_points)[:, None]
+    levels = np.clip(0.5 + STRETCH * (strata - 0.5) + shift, 0, 1)
+    between = torch.from_numpy((levels > 0) & (levels < 1)).to(index.device)[:, None].float()
+    between[:, :, ~between.any(0)[0].bool()] = 1.0  # few points: what was never between counts everywhere
+    levels = torch.from_numpy(levels).to(index.device, scalars.activations.dtype)
+    gradients = scalars.gradients(levels[:, index], list(range(len(scalars.scalars))))  # (points, masks, num_active)
     by_feature = gradients.new_zeros(*gradients.shape[:2], len(features)).index_add(2, index, gradients)
     low, high = (by_feature.quantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
     cut = by_feature.clamp(low, high) - by_feature  # (points, masks, num_features)
     # What is cut of a feature is taken from its entries, in proportion to their sizes.
     sizes = gradients.abs()
     totals = torch.zeros_like(by_feature).index_add(2, index, sizes).clamp(min=1e-30)
-    return (gradients + (cut / totals)[:, :, index] * sizes).mean(0)
+    weights = between / between.sum(0)  # (points, 1, num_features)
+    return ((gradients + (cut / totals)[:, :, index] * sizes) * weights[:, :, index]).sum(0)
 
 
 def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
