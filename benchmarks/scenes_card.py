@@ -5,7 +5,8 @@ python benchmarks/scenes_card.py --results benchmarks/results/scenes.json --eval
 
 `--results` is what `scenes_evaluation.py` wrote (ablations, baselines, sources of loss), `--evaluation` holds the
 `summary.json` of each split by `examples/evaluate.py`, as `scenes-SPLIT.json`. Texts and template are those of
-`segcompass_hf.hub` (`hub/templates`), the ones that `segcompass push` uses.
+`segcompass_hf.hub` (`hub/templates`), the ones that `segcompass push` uses. `--explain` holds what
+`scenes_dictionary.py` and `explain_faithfulness.py` wrote.
 """
 
 import argparse
@@ -40,12 +41,21 @@ def examples() -> list[tuple]:
     return [(first[kind]["image"], first[kind]["instruction"]) for kind in KINDS]
 
 
-def write_scenes_tiny(results: Path, evaluation: Path) -> None:
+def explanation_report(folder: Path) -> str:
+    """Named concepts and the faithfulness of explanations, as sections of the card."""
+    concepts = (folder / "scenes_dictionary.md").read_text(encoding="utf-8")
+    faithfulness = (folder / "faithfulness.md").read_text(encoding="utf-8")
+    concepts = concepts.replace("# Named concepts on Scenes", "### Named concepts", 1)
+    return f"{concepts}\n### Faithfulness of explanations\n\n{faithfulness}"
+
+
+def write_scenes_tiny(results: Path, evaluation: Path, explain: Path) -> None:
     checkpoint = segcompass_hf.bundled_checkpoint()
     measured = json.loads(results.read_text())
     runs = [json.loads((evaluation / f"scenes-{split}.json").read_text()) for split in measured["splits"]]
     command = COMMAND.format(**{name: runs[0]["settings"][name] for name in ("num_samples", "batch_size")})
     report = markdown_report(measured).replace("\n## ", "\n#### ").replace("# Scenes, held out", "### In detail", 1)
+    report += "\n" + explanation_report(explain)
     (checkpoint / "examples").mkdir(exist_ok=True)
     picture = Image.open(ROOT / "docs" / "demo.jpg")  # of `segcompass demo`
     picture.thumbnail((800, 4000))
@@ -67,9 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/scenes.json")
     parser.add_argument("--evaluation", type=Path, default=ROOT / "benchmarks/results/evaluation")
+    parser.add_argument("--explain", type=Path, default=ROOT / "benchmarks/results/explain")
     arguments = parser.parse_args()
     CARDS.mkdir(exist_ok=True)
-    write_scenes_tiny(arguments.results, arguments.evaluation)
+    write_scenes_tiny(arguments.results, arguments.evaluation, arguments.explain)
     for name in set(recipe_names()) - {"scenes-tiny", "checkpoint"}:
         render_model_card(name).save(CARDS / f"{name}.md")
     print(CARDS)
