@@ -100,7 +100,7 @@ class SegCompassConfig(PretrainedConfig):
 
     model_type = "segcompass"
     # What Trainer must not gather in evaluation: no tensors, or the whole vocabulary's scores.
-    keys_to_ignore_at_inference = ["logits", "concepts", "losses", "slot_attentions", "past_key_values"]
+    keys_to_ignore_at_inference = ["logits", "concepts", "losses", "slot_attentions", "cache"]
     sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig, "sae_config": SegCompassSaeConfig}
 
     vlm_config: dict | PretrainedConfig | None = None

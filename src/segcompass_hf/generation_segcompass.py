@@ -7,10 +7,12 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import LogitsProcessor
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 logger = logging.get_logger(__name__)
 
+# What transformers calls a cache in outputs and arguments: from 5.24 on the old name is an alias on every output.
+CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 
@@ -34,7 +36,7 @@ class HiddenStateCapture:
         self.base_model, self.layer, self.edit = base_model, layer, edit
         self.layer_states: list[torch.Tensor] = []
         self.last_states: list[torch.Tensor] = []
-        self.past_key_values = None
+        self.cache = None
         self.position_ids = None  # of the newest pass, where the caller gave them
         self._handles: list = []
 
@@ -87,7 +89,7 @@ class HiddenStateCapture:
 
     def _read_last(self, module, args, output):
         self.last_states.append(output[0])
-        self.past_key_values = getattr(output, "past_key_values", None)
+        self.cache = getattr(output, CACHE, None)
 
 
 def decoder_layers(base_model: nn.Module) -> nn.ModuleList:
@@ -119,7 +121,7 @@ def run_last_token(capture: HiddenStateCapture, input_ids: torch.Tensor, attenti
         input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`): Prompt and completion.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): As generation saw it.
     """
-    if capture.past_key_values is None:
+    if capture.cache is None:
         raise ValueError("generation kept no cache, so the last token's states cannot be had; pass use_cache=True.")
     if capture.position_ids is not None:
         position_ids = capture.position_ids[..., -1:] + 1  # one on, whatever the family's position scheme
@@ -129,8 +131,8 @@ def run_last_token(capture: HiddenStateCapture, input_ids: torch.Tensor, attenti
         input_ids=input_ids[:, -1:],
         attention_mask=attention_mask,
         position_ids=position_ids,
-        past_key_values=capture.past_key_values,
         use_cache=True,
+        **{CACHE: capture.cache},
     )
 
 

@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin
 from .freezing_segcompass import freeze_for_training, parameter_groups
-from .generation_segcompass import HiddenStateCapture
+from .generation_segcompass import CACHE, HiddenStateCapture
 from .loading_segcompass import LoadingMixin
 from .losses_segcompass import SegmentationLossOutput, segmentation_loss
 from .modeling_concepts import (
@@ -58,7 +58,7 @@ class SegCompassOutput(ModelOutput):
             `output_image_embeddings=True`.
         language_loss, segmentation_loss, confidence_loss (`torch.Tensor` of shape `()`, *optional*): Before weights.
         losses ([`SegmentationLossOutput`], *optional*): The single terms and the matched pairs.
-        past_key_values (`Cache`, *optional*): Of the VLM, with `use_cache=True`.
+        cache (`Cache`, *optional*): Of the VLM, with `use_cache=True`.
     """
 
     loss: torch.Tensor | None = None
@@ -75,7 +75,7 @@ class SegCompassOutput(ModelOutput):
     segmentation_loss: torch.Tensor | None = None
     confidence_loss: torch.Tensor | None = None
     losses: SegmentationLossOutput | None = None
-    past_key_values: Any | None = None
+    cache: Any | None = None
 
 
 def gather_reference_states(
@@ -376,7 +376,7 @@ class SegCompassForReasoningSegmentation(LoadingMixin, SegmentingMixin, VlmDeleg
             )
         language_loss = vlm_output.loss if vlm_labels is not None else None
         output = SegCompassOutput(
-            logits=vlm_output.logits, language_loss=language_loss, past_key_values=vlm_output.get("past_key_values")
+            logits=vlm_output.logits, language_loss=language_loss, cache=vlm_output.get(CACHE)
         )
         if language_loss is not None:
             output.loss = self.config.lm_loss_weight * language_loss

@@ -57,7 +57,7 @@ class LayerTrace:
         else:
             same = states is self._last_output
             self.added.append(None if same else (states - self._last_output).detach())
-        for name in ("past_key_values", "past_key_value"):
+        for name in ("cache", "past_key_values", "past_key_value"):
             if name in kwargs:
                 kwargs[name] = None
         self.calls.append((args[1:], kwargs))
