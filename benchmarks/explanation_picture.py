@@ -1,9 +1,10 @@
-"""The README's picture of an explanation's page: the first concept of the first mask chosen, in headless Chromium.
+"""The README's pictures of an explanation's page and of the live page, in headless Chromium.
 
-    python benchmarks/explanation_picture.py --output docs/images/explanation.png
+    python benchmarks/explanation_picture.py --page docs/images/explanation.png --live docs/images/live_page.png
 
-Needs chromium, chromium-driver and selenium. The scene is one of `val`, chosen because its first concept shows well
-what taking one away does; `--sample` picks another.
+Needs chromium, chromium-driver and selenium. On the explanation's page the first concept of the first mask is chosen;
+the scene is one of `val`, picked because that concept shows well what taking one away does (`--sample`). On the live
+page a scene of its own is answered and the first concept turned down to nothing.
 """
 
 import argparse
@@ -16,35 +17,80 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from browser import open_browser, save_screenshot, set_screen
+from selenium.webdriver.support.ui import WebDriverWait
 
 from segcompass_hf.commands.common import load_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain import explain
 
+PATIENCE = 180  # seconds
+
+
+def explanation_page(window, folder: Path, model, processor, name: str, sample: int, output: Path) -> None:
+    """The page of `Explanation.to_html`, with a concept chosen."""
+    scene = scenes.sample("val", sample)
+    explanation = explain(model, processor, Image.fromarray(scene.image), scene.instruction.text)
+    explanation.model_name = name
+    explanation.to_html(folder / "page.html")
+    set_screen(window, 1280, 1010)
+    window.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
+    window.get((folder / "page.html").as_uri())
+    window.find_element("css selector", "#list button").click()
+    _save(window, output)
+
+
+def live_page(window, model, processor, name: str, output: Path) -> None:
+    """The page of `segcompass serve`, a concept turned down."""
+    from segcompass_hf.explain.app import build_app, launch_options
+    from segcompass_hf.explain.live import LiveModel
+
+    app = build_app(LiveModel(model, processor, name), scenes=True)
+    _, address, _ = app.launch(prevent_thread_lock=True, **launch_options())
+
+    def shown(selector: str):
+        found = [one for one in window.find_elements("css selector", selector) if one.is_displayed()]
+        return found[0] if found else None
+
+    def until(condition):
+        return WebDriverWait(window, PATIENCE).until(lambda _: condition())
+
+    set_screen(window, 1280, 1180)
+    window.get(address)
+    until(lambda: shown("#another")).click()
+    words = "return document.querySelector('#instruction textarea')?.value"
+    until(lambda: window.execute_script(words))
+    shown("#find").click()
+    slider = until(lambda: shown("#concept-0 input[type=range]"))
+    until(lambda: "confidence" in shown("#summary").text)
+    before = shown("#summary").text
+    slider.send_keys("\ue011")  # Home: nothing of it
+    until(lambda: shown("#summary").text != before)
+    window.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
+    _save(window, output)
+    app.close()
+
+
+def _save(window, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_screenshot(window, output)
+    picture = Image.open(output).convert("RGB")
+    picture.quantize(200, dither=Image.Dither.NONE).save(output, optimize=True)
+    print(f"{output}, {output.stat().st_size // 1000} kB")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("docs/images/explanation.png"))
+    parser.add_argument("--page", type=Path, help="picture of the explanation's page to write")
+    parser.add_argument("--live", type=Path, help="picture of the live page to write")
     parser.add_argument("--model", help="checkpoint (the bundled one)")
-    parser.add_argument("--sample", type=int, default=5, help="scene of val (%(default)s)")
+    parser.add_argument("--sample", type=int, default=5, help="scene of val for the page (%(default)s)")
     args = parser.parse_args()
     model, processor, name = load_checkpoint(args.model)
-    scene = scenes.sample("val", args.sample)
-    explanation = explain(model, processor, Image.fromarray(scene.image), scene.instruction.text)
-    explanation.model_name = name
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder) / "page.html"
-        explanation.to_html(page)
-        with open_browser(Path(folder) / "profile") as window:
-            set_screen(window, 1280, 1010)
-            window.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
-            window.get(page.as_uri())
-            window.find_element("css selector", "#list button").click()
-            save_screenshot(window, args.output)
-    picture = Image.open(args.output).convert("RGB")
-    picture.quantize(200, dither=Image.Dither.NONE).save(args.output, optimize=True)
-    print(f"{scene.instruction.text}: {args.output}, {args.output.stat().st_size // 1000} kB")
+    with tempfile.TemporaryDirectory() as folder, open_browser(Path(folder) / "profile") as window:
+        if args.page:
+            explanation_page(window, Path(folder), model, processor, name, args.sample, args.page)
+        if args.live:
+            live_page(window, model, processor, name, args.live)
 
 
 if __name__ == "__main__":
