@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from packaging.version import parse
+from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from test_modeling import inputs_of
 from transformers import AutoModel
