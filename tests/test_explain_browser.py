@@ -68,6 +68,19 @@ def _tinted(window, passage):
     return _texts(window, f".{passage} mark")
 
 
+def test_where_shares_say_nothing_contributions_are_shown(window, tmp_path):
+    explanation = made_explanation()
+    mask = explanation.masks[0]
+    mask.baseline_value, mask.quadrature_error = 2.4, 0.25  # of a value of 2.5
+    for concept in mask.concepts:
+        concept.share = concept.contribution / 0.1
+    _open(window, explanation, tmp_path)
+    # Contributions are 4 times 1, 1/2, -1/4, 1/8, ... over their sum 1.47.
+    assert [text.split()[0] for text in _texts(window, "#list .share")[:3]] == ["+2.73", "+1.36", "−0.68"]
+    account = window.find_element("css selector", ".account").text
+    assert "contributions are in logits" in account and "25.0 % was not found by gradients" in account
+
+
 def test_choosing_a_concept_tints_words_lights_patches_and_takes_it_away(window, tmp_path):
     _open(window, made_explanation(), tmp_path)
     assert _texts(window, "h1") == ["the red circle left of the green square"]
@@ -78,6 +91,7 @@ def test_choosing_a_concept_tints_words_lights_patches_and_takes_it_away(window,
     buttons = _all(window, "#list button")
     # Shares are 1, 1/2, -1/4, 1/8, ... over their sum 1.47.
     assert [text.split(" %")[0] for text in _texts(window, "#list .share")[:3]] == ["+68", "+34", "−17"]
+    assert "shares add up to" in window.find_element("css selector", ".account").text
     whole = window.find_element("css selector", "#picture .now").get_attribute("d")
     buttons[0].click()
     # Feature 0 fires on word 1 of the instruction (activation 2) and of the reasoning (1), and on two patches.

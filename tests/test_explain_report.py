@@ -64,6 +64,17 @@ def test_tokens_beyond_the_bound_are_counted(monkeypatch):
     assert [at for at, *_ in shown["tokens"]] == [token.position for token in largest]
 
 
+def test_shares_are_shown_where_they_say_something():
+    """A share of 300 % means that others take most of it away; of a change downwards all shares are upside down."""
+    mask = made_explanation().masks[0]
+    assert mask.in_shares and payload(made_explanation())["masks"][0]["inShares"]
+    mask.concepts[0].share = 3.0
+    assert not mask.in_shares
+    mask.concepts[0].share = 0.5
+    mask.value, mask.baseline_value = mask.baseline_value, mask.value
+    assert not mask.in_shares
+
+
 def test_numbers_that_are_not_finite_are_null():
     explanation = made_explanation()
     explanation.masks[0].completeness_error = float("nan")

@@ -38,8 +38,8 @@ def test_changes_are_those_of_steer(made):
     answer = made[-1]
     features = [concept.feature for concept, _ in answer.shown]
     assert 0 < len(features) <= NUM_SHOWN and len(set(features)) == len(features)
-    shares = [abs(concept.share) for concept, _ in answer.shown]
-    assert shares == sorted(shares, reverse=True)
+    sizes = [abs(concept.contribution) for concept, _ in answer.shown]
+    assert sizes == sorted(sizes, reverse=True)
     after = answer.change({features[0]: 0.0, features[1]: 1.0})
     expected = steer(answer.answer, {features[0]: 0.0})
     assert after.features == (features[0],)

@@ -262,7 +262,10 @@ def _mask_name(answer: LiveAnswer, number: int) -> str:
 
 def _label(answer: LiveAnswer, concept: Any, number: int) -> str:
     name = f"{concept.label} (#{concept.feature})" if concept.label else f"Concept {concept.feature}"
-    return f"{name}: {100 * concept.share:+.0f} % of {_mask_name(answer, number).lower()}"
+    mask = _mask_name(answer, number).lower()
+    if answer.explanation.masks[number].in_shares:
+        return f"{name}: {100 * concept.share:+.0f} % of {mask}"
+    return f"{name}: {concept.contribution:+.1f} to {mask}"
 
 
 def _found(answer: LiveAnswer) -> str:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
 Target = Literal["mask_logit", "mask_contrast", "slot_logit"]
+MAX_SHARE = 2.0  # larger ones mean that contributions all but cancel out
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,11 @@ class MaskExplanation:
     num_concepts: int = 0
     kept: bool = True
     iou_to_truth: float | None = None
+
+    @property
+    def in_shares(self) -> bool:
+        """Whether pages show shares: the scalar rises, and by enough for its parts to be told in shares of it."""
+        return self.value > self.baseline_value and all(abs(c.share) <= MAX_SHARE for c in self.concepts)
 
 
 @dataclass

@@ -76,8 +76,8 @@ class LiveAnswer:
 
     Attributes:
         explanation ([`Explanation`]): Of the answer as it is.
-        shown (list of `tuple[ConceptAttribution, int]`): The concepts of largest |share| over all masks, each with the
-            number of the mask where it is largest; at most `NUM_SHOWN`.
+        shown (list of `tuple[ConceptAttribution, int]`): The concepts of largest |contribution| over all masks, each
+            with the number of the mask where it is largest; at most `NUM_SHOWN`.
     """
 
     def __init__(self, answer: Answer, explanation: Explanation, lock: threading.Lock):
@@ -153,7 +153,7 @@ def _edge(mask: np.ndarray, width: int) -> np.ndarray:
 
 def _largest(explanation: Explanation) -> list[tuple[ConceptAttribution, int]]:
     ranked = [(concept, number) for number, mask in enumerate(explanation.masks) for concept in mask.concepts]
-    ranked.sort(key=lambda entry: -abs(entry[0].share))
+    ranked.sort(key=lambda entry: -abs(entry[0].contribution))
     first: dict[int, tuple[ConceptAttribution, int]] = {}
     for concept, number in ranked:
         first.setdefault(concept.feature, (concept, number))

@@ -119,13 +119,19 @@ def _draw_shares(strip: Any, cell: Any, mask: MaskExplanation) -> None:
     # Labels stand left of the bars, in a part of the panel of their own.
     axes = strip.add_subplot(cell.subgridspec(1, 2, width_ratios=[0.36, 0.64], wspace=0)[1])
     what = "slot logit" if mask.target == "slot_logit" else "mask logit"
-    title = f"{len(concepts)} of {max(mask.num_concepts, len(mask.concepts))} concepts: share of the {what}'s change"
+    of = f"share of the {what}'s change" if mask.in_shares else f"contribution to the {what}"
+    title = f"{len(concepts)} of {max(mask.num_concepts, len(mask.concepts))} concepts: {of}"
     axes.set_title(title, fontsize=FONT_SIZE, color=MUTED, loc="left", pad=4)
     places = np.arange(len(concepts))
-    shares = np.array([100 * concept.share for concept in concepts])
+    if mask.in_shares:
+        sizes = [100 * concept.share for concept in concepts]
+        texts = [f"{size:+.1f} %" for size in sizes]
+    else:
+        sizes = [concept.contribution for concept in concepts]
+        texts = [f"{size:+.2f}" for size in sizes]
     colours = [slot_colour(mask.slot) if concept.direction == "for" else AGAINST for concept in concepts]
-    bars = axes.barh(places, shares, height=0.62, color=colours)
-    axes.bar_label(bars, [f"{share:+.1f} %" for share in shares], padding=3, fontsize=FONT_SIZE - 2, color=INK)
+    bars = axes.barh(places, sizes, height=0.62, color=colours)
+    axes.bar_label(bars, texts, padding=3, fontsize=FONT_SIZE - 2, color=INK)
     axes.set_yticks(places, [_name(concept) for concept in concepts], fontsize=FONT_SIZE - 1, color=INK)
     axes.set_ylim(max(len(concepts), 4) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, linewidth=0.8)

@@ -193,8 +193,8 @@
         mask.concepts.length > 6 ? search : null),
       element("p", { class: "account" }, account(mask)), list, empty,
       element("button", { type: "button", id: "more", on: { click: showAll } }, `Show all ${mask.concepts.length}`));
-    const shares = mask.concepts.map((concept) => concept.share ?? 0);
-    const [low, high] = [Math.min(0, ...shares), Math.max(0, ...shares)];
+    const sizes = mask.concepts.map((concept) => concept.contribution ?? 0);
+    const [low, high] = [Math.min(0, ...sizes), Math.max(0, ...sizes)];
     const span = high - low || 1;
     list.style.setProperty("--zero", (-low / span).toFixed(4));
     list.append(...mask.concepts.map((concept, index) => conceptItem(concept, index, span)));
@@ -208,14 +208,20 @@
     byId("list").children[FIRST].firstChild.focus();
   }
 
+  const part = (concept) => (current().inShares ? share(concept.share) : signed(concept.contribution));
+
   function account(mask) {
     const what = mask.target === "slot_logit" ? "confidence (as a logit)" : "mean mask logit";
-    const listed = mask.concepts.reduce((sum, concept) => sum + (concept.share ?? 0), 0);
+    const field = mask.inShares ? "share" : "contribution";
+    const sum = mask.concepts.reduce((total, concept) => total + (concept[field] ?? 0), 0);
+    const listed = mask.inShares ? `shares add up to ${Math.round(100 * sum)} %` : `contributions add up to ${signed(sum)}`;
     const parts = [`Without any concept the ${what} would be ${fixed(mask.baseline)}; it is ${fixed(mask.value)}.`];
     parts.push(mask.numConcepts > mask.concepts.length
-      ? `${mask.concepts.length} of ${mask.numConcepts} active concepts are listed; their shares add up to ${Math.round(100 * listed)} %.`
+      ? `${mask.concepts.length} of ${mask.numConcepts} active concepts are listed; their ${listed}.`
       : `${many(mask.numConcepts, "active concept")} made that change.`);
+    if (!mask.inShares) parts.push("What concepts bring and take all but cancels out: contributions are in logits, not in shares.");
     if (mask.error !== null) parts.push(`Completeness error ${percent(mask.error)}.`);
+    if (mask.spread) parts.push(`Of the change ${percent(mask.spread)} was not found by gradients and is spread over the concepts.`);
     if (mask.truth !== null) parts.push(`IoU with the truth ${fixed(mask.truth)}.`);
     return parts.join(" ");
   }
@@ -231,8 +237,8 @@
       element("span", { class: "rank" }, String(index + 1)),
       element("span", { class: "name", dir: "auto" }, element("bdi", {}, conceptName(concept)), element("small", {}, clue)),
       concept.without ? element("span", { class: "tested", title: "taken away as a test" }, "tested") : null,
-      element("span", { class: "share" }, share(concept.share), element("span", { class: "unseen" }, against ? " against" : " for")),
-      element("span", { class: against ? "bar against" : "bar", "aria-hidden": "true", "--size": (Math.abs(concept.share ?? 0) / span).toFixed(4) }, element("i")));
+      element("span", { class: "share" }, part(concept), element("span", { class: "unseen" }, against ? " against" : " for")),
+      element("span", { class: against ? "bar against" : "bar", "aria-hidden": "true", "--size": (Math.abs(concept.contribution ?? 0) / span).toFixed(4) }, element("i")));
     return element("li", {}, button, element("div", { class: "about", id: `about-${index}`, hidden: true }));
   }
 
@@ -282,7 +288,7 @@
     const concept = chosen();
     if (!concept) return tell("No concept chosen.");
     const without = concept.without ? ` Without it: IoU ${fixed(concept.without.iou[state.mask])}.` : "";
-    tell(`${firedText(concept)} Share ${share(concept.share)}.${without}`);
+    tell(`${firedText(concept)} ${current().inShares ? "Share" : "Contribution"} ${part(concept)}.${without}`);
   }
 
   // The list shows which concept is chosen; the Tab key reaches that one, or the first.
