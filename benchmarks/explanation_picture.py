@@ -85,6 +85,8 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint (the bundled one)")
     parser.add_argument("--sample", type=int, default=5, help="scene of val for the page (%(default)s)")
     args = parser.parse_args()
+    if not args.page and not args.live:
+        parser.error("nothing to draw: give --page, --live or both")
     model, processor, name = load_checkpoint(args.model)
     with tempfile.TemporaryDirectory() as folder, open_browser(Path(folder) / "profile") as window:
         if args.page:

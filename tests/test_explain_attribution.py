@@ -16,7 +16,7 @@ from segcompass_hf import (
 )
 from segcompass_hf.data import scenes
 from segcompass_hf.explain import attribute, explain, mask_to_rle
-from segcompass_hf.explain.attribution import FAINT
+from segcompass_hf.explain.attribution import FAINT, _levels, _Scalars
 from segcompass_hf.explain.faithfulness import (
     bootstrap_interval,
     faithfulness_curves,
@@ -85,6 +85,21 @@ def test_an_and_is_shared_by_halves():
     assert torch.equal(found.contributions, again.contributions), "nothing is random but by seed"
     (few,) = attribute(ProductReplay(), [0], "slot_logit", num_points=2)
     assert torch.isfinite(few.contributions).all() and few.completeness_error < 1e-5
+
+
+class SquareReplay(LinearReplay):
+    """Slot logit: the first feature's level squared, and the second's."""
+
+    def maps(self, embeddings):
+        first, second = embeddings.sum(1).unbind(-1)
+        return SimpleNamespace(slot_logits=((first / 5) ** 2 + second / 6)[:, None], heatmap_logits=None)
+
+
+def test_a_curve_is_walked_up_and_not_judged_at_its_end():
+    """x x + y rises by 1 for each of them, though the gradient of x x at its end is 2."""
+    scalars = _Scalars(SquareReplay(), [0], "slot_logit")
+    found = _levels(scalars, 64, seed=0)[0]
+    torch.testing.assert_close(torch.stack([found[[0, 2]].sum(), found[1]]), torch.ones(2), rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import torch
 from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_vlm_config
 from torch import nn
 
+from segcompass_hf.generation_segcompass import CACHE
 from segcompass_hf.training.memory import estimate_memory, parameter_bytes
 from segcompass_hf.training.memory_meter import MemoryMeter
 from segcompass_hf.training.memory_model import fake_model
@@ -160,7 +161,7 @@ def test_the_cache_is_as_large_as_a_real_one(family):
     setup = TrainingSetup(**SMALL)
     cache = DynamicCache(config=model.config.get_text_config())
     with torch.no_grad():
-        text_model(inputs_embeds=torch.randn(2, 30, 32), past_key_values=cache, use_cache=True)
+        text_model(inputs_embeds=torch.randn(2, 30, 32), use_cache=True, **{CACHE: cache})
     keys_and_values = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     with fake_model(tiny_config(family)) as fake:
         cached, _ = sampling_bytes(fake, setup)

@@ -44,8 +44,11 @@ def prepare(option: str, base: Path) -> Path:
     for place, source in (("warmup", base / WARMUPS[OPTIONS[option][0]]), ("masks", base / "masks")):
         if not (source / LOG).exists():
             raise SystemExit(f"{source} holds no finished stage; run examples/train_scenes_tiny.py, or name --base.")
-        if not (folder / place).exists():
-            (folder / place).symlink_to(source.resolve())
+        link = folder / place
+        if link.is_symlink() and link.resolve() != source.resolve():
+            raise SystemExit(f"{link} leads to {link.resolve()}, not to {source}; remove {folder} to start anew.")
+        if not link.exists():
+            link.symlink_to(source.resolve())
     return folder
 
 

@@ -7,7 +7,8 @@ Every setting is the same shortened recipe (SAE, slots, joint stage) from the VL
 (layers below the SAE and SAM's image encoder are those of the recipe's earlier stages), with one thing changed.
 Resumable. The same command in a second terminal shares the work: a setting is run by one process at a time. With more
 objects than K slots the smallest are united in training; gIoU compares unions, so that no answer is out of reach.
-Top-k families choose by themselves and get no threshold. One seed.
+Top-k families choose by themselves and get no threshold. One seed. Layers above the SAE and the mask decoder were
+trained with the default's concepts before, which may favour the default; with L = 3 the SAE reads one of those layers.
 """
 
 import argparse
@@ -136,9 +137,9 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
 
 def run(options: argparse.Namespace) -> None:
     base = options.runs / "base"
-    with claimed(base) as free:
-        if not free:
-            raise SystemExit("another process is laying down the start of all settings; try again in a minute.")
+    base.mkdir(parents=True, exist_ok=True)
+    with open(base / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits until the start of all settings is there
         split_checkpoint(bundled_checkpoint() if options.model == "bundled" else options.model, base)
     start = {name: base / name for name in ("warmup", "masks")}
     sae = options.runs / DEFAULT / "sae"

@@ -3,9 +3,9 @@
     python benchmarks/scenes_study/start.py --start strict
     python benchmarks/scenes_study/start.py --start cold
 
-Six stages as in `examples/train_scenes_tiny.py`, with fewer steps; from the third on only kinds of `TAUGHT` are seen
-(but for what `STARTS` says). Resumable; `runs/scenes-study/start-strict` holds one folder per stage, `joint` is the
-start.
+The stages of `examples/train_scenes_tiny.py` but `words`, with fewer steps; from the third on only kinds of `TAUGHT`
+are seen (but for what `STARTS` says). Resumable; `runs/scenes-study/start-strict` holds one folder per stage, `joint`
+is the start.
 """
 
 import argparse

@@ -7,12 +7,13 @@ from typing import Literal
 import torch
 from torch import nn
 from transformers import LogitsProcessor
-from transformers.utils import ModelOutput, logging
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# What transformers calls a cache in outputs and arguments: from 5.24 on the old name is an alias on every output.
-CACHE = "cache" if hasattr(ModelOutput, "past_key_values") else "past_key_values"
+# What transformers calls a cache in outputs and arguments; renamed in 5.24.
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 

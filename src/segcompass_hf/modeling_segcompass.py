@@ -77,6 +77,11 @@ class SegCompassOutput(ModelOutput):
     losses: SegmentationLossOutput | None = None
     cache: Any | None = None
 
+    @property
+    def past_key_values(self) -> Any | None:
+        """`cache`, by the name it has had before transformers 5.24."""
+        return self.cache
+
 
 def gather_reference_states(
     last_states: torch.Tensor,

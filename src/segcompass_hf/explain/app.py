@@ -265,7 +265,7 @@ def _label(answer: LiveAnswer, concept: Any, number: int) -> str:
     mask = _mask_name(answer, number).lower()
     if answer.explanation.masks[number].in_shares:
         return f"{name}: {100 * concept.share:+.0f} % of {mask}"
-    return f"{name}: {concept.contribution:+.1f} to {mask}"
+    return f"{name}: {concept.contribution:+.2f} to {mask}"
 
 
 def _found(answer: LiveAnswer) -> str:

@@ -7,10 +7,10 @@
 in the whole sequence. Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes,
 the others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the
 others smooth them. Some levels are cut off at 0 and 1, so that much of the company is natural; a feature is judged
-where its own is between. Levels are a Latin hypercube: every feature sees all of them. Gradients next to a jump (where
-the last concept of a token goes, the slot encoder's LayerNorm makes one) are outliers: the ends of each feature's
-distribution are cut. What the sum then misses of the change (`quadrature_error`) is spread over the contributions by
-size.
+where its own is between. Levels come from a Latin hypercube, rows then shifted up and down. Gradients next to a jump
+(where the last concept of a token goes, the slot encoder's LayerNorm makes one) are outliers: the ends of each
+feature's distribution are cut, at the price of some bias. What the sum then misses of the change (`quadrature_error`)
+is spread over the contributions by size.
 
 `paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
 two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
@@ -142,7 +142,7 @@ def attribute(
         slots (`list[int]`): Whose masks.
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
             see [`MaskScalar`].
-        method (`str`, defaults to `"subsets"`): `levels`, `paths` or `straight`, see above.
+        method (`str`, defaults to `"levels"`): `levels`, `paths` or `straight`, see above.
         num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
         seed (`int`, defaults to 0): Of the levels, which depend on it and on the features active, on nothing else.
@@ -202,7 +202,8 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     levels = torch.from_numpy(levels).to(index.device, scalars.activations.dtype)
     gradients = scalars.gradients(levels[:, index], list(range(len(scalars.scalars))))  # (points, masks, num_active)
     by_feature = gradients.new_zeros(*gradients.shape[:2], len(features)).index_add(2, index, gradients)
-    low, high = (by_feature.quantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
+    judged = by_feature.masked_fill(between == 0, float("nan"))
+    low, high = (judged.nanquantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
     cut = by_feature.clamp(low, high) - by_feature  # (points, masks, num_features)
     # What is cut of a feature is taken from its entries, in proportion to their sizes.
     sizes = gradients.abs()

@@ -115,7 +115,7 @@ class MaskExplanation:
         completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
             `change = value - baseline_value`.
         quadrature_error (`float`): What gradients alone missed of the change, over its size, before it was spread over
-            the concepts; a measure of how rough the way from no concepts to all of them is.
+            the concepts; the completeness error where nothing was spread (`paths`).
         num_concepts (`int`): Active concepts altogether, also those beyond `max_concepts`.
         kept (`bool`): Whether the model answers with this mask. When it keeps none, the strongest slot is explained
             by its `slot_logit`, with `kept=False`.

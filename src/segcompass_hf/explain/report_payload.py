@@ -96,7 +96,8 @@ def _mask(mask: MaskExplanation, pool: MaskPool) -> dict[str, Any]:
         "value": _number(mask.value),
         "baseline": _number(mask.baseline_value),
         "error": _number(mask.completeness_error),
-        "spread": _number(mask.quadrature_error),
+        # where no more is missing than at the end, nothing was spread (`paths`)
+        "spread": _number(mask.quadrature_error) if mask.quadrature_error > mask.completeness_error else None,
         "inShares": bool(mask.in_shares),
         "numConcepts": max(int(mask.num_concepts), len(mask.concepts)),
         "truth": _number(mask.iou_to_truth),

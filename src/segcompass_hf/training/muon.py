@@ -12,7 +12,9 @@ _NOT_HIDDEN = ("embed", "lm_head", "slot_queries", "codebook", "position")
 
 def has_fast_bfloat16() -> bool:
     """Whether bfloat16 pays here: on CPUs without its instructions a matrix product takes 50 times as long in it."""
-    return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Float32Muon(torch.optim.Muon):
@@ -31,13 +33,16 @@ class Float32Muon(torch.optim.Muon):
     def _update(self, parameters: list[nn.Parameter], group: dict) -> None:
         updates = []
         for parameter in parameters:
-            buffer = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer = self.state[parameter]["momentum_buffer"]
             buffer.lerp_(parameter.grad, 1 - group["momentum"])
             updates.append(parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer)
-        directions = _orthogonalize(torch.stack(updates), group["ns_coefficients"], group["ns_steps"], group["eps"])
+        settings = (group[name] for name in ("ns_coefficients", "ns_steps", "eps"))
+        directions = _orthogonalize(torch.stack(updates).float(), *settings)
         rate = group["lr"] * 0.2 * max(parameters[0].shape) ** 0.5  # "match_rms_adamw"
         for parameter, direction in zip(parameters, directions, strict=True):
-            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction.to(parameter.dtype), alpha=rate)
 
 
 def _orthogonalize(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int, eps: float):

@@ -1,4 +1,4 @@
-"""Stage 6 of scenes-tiny: supervised SegCompass training, SAE and layers below it frozen, teacher-forced reasoning."""
+"""Stage 7 of scenes-tiny: supervised SegCompass training, SAE and layers below it frozen, teacher-forced reasoning."""
 
 from __future__ import annotations
 

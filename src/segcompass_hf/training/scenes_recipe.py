@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -154,6 +155,7 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
 
     Raises:
         FileNotFoundError: a stage that this one starts from has not been run.
+        ValueError: `words` after `sae`.
     """
     output_dir = Path(output_dir)
     folder, stage = output_dir / name, stage or STAGES[name]
@@ -162,6 +164,8 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
     for needed in NEEDS[name]:
         if not (output_dir / needed / LOG).exists():
             raise FileNotFoundError(f"stage {name!r} starts from {needed!r}, which has no result in {output_dir}.")
+    if name == "words" and (output_dir / "sae" / LOG).exists():
+        raise ValueError(f"{output_dir} has an SAE of other states already; stage 'words' comes before 'sae'.")
     set_seed(stage.seed)
     model, trainer = _BUILDERS[name](output_dir, stage, _arguments(name, stage, folder))
     state = str(folder / "state")
@@ -301,14 +305,27 @@ def split_checkpoint(
         checkpoint (`str`): a checkpoint such as `bundled_checkpoint()`; its SAE must read the recipe's layer.
         output_dir (`str`): of `run_stage`; stages that have a result there are left alone.
         stages (`Iterable[str]`): of `warmup`, `words` (both its VLM), `masks` (its SAM) and `sae`.
+
+    Raises:
+        ValueError: an unknown stage, or `output_dir` holds parts of another checkpoint.
     """
+    unknown = set(stages) - {"warmup", "words", "masks", "sae"}
+    if unknown:
+        raise ValueError(f"a checkpoint holds no {sorted(unknown)}; its parts are warmup, words, masks and sae.")
+    digest = hashlib.sha256((Path(checkpoint) / "model.safetensors").read_bytes()).hexdigest()
+    source = json.dumps({"part_of": Path(checkpoint).name, "sha256": digest}) + "\n"
+    logs = {name: Path(output_dir) / name / LOG for name in stages}
+    for log in logs.values():
+        if log.exists() and "part_of" in log.read_text() and log.read_text() != source:
+            raise ValueError(f"{log.parent} is part of another checkpoint; choose another folder or remove it.")
+    if all(log.exists() for log in logs.values()):
+        return
     model = SegCompassForReasoningSegmentation.from_pretrained(checkpoint, dtype=torch.float32)
     parts = {"warmup": model.vlm, "words": model.vlm, "masks": model.sam, "sae": model.sae}
-    for name in stages:
-        folder = Path(output_dir) / name
-        if not (folder / LOG).exists():
-            parts[name].save_pretrained(folder)
-            (folder / LOG).write_text(json.dumps({"part_of": Path(checkpoint).name}) + "\n")
+    for name, log in logs.items():
+        if not log.exists():
+            parts[name].save_pretrained(log.parent)
+            log.write_text(source)
 
 
 def export_checkpoint(output_dir: str | Path, destination: str | Path | None = None) -> Path:

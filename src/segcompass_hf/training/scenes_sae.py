@@ -1,4 +1,4 @@
-"""Stage 4 of scenes-tiny: a sparse autoencoder on the hidden states that its language model has at the SAE layer."""
+"""Stage 5 of scenes-tiny: a sparse autoencoder on the hidden states that its language model has at the SAE layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 5 of scenes-tiny: codebook and slots learn which object each slot is about, before any mask is asked."""
+"""Stage 6 of scenes-tiny: codebook and slots learn which object each slot is about, before any mask is asked."""
 
 from __future__ import annotations
 

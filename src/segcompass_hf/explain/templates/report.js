@@ -219,9 +219,11 @@
     parts.push(mask.numConcepts > mask.concepts.length
       ? `${mask.concepts.length} of ${mask.numConcepts} active concepts are listed; their ${listed}.`
       : `${many(mask.numConcepts, "active concept")} made that change.`);
-    if (!mask.inShares) parts.push("What concepts bring and take all but cancels out: contributions are in logits, not in shares.");
+    if (!mask.inShares && mask.concepts.length) parts.push(mask.value > mask.baseline
+      ? "What concepts bring and take all but cancels out: contributions are in logits, not in shares."
+      : "Together the concepts lower it: contributions are in logits, not in shares.");
     if (mask.error !== null) parts.push(`Completeness error ${percent(mask.error)}.`);
-    if (mask.spread) parts.push(`Of the change ${percent(mask.spread)} was not found by gradients and is spread over the concepts.`);
+    if (mask.spread >= 0.0005) parts.push(`Of the change ${percent(mask.spread)} was not found by gradients and is spread over the concepts.`);
     if (mask.truth !== null) parts.push(`IoU with the truth ${fixed(mask.truth)}.`);
     return parts.join(" ");
   }
