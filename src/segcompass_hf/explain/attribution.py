@@ -3,14 +3,13 @@
 
 `f` is a scalar of one mask as a function of the activations `v`; contributions share out `f(v) - f(0)` among them.
 
-`levels`, the default, takes gradients at random levels of all features at once, each from absent (0) to as it was (1)
-in the whole sequence. Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes,
-the others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the
-others smooth them. Some levels are cut off at 0 and 1, so that much of the company is natural; a feature is judged
-where its own is between. Levels come from a Latin hypercube, rows then shifted up and down. Gradients next to a jump
-(where the last concept of a token goes, the slot encoder's LayerNorm makes one) are outliers: the ends of each
-feature's distribution are cut, at the price of some bias. What the sum then misses of the change (`quadrature_error`)
-is spread over the contributions by size.
+`levels`, the default, takes gradients at random levels of the features, from absent (0) to as they were (1) in the
+whole sequence. Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes, the
+others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the others
+smooth them. In half of the rows a feature is judged so, its levels stratified; in the others it is there or not, as
+company of the others. Gradients next to a jump (where the last concept of a token goes, the slot encoder's LayerNorm
+makes one) are outliers: the ends of each feature's distribution are cut, at the price of some bias. What the sum then
+misses of the change (`quadrature_error`) is spread over the contributions by size.
 
 `paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
 two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
@@ -39,9 +38,9 @@ from .scalars import MaskScalar
 
 Method = Literal["levels", "paths", "straight"]
 
-STRETCH = 2.0  # of the levels around a half: with 2, a quarter each is cut off at 0 and at 1
-FULLNESS = 0.3  # by how much the levels of the fullest and the emptiest row are shifted
-OUTLIERS = 0.15  # share of each feature's values cut to the nearest kept one, at either end
+JUDGED = 0.5  # share of the rows in which a feature's level is between 0 and 1, and its gradient counts
+FULLNESS = 0.3  # the share of the company that is there goes from a half less this to a half and this
+OUTLIERS = 0.08  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
 SINGLES, GROUPS = 8, 10  # of a path: first features one by one, then groups, each larger than the one before
@@ -193,23 +192,22 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     """Gradients times activations at random levels of the features, averaged robustly: `(masks, num_active)`."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     random = np.random.default_rng(seed)
-    shape = (num_points, len(features))
-    strata = (random.random(shape).argsort(axis=0) + random.random(shape)) / num_points  # uniform in every column
-    shift = FULLNESS * np.linspace(-1, 1, num_points)[:, None]
-    levels = np.clip(0.5 + STRETCH * (strata - 0.5) + shift, 0, 1)
-    between = torch.from_numpy((levels > 0) & (levels < 1)).to(index.device)[:, None].float()
-    between[:, :, ~between.any(0)[0].bool()] = 1.0  # few points: what was never between counts everywhere
+    shape, judged = (num_points, len(features)), max(1, round(JUDGED * num_points))
+    places = random.random(shape).argsort(axis=0)  # of the rows, shuffled for every feature
+    between = places < judged
+    share = 0.5 + FULLNESS * np.linspace(-1, 1, num_points)[:, None]  # of the company that is there
+    levels = np.where(between, (places + random.random(shape)) / judged, random.random(shape) < share)
+    between = torch.from_numpy(between).to(index.device)[:, None].float()  # (points, 1, num_features)
     levels = torch.from_numpy(levels).to(index.device, scalars.activations.dtype)
     gradients = scalars.gradients(levels[:, index], list(range(len(scalars.scalars))))  # (points, masks, num_active)
     by_feature = gradients.new_zeros(*gradients.shape[:2], len(features)).index_add(2, index, gradients)
-    judged = by_feature.masked_fill(between == 0, float("nan"))
-    low, high = (judged.nanquantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
+    counted = by_feature.masked_fill(between == 0, float("nan"))
+    low, high = (counted.nanquantile(q, dim=0) for q in (OUTLIERS, 1 - OUTLIERS))
     cut = by_feature.clamp(low, high) - by_feature  # (points, masks, num_features)
     # What is cut of a feature is taken from its entries, in proportion to their sizes.
     sizes = gradients.abs()
     totals = torch.zeros_like(by_feature).index_add(2, index, sizes).clamp(min=1e-30)
-    weights = between / between.sum(0)  # (points, 1, num_features)
-    return ((gradients + (cut / totals)[:, :, index] * sizes) * weights[:, :, index]).sum(0)
+    return ((gradients + (cut / totals)[:, :, index] * sizes) * between[:, :, index]).sum(0) / judged
 
 
 def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
