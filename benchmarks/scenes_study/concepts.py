@@ -13,7 +13,6 @@ those stages: the output of `examples/train_scenes_tiny.py`. Resumable. `runs/sc
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,8 @@ from segcompass_hf import (
     bundled_checkpoint,
 )
 from segcompass_hf.data import scenes
-from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
+from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset, read_samples
+from segcompass_hf.evaluation.records import score_of
 from segcompass_hf.training.scenes_batches import SceneCollator, SceneSamples
 from segcompass_hf.training.scenes_parts import build_processor
 from segcompass_hf.training.scenes_recipe import LOG, SAE_LAYER, run_stage
@@ -94,8 +94,8 @@ def measure_giou(folder: Path) -> dict[str, Any]:
     predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(folder / "joint"))
     rows = scenes.build("val", EVALUATED, seed=SEED)
     evaluate_dataset(predictor, rows, folder / "evaluation", batch_size=32, dataset_name="val", page_samples=0)
-    samples = [json.loads(line) for line in (folder / "evaluation" / "samples.jsonl").read_text().splitlines()]
-    return {"ious": [sample["iou"] for sample in sorted(samples, key=lambda sample: sample["index"])]}
+    samples = sorted(read_samples(folder / "evaluation"), key=lambda sample: sample["index"])
+    return {"ious": [score_of(sample).iou for sample in samples]}
 
 
 def main() -> None:
