@@ -8,8 +8,10 @@ whole sequence. Of a feature whose level is uniform, `v df/dv` is on average wha
 others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the others
 smooth them. In half of the rows a feature is judged so, its levels stratified; in the others it is there or not, as
 company of the others. Gradients next to a jump (where the last concept of a token goes, the slot encoder's LayerNorm
-makes one) are outliers: the ends of each feature's distribution are cut, at the price of some bias. What the sum then
-misses of the change (`quadrature_error`) is spread over the contributions by size.
+makes one) are outliers: the ends of each feature's distribution are cut, at the price of some bias. For the features
+that come out first it is also measured what `f` loses without each of them alone, the others all there; a contribution
+is the mean of both (of the others, it shrinks as those of the first do together). What the sum then misses of the
+change (`quadrature_error`) is spread over the contributions by size.
 
 `paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
 two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
@@ -42,6 +44,7 @@ JUDGED = 0.5  # share of the rows in which a feature's level is between 0 and 1,
 FULLNESS = 0.3  # the share of the company that is there goes from a half less this to a half and this
 OUTLIERS = 0.08  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
+TESTED = 16  # features that are taken away alone
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
 SINGLES, GROUPS = 8, 10  # of a path: first features one by one, then groups, each larger than the one before
 
@@ -130,7 +133,7 @@ def attribute(
     target: Target = "mask_logit",
     method: Method = "levels",
     *,
-    num_points: int = 24,
+    num_points: int = 18,
     tolerance: float = 0.01,
     seed: int = 0,
 ) -> list[Attribution]:
@@ -142,7 +145,7 @@ def attribute(
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
             see [`MaskScalar`].
         method (`str`, defaults to `"levels"`): `levels`, `paths` or `straight`, see above.
-        num_points (`int`, defaults to 24): Gradients taken; `straight` doubles them while they do not do.
+        num_points (`int`, defaults to 18): Gradients taken; `straight` doubles them while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
         seed (`int`, defaults to 0): Of the levels, which depend on it and on the features active, on nothing else.
 
@@ -166,6 +169,7 @@ def attribute(
         found, count = _straight(scalars, ends, num_points, tolerance)
     else:
         found, count = _levels(scalars, num_points, seed), num_points
+        found = torch.stack([_with_losses(scalars, mask, gradients) for mask, gradients in enumerate(found)])
         if method == "paths":
             found = torch.stack([_paths(scalars, mask, gradients) for mask, gradients in enumerate(found)])
     results = []
@@ -208,6 +212,19 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     sizes = gradients.abs()
     totals = torch.zeros_like(by_feature).index_add(2, index, sizes).clamp(min=1e-30)
     return ((gradients + (cut / totals)[:, :, index] * sizes) * between[:, :, index]).sum(0) / judged
+
+
+def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
+    """Scores `(num_active,)` of one mask, averaged with what it loses without each of the first features alone."""
+    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
+    by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
+    first = by_score.abs().argsort(descending=True, stable=True)[:TESTED]
+    keep = torch.ones(len(first) + 1, len(features), device=index.device)
+    keep[torch.arange(len(first)), first] = 0.0
+    values = scalars.at_mask(keep[:, index].to(scalars.activations.dtype), mask)
+    mean = (by_score[first] + values[-1] - values[:-1]) / 2
+    shrunk = by_score * (mean.abs().sum() / by_score[first].abs().sum().clamp(min=1e-30))
+    return _share_out(scores, index, shrunk.index_copy(0, first, mean))
 
 
 def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
