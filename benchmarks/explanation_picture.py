@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="picture of the explanation's page to write")
     parser.add_argument("--live", type=Path, help="picture of the live page to write")
     parser.add_argument("--model", help="checkpoint (the bundled one)")
-    parser.add_argument("--sample", type=int, default=5, help="scene of val for the page (%(default)s)")
+    parser.add_argument("--sample", type=int, default=7, help="scene of val for the page (%(default)s)")
     args = parser.parse_args()
     if not args.page and not args.live:
         parser.error("nothing to draw: give --page, --live or both")
