@@ -9,6 +9,7 @@ those stages: the output of `examples/train_scenes_tiny.py`. Resumable. `runs/sc
 `sae.json` (joint AUC, Bridge Score, explained variance, L0) and `giou.json`.
 
     python benchmarks/scenes_study/concepts.py bundled            # measure the bundled checkpoint, train nothing
+    python benchmarks/scenes_study/concepts.py previous --model FOLDER   # the one before: `git show 34115bb:...`
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from concepts_measure import harvest, measure
-from concepts_settings import EVALUATED, FOLDER, MEASURED, OPTIONS, SEED, STAGES, WARMUPS
+from concepts_settings import EVALUATED, FOLDER, MEASURED, OPTIONS, SEED, STAGES, WARMUPS, WHOLE
 from runs import commit, counted, cpu_minutes, write_json
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageTextToText
@@ -80,18 +81,20 @@ def token_accuracy(vlm) -> float:
     return right / total
 
 
-def measure_bundled() -> None:
-    """The record of the checkpoint that ships with the package, whatever it was trained with."""
-    model = SegCompassForReasoningSegmentation.from_pretrained(bundled_checkpoint(), dtype=torch.float32).eval()
+def measure_checkpoint(name: str, path: Path) -> None:
+    """The record of a finished checkpoint, trained with the whole recipe."""
+    model = SegCompassForReasoningSegmentation.from_pretrained(path, dtype=torch.float32).eval()
     rows = scenes.iterate("val", MEASURED, seed=SEED)
     record = measure(model.sae, harvest(model.vlm, build_processor(), model.config.sae_layer, rows))
-    write_json(FOLDER / "bundled" / "sae.json", {"option": "bundled", "commit": commit()} | record)
+    facts = {"option": name, "commit": commit()}
+    write_json(FOLDER / name / "sae.json", facts | record | {"token_accuracy": token_accuracy(model.vlm)})
+    write_json(FOLDER / name / "giou.json", facts | measure_giou(path, FOLDER / name))
 
 
-def measure_giou(folder: Path) -> dict[str, Any]:
+def measure_giou(path: Path, folder: Path) -> dict[str, Any]:
     """gIoU with the model's own greedy reasoning; paired over options by the order of the scenes."""
-    model = SegCompassForReasoningSegmentation.from_pretrained(folder / "joint", dtype=torch.float32).eval()
-    predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(folder / "joint"))
+    model = SegCompassForReasoningSegmentation.from_pretrained(path, dtype=torch.float32).eval()
+    predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(path))
     rows = scenes.build("val", EVALUATED, seed=SEED)
     evaluate_dataset(predictor, rows, folder / "evaluation", batch_size=32, dataset_name="val", page_samples=0)
     samples = sorted(read_samples(folder / "evaluation"), key=lambda sample: sample["index"])
@@ -100,12 +103,15 @@ def measure_giou(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("option", choices=[*OPTIONS, "bundled"])
+    parser.add_argument("option", choices=[*OPTIONS, *WHOLE])
     parser.add_argument("--until", choices=("sae", "giou"), default="giou", help="what to measure last")
+    parser.add_argument("--model", type=Path, help="of `previous`: the checkpoint's folder")
     parser.add_argument("--base", type=Path, default=Path("runs/scenes-tiny"), help="warm-ups and SAM")
     options = parser.parse_args()
-    if options.option == "bundled":
-        measure_bundled()
+    if options.option in WHOLE:
+        if options.option == "previous" and options.model is None:
+            parser.error("previous: name the checkpoint's folder by --model")
+        measure_checkpoint(options.option, options.model or bundled_checkpoint())
         return
     folder = prepare(options.option, options.base)
     warmup, changes = OPTIONS[options.option]
@@ -121,7 +127,7 @@ def main() -> None:
     for stage in ("slots", "joint"):
         run(stage, options.option, folder)
     with counted(folder, {"option": options.option, "stage": "evaluate"}):
-        record = measure_giou(folder)
+        record = measure_giou(folder / "joint", folder)
     write_json(folder / "giou.json", facts | record | {"cpu_minutes": cpu_minutes(folder)})
 
 

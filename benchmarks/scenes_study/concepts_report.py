@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from concepts_settings import BASELINE, FOLDER, OPTIONS
+from concepts_settings import BASELINE, FOLDER, OPTIONS, WHOLE
 from runs import commit, write_json
 from settings import RESULTS
 
@@ -28,8 +28,10 @@ against patches of other objects; "is a color word" or "is an object" earns noth
 being a minimum. *Words alone* and *patches alone*: the best feature of one modality. Bridge Score: mean cosine of the
 features that fire on a word and on its patches, weighted by how strongly (arXiv 2504.11695); in brackets for random
 pairs. Jaccard: active features that a word and its patches have in common. Explained variance in the space of the
-VLM. gIoU: {evaluated} scenes, the model's own greedy reasoning, a shortened recipe (not the bundled checkpoint);
-difference to `{baseline}` on the same scenes. Intervals: 95 %, percentile bootstrap over scenes; one seed.
+VLM. gIoU: {evaluated} scenes, the model's own greedy reasoning, a shortened recipe (slots 300, joint 200 steps);
+difference to `{baseline}` on the same scenes. `previous` and `bundled` are checkpoints of the whole recipe (slots
+1,000, joint 800 steps), without and with concept words and the shared top-k; they are compared with each other.
+Intervals: 95 %, percentile bootstrap over scenes; one seed.
 """
 
 
@@ -37,14 +39,14 @@ def load() -> dict[str, dict[str, Any]]:
     """Records by option, as far as they are there."""
     last = RESULTS / "concepts.json"
     old = json.loads(last.read_text()) if last.exists() else {}
-    records = {option: old[option] for option in (*OPTIONS, "bundled") if option in old}
-    for option in (*OPTIONS, "bundled"):
+    records = {option: old[option] for option in (*OPTIONS, *WHOLE) if option in old}
+    for option in (*OPTIONS, *WHOLE):
         folder = FOLDER / option
         if (folder / "sae.json").exists():
             records[option] = json.loads((folder / "sae.json").read_text())
             if (folder / "giou.json").exists():
                 giou = json.loads((folder / "giou.json").read_text())
-                records[option] |= {"ious": giou["ious"], "cpu_minutes": giou["cpu_minutes"]}
+                records[option] |= {key: giou[key] for key in ("ious", "cpu_minutes") if key in giou}
     return records
 
 
@@ -57,11 +59,12 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float, float]:
 
 def add_giou(records: dict[str, dict[str, Any]]) -> None:
     """gIoU and its difference to the baseline, with intervals, where there are figures."""
-    baseline = records.get(BASELINE, {}).get("ious")
     for option, record in records.items():
+        against = WHOLE[0] if option in WHOLE else BASELINE
+        baseline = records.get(against, {}).get("ious")
         if "ious" in record:
             record["giou"] = interval(np.array(record["ious"]))
-            if baseline is not None and option != BASELINE:
+            if baseline is not None and option != against:
                 record["giou_difference"] = interval(np.array(record["ious"]) - np.array(baseline))
 
 
@@ -89,7 +92,7 @@ def table(records: dict[str, dict[str, Any]]) -> str:
         ("dead features", lambda r: f"{r['dead_features']:.1%}"),
         ("token accuracy of the warm-up", lambda r: f"{r['token_accuracy']:.4f}" if "token_accuracy" in r else "-"),
         ("gIoU", lambda r: _shown(r.get("giou"))),
-        (f"... less that of `{BASELINE}`", lambda r: _shown(r.get("giou_difference"), "+.3f")),
+        (f"... less that of `{BASELINE}` (`{WHOLE[0]}`)", lambda r: _shown(r.get("giou_difference"), "+.3f")),
         ("CPU minutes", lambda r: f"{r['cpu_minutes']:.1f}" if "cpu_minutes" in r else "-"),
     ]
     lines += ["| | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]

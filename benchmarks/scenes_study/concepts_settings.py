@@ -30,3 +30,5 @@ OPTIONS = {
     "concept_words+shared_topk": ("concept_words", SHARED_TOPK),
 }
 BASELINE = "per_token"  # what gIoU is compared with
+# Checkpoints of the whole recipe: before concept words and the shared top-k (as `per_token`), and with them.
+WHOLE = ("previous", "bundled")
