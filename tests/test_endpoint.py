@@ -54,10 +54,10 @@ def request(row, **parameters) -> dict:
     return {"inputs": sample, "parameters": FAST | parameters}
 
 
-def directly(handler, row) -> dict:
+def directly(handler, row, reasoning="none") -> dict:
     """What the model itself answers, with the package's own run lengths."""
     inputs = handler.processor(images=row["image"], instruction=row["instruction"], return_tensors="pt")
-    answer = handler.model.segment(**inputs, reasoning="none")
+    answer = handler.model.segment(**inputs, reasoning=reasoning)
     sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
     result = handler.processor.post_process_segmentation(answer, **sizes)[0]
     masks = [encode_mask(mask.numpy()) for mask in result["masks"]]
@@ -79,8 +79,9 @@ class TestMasks:
 
 class TestAnswers:
     def test_same_as_the_model_itself(self, handler, rows):
-        answers = [handler(request(row)) for row in rows]
-        assert answers == [directly(handler, row) for row in rows]
+        answers = [handler(request(row, reasoning="full")) for row in rows]
+        assert answers == [directly(handler, row, "full") for row in rows]
+        assert handler(request(rows[0])) == directly(handler, rows[0])
         assert sum(len(answer["segments"]) for answer in answers) >= 3
         json.dumps(answers, allow_nan=False)
 
@@ -94,15 +95,16 @@ class TestAnswers:
         assert handler({"inputs": data, "parameters": FAST | {"instruction": row["instruction"]}}) == expected
 
     def test_png_masks_and_thresholds(self, handler, rows):
-        row = next(row for row in rows if directly(handler, row)["segments"])
-        found = handler(request(row, mask_format="png"))["segments"]
-        for segment, expected in zip(found, directly(handler, row)["segments"], strict=True):
+        row = next(row for row in rows if directly(handler, row, "full")["segments"])
+        thinking = {"reasoning": "full"}
+        found = handler(request(row, mask_format="png", **thinking))["segments"]
+        for segment, expected in zip(found, directly(handler, row, "full")["segments"], strict=True):
             mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(segment["mask"])))) == 255
             np.testing.assert_array_equal(mask, decode_mask(expected["mask"]))
         assert len(handler(request(row, slot_logit_threshold=-1e5))["segments"]) == handler.processor.num_slots
         assert handler(request(row, slot_logit_threshold=1e5))["segments"] == []
-        small = handler(request(row, mask_logit_threshold=5))["segments"][0]["mask"]
-        assert decode_mask(small).sum() < decode_mask(directly(handler, row)["segments"][0]["mask"]).sum()
+        small = handler(request(row, mask_logit_threshold=5, **thinking))["segments"][0]["mask"]
+        assert decode_mask(small).sum() < decode_mask(directly(handler, row, "full")["segments"][0]["mask"]).sum()
 
     def test_one_bad_input_leaves_the_others_alone(self, handler, rows):
         good = [request(row)["inputs"] for row in rows[:2]]

@@ -60,7 +60,8 @@ def test_the_bundled_checkpoints_card_states_what_was_measured(hub):  # noqa: F8
         for name, figure in run_of(split)["metrics"].items()
     }
     assert stated == expected and len(stated) == 35
-    assert "| scenes val | 500 | 0.829 [0.806, 0.850] |" in card.text
+    giou = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**run_of("val")["metrics"]["gIoU"])
+    assert f"| scenes val | 500 | {giou} |" in card.text
     assert card.text.replace("](examples/", "](../src/segcompass_hf/checkpoints/scenes-tiny/examples/") == (
         ModelCard.load(ROOT / "model_cards" / "scenes-tiny.md").text
     )
