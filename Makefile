@@ -34,7 +34,7 @@ demo: $(VENV)/.demo-stamp
 test slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.dev-stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 slow: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow

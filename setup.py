@@ -26,6 +26,7 @@ EXTRAS = {
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
     "sae-lens>=6.54,<7",  # its SAEs must load here and ours there
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
