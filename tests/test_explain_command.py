@@ -64,6 +64,16 @@ def test_page_and_summary(asked, picture, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "scene.segcompass.html").read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
+def test_contributions_are_printed_where_shares_say_nothing(capsys):
+    explanation = made_explanation()
+    mask = explanation.masks[0]
+    mask.value, mask.baseline_value = mask.baseline_value, mask.value  # all concepts together lower it
+    command._print(explanation)
+    # Contributions are 4 times 1, 1/2, -1/4, 1/8, ... over their sum 1.47; of the second mask shares are shown.
+    printed = capsys.readouterr().out
+    assert "+2.73  concept 0" in printed and "-0.68  concept 2" in printed and "+68.1 %  concept 100" in printed
+
+
 def test_json_and_figure(asked, picture, tmp_path, capsys):
     _run(picture, "something unseen", "--json")
     printed = json.loads(capsys.readouterr().out)

@@ -143,7 +143,8 @@ def _print(explanation: Any) -> None:
         print(f"{title}: score {mask.score:.2f}, {int(mask.mask.sum())} pixels, {mask.num_concepts} active concepts")
         for concept in mask.concepts[:5]:
             label = f"  {concept.label}" if concept.label else ""
-            print(f"  {100 * concept.share:+7.1f} %  concept {concept.feature}{label}{_without(concept, number)}")
+            part = f"{100 * concept.share:+7.1f} %" if mask.in_shares else f"{concept.contribution:+9.2f}"
+            print(f"  {part}  concept {concept.feature}{label}{_without(concept, number)}")
 
 
 def _without(concept: Any, number: int) -> str:
