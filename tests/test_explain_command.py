@@ -71,7 +71,7 @@ def test_contributions_are_printed_where_shares_say_nothing(capsys):
     command._print(explanation)
     # Contributions are 4 times 1, 1/2, -1/4, 1/8, ... over their sum 1.47; of the second mask shares are shown.
     printed = capsys.readouterr().out
-    assert "+2.73  concept 0" in printed and "-0.68  concept 2" in printed and "+68.1 %  concept 100" in printed
+    assert "+2.73  concept 0" in printed and "-0.68  concept 2" in printed and "+68.2 %  concept 100" in printed
 
 
 def test_json_and_figure(asked, picture, tmp_path, capsys):
