@@ -324,7 +324,7 @@ def split_checkpoint(
     parts = {"warmup": model.vlm, "words": model.vlm, "masks": model.sam, "sae": model.sae}
     for name, log in logs.items():
         if not log.exists():
-            parts[name].save_pretrained(log.parent)
+            parts[name].save_pretrained(log.parent, save_original_format=False)  # the stages' own names
             log.write_text(source)
 
 
