@@ -3,9 +3,9 @@
     python benchmarks/scenes_study/start.py --start strict
     python benchmarks/scenes_study/start.py --start cold
 
-The stages of `examples/train_scenes_tiny.py` but `words`, with fewer steps; from the third on only kinds of `TAUGHT`
-are seen (but for what `STARTS` says). Resumable; `runs/scenes-study/start-strict` holds one folder per stage, `joint`
-is the start.
+Stages of `examples/train_scenes_tiny.py` with fewer steps; after `vision`, which sees no instruction, only kinds of
+`TAUGHT` are seen (but for what `STARTS` says). SAM, which never sees one either, is the bundled checkpoint's.
+Resumable; `runs/scenes-study/start-cold` holds one folder per stage, `joint` is the start.
 """
 
 import argparse
@@ -19,7 +19,8 @@ import torch
 from runs import counted
 from settings import RUNS, STARTS
 
-from segcompass_hf.training.scenes_recipe import LOG, run_stage
+from segcompass_hf import bundled_checkpoint
+from segcompass_hf.training.scenes_recipe import LOG, run_stage, split_checkpoint
 
 IN_TWO = ("warmup", "joint")  # worth two processes on CPU
 
@@ -40,7 +41,7 @@ def launch(start: str, stage: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", choices=STARTS, default="strict")
+    parser.add_argument("--start", choices=STARTS, default="cold")
     parser.add_argument("--stage", help="only this stage, in this process")
     given = parser.parse_args()
     stages, folder = STARTS[given.start], folder_of(given.start)
@@ -48,6 +49,7 @@ def main() -> None:
         with counted(folder / given.stage, dataclasses.asdict(stages[given.stage])):
             run_stage(given.stage, folder, stages[given.stage])
         return
+    split_checkpoint(bundled_checkpoint(), folder, ("masks",))
     for stage in stages:
         if not (folder / stage / LOG).exists():
             launch(given.start, stage)
