@@ -1,11 +1,13 @@
 """What the result is sensitive to: concept threshold, d_sae, K, L, l1 and the SAE's family, one factor at a time.
 
-    python benchmarks/scenes_study/sensitivity.py            # run what is not done yet, then --report
-    python benchmarks/scenes_study/sensitivity.py --report   # table and plot from the records
+    mkdir -p runs/previous && git archive 34115bb src/segcompass_hf/checkpoints/scenes-tiny |
+        tar -x -C runs/previous --strip-components=4
+    python benchmarks/scenes_study/sensitivity.py --model runs/previous   # run what is not done yet, then --report
+    python benchmarks/scenes_study/sensitivity.py --report                # table and plot from the records
 
-Every setting is the same shortened recipe (SAE, slots, joint stage) from the VLM and SAM of the bundled checkpoint
-(layers below the SAE and SAM's image encoder are those of the recipe's earlier stages), with one thing changed.
-Resumable. The same command in a second terminal shares the work: a setting is run by one process at a time. With more
+Every setting is the same shortened recipe (the paper's SAE, slots, joint stage) from VLM and SAM of one checkpoint, with
+one thing changed. That checkpoint is the last one without concept words, behind which slots learn fast enough for a
+shortened recipe. Resumable. The same command in a second terminal shares the work: a setting is run by one process at a time. With more
 objects than K slots the smallest are united in training; gIoU compares unions, so that no answer is out of reach.
 Top-k families choose by themselves and get no threshold. One seed. Layers above the SAE and the mask decoder were
 trained with the default's concepts before, which may favour the default; with L = 3 the SAE reads one of those layers.
@@ -32,22 +34,21 @@ from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain.claims import IMAGE_PLACES, TEXT_PLACES, measure_claims
 from segcompass_hf.explain.claims_figures import bootstrap_interval
-from segcompass_hf.training import scenes_recipe
 from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
 
 FOLDER = RUNS / "sensitivity"
 STAGES = {
-    "sae": Stage(1000, 2048, 2e-3, seed=23, options=scenes_recipe.STAGES["sae"].options),
-    "slots": Stage(steps=250, batch_size=32, learning_rate=6e-3, seed=25),
-    "joint": Stage(steps=150, batch_size=32, learning_rate=4e-3, seed=24),
+    "sae": Stage(steps=1000, batch_size=2048, learning_rate=2e-3, seed=23),
+    "slots": Stage(steps=250, batch_size=16, learning_rate=6e-3, seed=25),
+    "joint": Stage(steps=150, batch_size=16, learning_rate=4e-3, seed=24),
 }
-EVALUATED = 300  # scenes
+EVALUATED = 200  # scenes
 DEFAULT = "default"
 NO_THRESHOLD = {"concept_threshold": 0.0}
 # factor -> value -> options of stages; what is not named is the default's. The families' sparsity weights are those
 # with which benchmarks/sae_architectures.py came to about the default's L0.
 FACTORS: dict[str, dict[Any, dict[str, dict]]] = {
-    "d_sae": {size: {"sae": {"d_sae": size}} for size in (256, 512, 2048, 4096)},
+    "d_sae": {size: {"sae": {"d_sae": size}} for size in (256, 4096)},
     "K (slots)": {number: {"slots": {"num_slots": number}} for number in (2, 6)},
     "L (SAE layer)": {layer: {"sae": {"layer": layer}} for layer in (1, 3)},
     "l1": {weight: {"sae": {"l1_coefficient": weight}} for weight in (0.25, 4.0)},

@@ -53,7 +53,7 @@ def _table(default: dict, records: dict[str, dict], defaults: dict[str, Any], mi
     lines = [
         "# Sensitivity",
         "",
-        f"`python benchmarks/scenes_study/sensitivity.py`; steps: {stages}; gIoU on {len(default['ious'])} scenes of "
+        f"`python benchmarks/scenes_study/sensitivity.py --model runs/previous`; steps: {stages}; gIoU on {len(default['ious'])} scenes of "
         f"`val`, greedy, own reasoning, 95 % intervals over scenes, differences paired; one seed. {minutes:.0f} CPU "
         f"minutes, commits {', '.join(commits)}.",
         "",
