@@ -6,12 +6,12 @@
     python benchmarks/scenes_study/sensitivity.py --report                # table and plot from the records
 
 Every setting is the same shortened recipe (the paper's SAE, slots, joint stage) from VLM and SAM of one checkpoint,
-with one thing changed. That checkpoint is the last one without concept words, behind which slots learn fast enough for a
-shortened recipe. Resumable. The same command in a second terminal shares the work: a setting is run by one process at a
-time. With more objects than K slots the smallest are united in training; gIoU compares unions, so that no answer is out
-of reach. Top-k families choose by themselves and get no threshold. One seed. Layers above the SAE and the mask decoder
-were trained with the checkpoint's concepts before, which may favour the default; with L = 3 the SAE reads one of those
-layers.
+with one thing changed. That checkpoint is the last one without concept words, behind which slots learn fast enough
+for a shortened recipe. Resumable. The same command in a second terminal shares the work: a setting is run by one
+process at a time. With more objects than K slots the smallest are united in training; gIoU compares unions, so that
+no answer is out of reach. Top-k families choose by themselves and get no threshold. One seed. Layers above the SAE
+and the mask decoder were trained with the checkpoint's concepts before, which may favour the default; with L = 3 the
+SAE reads one of those layers.
 """
 
 import argparse
