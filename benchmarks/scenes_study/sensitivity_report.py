@@ -54,8 +54,8 @@ def _table(default: dict, records: dict[str, dict], defaults: dict[str, Any], mi
         "# Sensitivity",
         "",
         f"`python benchmarks/scenes_study/sensitivity.py --model runs/previous`; steps: {stages}; gIoU on "
-        f"{len(default['ious'])} scenes of `val`, greedy, own reasoning, 95 % intervals over scenes, differences paired; one seed. {minutes:.0f} CPU "
-        f"minutes, commits {', '.join(commits)}.",
+        f"{len(default['ious'])} scenes of `val`, greedy, own reasoning, 95 % intervals over scenes, differences "
+        f"paired; one seed. {minutes:.0f} CPU minutes, commits {', '.join(commits)}.",
         "",
         "Explained variance, L0 and dead features are the SAE's on states it was trained on; features per token are "
         "those that pass the threshold, on held-out scenes.",
