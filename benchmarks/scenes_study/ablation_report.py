@@ -16,10 +16,7 @@ from settings import ARM_STEPS, ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO,
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
 
-STARTS = {
-    "strict": "Start: nothing of the other kinds",
-    "cold": "Start: every 50th scene of the warm-up of any kind",
-}
+STARTS = {"cold": "Start: every 32nd scene of the warm-up of any kind"}
 NAMES = {
     "start": "shared start",
     "start-latent": "latent queries, start",

@@ -31,10 +31,7 @@ ARMS = {
     "both": {},
     "latent": {},  # as "both", concept path replaced
 }
-SEEDS = {
-    "strict": {"rl_only": (0,), "seg_only": (0,), "both": (0,)},
-    "cold": {"rl_only": (0,), "seg_only": (0, 1, 2), "both": (0, 1, 2), "latent": (0, 1, 2)},
-}
+SEEDS = {"cold": {"rl_only": (0,), "seg_only": (0, 1, 2), "both": (0, 1, 2), "latent": (0, 1, 2)}}
 ARM_STEPS = 150
 GRPO = {
     "per_device_train_batch_size": 32,

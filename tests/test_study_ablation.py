@@ -1,0 +1,75 @@
+"""The ablation's report: intervals and differences by hand, a table from records as evaluations write them."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "scenes_study"))
+import ablation_report  # noqa: E402
+import settings  # noqa: E402
+
+
+def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
+    used = {arm for arms in settings.SEEDS.values() for arm in arms}
+    assert used == set(settings.ARMS) <= set(ablation_report.NAMES)
+    assert set(settings.SEEDS) == set(ablation_report.STARTS) <= set(settings.STARTS)
+    sampling = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "temperature"}
+    assert not any(sampling & set(changes) for changes in settings.ARMS.values())
+
+
+def test_intervals_pair_scenes_and_draw_seeds_apart():
+    hard = np.linspace(0, 0.8, 50)
+    one, other = [np.stack([hard + 0.2, hard + 0.2])], [hard[None]]
+    assert ablation_report.interval(one, other) == pytest.approx([0.2, 0.2]), "the same scenes: nothing left to vary"
+    low, high = ablation_report.interval(one, None)
+    assert 0.45 < low < 0.6 < high < 0.75, "scenes vary"
+    low, high = ablation_report.interval([np.stack([hard, hard + 0.2])], other)
+    assert low == pytest.approx(0.0) and high == pytest.approx(0.2), "seeds vary"
+
+
+def write_run(folder, ious, trained=True):
+    for split in settings.SPLITS:
+        (folder / "evaluation" / split).mkdir(parents=True)
+        records = [
+            {
+                "index": index,
+                "kind": ("attribute", "count")[index % 2],
+                "intersection": round(1000 * iou),
+                "union": 1000,
+                "predicted_pixels": 1000,
+                "target_pixels": 1000,
+            }
+            for index, iou in enumerate(ious)
+        ]
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (folder / "evaluation" / split / "samples.jsonl").write_text(lines)
+    if trained:
+        entries = [{"step": step, **dict.fromkeys(ablation_report.CURVES, 0.5)} for step in (1, 2)]
+        (folder / "history.json").write_text(json.dumps(entries))
+
+
+def test_tables_of_the_runs_there_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_report, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(ablation_report, "RESULTS", tmp_path / "results")
+    arms = tmp_path / "runs" / "arms" / "cold"
+    write_run(arms / "start", [0.5, 0.25], trained=False)
+    write_run(arms / "both-0", [0.75, 0.25])
+    write_run(arms / "both-2", [0.75, 0.75])
+    (arms / "seg_only-1").mkdir()  # not finished
+    ablation_report.main()
+    record = json.loads((tmp_path / "results" / "ablation.json").read_text())["cold"]
+    assert record["gIoU"]["start"]["mean"][0] == pytest.approx(0.375)
+    assert record["seeds"]["both"] == pytest.approx([0.5, 0.75])
+    differences = record["differences"]
+    assert list(differences) == ["both - start"], "arms that are not finished are not compared"
+    assert differences["both - start"]["taught kinds"] == [pytest.approx(0.25), pytest.approx([0.25, 0.25])]
+    assert differences["both - start"]["other kinds"] == [pytest.approx(0.25), pytest.approx([0.0, 0.5])]
+    assert record["kinds"]["both"] == pytest.approx({"attribute": 0.75, "count": 0.5})
+    text = (tmp_path / "results" / "ablation.md").read_text()
+    assert "| both - shared start | +0.250 [" in text and "| both | 0.500, 0.750 |" in text
+    assert (tmp_path / "results" / "ablation_cold.png").stat().st_size > 1000
