@@ -190,7 +190,7 @@ def main() -> None:
     commits = ", ".join(sorted({commit for run in runs.values() for commit in run["commits"]}))
     head = ["# Ablation: what reinforcement and the segmentation losses add", "", "```"]
     for start in STARTS:
-        head += [f"python benchmarks/scenes_study/start.py --start {start}"]
+        head += [f"python benchmarks/scenes_study/start.py {start}"]
     head += ["python benchmarks/scenes_study/latent.py --start cold", "python benchmarks/scenes_study/ablation.py"]
     for start in STARTS:
         head += [f"python benchmarks/scenes_study/ablation.py --start {start} --evaluate-start"]

@@ -1,7 +1,7 @@
 """The start that all arms of the ablation share: reference reasoning for three of the eight kinds of instruction.
 
-    python benchmarks/scenes_study/start.py --start strict
-    python benchmarks/scenes_study/start.py --start cold
+    python benchmarks/scenes_study/start.py strict
+    python benchmarks/scenes_study/start.py cold
 
 Stages of `examples/train_scenes_tiny.py` with fewer steps; after `vision`, which sees no instruction, only kinds of
 `TAUGHT` are seen (but for what `STARTS` says). SAM, which never sees one either, is the bundled checkpoint's.
@@ -35,13 +35,13 @@ def launch(start: str, stage: str) -> None:
     if stage in IN_TWO and not torch.cuda.is_available():
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    if subprocess.call([*launcher, __file__, "--start", start, "--stage", stage], env=environment):
+    if subprocess.call([*launcher, __file__, start, "--stage", stage], env=environment):
         sys.exit(f"stage {stage} failed; fix what its log says and run the same command again.")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", choices=STARTS, default="cold")
+    parser.add_argument("start", nargs="?", choices=STARTS, default="cold")  # torchrun takes `--start` for its own
     parser.add_argument("--stage", help="only this stage, in this process")
     given = parser.parse_args()
     stages, folder = STARTS[given.start], folder_of(given.start)
