@@ -79,6 +79,10 @@ def test_report_of_what_is_done(tmp_path, capsys):
     assert "Not done: l1-0.25." in text and "6 CPU" in text and "steps: sae 10;" in text
     assert output.with_suffix(".png").stat().st_size > 1000
     assert "not done: l1-0.25" in capsys.readouterr().out
+    write_record(tmp_path / "elsewhere" / "l1-0.25", "l1", 0.25, [0.25, 0.5, 0.75])  # the other runs are gone
+    sensitivity_report.report(tmp_path / "elsewhere", names, defaults, output)
+    text = output.with_suffix(".md").read_text()
+    assert "| l1 | 4.0 |" in text and "| l1 | 0.25 |" in text and "Not done" not in text
 
 
 def test_figures_of_speed_by_hand():

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from concepts_settings import STAGES
 from runs import commit, counted, cpu_minutes, write_json
 from sensitivity_report import report
 from settings import EVALUATION_SEED, RUNS
@@ -38,12 +39,7 @@ from segcompass_hf.explain.claims_figures import bootstrap_interval
 from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
 
 FOLDER = RUNS / "sensitivity"
-STAGES = {
-    "sae": Stage(steps=1000, batch_size=2048, learning_rate=2e-3, seed=23),
-    "slots": Stage(steps=250, batch_size=16, learning_rate=6e-3, seed=25),
-    "joint": Stage(steps=150, batch_size=16, learning_rate=4e-3, seed=24),
-}
-EVALUATED = 200  # scenes
+EVALUATED = 300  # scenes
 DEFAULT = "default"
 NO_THRESHOLD = {"concept_threshold": 0.0}
 # factor -> value -> options of stages; what is not named is the default's. The families' sparsity weights are those

@@ -14,7 +14,7 @@ COLOUR, INK, GREY = "#2A9DF4", "#1F2430", "#8A8F98"
 
 
 def report(runs: Path, names: list[str], defaults: dict[str, Any], output: Path | None = None) -> None:
-    """Write json, md and png of the records there are; say which are missing.
+    """Write json, md and png of the records there are, in `runs` or in the json written before; say which are missing.
 
     Args:
         runs (`Path`): one folder per setting, with `record.json`.
@@ -23,13 +23,15 @@ def report(runs: Path, names: list[str], defaults: dict[str, Any], output: Path 
         output (`Path`, *optional*): path without ending.
     """
     output = output or RESULTS / "sensitivity"
+    records = _earlier(output.with_suffix(".json"), names)
     paths = {name: runs / name / "record.json" for name in names}
-    missing = [name for name, path in paths.items() if not path.exists()]
+    records |= {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    missing = [name for name in names if name not in records]
     if missing:
         print(f"not done: {', '.join(missing)}")
     if names[0] in missing:
         return
-    records = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    records = {name: records[name] for name in names if name in records}
     default = records.pop(names[0])
     for record in records.values():
         record["difference"] = _difference(record["ious"], default["ious"])
@@ -38,6 +40,15 @@ def report(runs: Path, names: list[str], defaults: dict[str, Any], output: Path 
     output.with_suffix(".md").write_text(table)
     _plot(default, records, defaults).savefig(output.with_suffix(".png"))
     print(table)
+
+
+def _earlier(path: Path, names: list[str]) -> dict[str, dict]:
+    """Records in a report that was written before, by other machines perhaps."""
+    if not path.exists():
+        return {}
+    report = json.loads(path.read_text())
+    records = {names[0]: report["default"], **report["settings"]}
+    return {name: record for name, record in records.items() if name in names}
 
 
 def _difference(ious: list[float], of_default: list[float]) -> dict[str, float]:
