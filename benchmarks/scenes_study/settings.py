@@ -18,7 +18,7 @@ def _start(seed: int, any_kind_every: int | None) -> dict[str, Stage]:
         "warmup": Stage(1500, 32, 3e-3, seed=seed + 2, kinds=TAUGHT, any_kind_every=any_kind_every),
         "sae": Stage(steps=1500, batch_size=2048, learning_rate=2e-3, seed=seed + 3, kinds=TAUGHT),
         "slots": Stage(steps=300, batch_size=32, learning_rate=6e-3, seed=seed + 5, kinds=TAUGHT),
-        "joint": Stage(steps=200, batch_size=32, learning_rate=4e-3, seed=seed + 4, kinds=TAUGHT),
+        "joint": Stage(steps=400, batch_size=32, learning_rate=4e-3, seed=seed + 4, kinds=TAUGHT),
     }
 
 
