@@ -32,7 +32,7 @@ ARMS = {
     "latent": {},  # as "both", concept path replaced
 }
 SEEDS = {"cold": {"rl_only": (0,), "seg_only": (0, 1, 2), "both": (0, 1, 2), "latent": (0, 1, 2)}}
-ARM_STEPS = 120
+ARM_STEPS = 100
 GRPO = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 2,  # 8 prompts of 8 completions
