@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("trl")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "scenes_study"))
 import ablation_report  # noqa: E402
 import settings  # noqa: E402
+import signal_share  # noqa: E402
 
 
 def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
@@ -73,3 +76,15 @@ def test_tables_of_the_runs_there_are(tmp_path, monkeypatch):
     text = (tmp_path / "results" / "ablation.md").read_text()
     assert "| both - shared start | +0.250 [" in text and "| both | 0.500, 0.750 |" in text
     assert (tmp_path / "results" / "ablation_cold.png").stat().st_size > 1000
+
+
+def test_share_of_signal_is_that_of_gradients_made_so():
+    generator = torch.Generator().manual_seed(0)
+    signal, noise = torch.randn(20_000, generator=generator), torch.randn(16, 20_000, generator=generator)
+    found = signal_share.share_of_signal(signal + 2 * noise)  # |s|^2 / (|s|^2 + |n|^2) = 1 / 5
+    assert found["rho"] == pytest.approx(0.2, abs=0.01) and found["standard_error"] < 0.01
+    assert abs(signal_share.share_of_signal(noise)["rho"]) < 0.01
+    cells = {"some": {"rho": 0.2, "standard_error": 0.01}, "none": {"rho": 0.0, "standard_error": 0.1}}
+    rows = list(signal_share.rows_of(cells))
+    assert rows[0] == "| some | 0.2000 [0.1804, 0.2196] | 32 |"
+    assert rows[1].endswith("| more than 33 |"), "8 (1 - 0.196) / 0.196"
