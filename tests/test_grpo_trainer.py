@@ -271,6 +271,39 @@ def test_without_policy_loss_only_the_segmentation_counts(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+def test_masks_are_learned_from_the_better_completions(tmp_path):
+    settings = {"policy_loss_weight": 0.0, "rows": tiny_rows((1, 2, 1, 1)), "max_steps": 1}
+    settings |= {"segmentation_completions": "at_least_mean"}
+    trainer = tiny_trainer(tmp_path, reward_funcs=[second_of_a_pair], **settings)
+    inputs = generate(trainer)
+    assert inputs["segmentation_weights"].tolist() == [0.0, 1.0, 0.0, 1.0]
+    trainer._count_windows([inputs])
+    assert inputs["num_segmentation_items"] == inputs["num_samples"] == 2
+    loss = trainer.compute_loss(trainer.model, inputs).item()
+    inputs["mask_labels"][0] = 1 - inputs["mask_labels"][0]  # of a completion that does not count
+    assert trainer.compute_loss(trainer.model, inputs).item() == loss
+    inputs["mask_labels"][1] = 1 - inputs["mask_labels"][1]
+    assert trainer.compute_loss(trainer.model, inputs).item() != loss
+
+    trainer.model.eval()
+    rows = next(iter(trainer.get_train_dataloader()))
+    assert "segmentation_weights" not in trainer._generate_and_score_completions(rows), "an evaluation chooses nothing"
+    alike = tiny_trainer(tmp_path, reward_funcs=[constant], **settings)
+    assert generate(alike)["segmentation_weights"].tolist() == [1.0] * 4, "nothing to choose between"
+    alike.train()
+    assert math.isfinite(alike.state.log_history[0]["loss"])
+    with pytest.raises(ValueError, match="'all' or 'at_least_mean', got 'best'"):
+        SegCompassGRPOConfig(str(tmp_path), segmentation_completions="best", use_cpu=True)
+
+
+def second_of_a_pair(completions, **kwargs):
+    return [0.0, 1.0] * (len(completions) // 2)
+
+
+def constant(completions, **kwargs):
+    return [0.1] * len(completions)
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="bf16 is the default on a GPU")
 def test_settings_need_nothing_said_about_a_missing_gpu(tmp_path):
     assert not SegCompassGRPOConfig(str(tmp_path)).bf16

@@ -243,6 +243,27 @@ def test_a_batch_without_objects_trains_confidence_alone():
     assert leaves["slot_logits"].grad.ne(0).all()
 
 
+@pytest.mark.parametrize("pixel_reduction", ["map", "batch"])
+def test_a_sample_of_weight_zero_is_not_there(pixel_reduction):
+    inputs = batch()
+    chosen = torch.tensor([True, True, False, True])
+    weighted = segmentation_loss(**inputs, sample_weights=chosen.float(), pixel_reduction=pixel_reduction)
+    without = segmentation_loss(**rows(inputs, chosen), pixel_reduction=pixel_reduction)
+    terms = ("heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
+    for name in ("loss", "segmentation_loss", "confidence_loss", *terms):
+        torch.testing.assert_close(weighted[name], without[name])
+    assert not torch.isclose(weighted.loss, segmentation_loss(**inputs).loss)
+    assert segmentation_loss(**inputs, sample_weights=torch.zeros(4)).loss == 0
+
+
+def test_weights_of_samples_are_relative():
+    inputs = batch(counts=(2, 1, 3, 1))
+    alike = segmentation_loss(**inputs, sample_weights=torch.full((4,), 0.25))
+    torch.testing.assert_close(alike.loss, segmentation_loss(**inputs).loss)
+    with pytest.raises(ValueError, match=r"sample_weights has shape \(3,\), expected \(4,\)"):
+        segmentation_loss(**inputs, sample_weights=torch.ones(3))
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_micro_batches_add_up_to_the_batch(as_tensor):
     inputs = batch()

@@ -19,7 +19,7 @@ import signal_share  # noqa: E402
 
 def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
     used = {arm for arms in settings.SEEDS.values() for arm in arms}
-    assert used == set(settings.ARMS) <= set(ablation_report.NAMES)
+    assert used == set(settings.ARMS) == set(ablation_report.COLORS) <= set(ablation_report.NAMES)
     assert set(settings.SEEDS) == set(ablation_report.STARTS) <= set(settings.STARTS)
     sampling = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "temperature"}
     assert not any(sampling & set(changes) for changes in settings.ARMS.values())

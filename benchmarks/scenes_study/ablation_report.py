@@ -23,6 +23,7 @@ NAMES = {
     "rl_only": "RL only (heads frozen)",
     "seg_only": "segmentation losses only",
     "both": "both",
+    "both_better": "both, masks from the better half",
     "latent": "latent queries, both losses",
 }
 COMPARED = (
@@ -34,6 +35,9 @@ COMPARED = (
     ("both", "rl_only"),
     ("seg_only", "rl_only"),
     ("both", "latent"),
+    ("both_better", "start"),
+    ("both_better", "seg_only"),
+    ("both_better", "both"),
 )
 CURVES = {
     "reward": "reward",
@@ -42,6 +46,13 @@ CURVES = {
     "completions/mean_length": "tokens per completion",
     "frac_reward_zero_std": "groups without reward variance",
     "entropy": "entropy per token",
+}
+COLORS = {
+    "rl_only": "#7A8190",
+    "seg_only": "#2A9DF4",
+    "both": "#E8910C",
+    "both_better": "#16A34A",
+    "latent": "#8B5CF6",
 }
 RESAMPLES = 2000
 
@@ -154,13 +165,13 @@ def plot(start: str, curves: dict[str, list]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True)
-    for color, (arm, seeds) in zip(("#7A8190", "#2A9DF4", "#E8910C", "#8B5CF6"), curves.items(), strict=False):
+    for arm, seeds in curves.items():
         for index, history in enumerate(seeds):
             steps = [entry["step"] for entry in history]
             for axis, name in zip(axes.flat, CURVES, strict=True):
                 values = np.array([np.nan if entry[name] is None else entry[name] for entry in history], float)
                 smooth = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
-                axis.plot(steps, smooth, color=color, alpha=0.8, lw=1.2, label=NAMES[arm] if index == 0 else None)
+                axis.plot(steps, smooth, color=COLORS[arm], alpha=0.8, lw=1.2, label=NAMES[arm] if index == 0 else None)
     for axis, title in zip(axes.flat, CURVES.values(), strict=True):
         axis.set_title(title)
     for axis in axes[1]:

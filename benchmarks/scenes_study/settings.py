@@ -29,9 +29,11 @@ ARMS = {
     "rl_only": {"train_heads": False, "seg_loss_weight": 0.0, "conf_loss_weight": 0.0},
     "seg_only": {"policy_loss_weight": 0.0, "beta": 0.0},
     "both": {},
+    "both_better": {"segmentation_completions": "at_least_mean"},
     "latent": {},  # as "both", concept path replaced
 }
-SEEDS = {"cold": {"rl_only": (0,), "seg_only": (0, 1, 2), "both": (0, 1, 2), "latent": (0, 1, 2)}}
+THREE = (0, 1, 2)
+SEEDS = {"cold": {"rl_only": (0,), "seg_only": THREE, "both": THREE, "both_better": THREE, "latent": THREE}}
 ARM_STEPS = 100
 GRPO = {
     "per_device_train_batch_size": 32,

@@ -184,6 +184,7 @@ def segmentation_loss(
     pixel_reduction: Literal["map", "batch"] = "map",
     num_items: int | torch.Tensor | None = None,
     num_samples: int | torch.Tensor | None = None,
+    sample_weights: torch.Tensor | None = None,
 ) -> SegmentationLossOutput:
     """
     `L_seg = w_b BCE(heatmap) + w_hd Dice(heatmap) + w_d Dice(mask) + w_f focal(mask)` on matched pairs, and
@@ -218,6 +219,9 @@ def segmentation_loss(
             Samples that the mean of L_seg is taken over, when the batch is a part of a larger one (accumulation,
             processes): the non-empty ones, or all with `empty_samples="zero"`.
         num_samples (`int` or `torch.Tensor`, *optional*): All samples of that larger batch, for L_conf.
+        sample_weights (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            Weight of every sample in the means of L_seg and L_conf, 0 or more; `num_items` and `num_samples` are then
+            sums of weights. All 1 when missing.
 
     Returns:
         [`SegmentationLossOutput`]
@@ -252,11 +256,19 @@ def segmentation_loss(
     area = torch.ones_like(targets) if valid_area is None else valid_area[samples, 0].float()
 
     pairs_per_sample = torch.tensor(assignments.pairs_per_sample, device=heatmaps.device)
+    if sample_weights is None:
+        sample_weights = torch.ones(batch_size, device=heatmaps.device)
+    elif sample_weights.shape != (batch_size,):
+        raise ValueError(f"sample_weights has shape {tuple(sample_weights.shape)}, expected ({batch_size},).")
     if num_items is None:
-        num_items = (pairs_per_sample > 0).sum().clamp(min=1) if empty_samples == "exclude" else batch_size
-    pair_weights = 1 / (pairs_per_sample[samples] * num_items)  # mean over a sample's pairs, then over samples
+        num_items = _total(sample_weights * (pairs_per_sample > 0) if empty_samples == "exclude" else sample_weights)
+    # mean over a sample's pairs, then over samples
+    pair_weights = sample_weights[samples] / (pairs_per_sample[samples] * num_items)
     pixels = area.sum((1, 2)).clamp(min=1)
-    map_weights = pair_weights / pixels if pixel_reduction == "map" else 1 / pixels.sum().clamp(min=1)
+    if pixel_reduction == "map":
+        map_weights = pair_weights / pixels
+    else:
+        map_weights = sample_weights[samples] / (sample_weights[samples] * pixels).sum().clamp(min=1)
 
     heatmap_bce = _bce_sums(heatmaps, targets, area)
     mask_focal = _focal_sums(masks, targets, area)
@@ -272,8 +284,9 @@ def segmentation_loss(
         + mask_dice_weight * terms["mask_dice"]
         + mask_focal_weight * terms["mask_focal"]
     )
-    num_samples = batch_size if num_samples is None else num_samples
-    conf_loss = _confidence_loss(slot_logits, assignments, num_samples, seg_loss)
+    if num_samples is None:
+        num_samples = _total(sample_weights)
+    conf_loss = _confidence_loss(slot_logits, assignments, sample_weights / num_samples, seg_loss)
     return SegmentationLossOutput(
         loss=seg_loss_weight * seg_loss + conf_loss_weight * conf_loss,
         segmentation_loss=seg_loss,
@@ -283,10 +296,16 @@ def segmentation_loss(
     )
 
 
+def _total(weights: torch.Tensor) -> torch.Tensor:
+    """Sum of the weights to divide by; 1 where there are none."""
+    total = weights.sum()
+    return total + (total == 0)
+
+
 def _confidence_loss(
     slot_logits: torch.Tensor | None,
     assignments: SlotAssignments,
-    num_samples: int | torch.Tensor,
+    sample_weights: torch.Tensor,
     like: torch.Tensor,
 ) -> torch.Tensor:
     if slot_logits is None:
@@ -294,7 +313,7 @@ def _confidence_loss(
     matched = torch.zeros_like(slot_logits, dtype=torch.float32)
     matched[assignments.pairs] = 1.0
     per_slot = F.binary_cross_entropy_with_logits(slot_logits.float(), matched, reduction="none")
-    return per_slot.mean(1).sum() / num_samples
+    return (per_slot.mean(1) * sample_weights).sum()
 
 
 def _bce_sums(logits: torch.Tensor, targets: torch.Tensor, area: torch.Tensor) -> torch.Tensor:

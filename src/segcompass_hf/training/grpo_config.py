@@ -39,6 +39,9 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
         match_confidence_weight (`float`, *optional*): How much matching prefers confident slots; as above.
         loss_weight_switch_step (`int`, *optional*): From this optimizer step on, `switched_loss_weights` count.
         switched_loss_weights (`dict[str, float]`, *optional*): Names as above -> weights after the switch.
+        segmentation_completions (`str`, defaults to `"all"`): Which completions L_seg and L_conf learn from: `"all"`
+            (the method), or those rewarded `"at_least_mean"` of their group. Masks asked for behind reasoning that
+            means other objects teach the heads not to follow the reasoning.
         train_heads (`bool`, defaults to `True`): Whether codebook, slot encoder, slot mapper and SAM's decoder train.
         train_token_rows (`str`, *optional*): See [`SegCompassConfig`]; its value when left out.
         codebook_lr_factor, slot_mapper_lr_factor, prompt_encoder_lr_factor, mask_decoder_lr_factor (`float`): Factors
@@ -77,6 +80,9 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
     switched_loss_weights: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Loss weights after the switch."}
     )
+    segmentation_completions: Literal["all", "at_least_mean"] = field(
+        default="all", metadata={"help": "Completions that the segmentation losses learn from."}
+    )
     train_heads: bool = field(default=True, metadata={"help": "Whether the segmentation heads train."})
     train_token_rows: Literal["head", "none", "both"] | None = field(
         default=None, metadata={"help": "Which rows of the added tokens train."}
@@ -107,6 +113,10 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
             raise ValueError(
                 "loss_weight_switch_step and switched_loss_weights go together, got "
                 f"{self.loss_weight_switch_step} and {self.switched_loss_weights}."
+            )
+        if self.segmentation_completions not in ("all", "at_least_mean"):
+            raise ValueError(
+                f"segmentation_completions is 'all' or 'at_least_mean', got {self.segmentation_completions!r}."
             )
         if self.one_cycle_final_factor < 1:
             raise ValueError(f"one_cycle_final_factor divides the learning rate, got {self.one_cycle_final_factor}.")

@@ -134,6 +134,7 @@ def _segmentation(
         empty_samples=model.config.empty_samples,
         num_items=targets.get("num_segmentation_items"),
         num_samples=targets.get("num_samples"),
+        sample_weights=targets.get("segmentation_weights"),
         **targets["loss_weights"],
     )
 

@@ -199,7 +199,10 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             output = super()._generate_and_score_completions(inputs)
         finally:
             self.beta, self._rollouts = beta, None
-        return output | targets.columns()
+        columns = targets.columns()
+        if self.model.training and self.args.segmentation_completions == "at_least_mean":
+            columns["segmentation_weights"] = (output["advantages"] > -1e-6).float()  # rounding: equal rewards
+        return output | columns
 
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
         arguments = (prompt_ids, images, multimodal_fields, num_generations)
@@ -286,8 +289,11 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         return inputs
 
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
-        """Tell every micro-batch how many samples its accumulation window has over all processes."""
-        counts = [[float((batch["num_objects"] > 0).sum()), len(batch["num_objects"])] for batch in batches]
+        """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
+        counts = []
+        for batch in batches:
+            weights = batch.get("segmentation_weights", torch.ones_like(batch["num_objects"], dtype=torch.float32))
+            counts.append([float(weights[batch["num_objects"] > 0].sum()), float(weights.sum())])
         counts = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), "sum")  # (batches, 2)
         size = self.args.gradient_accumulation_steps
         if len(batches) % size:  # windows reach over several samplings: take this one's average
@@ -298,12 +304,12 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         for batch, (with_objects, samples) in zip(batches, windows.tolist(), strict=True):
             every = self.core.config.empty_samples == "zero"
             batch["num_segmentation_items"] = max(samples if every else with_objects, 1)
-            batch["num_samples"] = samples
+            batch["num_samples"] = max(samples, 1)
 
     def _compute_loss(self, model, inputs):
         step = self.state.global_step
         names = ("num_objects", "reshaped_input_sizes", "completion_mask", "num_segmentation_items", "num_samples")
-        targets = {name: inputs.get(name) for name in names}
+        targets = {name: inputs.get(name) for name in (*names, "segmentation_weights")}
         targets |= {name: torch.stack(inputs[name]) for name in ("image_embeddings", "mask_labels")}
         targets["loss_weights"] = self.args.loss_weights(self.core.config, step)
         self._joint_call = JointCall(model, inputs, targets)
