@@ -171,7 +171,8 @@ def plot(start: str, curves: dict[str, list]) -> None:
             for axis, name in zip(axes.flat, CURVES, strict=True):
                 values = np.array([np.nan if entry[name] is None else entry[name] for entry in history], float)
                 smooth = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
-                axis.plot(steps, smooth, color=COLORS[arm], alpha=0.8, lw=1.2, label=NAMES[arm] if index == 0 else None)
+                label = NAMES[arm] if index == 0 else None
+                axis.plot(steps, smooth, color=COLORS[arm], alpha=0.8, lw=1.2, label=label)
     for axis, title in zip(axes.flat, CURVES.values(), strict=True):
         axis.set_title(title)
     for axis in axes[1]:
