@@ -170,6 +170,8 @@ def plot(start: str, curves: dict[str, list]) -> None:
             steps = [entry["step"] for entry in history]
             for axis, name in zip(axes.flat, CURVES, strict=True):
                 values = np.array([np.nan if entry[name] is None else entry[name] for entry in history], float)
+                if np.isnan(values).all():  # no KL where there is no reference
+                    continue
                 smooth = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
                 label = NAMES[arm] if index == 0 else None
                 axis.plot(steps, smooth, color=COLORS[arm], alpha=0.8, lw=1.2, label=label)
