@@ -42,7 +42,7 @@ class LoopbackHub:
         self.uploads, self.requests = [], []
         self.lose_uploads = self.lose_downloads = 0
         self.hold_after, self.started = None, 0
-        self.held, self.release = threading.Event(), threading.Event()
+        self.enough, self.held, self.release = threading.Event(), threading.Event(), threading.Event()
         self.tokens = {TOKEN: OWNER}
         self.lock = threading.RLock()
         self.server = _Server(("127.0.0.1", 0), type("Handler", (HubHandler,), {"hub": self}))

@@ -195,6 +195,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.hub.started += 1
             hold = self.hub.hold_after is not None and self.hub.started > self.hub.hold_after
         if hold:
+            self.hub.enough.wait(60)
             self.hub.held.set()
             self.hub.release.wait(60)
         with self.hub.lock:
@@ -209,6 +210,8 @@ class HubHandler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.large_files[sha256] = content
             self.hub.uploads.append(sha256)
+            if len(self.hub.uploads) == self.hub.hold_after:
+                self.hub.enough.set()
         self._json({})
 
     def verify(self, body: bytes) -> None:
