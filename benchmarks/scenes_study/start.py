@@ -2,6 +2,7 @@
 
     python benchmarks/scenes_study/start.py strict
     python benchmarks/scenes_study/start.py cold
+    python benchmarks/scenes_study/start.py practised    # goes on from the warm-up of `cold`, which must be there
 
 Stages of `examples/train_scenes_tiny.py` with fewer steps; after `vision`, which sees no instruction, only kinds of
 `TAUGHT` are seen (but for what `STARTS` says). SAM, which never sees one either, is the bundled checkpoint's.
