@@ -1,12 +1,16 @@
-"""What reinforcement could learn from: how far the samples of one prompt differ in IoU, per kind and temperature.
+"""What reinforcement could learn from: how far the samples of one prompt differ, per kind and temperature.
 
     python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --temperatures 1 1.5 2
 
 `flat`: share of the prompts whose samples all have the same IoU (standard deviation below 0.02), which teach nothing.
+`right`: share of the samples whose written answer is the reference's; `mixed`: share of the prompts with right and
+wrong ones, where rewards tell reasoning from reasoning and not only mask from mask.
 """
 
 import argparse
+import sys
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +21,14 @@ from segcompass_hf.data.schema import decode_masks
 from segcompass_hf.metrics.segmentation import score_sample
 from segcompass_hf.training import format_reward
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scenes_evaluation import read_steps  # noqa: E402
+
 PROMPTS_AT_ONCE = 12
 
 
-def sampled_ious(model, processor, rows: list[dict], temperature: float, samples: int) -> tuple[dict, list[float]]:
-    """IoU of every sample by kind, `(prompts, samples)`, and the format reward of every completion."""
+def sample(model, processor, rows: list[dict], temperature: float, samples: int) -> tuple[dict, list[float]]:
+    """IoU of every sample and whether its answer is right, by kind `(prompts, 2, samples)`; every format reward."""
     by_kind, formats = defaultdict(list), []
     for start in range(0, len(rows), PROMPTS_AT_ONCE):
         prompts = rows[start : start + PROMPTS_AT_ONCE]
@@ -39,8 +46,13 @@ def sampled_ious(model, processor, rows: list[dict], temperature: float, samples
             score_sample(answer["masks"], decode_masks(row["masks"], row["image"].size[::-1])).iou
             for row, answer in zip(copies, answers, strict=True)
         ]
+        right = [
+            read_steps(answer["text"])[1] == read_steps(row["reasoning"])[1]
+            for row, answer in zip(copies, answers, strict=True)
+        ]
         for index, row in enumerate(prompts):
-            by_kind[row["kind"]].append(ious[index * samples : (index + 1) * samples])
+            its = slice(index * samples, (index + 1) * samples)
+            by_kind[row["kind"]].append((ious[its], right[its]))
     return by_kind, formats
 
 
@@ -56,13 +68,16 @@ def main() -> None:
     rows = list(scenes.iterate("val", given.num_prompts, seed=3))
     for temperature in given.temperatures:
         torch.manual_seed(0)
-        by_kind, formats = sampled_ious(model, processor, rows, temperature, given.samples)
+        by_kind, formats = sample(model, processor, rows, temperature, given.samples)
         print(f"temperature {temperature}: well-formed {np.mean(np.array(formats) > 0):.2f}")
         for kind, values in sorted(by_kind.items()):
-            ious = np.array(values)
-            flat = (ious.std(1) < 0.02).mean()
-            best = ious.max(1).mean()
-            print(f"  {kind:12} {len(ious):3} prompts, mean {ious.mean():.2f}, best {best:.2f}, flat {flat:.2f}")
+            ious, right = np.moveaxis(np.array(values, float), 1, 0)
+            flat, best = (ious.std(1) < 0.02).mean(), ious.max(1).mean()
+            mixed = (right.min(1) != right.max(1)).mean()
+            print(
+                f"  {kind:12} {len(ious):3} prompts, IoU mean {ious.mean():.2f}, best {best:.2f}, flat {flat:.2f}; "
+                f"answers right {right.mean():.2f}, mixed {mixed:.2f}"
+            )
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ RESULTS = Path("benchmarks/results/scenes_study")
 # Kinds of instruction with reference reasoning in the ablation; reinforcement has to find the rest.
 TAUGHT = ("attribute", "superlative", "set")
 
+
 # Three starts. Of the kinds that are not taught, "strict" has seen nothing; "cold" has seen every 32nd scene of its
-# warm-up with reference reasoning of any kind; "practised" goes on from the warm-up of "cold" with all kinds for a while
-# (PROTOCOL.md says why there are three).
+# warm-up with reference reasoning of any kind; "practised" goes on from the warm-up of "cold" with all kinds for a
+# while (PROTOCOL.md says why there are three).
 def _start(seed: int, any_kind_every: int | None) -> dict[str, Stage]:
     return {
         "vision": STAGES["vision"],
