@@ -16,7 +16,10 @@ from settings import ARM_STEPS, ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO,
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
 
-STARTS = {"cold": "Start: every 32nd scene of the warm-up of any kind"}
+STARTS = {
+    "cold": "Start: every 32nd scene of the warm-up of any kind",
+    "practised": "Start: the same, then 400 steps of warm-up with all kinds, heads taught with all kinds",
+}
 NAMES = {
     "start": "shared start",
     "start-latent": "latent queries, start",
@@ -143,7 +146,7 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
         record["differences"][f"{first} - {second}"] = cells
         row = " | ".join(_difference(*cell) for cell in cells.values())
         lines.append(f"| {NAMES[first]} - {NAMES[second]} | {row} |")
-    lines += ["", "### gIoU by kind, mean of the splits", "", "The first three had reference reasoning.", ""]
+    lines += ["", "### gIoU by kind, mean of the splits", "", f"Taught: {', '.join(TAUGHT)}.", ""]
     lines += ["| arm | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
     for arm, scores in arms.items():
         # a split without a kind (no form of `count` is held out) has no mean of it

@@ -45,7 +45,10 @@ ARMS = {
     "latent": {},  # as "both", concept path replaced
 }
 THREE = (0, 1, 2)
-SEEDS = {"cold": {"rl_only": (0,), "seg_only": THREE, "both": THREE, "both_better": THREE, "latent": THREE}}
+SEEDS = {
+    "cold": {"rl_only": (0,), "seg_only": THREE, "both": THREE, "both_better": THREE, "latent": THREE},
+    "practised": {"rl_only": THREE, "seg_only": THREE, "both": THREE},
+}
 ARM_STEPS = 100
 GRPO = {
     "per_device_train_batch_size": 32,

@@ -1,13 +1,15 @@
 """How much of a gradient is signal: the policy gradient against that of reference reasoning, 8 prompts each.
 
-    python benchmarks/scenes_study/signal_share.py
+    python benchmarks/scenes_study/signal_share.py --start cold
 
-Gradients of the layers that train, of the start of the ablation, from independent batches: `g = s + n` with a common
+Gradients of the layers that train, of a start of the ablation, from independent batches: `g = s + n` with a common
 `s`. The mean cosine of two of them estimates `rho = |s|^2 / (|s|^2 + E|n|^2)`, and `8 (1 - rho) / rho` prompts are
-needed for as much signal as noise in one step. Nothing is trained. Writes `signal.md` and `signal.json`.
+needed for as much signal as noise in one step. Nothing is trained. Writes `signal.md` and `signal.json`, where other
+starts stay as they are.
 """
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator
 from itertools import islice
@@ -18,7 +20,7 @@ import torch
 from ablation import load, start_of
 from datasets import Dataset
 from runs import commit, counted, write_json
-from settings import ARMS, GRPO, RESULTS, RUNS, TAUGHT
+from settings import ARMS, GRPO, RESULTS, RUNS, SEEDS, TAUGHT
 
 from segcompass_hf import SegCompassProcessor
 from segcompass_hf.data import scenes
@@ -106,28 +108,37 @@ def rows_of(record: dict) -> Iterator[str]:
         yield f"| {name} | {rho:.4f} [{low:.4f}, {high:.4f}] | {prompts} |"
 
 
+def sections(record: dict) -> Iterator[str]:
+    for start, its in record.items():
+        yield f"## Start: {start}"
+        yield ""
+        yield (
+            f"`python benchmarks/scenes_study/signal_share.py --start {start} --batches {its['batches']}`, commit "
+            f"{its['commit']}, {PROMPTS} prompts per batch. 95 %, jackknife over batches."
+        )
+        yield ""
+        yield "| gradient | mean cosine of two batches | prompts per step for as much signal as noise |"
+        yield "|---|---|---|"
+        yield from rows_of(its["gradients"])
+        yield ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=start_of("cold", "both"))
+    parser.add_argument("--start", choices=SEEDS, default="cold")
     parser.add_argument("--batches", type=int, default=24)
     given = parser.parse_args()
-    record = {}
-    with counted(RUNS / "signal", {"model": str(given.model), "batches": given.batches}):
+    path, cells = start_of(given.start, "both"), {}
+    with counted(RUNS / "signal", {"start": given.start, "batches": given.batches}):
         for name, kinds in KINDS.items():
             for source, measure in (("policy gradient", of_policy), ("reference reasoning", of_reference)):
-                record[f"{source}, {name}"] = share_of_signal(measure(given.model, kinds, given.batches))
-                print(name, source, record[f"{source}, {name}"], flush=True)
-    head = [
-        "# How much of a gradient is signal",
-        "",
-        f"`python benchmarks/scenes_study/signal_share.py`, commit {commit()}: {given.batches} batches of {PROMPTS} "
-        "prompts at the start of the ablation. 95 %, jackknife over batches.",
-        "",
-        "| gradient | mean cosine of two batches | prompts per step for as much signal as noise |",
-        "|---|---|---|",
-    ]
-    (RESULTS / "signal.md").write_text("\n".join([*head, *rows_of(record), ""]))
-    write_json(RESULTS / "signal.json", record)
+                cells[f"{source}, {name}"] = share_of_signal(measure(path, kinds, given.batches))
+                print(name, source, cells[f"{source}, {name}"], flush=True)
+    file = RESULTS / "signal.json"
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    record[given.start] = {"commit": commit(), "batches": given.batches, "gradients": cells}
+    write_json(file, record)
+    (RESULTS / "signal.md").write_text("\n".join(["# How much of a gradient is signal", "", *sections(record)]))
 
 
 if __name__ == "__main__":
