@@ -12,17 +12,30 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("trl")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "scenes_study"))
+import ablation  # noqa: E402
 import ablation_report  # noqa: E402
 import settings  # noqa: E402
 import signal_share  # noqa: E402
 
+from segcompass_hf.data import scenes  # noqa: E402
+
 
 def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
-    used = {arm for arms in settings.SEEDS.values() for arm in arms}
+    used = {arm for its in settings.ROUNDS.values() for arm in its.seeds}
     assert used == set(settings.ARMS) == set(ablation_report.COLORS) <= set(ablation_report.NAMES)
-    assert set(settings.SEEDS) == set(ablation_report.STARTS) <= set(settings.STARTS)
+    assert {its.start for its in settings.ROUNDS.values()} <= set(settings.STARTS)
+    assert (
+        len(set(settings.TAUGHT + settings.OTHERS)) == len(settings.TAUGHT) + len(settings.OTHERS) == len(scenes.KINDS)
+    )
     sampling = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "temperature"}
     assert not any(sampling & set(changes) for changes in settings.ARMS.values())
+
+
+def test_prompts_of_some_kinds_are_the_stream_without_the_others():
+    every = [row["sample_id"] for row in scenes.iterate("train", 40, seed=101) if row["kind"] in settings.OTHERS]
+    found = ablation.prompts_of(8, settings.OTHERS, seed=101)
+    assert found["sample_id"] == every[:8] and set(found["kind"]) <= set(settings.OTHERS)
+    assert found.features == ablation.prompts_of(8, None, seed=101).features
 
 
 def test_intervals_pair_scenes_and_draw_seeds_apart():

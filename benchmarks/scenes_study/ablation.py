@@ -1,27 +1,31 @@
 """One run of the ablation, trained and evaluated on every split:
 
-    python benchmarks/scenes_study/ablation.py --start cold --arm both --seed 0
-    python benchmarks/scenes_study/ablation.py                       # all starts, arms and seeds, one after the other
+    python benchmarks/scenes_study/ablation.py --round cold --arm both --seed 0
+    python benchmarks/scenes_study/ablation.py                       # all rounds, arms and seeds, one after the other
 
 Resumable. `--worker 0/2` and `--worker 1/2` in two shells share the list of runs. `--pilot NAME --set key=value ...`
-tries other settings outside of the study. Records lie in `runs/scenes-study/arms/<start>/<arm>-<seed>`.
+tries other settings outside of the study. Records lie in `runs/scenes-study/arms/<round>/<arm>-<seed>`.
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from latent import LatentQuerySegmentation, latent_folder
 from runs import counted, write_json
-from settings import ARM_STEPS, ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, RUNS, SEEDS, SPLITS
+from settings import ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, ROUNDS, RUNS, SPLITS, STARTS, Round
 from start import folder_of
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
+from segcompass_hf.data.schema import row_features
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
 from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer
 
@@ -52,13 +56,22 @@ def load(arm: str, folder: str | Path) -> SegCompassForReasoningSegmentation:
     return model
 
 
-def train(start: str, arm: str, seed: int, folder: Path, steps: int, changes: dict[str, Any]) -> None:
+def prompts_of(count: int, kinds: tuple[str, ...] | None, seed: int) -> Dataset:
+    """So many training scenes, of these kinds."""
+    if kinds is None:
+        return scenes.build("train", count, seed=seed)
+    every = scenes.iterate("train", 100 * count, seed=seed)
+    rows = list(islice((row for row in every if row["kind"] in kinds), count))
+    return Dataset.from_list(rows, features=row_features())
+
+
+def train(its: Round, arm: str, seed: int, folder: Path, changes: dict[str, Any]) -> None:
     """GRPO from the shared start; writes the model to `folder/model` and the curve to `folder/history.json`."""
     if (folder / "history.json").is_file():
         return
     arguments = SegCompassGRPOConfig(
         folder / "training",
-        max_steps=steps,
+        max_steps=its.steps,
         seed=seed,
         gradient_checkpointing=False,
         logging_steps=1,
@@ -66,14 +79,14 @@ def train(start: str, arm: str, seed: int, folder: Path, steps: int, changes: di
         save_total_limit=1,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
-        **{**GRPO, **ARMS[arm], **changes},
+        **{**GRPO, **its.changes, **ARMS[arm], **changes},
     )
-    prompts = steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    completions = its.steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
     trainer = SegCompassGRPOTrainer(
-        load(arm, start_of(start, arm)),
+        load(arm, start_of(its.start, arm)),
         args=arguments,
-        train_dataset=scenes.build("train", prompts // arguments.num_generations, seed=100 + seed),
-        processing_class=SegCompassProcessor.from_pretrained(start_of(start, arm)),
+        train_dataset=prompts_of(completions // arguments.num_generations, its.kinds, 100 + seed),
+        processing_class=SegCompassProcessor.from_pretrained(start_of(its.start, arm)),
     )
     trainer.train(resume_from_checkpoint=any((folder / "training").glob("checkpoint-*")))
     trainer.model.save_pretrained(folder / "model")
@@ -95,13 +108,18 @@ def evaluate(arm: str, model_folder: Path, folder: Path, splits=SPLITS, samples:
         evaluate_dataset(predictor, rows, folder / split, batch_size=32, dataset_name=split, page_samples=0)
 
 
-def run(start: str, arm: str, seed: int) -> None:
-    folder = RUNS / "arms" / start / f"{arm}-{seed}"
+def settings_of(its: Round, arm: str, seed: int) -> dict[str, Any]:
+    shared = {"start": its.start, "arm": arm, "seed": seed, "steps": its.steps, "kinds": its.kinds}
+    return {**shared, **GRPO, **its.changes, **ARMS[arm]}
+
+
+def run(name: str, arm: str, seed: int) -> None:
+    folder, its = RUNS / "arms" / name / f"{arm}-{seed}", ROUNDS[name]
     if (folder / "done.json").is_file():
         return
-    settings = {"start": start, "arm": arm, "seed": seed, "steps": ARM_STEPS, **GRPO, **ARMS[arm]}
+    settings = settings_of(its, arm, seed)
     with counted(folder, settings):
-        train(start, arm, seed, folder, ARM_STEPS, {})
+        train(its, arm, seed, folder, {})
         evaluate(arm, folder / "model", folder / "evaluation")
         write_json(folder / "done.json", settings)
 
@@ -113,18 +131,18 @@ def evaluate_start(start: str, arm: str) -> None:
         evaluate(arm, start_of(start, arm), folder / "evaluation")
 
 
-def pilot(name: str, start: str, arm: str, seed: int, steps: int, changes: dict[str, Any]) -> None:
+def pilot(name: str, its: Round, arm: str, seed: int, changes: dict[str, Any]) -> None:
     folder = RUNS / "pilots" / name
-    with counted(folder, {"start": start, "arm": arm, "seed": seed, "steps": steps, **GRPO, **ARMS[arm], **changes}):
-        train(start, arm, seed, folder, steps, changes)
+    with counted(folder, {**settings_of(its, arm, seed), **changes}):
+        train(its, arm, seed, folder, changes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", choices=SEEDS, help="only from this start")
+    parser.add_argument("--round", choices=ROUNDS, help="only this round")
     parser.add_argument("--arm", choices=ARMS, help="only this arm")
     parser.add_argument("--seed", type=int, help="only this seed")
-    parser.add_argument("--evaluate-start", action="store_true", help="evaluate what --arm starts from at --start")
+    parser.add_argument("--evaluate-start", choices=STARTS, help="evaluate this start, as --arm begins from it")
     parser.add_argument("--worker", default="0/1", help="this process's share of the runs, as INDEX/COUNT")
     parser.add_argument("--pilot", help="name of a run outside of the study")
     parser.add_argument("--steps", type=int, default=40, help="of a pilot")
@@ -132,23 +150,24 @@ def main() -> None:
     given = parser.parse_args()
     if given.pilot:
         changes = {key: json.loads(value) for key, value in (pair.split("=", 1) for pair in given.set)}
-        pilot(given.pilot, given.start or "cold", given.arm or "both", given.seed or 0, given.steps, changes)
+        its = dataclasses.replace(ROUNDS[given.round or "cold"], steps=given.steps)
+        pilot(given.pilot, its, given.arm or "both", given.seed or 0, changes)
         return
     if given.evaluate_start:
-        evaluate_start(given.start or "cold", given.arm or "both")
+        evaluate_start(given.evaluate_start, given.arm or "both")
         return
-    chosen = [(seed, start, arm) for start, arms in SEEDS.items() for arm, seeds in arms.items() for seed in seeds]
-    for position, wanted in enumerate((given.seed, given.start, given.arm)):
+    chosen = [(seed, name, arm) for name, its in ROUNDS.items() for arm, seeds in its.seeds.items() for seed in seeds]
+    for position, wanted in enumerate((given.seed, given.round, given.arm)):
         chosen = [one for one in chosen if wanted in (None, one[position])]
     index, count = map(int, given.worker.split("/"))
     mine = sorted(chosen)[index::count]
     if len(mine) == 1:
-        seed, start, arm = mine[0]
-        run(start, arm, seed)
+        seed, name, arm = mine[0]
+        run(name, arm, seed)
         return
-    for seed, start, arm in mine:  # a process each: memory of one run is gone before the next
-        if subprocess.call([sys.executable, __file__, "--start", start, "--arm", arm, "--seed", str(seed)]):
-            sys.exit(f"{start}, {arm}, seed {seed} failed; fix what its log says and run the same command again.")
+    for seed, name, arm in mine:  # a process each: memory of one run is gone before the next
+        if subprocess.call([sys.executable, __file__, "--round", name, "--arm", arm, "--seed", str(seed)]):
+            sys.exit(f"{name}, {arm}, seed {seed} failed; fix what its log says and run the same command again.")
 
 
 if __name__ == "__main__":

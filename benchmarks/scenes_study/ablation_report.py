@@ -11,15 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from runs import attempts, cpu_minutes, write_json
-from settings import ARM_STEPS, ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, RESULTS, RUNS, SEEDS, SPLITS, TAUGHT
+from settings import ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, RESULTS, ROUNDS, RUNS, SPLITS, TAUGHT
 
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
 
-STARTS = {
-    "cold": "Start: every 32nd scene of the warm-up of any kind",
-    "practised": "Start: the same, then 400 steps of warm-up with all kinds, heads taught with all kinds",
-}
 NAMES = {
     "start": "shared start",
     "start-latent": "latent queries, start",
@@ -97,12 +93,14 @@ def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, s
     return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
 
 
-def load(start: str) -> tuple[dict[str, Scores], dict[str, list]]:
-    """Scores of every finished arm from a start, and the curves of those that trained."""
-    arms, curves, seeds_of = {}, {}, SEEDS[start]
+def load(name: str) -> tuple[dict[str, Scores], dict[str, list]]:
+    """Scores of every finished arm of a round and of its start, and the curves of those that trained."""
+    arms, curves, its = {}, {}, ROUNDS[name]
     for arm in NAMES:
-        names = [f"{arm}-{seed}" for seed in seeds_of[arm]] if arm in seeds_of else [arm]
-        folders = [RUNS / "arms" / start / name for name in names]
+        if arm in ARMS:
+            folders = [RUNS / "arms" / name / f"{arm}-{seed}" for seed in its.seeds.get(arm, ())]
+        else:
+            folders = [RUNS / "arms" / its.start / arm]
         done = [f for f in folders if all((f / "evaluation" / split / "samples.jsonl").is_file() for split in SPLITS)]
         if not done:
             continue
@@ -161,7 +159,7 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
     return lines, record
 
 
-def plot(start: str, curves: dict[str, list]) -> None:
+def plot(name: str, curves: dict[str, list]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,8 +169,8 @@ def plot(start: str, curves: dict[str, list]) -> None:
     for arm, seeds in curves.items():
         for index, history in enumerate(seeds):
             steps = [entry["step"] for entry in history]
-            for axis, name in zip(axes.flat, CURVES, strict=True):
-                values = np.array([np.nan if entry[name] is None else entry[name] for entry in history], float)
+            for axis, key in zip(axes.flat, CURVES, strict=True):
+                values = np.array([np.nan if entry[key] is None else entry[key] for entry in history], float)
                 if np.isnan(values).all():  # no KL where there is no reference
                     continue
                 smooth = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
@@ -185,38 +183,42 @@ def plot(start: str, curves: dict[str, list]) -> None:
     axes[0, 0].legend(fontsize=8)
     figure.tight_layout()
     RESULTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(RESULTS / f"ablation_{start}.png", dpi=80)
+    figure.savefig(RESULTS / f"ablation_{name}.png", dpi=80)
+
+
+def commands() -> list[str]:
+    starts = sorted({its.start for its in ROUNDS.values()})  # "practised" goes on from "cold"
+    latent = sorted({its.start for its in ROUNDS.values() if "latent" in its.seeds})
+    lines = [f"start.py {start}" for start in starts] + [f"latent.py --start {start}" for start in latent]
+    lines += [f"ablation.py --evaluate-start {start}" for start in starts]
+    lines += [f"ablation.py --evaluate-start {start} --arm latent" for start in latent]
+    return [f"python benchmarks/scenes_study/{line}" for line in (*lines, "ablation.py", "ablation_report.py")]
 
 
 def main() -> None:
-    record, sections, runs = {"settings": {"steps": ARM_STEPS, **GRPO, "arms": ARMS}}, [], {}
-    for start, title in STARTS.items():
-        arms, curves = load(start)
+    record, sections, runs = {"settings": {**GRPO, "arms": ARMS}}, [], {}
+    for name, its in ROUNDS.items():
+        arms, curves = load(name)
         if not arms:
             continue
-        lines, record[start] = tables(arms)
-        sections += [f"## {title}", "", *lines, ""]
+        lines, record[name] = tables(arms)
+        record[name]["settings"] = {"start": its.start, "steps": its.steps, "kinds": its.kinds, **its.changes}
+        sections += [f"## Round {name}: {its.title}", ""]
+        sections += [f"{its.steps} optimizer steps of 8 prompts x 8 completions.", "", *lines, ""]
         if curves:
-            plot(start, curves)
-            sections += [f"![curves](ablation_{start}.png)", ""]
-        for folder in sorted((RUNS / "arms" / start).glob("*-[0-9]")):
+            plot(name, curves)
+            sections += [f"![curves](ablation_{name}.png)", ""]
+        for folder in sorted((RUNS / "arms" / name).glob("*-[0-9]")):
             commits = sorted({attempt["commit"] for attempt in attempts(folder)})
-            runs[f"{start}/{folder.name}"] = {"cpu_minutes": round(cpu_minutes(folder), 1), "commits": commits}
+            runs[f"{name}/{folder.name}"] = {"cpu_minutes": round(cpu_minutes(folder), 1), "commits": commits}
     record["runs"] = runs
     minutes = sum(run["cpu_minutes"] for run in runs.values())
     commits = ", ".join(sorted({commit for run in runs.values() for commit in run["commits"]}))
-    head = ["# Ablation: what reinforcement and the segmentation losses add", "", "```"]
-    for start in STARTS:
-        head += [f"python benchmarks/scenes_study/start.py {start}"]
-    head += ["python benchmarks/scenes_study/latent.py --start cold", "python benchmarks/scenes_study/ablation.py"]
-    for start in STARTS:
-        head += [f"python benchmarks/scenes_study/ablation.py --start {start} --evaluate-start"]
-    head += ["python benchmarks/scenes_study/ablation.py --start cold --arm latent --evaluate-start"]
-    head += ["python benchmarks/scenes_study/ablation_report.py", "```", ""]
+    head = ["# Ablation: what reinforcement and the segmentation losses add", "", "```", *commands(), "```", ""]
     head += [
-        f"{ARM_STEPS} optimizer steps of 8 prompts x 8 completions per run; {EVALUATION_SAMPLES} scenes per split "
-        f"(seed {EVALUATION_SEED}), greedy. {len(runs)} runs, {minutes:.0f} CPU minutes with evaluation, commits "
-        f"{commits}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: `scenes_study/PROTOCOL.md`.",
+        f"{EVALUATION_SAMPLES} scenes per split (seed {EVALUATION_SEED}), greedy. {len(runs)} runs, {minutes:.0f} CPU "
+        f"minutes with evaluation, commits {commits}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: "
+        "`scenes_study/PROTOCOL.md`.",
         "",
     ]
     write_json(RESULTS / "ablation.json", record)

@@ -1,6 +1,8 @@
 """Every number of the study on Scenes. What each run is for, and how it is judged, stands in PROTOCOL.md."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from segcompass_hf.training.scenes_recipe import STAGES, Stage
 
@@ -9,6 +11,7 @@ RESULTS = Path("benchmarks/results/scenes_study")
 
 # Kinds of instruction with reference reasoning in the ablation; reinforcement has to find the rest.
 TAUGHT = ("attribute", "superlative", "set")
+OTHERS = ("relation", "same-as", "ordinal", "count", "no-target")
 
 
 # Three starts. Of the kinds that are not taught, "strict" has seen nothing; "cold" has seen every 32nd scene of its
@@ -44,12 +47,6 @@ ARMS = {
     "both_better": {"segmentation_completions": "at_least_mean"},
     "latent": {},  # as "both", concept path replaced
 }
-THREE = (0, 1, 2)
-SEEDS = {
-    "cold": {"rl_only": (0,), "seg_only": THREE, "both": THREE, "both_better": THREE, "latent": THREE},
-    "practised": {"rl_only": THREE, "seg_only": THREE, "both": THREE},
-}
-ARM_STEPS = 100
 GRPO = {
     "per_device_train_batch_size": 32,
     "gradient_accumulation_steps": 2,  # 8 prompts of 8 completions
@@ -71,6 +68,41 @@ GRPO = {
     "heatmap_dice_weight": 0.6,
     "mask_dice_weight": 0.6,
     "mask_focal_weight": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Round:
+    """Arms that are compared with each other: one start, the same prompts and steps."""
+
+    title: str
+    start: str
+    seeds: dict[str, tuple[int, ...]]
+    steps: int = 100
+    kinds: tuple[str, ...] | None = None  # of the prompts; `None`: all
+    changes: dict[str, Any] = field(default_factory=dict)  # to `GRPO`, for every arm
+
+
+THREE = (0, 1, 2)
+ROUNDS = {
+    "cold": Round(
+        title="every 32nd scene of the warm-up of any kind",
+        start="cold",
+        seeds={"rl_only": (0,), "seg_only": THREE, "both": THREE, "both_better": THREE, "latent": THREE},
+    ),
+    "practised": Round(
+        title="the same, then 400 steps of warm-up with all kinds, and heads taught with all kinds",
+        start="practised",
+        seeds={"rl_only": (0,), "seg_only": (0,), "both": (0,)},
+    ),
+    "mended": Round(
+        title="as before; 400 steps, prompts of the kinds not taught, rewards scaled by the batch, decaying rate",
+        start="practised",
+        seeds={"rl_only": (0,), "seg_only": (0,), "both": (0,)},
+        steps=400,
+        kinds=OTHERS,
+        changes={"scale_rewards": "batch", "lr_scheduler_type": "linear"},
+    ),
 }
 SPLITS = ("val", "test_combinations", "test_pairs", "test_compositions", "test_crowded")
 EVALUATION_SEED, EVALUATION_SAMPLES = 7, 200

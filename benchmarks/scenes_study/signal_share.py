@@ -20,7 +20,7 @@ import torch
 from ablation import load, start_of
 from datasets import Dataset
 from runs import commit, counted, write_json
-from settings import ARMS, GRPO, RESULTS, RUNS, SEEDS, TAUGHT
+from settings import ARMS, GRPO, OTHERS, RESULTS, RUNS, STARTS, TAUGHT
 
 from segcompass_hf import SegCompassProcessor
 from segcompass_hf.data import scenes
@@ -30,7 +30,6 @@ from segcompass_hf.training.scenes_batches import SceneCollator, SceneSamples
 
 PROMPTS = 8
 SEED = 900
-OTHERS = ("relation", "same-as", "ordinal", "count", "no-target")
 KINDS = {"all kinds": None, "taught kinds": TAUGHT, "other kinds": OTHERS}
 
 
@@ -125,7 +124,7 @@ def sections(record: dict) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", choices=SEEDS, default="cold")
+    parser.add_argument("--start", choices=STARTS, default="cold")
     parser.add_argument("--batches", type=int, default=24)
     given = parser.parse_args()
     path, cells = start_of(given.start, "both"), {}
