@@ -27,7 +27,7 @@ from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcesso
 from segcompass_hf.data import scenes
 from segcompass_hf.data.schema import row_features
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
-from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer, SegmentationConfig, SegmentationTrainer
 
 KEPT = (
     "reward",
@@ -42,6 +42,7 @@ KEPT = (
     "grad_norm",
     "learning_rate",
 )
+HEADS = ("codebook", "slot_mapper", "prompt_encoder", "mask_decoder")
 
 
 def start_of(start: str, arm: str) -> Path:
@@ -66,32 +67,41 @@ def prompts_of(count: int, kinds: tuple[str, ...] | None, seed: int) -> Dataset:
 
 
 def train(its: Round, arm: str, seed: int, folder: Path, changes: dict[str, Any]) -> None:
-    """GRPO from the shared start; writes the model to `folder/model` and the curve to `folder/history.json`."""
+    """One arm from the shared start; writes the model to `folder/model` and the curve to `folder/history.json`."""
     if (folder / "history.json").is_file():
         return
-    arguments = SegCompassGRPOConfig(
-        folder / "training",
-        max_steps=its.steps,
-        seed=seed,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_steps=25,
-        save_total_limit=1,
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        **{**GRPO, **its.changes, **ARMS[arm], **changes},
-    )
-    completions = its.steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    trainer = SegCompassGRPOTrainer(
+    settings = {**GRPO, **its.changes, **ARMS[arm], **changes}
+    shared = {
+        "output_dir": folder / "training",
+        "max_steps": its.steps,
+        "seed": seed,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_steps": 25,
+        "save_total_limit": 1,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    completions = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    prompts = completions // settings["num_generations"]  # of a step
+    if arm == "reference":
+        kept = {name: settings[name] for name in ("learning_rate", "lr_scheduler_type", "warmup_steps", "bf16")}
+        frozen = {f"{part}_lr_factor": 0.0 for part in HEADS}
+        weights = {"lm_loss_weight": 1.0, "seg_loss_weight": 0.0, "conf_loss_weight": 0.0}
+        arguments = SegmentationConfig(per_device_train_batch_size=prompts, **shared, **kept, **frozen, **weights)
+        kind = SegmentationTrainer
+    else:
+        arguments, kind = SegCompassGRPOConfig(**shared, **settings), SegCompassGRPOTrainer
+    trainer = kind(
         load(arm, start_of(its.start, arm)),
         args=arguments,
-        train_dataset=prompts_of(completions // arguments.num_generations, its.kinds, 100 + seed),
+        train_dataset=prompts_of(its.steps * prompts, its.kinds, 100 + seed),
         processing_class=SegCompassProcessor.from_pretrained(start_of(its.start, arm)),
     )
     trainer.train(resume_from_checkpoint=any((folder / "training").glob("checkpoint-*")))
     trainer.model.save_pretrained(folder / "model")
     trainer.processing_class.save_pretrained(folder / "model")
-    steps_logged = [entry for entry in trainer.state.log_history if "reward" in entry]
+    steps_logged = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     write_json(folder / "history.json", [{k: entry.get(k) for k in ("step", *KEPT)} for entry in steps_logged])
 
 

@@ -24,11 +24,13 @@ NAMES = {
     "both": "both",
     "both_better": "both, masks from the better half",
     "latent": "latent queries, both losses",
+    "reference": "reference reasoning of the same prompts",
 }
 COMPARED = (
     ("both", "start"),
     ("rl_only", "start"),
     ("seg_only", "start"),
+    ("reference", "start"),
     ("latent", "start-latent"),
     ("both", "seg_only"),
     ("both", "rl_only"),
@@ -52,6 +54,7 @@ COLORS = {
     "both": "#E8910C",
     "both_better": "#16A34A",
     "latent": "#8B5CF6",
+    "reference": "#111827",
 }
 RESAMPLES = 2000
 

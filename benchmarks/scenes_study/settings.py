@@ -46,6 +46,7 @@ ARMS = {
     "both": {},
     "both_better": {"segmentation_completions": "at_least_mean"},
     "latent": {},  # as "both", concept path replaced
+    "reference": {},  # heads frozen; the language loss on reference reasoning of the same prompts instead of rewards
 }
 GRPO = {
     "per_device_train_batch_size": 32,
@@ -98,9 +99,16 @@ ROUNDS = {
     "mended": Round(
         title="as before; 400 steps, prompts of the kinds not taught, rewards scaled by the batch, decaying rate",
         start="practised",
-        seeds={"rl_only": (0,), "seg_only": (0,), "both": (0,)},
+        seeds={"rl_only": (0,), "both": (0,), "reference": (0,)},
         steps=400,
         kinds=OTHERS,
+        changes={"scale_rewards": "batch", "lr_scheduler_type": "linear"},
+    ),
+    "balanced": Round(
+        title='as "mended", prompts of all kinds',
+        start="practised",
+        seeds={"rl_only": (0,), "reference": (0,)},
+        steps=400,
         changes={"scale_rewards": "batch", "lr_scheduler_type": "linear"},
     ),
 }
