@@ -31,6 +31,8 @@ COMPARED = (
     ("rl_only", "start"),
     ("seg_only", "start"),
     ("reference", "start"),
+    ("rl_only", "reference"),
+    ("both", "reference"),
     ("latent", "start-latent"),
     ("both", "seg_only"),
     ("both", "rl_only"),
