@@ -1,6 +1,7 @@
 """What reinforcement could learn from: how far the samples of one prompt differ, per kind and temperature.
 
     python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --temperatures 1 1.5 2
+    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --num-prompts 96 --output FILE
 
 `flat`: share of the prompts whose samples all have the same IoU (standard deviation below 0.02), which teach nothing.
 `right`: share of the samples whose written answer is the reference's; `mixed`: share of the prompts with right and
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from runs import commit
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
@@ -62,22 +64,27 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[1.0])
     parser.add_argument("--num-prompts", type=int, default=48)
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
+    parser.add_argument("--output", type=Path, help="what is printed, as a text file, too")
     given = parser.parse_args()
     model = SegCompassForReasoningSegmentation.from_pretrained(given.model).eval()
     processor = SegCompassProcessor.from_pretrained(given.model)
     rows = list(scenes.iterate("val", given.num_prompts, seed=3))
+    lines = [f"{given.model}, {given.num_prompts} prompts, {given.samples} samples of each, commit {commit()}"]
     for temperature in given.temperatures:
         torch.manual_seed(0)
         by_kind, formats = sample(model, processor, rows, temperature, given.samples)
-        print(f"temperature {temperature}: well-formed {np.mean(np.array(formats) > 0):.2f}")
+        lines.append(f"temperature {temperature}: well-formed {np.mean(np.array(formats) > 0):.2f}")
         for kind, values in sorted(by_kind.items()):
             ious, right = np.moveaxis(np.array(values, float), 1, 0)
             flat, best = (ious.std(1) < 0.02).mean(), ious.max(1).mean()
             mixed = (right.min(1) != right.max(1)).mean()
-            print(
+            lines.append(
                 f"  {kind:12} {len(ious):3} prompts, IoU mean {ious.mean():.2f}, best {best:.2f}, flat {flat:.2f}; "
                 f"answers right {right.mean():.2f}, mixed {mixed:.2f}"
             )
+    print("\n".join(lines))
+    if given.output:
+        given.output.write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How much of a gradient is signal: the policy gradient against that of reference reasoning, 8 prompts each.
 
     python benchmarks/scenes_study/signal_share.py --start cold
+    python benchmarks/scenes_study/signal_share.py --start practised --scale-rewards batch
 
 Gradients of the layers that train, of a start of the ablation, from independent batches: `g = s + n` with a common
 `s`. The mean cosine of two of them estimates `rho = |s|^2 / (|s|^2 + E|n|^2)`, and `8 (1 - rho) / rho` prompts are
@@ -33,13 +34,14 @@ SEED = 900
 KINDS = {"all kinds": None, "taught kinds": TAUGHT, "other kinds": OTHERS}
 
 
-def of_policy(path: Path, kinds, batches: int) -> torch.Tensor:
+def of_policy(path: Path, kinds, batches: int, scale_rewards: str) -> torch.Tensor:
     """Policy gradients, `(batches, parameters)`: one step of the arm "RL only" each, at a learning rate of 0."""
     model, processor = load("rl_only", path), SegCompassProcessor.from_pretrained(path)
     every = scenes.iterate("train", 10 * PROMPTS * batches, seed=SEED)
     rows = list(islice((row for row in every if not kinds or row["kind"] in kinds), PROMPTS * batches))
     with tempfile.TemporaryDirectory() as folder:
         settings = {**GRPO, **ARMS["rl_only"], "learning_rate": 0.0, "beta": 0.0, "max_grad_norm": 1e9}
+        settings["scale_rewards"] = scale_rewards
         arguments = SegCompassGRPOConfig(
             folder,
             max_steps=batches,
@@ -108,12 +110,13 @@ def rows_of(record: dict) -> Iterator[str]:
 
 
 def sections(record: dict) -> Iterator[str]:
-    for start, its in record.items():
-        yield f"## Start: {start}"
+    for title, its in record.items():
+        options = f"--start {its['start']} --scale-rewards {its['scale_rewards']} --batches {its['batches']}"
+        yield f"## {title}"
         yield ""
         yield (
-            f"`python benchmarks/scenes_study/signal_share.py --start {start} --batches {its['batches']}`, commit "
-            f"{its['commit']}, {PROMPTS} prompts per batch. 95 %, jackknife over batches."
+            f"`python benchmarks/scenes_study/signal_share.py {options}`, commit {its['commit']}, {PROMPTS} prompts per "
+            "batch. 95 %, jackknife over batches."
         )
         yield ""
         yield "| gradient | mean cosine of two batches | prompts per step for as much signal as noise |"
@@ -125,17 +128,20 @@ def sections(record: dict) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", choices=STARTS, default="cold")
+    parser.add_argument("--scale-rewards", choices=("group", "batch"), default="group", help="TRL's option")
     parser.add_argument("--batches", type=int, default=24)
     given = parser.parse_args()
     path, cells = start_of(given.start, "both"), {}
-    with counted(RUNS / "signal", {"start": given.start, "batches": given.batches}):
+    with counted(RUNS / "signal", vars(given)):
         for name, kinds in KINDS.items():
-            for source, measure in (("policy gradient", of_policy), ("reference reasoning", of_reference)):
-                cells[f"{source}, {name}"] = share_of_signal(measure(path, kinds, given.batches))
-                print(name, source, cells[f"{source}, {name}"], flush=True)
+            gradients = of_policy(path, kinds, given.batches, given.scale_rewards)
+            cells[f"policy gradient, {name}"] = share_of_signal(gradients)
+            cells[f"reference reasoning, {name}"] = share_of_signal(of_reference(path, kinds, given.batches))
+            print(name, cells, flush=True)
     file = RESULTS / "signal.json"
     record = json.loads(file.read_text()) if file.is_file() else {}
-    record[given.start] = {"commit": commit(), "batches": given.batches, "gradients": cells}
+    title = f"Start {given.start}, rewards scaled by the {given.scale_rewards}"
+    record[title] = {"commit": commit(), **vars(given), "gradients": cells}
     write_json(file, record)
     (RESULTS / "signal.md").write_text("\n".join(["# How much of a gradient is signal", "", *sections(record)]))
 
