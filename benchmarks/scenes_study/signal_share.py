@@ -115,8 +115,8 @@ def sections(record: dict) -> Iterator[str]:
         yield f"## {title}"
         yield ""
         yield (
-            f"`python benchmarks/scenes_study/signal_share.py {options}`, commit {its['commit']}, {PROMPTS} prompts per "
-            "batch. 95 %, jackknife over batches."
+            f"`python benchmarks/scenes_study/signal_share.py {options}`, commit {its['commit']}, {PROMPTS} prompts "
+            "per batch. 95 %, jackknife over batches."
         )
         yield ""
         yield "| gradient | mean cosine of two batches | prompts per step for as much signal as noise |"
