@@ -17,6 +17,7 @@ import ablation_report  # noqa: E402
 import settings  # noqa: E402
 import signal_share  # noqa: E402
 
+from segcompass_hf import bundled_checkpoint  # noqa: E402
 from segcompass_hf.data import scenes  # noqa: E402
 
 
@@ -101,3 +102,16 @@ def test_share_of_signal_is_that_of_gradients_made_so():
     rows = list(signal_share.rows_of(cells))
     assert rows[0] == "| some | 0.2000 [0.1804, 0.2196] | 32 |"
     assert rows[1].endswith("| more than 33 |"), "8 (1 - 0.196) / 0.196"
+
+
+def test_reference_arm_trains_the_reasoning_and_leaves_the_heads(tmp_path, monkeypatch):
+    start = bundled_checkpoint()
+    monkeypatch.setattr(ablation, "start_of", lambda name, arm: start)
+    its = settings.Round("a step", "cold", {"reference": (0,)}, steps=1, kinds=("count",), changes={"warmup_steps": 0})
+    ablation.train(its, "reference", 0, tmp_path, {})
+    before = ablation.load("reference", start).state_dict()
+    after = ablation.load("reference", tmp_path / "model").state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith("vlm.") for name in changed)
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [entry["step"] for entry in history] == [1] and history[0]["learning_rate"] > 0
