@@ -13,7 +13,7 @@ help:
 	@echo "make test        environment, then every test that is not marked slow"
 	@echo "make slow        the slow tests"
 	@echo "make lint        ruff"
-	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (README: how long)"
+	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
 
 # The environment is renewed only when the packaging files change: one stamp for what the demo needs, one for all.
 $(BIN)/python:

@@ -1,4 +1,4 @@
-"""Packaging of segcompass_hf; the dependency ranges are those that CHANGELOG.md says were tested."""
+"""Packaging of segcompass_hf; CHANGELOG.md says which versions were tested."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ CORE = [
     "transformers>=5.17,<6",
     "safetensors>=0.8",
     "huggingface-hub>=1.5",
-    "numpy>=1.26",
+    "numpy>=2",
     "pillow>=10",
 ]
 EXTRAS = {

@@ -2,7 +2,8 @@
 
     python examples/evaluate.py --datasets scenes:val scenes:test_pairs --num-samples 100 --output out/evaluation
 
-On several GPUs: `accelerate launch examples/evaluate.py ...`. The same command goes on after a kill. Every folder
+Where a data set names its targets only, `all-objects` answers nothing. On several GPUs: `accelerate launch
+examples/evaluate.py ...`. The same command goes on after a kill. Every folder
 below the output holds records, a summary, plots and a page of samples; `model_index.yml` is for the model's card.
 """
 
@@ -15,7 +16,7 @@ import segcompass_hf
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset, load_dataset_of
 from segcompass_hf.evaluation.baselines import BASELINES, make_baseline
 from segcompass_hf.evaluation.processes import Processes
-from segcompass_hf.evaluation.report import model_index_yaml
+from segcompass_hf.evaluation.report import figure_cell, model_index_yaml
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(arguments.model).eval().to(processes.device or "cpu")
     processor = AutoProcessor.from_pretrained(arguments.model)
     predictors = [ModelPredictor(model, processor, name=Path(arguments.model).name)]
-    predictors += [make_baseline(name, model.sam, processor) for name in arguments.baselines]
+    predictors += [make_baseline(name, model.sam, processor, unknown="empty") for name in arguments.baselines]
 
     of_model = []
     lines = ["| data set | answers | samples | gIoU | cIoU | N-acc | T-acc |", "| --- " * 7 + "|"]
@@ -53,8 +54,7 @@ def main() -> None:
                 of_model.append(summary.figures)
             cells = [named.name, predictor.name, str(summary.figures["counts"]["samples"])]
             for name in ("gIoU", "cIoU", "N-acc", "T-acc"):
-                figure = summary.figures["metrics"][name]
-                cells.append(f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]")
+                cells.append(figure_cell(summary.figures["metrics"][name]))
             lines.append("| " + " | ".join(cells) + " |")
     processes.finish()
     if processes.is_main:

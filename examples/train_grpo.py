@@ -33,6 +33,8 @@ class ScriptArguments:
 
 def load_model(script: ScriptArguments):
     dtype = getattr(torch, script.dtype)
+    if script.vlm is not None and script.load_in_4bit:
+        raise SystemExit("load_in_4bit goes with a model; compose one around this vlm first (segcompass init).")
     if script.vlm is not None:
         processor = SegCompassProcessor.from_parts(script.vlm, script.sam, num_slots=script.num_slots)
         parts = {"sae": script.sae, "num_slots": script.num_slots, "processor": processor, "dtype": dtype}

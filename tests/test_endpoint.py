@@ -337,6 +337,11 @@ class TestServer:
         query = "/?reasoning=none&instruction=" + rows[0]["instruction"].replace(" ", "%20")
         status, answer = send(server, as_png(rows[0]["image"]), {"Content-Type": "image/png"}, query)
         assert (status, answer) == (200, directly(handler, rows[0]))
+        numbers = query + "&slot_logit_threshold=1e5&max_new_tokens=40"
+        status, answer = send(server, as_png(rows[0]["image"]), {"Content-Type": "image/png"}, numbers)
+        assert (status, answer["segments"]) == (200, [])
+        status, answer = send(server, b"", {"Content-Type": "image/png"}, query + "&max_new_tokens=many")
+        assert status == 400 and "max_new_tokens is 'many'; expected a whole number" in answer["error"]["message"]
 
     def test_many_at_once_a_third_of_them_malformed(self, server, handler, rows):
         expected = {row["instruction"]: directly(handler, row) for row in rows}

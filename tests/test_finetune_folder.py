@@ -207,6 +207,23 @@ def test_rows_without_reasoning_get_the_model_s_own(rows_with_one_reasoning):
     assert with_own_reasoning(filled, None) is filled
 
 
+def test_damaged_images_are_left_out_and_named(rows_with_one_reasoning, root, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    for name in ("transformers", "segcompass_hf"):
+        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
+    picture = root / "0.png"  # of things 0 and 1
+    Image.effect_noise((30, 20), 90).save(picture, "JPEG")
+    picture.write_bytes(picture.read_bytes()[:-200])  # its header, which the builder reads, is whole
+    rows = build_folder(root)
+    filled = with_own_reasoning(rows, Thinker(rows_with_one_reasoning.select([2, 3])), batch_size=2)
+    assert list(filled["instruction"]) == ["thing 2", "thing 3"]
+    assert "row 0 (" in caplog.text and "row 1 (" in caplog.text and "is unreadable and left out" in caplog.text
+    assert "1 got the model's own, 0 are left out" in caplog.text and "2 because their image" in caplog.text
+    with pytest.raises(ValueError, match="no row's image and masks can be read"):
+        with_own_reasoning(rows.select([0, 1]), None)
+
+
 def test_rows_whose_own_reasoning_leads_elsewhere_are_left_out(rows_with_one_reasoning):
     rows = rows_with_one_reasoning
     filled = with_own_reasoning(rows, Thinker(rows, misses=["thing 0", "thing 2"]))

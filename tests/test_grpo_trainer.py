@@ -292,12 +292,20 @@ def test_masks_are_learned_from_the_better_completions(tmp_path):
     assert generate(alike)["segmentation_weights"].tolist() == [1.0] * 4, "nothing to choose between"
     alike.train()
     assert math.isfinite(alike.state.log_history[0]["loss"])
+    groups_of_three = settings | {"num_generations": 3, "per_device_train_batch_size": 3}
+    inputs = generate(tiny_trainer(tmp_path, reward_funcs=[above_its_mean], **groups_of_three))
+    assert -1e-3 < inputs["advantages"].max() < -1e-4, "the mean of three equal rewards is rounded up"
+    assert inputs["segmentation_weights"].tolist() == [1.0] * 3, "and they are equal all the same"
     with pytest.raises(ValueError, match="'all' or 'at_least_mean', got 'best'"):
         SegCompassGRPOConfig(str(tmp_path), segmentation_completions="best", use_cpu=True)
 
 
 def second_of_a_pair(completions, **kwargs):
     return [0.0, 1.0] * (len(completions) // 2)
+
+
+def above_its_mean(completions, **kwargs):
+    return [0.37322431802749634] * len(completions)
 
 
 def constant(completions, **kwargs):

@@ -99,14 +99,18 @@ class TestComposes:
         assert made.sae_layer == 2 and "does not say which layer" in made.notes[0]
 
     def test_a_warmed_up_segcompass_gets_its_sae(self, parts, tmp_path):
-        compose_checkpoint(parts / "llava", parts / "sam", tmp_path / "start", num_slots=2, sae_layer=1, **SMALL)
+        own = {"concept_threshold": 0.5, "d_slot": 16, "mask_dice_weight": 0.7}
+        settings = SMALL | own | {"num_slots": 2, "sae_layer": 1}
+        compose_checkpoint(parts / "llava", parts / "sam", tmp_path / "start", **settings)
         first = AutoModel.from_pretrained(tmp_path / "start")
         with torch.no_grad():
             first.vlm.get_output_embeddings().weight.add_(0.5)  # the warm-up
         first.save_pretrained(tmp_path / "start")
-        made = compose_checkpoint(tmp_path / "start", None, tmp_path / "next", sae=parts / "sae", d_slot=32)
+        made = compose_checkpoint(tmp_path / "start", None, tmp_path / "next", sae=parts / "sae", mask_dice_weight=0.8)
         assert (made.num_slots, made.sae_layer, made.added_tokens) == (2, 1, [])
         second = AutoModel.from_pretrained(tmp_path / "next")
+        assert {name: getattr(second.config, name) for name in own} == own | {"mask_dice_weight": 0.8}
+        assert second.config.ref_token_id == first.config.ref_token_id and second.config.sae_config.d_sae == 48
         for part in ("vlm", "sam"):
             state = getattr(second, part).state_dict()
             assert all(torch.equal(state[name], w) for name, w in getattr(first, part).state_dict().items())

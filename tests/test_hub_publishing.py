@@ -284,6 +284,9 @@ class TestRefusals:
             check_stage(stage, [run])
         run["settings"]["predictor"]["dtype"] = "bfloat16"
         assert check_stage(stage, [run])[-1] == "figures on scenes val: of bfloat16 weights, not compared"
+        baseline = {"dataset": "scenes val", "predictor": "all-objects", "settings": {"predictor": {}}}
+        with pytest.raises(ValueError, match="not of a model's weights but of 'all-objects'"):
+            check_stage(stage, [baseline])
 
 
 def test_folders_of_this_machine_are_taken_out(folder, tmp_path):

@@ -243,6 +243,16 @@ class TestImages:
         with pytest.raises(FileNotFoundError, match="image 1: there is no file"):
             processor_of("llava")(images=[tiny.tiny_image(), tmp_path / "gone.png"], instruction="it")
 
+    def test_an_address_that_gives_none(self):
+        with pytest.raises(ValueError, match=r"image: 'http://127.0.0.1:9/x.png' gives no image \(Connect"):
+            to_rgb_image("http://127.0.0.1:9/x.png")  # nobody listens on the discard port
+
+    def test_more_pixels_than_pillow_decodes(self, tmp_path, monkeypatch):
+        Image.new("RGB", (30, 20)).save(tmp_path / "large.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.raises(ValueError, match="large.png' cannot be read as an image"):
+            to_rgb_image(tmp_path / "large.png")
+
     def test_truncated_file(self, tmp_path):
         path = tmp_path / "half.png"
         tiny.tiny_image(0, (200, 200)).save(path)

@@ -16,6 +16,7 @@ import ablation  # noqa: E402
 import ablation_report  # noqa: E402
 import settings  # noqa: E402
 import signal_share  # noqa: E402
+import start  # noqa: E402
 
 from segcompass_hf import bundled_checkpoint  # noqa: E402
 from segcompass_hf.data import scenes  # noqa: E402
@@ -30,6 +31,19 @@ def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
     )
     sampling = {"per_device_train_batch_size", "gradient_accumulation_steps", "num_generations", "temperature"}
     assert not any(sampling & set(changes) for changes in settings.ARMS.values())
+
+
+def test_a_start_takes_the_warm_up_it_goes_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(start, "RUNS", tmp_path)
+    assert {*settings.GOES_ON_FROM, *settings.GOES_ON_FROM.values()} <= set(settings.STARTS)
+    with pytest.raises(SystemExit, match="start-cold holds no finished vision; run start.py cold first"):
+        start.borrow("practised")
+    for stage in ("vision", "warmup"):
+        (tmp_path / "start-cold" / stage).mkdir(parents=True)
+        (tmp_path / "start-cold" / stage / start.LOG).write_text("{}")
+    for _ in range(2):
+        start.borrow("practised")
+        assert (tmp_path / "start-practised" / "warmup").resolve() == tmp_path / "start-cold" / "warmup"
 
 
 def test_prompts_of_some_kinds_are_the_stream_without_the_others():

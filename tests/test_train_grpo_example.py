@@ -46,6 +46,11 @@ def test_a_step_trains_what_is_above_the_sae_and_can_be_resumed(monkeypatch, tmp
     assert (tmp_path / "checkpoint-2").is_dir()
 
 
+def test_what_cannot_be_loaded_in_4_bit_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="load_in_4bit goes with a model; compose one around this vlm first"):
+        run(monkeypatch, tmp_path, vlm="some/vlm", load_in_4bit="true", lora_r=4)
+
+
 @pytest.mark.slow
 def test_adapters_are_saved_alone(monkeypatch, tmp_path):
     from segcompass_hf.training.adapters import load_adapter

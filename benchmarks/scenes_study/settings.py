@@ -37,6 +37,7 @@ def _practised(seed: int) -> dict[str, Stage]:
     }
 
 
+GOES_ON_FROM = {"practised": "cold"}  # start -> whose `vision` and `warmup` it uses
 STARTS = {"strict": _start(10, None), "cold": _start(20, 32), "practised": _practised(30)}
 
 # The ablation's arms: what of `policy_loss_weight * L_grpo + L_seg + L_conf` trains what.

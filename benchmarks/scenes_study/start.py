@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from runs import counted
-from settings import RUNS, STARTS
+from settings import GOES_ON_FROM, RUNS, STARTS
 
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.training.scenes_recipe import LOG, run_stage, split_checkpoint
@@ -28,6 +28,17 @@ IN_TWO = ("warmup", "joint")  # worth two processes on CPU
 
 def folder_of(start: str) -> Path:
     return RUNS / f"start-{start}"
+
+
+def borrow(start: str) -> None:
+    """Lay down the warm-up that a start goes on from."""
+    folder, source = folder_of(start), folder_of(GOES_ON_FROM[start])
+    for stage in ("vision", "warmup"):
+        if not (source / stage / LOG).exists():
+            sys.exit(f"{source} holds no finished {stage}; run start.py {GOES_ON_FROM[start]} first.")
+        if not (folder / stage).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / stage).symlink_to((source / stage).resolve())
 
 
 def launch(start: str, stage: str) -> None:
@@ -50,6 +61,8 @@ def main() -> None:
         with counted(folder / given.stage, dataclasses.asdict(stages[given.stage])):
             run_stage(given.stage, folder, stages[given.stage])
         return
+    if given.start in GOES_ON_FROM:
+        borrow(given.start)
     split_checkpoint(bundled_checkpoint(), folder, ("masks",))
     for stage in stages:
         if not (folder / stage / LOG).exists():

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import load_image
 
 MAX_ASPECT_RATIO = 200  # beyond it the vision encoders resize to strips without content, or to gigapixels
+FETCH_SECONDS = 30.0
 
 
 def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
@@ -30,12 +31,12 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
 
     Raises:
         `FileNotFoundError`: there is no such file.
-        `ValueError`: the file or the array is no image.
+        `ValueError`: the file or the array is no image, or an address gives none within 30 seconds.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        image = load_image(image)
+        image = _fetch(image, name)
     elif isinstance(image, (str, os.PathLike, bytes)):
         image = _open(image, name)
     elif isinstance(image, (np.ndarray, torch.Tensor)):
@@ -54,6 +55,15 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
     return _to_rgb(_upright(image, name))
 
 
+def _fetch(address: str, name: str) -> Image.Image:
+    try:
+        return load_image(address, timeout=FETCH_SECONDS)
+    except Exception as error:  # of whatever HTTP library transformers uses, or of PIL
+        raise ValueError(
+            f"{name}: {address!r} gives no image ({type(error).__name__}: {error}); is it right and reachable?"
+        ) from error
+
+
 def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
     if isinstance(source, bytes):
         import io
@@ -66,7 +76,7 @@ def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
     try:
         image = Image.open(source)
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(
             f"{name}: {shown!r} cannot be read as an image ({error}); is it damaged or not an image?"
         ) from error

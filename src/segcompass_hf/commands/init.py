@@ -35,8 +35,10 @@ def add_parser(commands: Any) -> None:
         "--sae-layer", type=int, help="index into hidden_states (the SAE's; else 16 LLaVA-1.5, 13 Qwen2.5-VL, half)"
     )
     parser.add_argument("--d-sae", type=positive, help="features of a new SAE (65536)")
-    parser.add_argument("--d-slot", type=positive, help="width of the slots (512)")
-    parser.add_argument("--concept-threshold", type=float, help="activations below it count as zero (2.0)")
+    parser.add_argument("--d-slot", type=positive, help="width of the slots (512, or the SegCompass's)")
+    parser.add_argument(
+        "--concept-threshold", type=float, help="activations below it count as zero (2.0, or the SegCompass's)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (the VLM's)")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (%(default)s)")
     parser.set_defaults(run=run)

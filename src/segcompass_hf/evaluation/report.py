@@ -104,14 +104,15 @@ def _table(groups: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = ["| | samples | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
     for group, metrics in groups.items():
         cells = [group.replace("|", "\\|"), str(metrics["gIoU"]["num_samples"])]
-        cells += [_cell(metrics[name]) for name in names]
+        cells += [figure_cell(metrics[name]) for name in names]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(figure: dict[str, float]) -> str:
+def figure_cell(figure: dict[str, float]) -> str:
+    """A figure and its interval for a table; a dash where no sample bears on it."""
     if not figure["num_samples"]:
-        return "–"  # nothing bears on it
+        return "–"
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..configuration_segcompass import SegCompassSaeConfig, default_sae_layer
+from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
 from .conversion_vlm import check_is_vlm
@@ -83,7 +83,7 @@ def compose_checkpoint(
         d_sae (`int`, *optional*): Features of a new SAE; 65,536 when left out.
         dtype (`str`, *optional*): `float32`, `bfloat16` or `float16` for everything; the VLM's own when left out.
         max_shard_size (`int` or `str`): Of a weight file.
-        config_kwargs: Further fields of [`SegCompassConfig`].
+        config_kwargs: Further fields of [`SegCompassConfig`]; a SegCompass checkpoint's own when left out.
 
     Returns:
         [`Composition`]
@@ -99,6 +99,7 @@ def compose_checkpoint(
     parts = _read_parts(vlm, sam)
     vlm_config = parts.vlm_config
     num_slots = num_slots or (parts.whole_config.num_slots if parts.whole_config is not None else 4)
+    config_kwargs = _own_settings(parts.whole_config) | config_kwargs
     notes: list[str] = []
     loaded_sae = None if sae is None else _load_sae(_source(sae, "sae"), sae_layer)
     layer = _choose_layer(vlm_config, loaded_sae, sae_layer, notes)
@@ -219,6 +220,15 @@ def _choose_layer(vlm_config: PretrainedConfig, sae: SegCompassSae | None, given
         )
     layer = given if given is not None else trained_on
     return default_sae_layer(vlm_config) if layer is None else layer
+
+
+def _own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
+    """What a SegCompass checkpoint says of itself, apart from its parts and what follows from them."""
+    if whole_config is None:
+        return {}
+    parts = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer"}
+    names = [name for name in SegCompassConfig.__annotations__ if name not in parts and not name.endswith("_token_id")]
+    return {name: getattr(whole_config, name) for name in names if hasattr(whole_config, name)}
 
 
 def _check_fit(

@@ -209,12 +209,17 @@ def _probe() -> Image.Image:
 
 
 def _check_figures(model: Any, run: dict[str, Any]) -> str:
-    """The evaluation was of these weights; where it ran in another precision that cannot be told."""
+    """The evaluation was of these weights; where it ran in another precision that cannot be compared."""
     from ..evaluation.predictors import weights_digest
 
     settings = run.get("settings", {}).get("predictor", {})
     evaluated, precision = settings.get("weights"), str(model.dtype).removeprefix("torch.")
-    if evaluated is None or settings.get("dtype", "").removeprefix("torch.") != precision:
+    if evaluated is None:
+        raise ValueError(
+            f"the evaluation on {run['dataset']} is not of a model's weights but of "
+            f"{run.get('predictor', 'unknown')!r}; a card holds the results of its own checkpoint: leave those out."
+        )
+    if settings.get("dtype", "").removeprefix("torch.") != precision:
         return f"figures on {run['dataset']}: of {settings.get('dtype', 'unknown')} weights, not compared"
     published = weights_digest(model)
     if evaluated != published:

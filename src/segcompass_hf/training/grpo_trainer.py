@@ -31,6 +31,9 @@ from .robust import RobustTrainerMixin
 from .sample_pictures import SamplePictureLogger, picture_sample
 from .vllm_rollouts import vllm_rollouts
 
+# Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
+EQUAL_REWARDS = 1e-3
+
 
 class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     """GRPO on the reasoning together with the segmentation losses on the masks.
@@ -201,7 +204,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             self.beta, self._rollouts = beta, None
         columns = targets.columns()
         if self.model.training and self.args.segmentation_completions == "at_least_mean":
-            columns["segmentation_weights"] = (output["advantages"] > -1e-6).float()  # rounding: equal rewards
+            columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
         return output | columns
 
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):

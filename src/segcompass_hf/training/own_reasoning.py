@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..data.readable_rows import UnreadableLog, check_row
 from ..data.schema import decode_mask, decode_masks
 from ..metrics import score_sample
 
@@ -29,7 +30,7 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
 
     Returns:
         `datasets.Dataset`: the rows that had reasoning and those whose own led to the masks, in their order, with
-        images as they were.
+        images as they were. Rows that cannot be read are named in warnings and left out.
 
     Raises:
         ValueError: no row is left.
@@ -38,19 +39,25 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     missing = [index for index, words in enumerate(reasonings) if not (words or "").strip()]
     if not missing:
         return dataset
-    wrong = set()
+    wrong, damaged, log = set(), set(), UnreadableLog(None, "own reasoning")
     for start in logging.tqdm(range(0, len(missing), batch_size), desc="own reasoning"):
         indices = missing[start : start + batch_size]
-        rows = [dataset[index] for index in indices]
-        for index, row, prediction in zip(indices, rows, predictor.predict(rows), strict=True):
+        rows = {index: row for index in indices if (row := _readable(dataset, index, log)) is not None}
+        damaged |= set(indices) - set(rows)
+        predictions = predictor.predict(list(rows.values())) if rows else []
+        for (index, row), prediction in zip(rows.items(), predictions, strict=True):
             reasonings[index] = prediction.reasoning
             if _iou(row, prediction) < min_iou:
                 wrong.add(index)
     logger.warning(
-        f"{len(missing)} of {len(dataset)} rows have no reasoning: {len(missing) - len(wrong)} got the model's own, "
-        f"{len(wrong)} are left out because it led to other masks (IoU below {min_iou})."
+        f"{len(missing)} of {len(dataset)} rows have no reasoning: {len(missing) - len(wrong | damaged)} got the "
+        f"model's own, {len(wrong)} are left out because it led to other masks (IoU below {min_iou}), "
+        f"{len(damaged)} because their image or masks cannot be read."
     )
-    if len(wrong) == len(dataset):
+    if len(damaged) == len(dataset):
+        raise ValueError("no row's image and masks can be read; the reasons are in the warnings before.")
+    left_out = wrong | damaged
+    if len(left_out) == len(dataset):
         raise ValueError(
             "the model's own reasoning led to other masks in every row; add a `reasoning` column, or start from a "
             "model that knows such images."
@@ -62,7 +69,20 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
         .add_column("reasoning", reasonings, feature=feature)
         .select_columns(columns)
     )
-    return filled.select([index for index in range(len(dataset)) if index not in wrong]) if wrong else filled
+    return filled.select([index for index in range(len(dataset)) if index not in left_out]) if left_out else filled
+
+
+def _readable(dataset: Any, index: int, log: UnreadableLog) -> dict[str, Any] | None:
+    try:
+        row = dataset[index]
+        check_row(row)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise about anything
+        sample_id = dataset.select_columns(["sample_id"])[index]["sample_id"]
+        log.add(index, sample_id, f"{type(error).__name__}: {error}", "left out")
+        return None
+    return row
 
 
 def _iou(row: dict[str, Any], prediction: Any) -> float:

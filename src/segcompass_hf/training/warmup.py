@@ -206,7 +206,8 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what the trainer was given: a bare VLM, a whole SegCompass, or (until merged) the adapters.
 
-        Checkpoints hold what trains, the VLM.
+        Checkpoints hold what trains, the VLM; so does the result where FSDP or ZeRO shares the weights
+        (`segcompass init --vlm RESULT --sam ...` puts it together again).
         """
         is_whole = self.segcompass is not None and not hasattr(self.model, "merge_and_unload")
         if not is_whole or _internal_call or self.is_fsdp_enabled or self.is_deepspeed_enabled:

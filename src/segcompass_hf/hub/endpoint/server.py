@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from transformers.utils import logging
+
+from .handler import THRESHOLDS
 
 logger = logging.get_logger(__name__)
 
@@ -96,8 +99,7 @@ class _Request(BaseHTTPRequestHandler):
             raise _Refused(413, f"the request is longer than {self.server.max_body} bytes.")
         body = self._read(int(length))
         if self.headers.get_content_type().startswith("image/"):
-            query = dict(parse_qsl(urlsplit(self.path).query))
-            return {"inputs": body, "parameters": query}
+            return {"inputs": body, "parameters": _from_query(dict(parse_qsl(urlsplit(self.path).query)))}
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -131,6 +133,16 @@ class _Request(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.info(format, *args)
+
+
+def _from_query(query: dict[str, str]) -> dict[str, Any]:
+    """Parameters as JSON would hold them; what is no number stays a text, which the handler refuses by name."""
+    parameters: dict[str, Any] = dict(query)
+    for kind, names in ((float, THRESHOLDS), (int, ("max_new_tokens",))):
+        for name in query.keys() & set(names):
+            with contextlib.suppress(ValueError):
+                parameters[name] = kind(query[name])
+    return parameters
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
