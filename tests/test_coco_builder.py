@@ -183,3 +183,26 @@ def test_real_annotations():
     assert len(dataset) == len(pairs) and set(dataset["kind"]) == {"single", "multi"}
     for row in dataset:
         check_row(row)
+
+
+def test_objects_are_not_lost_for_their_ids(tmp_path):
+    """Home-made files count from 1 in every image, or leave ids out; nothing refers to them."""
+    files = content()
+    one, two = files["annotations"][:2]
+    nameless = annotation(0, 25, square(2, 3, 5), category_id=1)
+    del nameless["id"]
+    one, two, cat = one | {"id": 1}, two | {"id": 1}, annotation(1, 25, square(9, 9, 5), category_id=2)
+    files["annotations"] = [one, two, nameless, cat, dict(one)]  # the same once more is the same
+    dataset, report = build(tmp_path, files, num_absent=3)
+    rows = {(row["image_id"], row["instruction"]): row for row in dataset}
+    assert {key: len(row["masks"]) for key, row in rows.items()} == {
+        ("9", "dog"): 2,
+        ("9", "cat"): 0,
+        ("9", "traffic light"): 0,
+        ("25", "dog"): 1,
+        ("25", "cat"): 1,
+        ("25", "traffic light"): 0,
+    }
+    numbers = [number for row in dataset for number in row["instance_ids"]]
+    assert len(set(numbers)) == len(numbers) == 4
+    assert report.counts == {"duplicate_id": 3, "bad_annotation": 1} and report.num_lost == 0

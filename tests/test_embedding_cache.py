@@ -190,6 +190,16 @@ def test_size_is_announced_and_must_fit(tmp_path, model, processor, monkeypatch,
     assert encoded == [] and cache.fill(IMAGES[:4]) == 4
 
 
+def test_sentences_about_one_image_need_its_space_once(tmp_path, model, processor, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3 * BYTES + 999))
+    rows = [{"image": IMAGES[number % 2], "image_id": str(number % 2)} for number in range(20)]
+    with EmbeddingCache(tmp_path / "cache", model, processor, min_free_bytes=1000) as cache:
+        assert cache.fill(rows) == 2
+        with pytest.raises(OSError, match="for 20 images"):
+            cache.fill([{"image": row["image"]} for row in rows])  # which do not say whose they are
+
+
 def test_a_full_disk_does_not_stop_the_work(tmp_path, model, processor, monkeypatch, encoded):
     cache = EmbeddingCache(tmp_path, model, processor, shard_bytes=2 * BYTES, min_free_bytes=1000)
     usage = shutil.disk_usage(tmp_path)

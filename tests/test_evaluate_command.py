@@ -156,6 +156,10 @@ def test_stored_data_sets(tmp_path, monkeypatch):
     with pytest.raises(DatasetSpecError, match="no split 'train' in 'both'"):
         load_dataset_of("both:train")
     (tmp_path / "notes.txt").write_text("")
+    whole = (tmp_path / "rows.parquet").read_bytes()
+    (tmp_path / "damaged.parquet").write_bytes(whole[:8] + b"\xff" * 90 + whole[98:])  # its footer is whole
+    with pytest.raises(DatasetSpecError, match="'damaged.parquet' cannot be read .*; is a file damaged"):
+        load_dataset_of("damaged.parquet")
     with pytest.raises(DatasetSpecError, match="no .parquet file"):
         load_dataset_of("notes.txt")
 

@@ -177,6 +177,8 @@ def test_a_record_written_twice_or_damaged_counts_once(tmp_path, whole):
         ({"predictor": SeededBoxes(weights="new")}, "predictor.weights was 'old', is 'new'"),
         ({"rows": make_rows()[1:]}, "dataset was .*; num_samples was 26, is 25"),
         ({"rows": [{**make_rows()[0], "instruction": "other words"}, *make_rows()[1:]]}, "dataset was "),
+        ({"rows": [{**make_rows()[0], "kind": "another"}, *make_rows()[1:]]}, "dataset was "),
+        ({"rows": [{**make_rows()[0], "distractor_masks": []}, *make_rows()[1:]]}, "dataset was "),
         ({"num_samples": 9}, "num_samples was 26, is 9"),
     ],
 )

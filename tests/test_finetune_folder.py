@@ -53,6 +53,17 @@ def test_all_rows_of_an_image_stay_together(root):
     assert len({tuple(sorted(set(build_folder_splits(root, seed=s)[1]["image_id"]))) for s in range(8)}) > 1
 
 
+def test_an_image_is_one_however_lines_spell_its_path(root):
+    (root / "images").mkdir()
+    (root / "0.png").rename(root / "images" / "0.png")
+    lines = lines_of(root / "annotations.jsonl")
+    lines[1]["image"] = "images/0.png"  # the first line says "0.png"
+    write(root / "annotations.jsonl", lines)
+    for seed in range(6):
+        train, held_out = build_folder_splits(root, seed=seed)
+        assert not set(train["image_id"]) & set(held_out["image_id"]) and len(train) % 2 == len(held_out) % 2 == 0
+
+
 def test_which_images_are_held_out_does_not_depend_on_the_order_of_lines(root):
     before = set(build_folder_splits(root)[1]["image_id"])
     write(root / "annotations.jsonl", lines_of(root / "annotations.jsonl")[::-1])

@@ -186,7 +186,15 @@ def test_images_in_subfolders(root):
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / place / f"{'x' if place != 'images' else 'y'}.png")
     dataset, _ = build(root, line(image="a/x.png"), line(image="b/x.png"), line(image="y.png"))
     assert dataset["sample_id"][:] == ["a_x.png-0", "b_x.png-0", "y.png-0"]
-    assert dataset["image_id"][:] == ["a/x.png", "b/x.png", "y.png"]
+    assert dataset["image_id"][:] == ["a/x.png", "b/x.png", "images/y.png"], "one per file, however a line spells it"
+
+
+def test_small_objects_of_a_numbered_map_are_no_smooth_edges(root):
+    values = np.zeros((HEIGHT, WIDTH), np.uint8)
+    values[2:8, 2:8], values[12, 3:5], values[15, 9] = 1, 2, 3
+    Image.fromarray(values).save(root / "specks.png")
+    dataset, report = build(root, line(masks="specks.png"))
+    assert report.num_lost == 0 and dataset["instance_ids"][:] == [[1, 2, 3]]
 
 
 def test_csv_with_other_separators_and_a_long_cell(root):

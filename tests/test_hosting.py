@@ -24,6 +24,7 @@ from segcompass_hf.data.build_report import BuildReport
 from segcompass_hf.data.hosting import push_dataset, without_folders, write_dataset
 from segcompass_hf.data.rows import dataset_from_rows, make_row
 from segcompass_hf.data.schema import encode_mask, row_features
+from segcompass_hf.images_segcompass import to_rgb_image
 
 ROOT = Path(__file__).resolve().parent.parent
 BESIDE = ROOT.parent / "shared" / "data" / "real_samples"
@@ -287,7 +288,27 @@ def test_wrong_arguments_are_named(tmp_path):
         write_dataset({"a": [row(0)]}, out, {"c": BuildReport()})
     with pytest.raises(ValueError, match="shard_size is 0"):
         write_dataset([row(0)], out, shard_size=0)
-    assert not out.exists()
+    with pytest.raises(ValueError, match="called 'out .1.'; datasets would take the brackets for a pattern"):
+        write_dataset([row(0)], tmp_path / "out [1]")
+    assert not out.exists() and not (tmp_path / "out [1]").exists()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_images_in_memory_are_stored_upright(tmp_path, orientation):
+    """`datasets` writes them anew, without their EXIF rotation."""
+    picture = Image.new("RGB", (8, 8))
+    picture.paste((255, 255, 255), (0, 0, 8, 4))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG", exif=exif)
+    in_memory = Image.open(io.BytesIO(encoded.getvalue()))
+    shown = np.asarray(to_rgb_image(encoded.getvalue()))
+    assert in_memory.filename == ""
+    folder = write_dataset([row(0, image=in_memory, masks=[])], tmp_path / "out").folder
+    np.testing.assert_array_equal(np.asarray(load(folder, tmp_path, split="train")[0]["image"]), shown)
+    built = dataset_from_rows([row(0, image=in_memory, masks=[])], "memory", cache_dir=tmp_path / "arrow")
+    np.testing.assert_array_equal(np.asarray(built[0]["image"]), shown)
 
 
 def test_paths_and_streams_are_written_with_their_content(tmp_path):

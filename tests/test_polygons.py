@@ -98,3 +98,15 @@ def test_broken_segmentations_have_a_name(segmentation, kind, message):
     with pytest.raises(RowProblem, match=message) as caught:
         polygons_to_rle(segmentation, 30, 40)
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("counts", [GOOD["counts"][:-2], GOOD["counts"] + "1", "", "0" + GOOD["counts"][1:]])
+def test_runs_that_do_not_cover_the_image_are_not_decoded(counts):
+    """pycocotools would leave memory as it is behind the last run."""
+    with pytest.raises(ValueError, match="the runs of the mask cover|cut short"):
+        decode_mask({"size": [30, 40], "counts": counts})
+
+
+def test_numbers_without_end_are_refused():
+    with pytest.raises(ValueError, match="more than 35 bits"):
+        decode_mask({"size": [30, 40], "counts": "o" * 20 + "0"})

@@ -61,7 +61,7 @@ def build_coco(
     if isinstance(categories, str):
         raise ValueError(f"categories is the text {categories!r}; expected a collection of names.")
     report = BuildReport() if report is None else report
-    rows = _CocoRows(CocoInstances(annotations, report), images_dir, split, report)
+    rows = _CocoRows(CocoInstances(annotations, report, renumber=True), images_dir, split, report)
     rows.choose(categories)
     return dataset_from_rows(rows.rows(instruction, num_absent, seed), f"coco-{split}", report)
 

@@ -63,12 +63,20 @@ class CocoInstances:
         path: of the json file.
         report (`BuildReport`): gets what is wrong with the file's entries.
         images (`Collection[str]`, *optional*): keys (`image_key`) of the images that matter; others are forgotten.
+        renumber (`bool`, *optional*, defaults to `False`): give annotations without an id, or with that of another,
+            one of their own: where nothing refers to ids, an object must not be lost for them.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is not in this format.
     """
 
-    def __init__(self, path: str | os.PathLike, report: BuildReport, images: Collection[str] | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        report: BuildReport,
+        images: Collection[str] | None = None,
+        renumber: bool = False,
+    ):
         self.name, self.report = Path(path).name, report
         content = read_json(path, report)
         lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
@@ -85,7 +93,7 @@ class CocoInstances:
                 raise ValueError(f"there is no image {annotation['image_id']!r}")
             return known
 
-        self.annotations = self._by_id(lists[1], "annotation", belongs)
+        self.annotations = self._by_id(lists[1], "annotation", belongs, renumber)
         self.categories = content.get("categories")
         self.of_image: dict[int, list[int]] = {}
         for number, annotation in self.annotations.items():
@@ -93,17 +101,27 @@ class CocoInstances:
         self._rles: dict[int, dict | RowProblem] = {}
         self._named: set[int] = set()
 
-    def _by_id(self, entries: list, what: str, wanted: Any) -> dict[int, dict]:
+    def _by_id(self, entries: list, what: str, wanted: Any, renumber: bool = False) -> dict[int, dict]:
         found: dict[int, dict] = {}
+        given = (entry.get("id") for entry in entries if isinstance(entry, dict)) if renumber else ()
+        fresh = 1 + max((number for number in given if type(number) is int), default=0)
         for index, entry in enumerate(entries):
             try:
                 if not wanted(entry):
                     continue
+                if renumber and type(entry.get("id")) is not int:
+                    detail = f"has the id {entry.get('id')!r:.40}; it is called {fresh}"
+                    self.report.add("bad_annotation", f"{self.name} {what} at {index}", detail, lost=False)
+                    entry, fresh = {**entry, "id": fresh}, fresh + 1
                 number = int(entry["id"])
             except (KeyError, TypeError, ValueError) as error:
                 detail = f"has no usable ids ({type(error).__name__}: {error})"
                 self.report.add("bad_annotation", f"{self.name} {what} at {index}", detail, lost=False)
                 continue
+            if number in found and renumber and entry != found[number]:
+                detail = f"the id appears again at {index}, for another object; that one is called {fresh}"
+                self.report.add("duplicate_id", f"{self.name} {what} {number}", detail, lost=False)
+                number, fresh = fresh, fresh + 1
             if number in found:
                 detail = f"the id appears again at {index}; the first is used"
                 self.report.add("duplicate_id", f"{self.name} {what} {number}", detail, lost=False)

@@ -196,7 +196,7 @@ class EmbeddingCache:
         """
         self._check_key()
         if hasattr(rows, "__len__"):
-            self._announce(len(rows))
+            self._announce(_count_images(rows))
         before, batch = self.num_encoded, {}
         for row in rows:
             image = to_rgb_image(row["image"] if isinstance(row, dict) and "image" in row else row)
@@ -344,6 +344,15 @@ def _change_counters(encoder: torch.nn.Module) -> list[tuple]:
         (name, id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
         for name, tensor in encoder.named_parameters()
     ]
+
+
+def _count_images(rows: Any) -> int:
+    """Different images of rows, as far as they say so: many sentences are about one image."""
+    if "image_id" in (getattr(rows, "column_names", None) or []):
+        return len(set(rows["image_id"]))
+    ids = [row.get("image_id") for row in rows if isinstance(row, dict)] if isinstance(rows, (list, tuple)) else []
+    named = {name for name in ids if name is not None}
+    return len(named) + len(rows) - sum(name is not None for name in ids)
 
 
 def _gib(num_bytes: int) -> str:

@@ -110,6 +110,7 @@ def build_folder(
 class _FolderRows:
     def __init__(self, root: Path, path: Path, split: str, report: BuildReport):
         self.path, self.split, self.report, self.source = path, split, report, root.name or "folder"
+        self.root = root
         folders = (path.parent, root, root / "images", root / "masks", root / split)
         self.folders = list(dict.fromkeys(map(str, folders)))
         self.has_splits = self._check_splits()
@@ -191,7 +192,7 @@ class _FolderRows:
         size = self.sizes[path]
         masks, values = self._masks(fields, "masks", path)
         others = None if fields["distractors"] is None else self._masks(fields, "distractors", path)[0]
-        image_id = _text(fields["image_id"]) or Path(name).as_posix()
+        image_id = _text(fields["image_id"]) or Path(os.path.relpath(path, self.root)).as_posix()  # one per file
         wanted = _text(fields["sample_id"]) or f"{Path(name).as_posix()}-{self.per_image[path]}".replace("/", "_")
         self.per_image[path] += 1
         content = (path, instruction, [rle["counts"] for rle in masks])
@@ -230,7 +231,7 @@ class _FolderRows:
         paths = [os.path.normpath(os.path.join(folder, name.strip())) for folder in self.folders]
         path = next((path for path in paths if os.path.isfile(path)), None)
         if path is None:
-            looked = ", ".join(folder for folder in self.folders if os.path.isdir(folder))
+            looked = ", ".join(repr(folder) for folder in self.folders if os.path.isdir(folder))
             raise RowProblem(kind, f"there is no file {name!r} in {looked}.")
         return path
 

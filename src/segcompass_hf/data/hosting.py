@@ -96,6 +96,8 @@ def write_dataset(
     reports, shard_bytes = _as_reports(report, list(splits)), convert_file_size_to_int(shard_size)
     if shard_bytes < 1:
         raise ValueError(f"shard_size is {shard_size!r}; expected a positive size such as '500MB'.")
+    if set("[]") & set(folder.name):
+        raise ValueError(f"the folder is called {folder.name!r}; datasets would take the brackets for a pattern.")
     _check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.parent / f".{folder.name}.lock"

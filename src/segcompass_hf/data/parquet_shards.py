@@ -11,7 +11,7 @@ from typing import Any
 
 from ..images_segcompass import to_rgb_image
 from .build_report import BuildReport, RowProblem
-from .rows import make_row
+from .rows import encode_image, make_row
 from .schema import decode_masks, row_features
 from .split_statistics import SplitStatistics
 
@@ -132,7 +132,7 @@ class SplitWriter:
 
         feature = self.features["image"]
         try:
-            stored = pa.array([feature.encode_example(image)], type=feature.pa_type)
+            stored = pa.array([encode_image(feature, image)], type=feature.pa_type)
             embedded = feature.embed_storage(stored)[0].as_py()
         except FileNotFoundError as error:
             raise RowProblem("missing_image", str(error)) from error

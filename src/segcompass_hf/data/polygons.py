@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .build_report import RowProblem
-from .schema import _pycocotools
+from .schema import _pycocotools, run_lengths
 
 
 def polygons_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -88,7 +88,10 @@ def _checked_rle(rle: dict, height: int, width: int) -> dict[str, Any]:
         )
     if isinstance(counts, (str, bytes)):
         compressed = _ascii(counts)
-        runs = _run_lengths(compressed)
+        try:
+            runs = run_lengths(compressed).tolist()
+        except ValueError as error:
+            raise RowProblem("bad_annotation", str(error)) from error
     elif isinstance(counts, (list, tuple)) and all(type(run) is int for run in counts):
         compressed, runs = None, list(counts)
     else:
@@ -110,24 +113,3 @@ def _ascii(counts: str | bytes) -> bytes:
         return counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
     except UnicodeEncodeError as error:
         raise RowProblem("bad_annotation", "RLE counts hold characters other than ASCII.") from error
-
-
-def _run_lengths(counts: bytes) -> list[int]:
-    """Run lengths of COCO's compressed counts: 5 bits per character, from the third run on differences."""
-    runs: list[int] = []
-    value = bits = 0
-    for character in counts:
-        digit = character - 48
-        if not 0 <= digit < 64:
-            raise RowProblem("bad_annotation", f"RLE counts hold {chr(character)!r}, which no COCO RLE does.")
-        value |= (digit & 31) << bits
-        bits += 5
-        if digit & 32:
-            continue
-        if digit & 16:
-            value -= 1 << bits
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value = bits = 0
-    if bits:
-        raise RowProblem("bad_annotation", "RLE counts end in the middle of a number: is the string cut short?")
-    return runs

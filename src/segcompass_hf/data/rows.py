@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .build_report import BuildReport, RowProblem
 from .schema import row_features
@@ -98,6 +98,18 @@ def image_size(image: str | os.PathLike | bytes) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def encode_image(feature: Any, image: Any) -> dict[str, Any]:
+    """An image as `datasets` stores it; one in memory upright, because its EXIF rotation would get lost on the way.
+
+    Args:
+        feature (`datasets.Image`): The column.
+        image: Whatever the column takes.
+    """
+    if isinstance(image, Image.Image) and not getattr(image, "filename", ""):
+        image = ImageOps.exif_transpose(image)
+    return feature.encode_example(image)
+
+
 class SampleIds:
     """Keeps the sample ids of a data set apart.
 
@@ -170,7 +182,7 @@ def dataset_from_rows(
     try:
         with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
             while batch := list(islice(rows, rows_per_batch)):
-                encoded = [row | {"image": features["image"].encode_example(row["image"])} for row in batch]
+                encoded = [row | {"image": encode_image(features["image"], row["image"])} for row in batch]
                 writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=features.arrow_schema))
                 count += len(batch)
         report.num_rows += count

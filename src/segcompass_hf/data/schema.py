@@ -33,13 +33,59 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def run_lengths(counts: bytes) -> np.ndarray:
+    """The runs of COCO's compressed counts: 5 bits per character, from the fourth run on differences to the one before
+    the last.
+
+    Args:
+        counts (`bytes`): ASCII.
+
+    Returns:
+        `np.ndarray` of shape `(num_runs,)`: int64, background first. Damaged counts may have negative ones.
+
+    Raises:
+        ValueError: A character that is none of COCO's, or the end in the middle of a number.
+    """
+    digits = np.frombuffer(counts, dtype=np.uint8).astype(np.int64) - 48
+    odd = np.flatnonzero((digits < 0) | (digits >= 64))
+    if odd.size:
+        raise ValueError(f"RLE counts hold {chr(counts[odd[0]])!r}, which no COCO RLE does.")
+    if not digits.size:
+        return digits
+    ends = np.flatnonzero(digits < 32)
+    if not ends.size or ends[-1] != len(digits) - 1:
+        raise ValueError("RLE counts end in the middle of a number: is the string cut short?")
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > 7:  # 35 bits
+        raise ValueError("RLE counts hold a number of more than 35 bits, which no image has pixels for.")
+    shifts = 5 * (np.arange(len(digits)) - np.repeat(starts, lengths))
+    runs = np.add.reduceat((digits & 31) << shifts, starts)
+    runs -= np.where(digits[ends] & 16, 1 << (5 * lengths), 0)
+    for first in (1, 2):
+        runs[first::2] = np.cumsum(runs[first::2])
+    return runs
+
+
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """Decode one COCO RLE to a boolean array of shape `(height, width)`."""
+    """Decode one COCO RLE to a boolean array of shape `(height, width)`.
+
+    Raises:
+        ValueError: It is none, or its runs do not cover the image.
+    """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise ValueError(
             f"a mask is a COCO RLE with the keys 'size' and 'counts'; got {type(rle).__name__}: {rle!r:.80}."
         )
     counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
+    height, width = rle["size"]
+    runs = run_lengths(counts)
+    # pycocotools does not check this and leaves memory as it is behind the last run.
+    if (runs < 0).any() or runs.sum() != height * width:
+        raise ValueError(
+            f"the runs of the mask cover {runs.sum()} pixels, the shortest {runs.min(initial=0)}; expected {height} x "
+            f"{width} = {height * width} pixels in runs of 0 or more."
+        )
     return _pycocotools().decode({"size": list(rle["size"]), "counts": counts}).astype(bool)
 
 

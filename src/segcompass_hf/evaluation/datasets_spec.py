@@ -165,14 +165,11 @@ def _stored(spec: str) -> NamedDataset:
     import datasets
 
     path, _, split = spec.partition(":")
-    if os.path.isfile(path):
-        if not path.endswith(".parquet"):
-            raise DatasetSpecError(f"{path!r} is a file but no .parquet file. Known are: {describe_known('; ')}.")
-        loaded = datasets.load_dataset("parquet", data_files=path, split="train")
-    elif os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        loaded = datasets.load_from_disk(path)
-    else:
-        loaded = datasets.load_dataset(path)
+    try:
+        loaded = _load_stored(path)
+    except datasets.exceptions.DatasetGenerationError as error:  # which hides what it met
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             split = next(iter(loaded))
@@ -182,3 +179,15 @@ def _stored(spec: str) -> NamedDataset:
         loaded = loaded[split]
     name = Path(path).resolve().name if os.path.exists(path) else path
     return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None)
+
+
+def _load_stored(path: str) -> Any:
+    import datasets
+
+    if os.path.isfile(path):
+        if not path.endswith(".parquet"):
+            raise DatasetSpecError(f"{path!r} is a file but no .parquet file. Known are: {describe_known('; ')}.")
+        return datasets.load_dataset("parquet", data_files=path, split="train")
+    if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        return datasets.load_from_disk(path)
+    return datasets.load_dataset(path)

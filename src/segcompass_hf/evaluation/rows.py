@@ -15,7 +15,8 @@ import numpy as np
 from ..data.schema import decode_masks
 from ..images_segcompass import to_rgb_image
 
-_ANSWER_COLUMNS = ("sample_id", "instruction", "masks", "ignore")  # what the digest of a data set covers
+# What the digest of a data set covers: what answers are compared with, baselines answer from, and records hold.
+_DIGESTED = ("sample_id", "instruction", "masks", "ignore", "distractor_masks", "kind", "source", "split")
 
 
 @dataclass
@@ -100,14 +101,14 @@ class EvaluationRows:
         """Changes with the samples asked about and their targets; images are not read for it."""
         hasher = hashlib.sha256()
         for row in self._without_images():
-            answers = [row.get(name) for name in _ANSWER_COLUMNS]
+            answers = [row.get(name) for name in _DIGESTED]
             hasher.update(json.dumps(answers, default=repr, sort_keys=True).encode() + b"\n")
         return hasher.hexdigest()[:16]
 
     def _without_images(self) -> Iterator[dict[str, Any]]:
         rows = self._dataset
         if hasattr(rows, "select_columns"):
-            rows = rows.select_columns([name for name in _ANSWER_COLUMNS if name in rows.column_names])
+            rows = rows.select_columns([name for name in _DIGESTED if name in rows.column_names])
         return islice(rows, len(self))
 
 
@@ -119,7 +120,7 @@ def _with_encoded_images(dataset: Any) -> Any:
     from datasets import Image
 
     dataset = dataset.with_format(None)
-    return dataset.cast_column("image", Image(decode=False)) if isinstance(features["image"], Image) else dataset
+    return dataset.cast_column("image", Image(decode=False)) if isinstance(features.get("image"), Image) else dataset
 
 
 def _read_image(encoded: Any) -> Any:
