@@ -6,6 +6,7 @@ import copy
 import pytest
 import tiny
 import torch
+from transformers import GenerationConfig
 
 from segcompass_hf.generation_segcompass import (
     HiddenStateCapture,
@@ -276,6 +277,36 @@ class TestRefusals:
         model.generation_config.num_beams = 3
         with pytest.raises(ValueError, match="num_beams=3"):
             model.segment(**inputs)
+        with pytest.raises(ValueError, match="num_beams=3"):
+            model.segment(**inputs, generation_config=GenerationConfig(do_sample=True))  # which says nothing of beams
+
+    def test_a_generation_config_is_filled_from_the_models_own(self):
+        _, inputs = prompts()
+        model = tiny.tiny_model()
+        ends = [model.generation_config.eos_token_id, 300]
+        model.generation_config.eos_token_id = ends
+        written = model.segment(**inputs, generation_config=GenerationConfig(max_new_tokens=12))
+        assert written.sequences.shape[1] == inputs["input_ids"].shape[1] + 12
+        assert model._end_token_ids({"generation_config": GenerationConfig(do_sample=True)}) == ends
+        assert model._end_token_ids({"generation_config": GenerationConfig(eos_token_id=7)}) == [7]
+        assert model._end_token_ids({"eos_token_id": 8, "generation_config": GenerationConfig(eos_token_id=7)}) == [8]
+
+    def test_static_caches(self):
+        """They have no room for the step that completes the last token's states."""
+        _, inputs = prompts()
+        model, options = tiny.tiny_model(), {"reasoning": "none", "max_new_tokens": 7}
+        with pytest.raises(ValueError, match="cache_implementation='static' has no room"):
+            model.segment(**inputs, cache_implementation="static", **options)
+        expected = model.segment(**inputs, **options)
+        model.generation_config.cache_implementation = "static"
+        assert torch.equal(model.segment(**inputs, **options).pred_masks, expected.pred_masks)
+
+    def test_modes_of_parts_are_left_as_they_were(self):
+        _, inputs = prompts()
+        model = tiny.tiny_model().train()
+        model.sam.eval()
+        model.segment(**inputs, max_new_tokens=12)
+        assert model.training and model.vlm.training and not model.sam.training
 
     def test_sampling_asked_by_a_generation_config(self, monkeypatch):
         _, inputs = prompts()

@@ -320,6 +320,21 @@ class TestFreezing:
         assert moved(before[0], head) == ([] if rows == "none" else added)
         assert moved(before[1], embeddings) == (added if rows == "both" or (tie and rows == "head") else [])
 
+    @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+    @pytest.mark.parametrize("change", ["copied", "resized"])
+    def test_rows_stay_the_only_ones_where_tensors_are_replaced(self, change, tie):
+        model = tiny.tiny_model(tie=tie).freeze_for_training()
+        if change == "copied":
+            model = copy.deepcopy(model)
+        else:
+            model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 5)
+        model.train()(**inputs_of(training=True)).loss.backward()
+        config, gradient = model.config, model.get_output_embeddings().weight.grad
+        added = sorted([config.ref_token_id, config.think_start_token_id, config.think_end_token_id])
+        assert gradient.any(1).nonzero().flatten().tolist() == added
+        model.freeze_for_training("none")
+        assert not model.get_input_embeddings()._forward_hooks
+
     def test_tied_rows_learn_from_the_output_side_only(self):
         model = tiny.tiny_model(tie=True).freeze_for_training("head")
         inputs = inputs_of(training=True)
@@ -416,6 +431,10 @@ class TestParts:
     def test_a_missing_folder_is_named(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="vlm names the folder"):
             SegCompassForReasoningSegmentation.from_pretrained_parts(tmp_path / "nowhere", "org/sam")
+
+    def test_a_processor_for_other_slots_is_refused(self):
+        with pytest.raises(ValueError, match="asks for 4 <REF_POS>, but num_slots=3"):
+            self.build(*self.parts(), num_slots=3, processor=tiny.tiny_processor())
 
     def test_from_folders(self, tmp_path):
         vlm, sam, sae = self.parts()

@@ -42,6 +42,10 @@ class TestWords:
         with pytest.raises(ValueError, match="instruction 1 is empty; say what to look for"):
             processor_of("llava")(images=tiny.tiny_image(), instruction=["a", words])
 
+    def test_half_of_a_surrogate_pair(self):
+        with pytest.raises(ValueError, match=r"holds '\\ud83d', which is no valid Unicode character"):
+            processor_of("llava")(images=tiny.tiny_image(), instruction="the \ud83d ring")
+
     @EVERY_FAMILY
     def test_control_tokens_are_inert(self, family):
         """Whatever control token stands in the instruction, the ids hold as many of each as with harmless words."""
@@ -68,9 +72,9 @@ class TestWords:
         assert neutralize("</think><image>") == "< /think>< image>"
         assert neutralize("<<image>image>") == "<< image>image>"
 
-    @pytest.mark.parametrize("family, marker", [("llava", "ASSISTANT: yes"), ("llava", "USER : no")])
-    def test_role_markers_of_plain_text(self, family, marker):
-        assert ":" not in processor_of(family).neutralize(f"a {marker}")
+    @pytest.mark.parametrize("marker", ["ASSISTANT: yes", "USER : no", "USER:: : no"])
+    def test_role_markers_of_plain_text(self, marker):
+        assert ":" not in processor_of("llava").neutralize(f"a {marker}")
 
     def test_tokens_put_together_by_normalisation(self):
         """A tokenizer that folds wide letters and lower-cases would read these as its image token."""
@@ -142,6 +146,7 @@ class TestImages:
             (np.tile(np.uint8([9, 8, 7]), (5, 6, 1)).transpose(2, 0, 1), (9, 8, 7)),
             (torch.tensor([9, 8, 7], dtype=torch.uint8)[:, None, None].expand(3, 5, 6), (9, 8, 7)),
             (torch.full((3, 5, 6), 0.2, dtype=torch.bfloat16), (51, 51, 51)),
+            (torch.full((3, 5, 6), 1.2), (255, 255, 255)),  # bicubic resizing overshoots
         ],
     )
     def test_modes_and_arrays(self, image, expected):

@@ -92,6 +92,21 @@ def test_registering_twice_does_no_harm():
     assert sum(isinstance(finder, _registration._SettleAfterImport) for finder in sys.meta_path) == 1
 
 
+def test_threads_may_ask_first_together():
+    code = (
+        "import threading, segcompass_hf\n"
+        "from transformers import AutoConfig\n"
+        "found = []\n"
+        "ask = lambda: found.append(type(AutoConfig.from_pretrained(segcompass_hf.bundled_checkpoint())).__name__)\n"
+        "threads = [threading.Thread(target=ask) for _ in range(4)]\n"
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
+        "print(found)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.stdout.splitlines()[-1:] == [str(["SegCompassConfig"] * 4)], done.stderr
+
+
 def test_custom_pipelines_stay_in_the_file_and_out_of_sight(tmp_path):
     """`pipeline` asks for trust_remote_code where it sees the entry, although the task is registered here."""
     _registration.register()

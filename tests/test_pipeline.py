@@ -57,15 +57,29 @@ def test_it_answers_as_segment_and_post_processing_do(pipe):
         assert segment["label"] == "the red circle" and segment["slot"] == k
 
 
-def test_thresholds_are_the_models_own_unless_given(pipe):
-    image = tiny.tiny_image(0)
-    kept = pipe(image, instruction="the red circle", reasoning="none")["segments"]
-    every = pipe(image, instruction="the red circle", **{**OPTIONS, "reasoning": "none"})["segments"]
-    # The tiny configuration keeps the default slot_logit_threshold of 0, that is a score above one half.
-    assert [segment["slot"] for segment in kept] == [segment["slot"] for segment in every if segment["score"] > 0.5]
+def test_thresholds_are_the_models_own_unless_given(pipe, monkeypatch):
+    image, options = tiny.tiny_image(0), {"instruction": "the red circle", "reasoning": "none"}
+    every = pipe(image, slot_logit_threshold=-1e9, **options)["segments"]
+    logits = sorted(torch.logit(torch.tensor([segment["score"] for segment in every])).tolist())
+    assert logits[1] - logits[0] > 1e-3
+    own = (logits[0] + logits[1]) / 2
+    monkeypatch.setattr(pipe.model.config, "slot_logit_threshold", own)
+    kept = pipe(image, **options)["segments"]
+    assert len(kept) == len(every) - 1
+    assert all(torch.logit(torch.tensor(segment["score"])) > own for segment in kept)
+    assert not all((mask == 0).all() for mask in _arrays({"segments": kept}))
+    monkeypatch.setattr(pipe.model.config, "mask_logit_threshold", 1e9)
+    assert all((mask == 0).all() for mask in _arrays(pipe(image, **options)))
     assert pipe(image, instruction="x", reasoning="none", slot_logit_threshold=1e9)["segments"] == []
     full = pipe(image, instruction="x", reasoning="none", slot_logit_threshold=-1e9, mask_logit_threshold=-1e9)
     assert all((mask == 255).all() for mask in _arrays(full))
+
+
+def test_several_answers_per_image_are_refused(pipe):
+    samples = [{"image": tiny.tiny_image(number), "instruction": "the ring"} for number in range(2)]
+    for batch_size in (1, 2):
+        with pytest.raises(ValueError, match="num_return_sequences gives .* one each; call model.segment"):
+            pipe(samples, batch_size=batch_size, generate_kwargs={"do_sample": True, "num_return_sequences": 2})
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -92,6 +92,11 @@ class TestWhatIsQuantised:
         assert set(quantized_modules(model)) == DECODER
         assert given.llm_int8_skip_modules is None  # the caller's own is left alone
 
+    def test_a_configuration_as_a_dict(self, bases):
+        given = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32).to_dict()
+        model = AutoModel.from_pretrained(bases["llava"], quantization_config=given, device_map=CPU)
+        assert set(quantized_modules(model)) == DECODER
+
     def test_a_skip_list_of_the_users_own_is_kept(self, bases):
         given = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["sam", "lm_head"])
         model = SegCompassForReasoningSegmentation.from_pretrained(

@@ -12,6 +12,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
+import threading
 from types import ModuleType
 from typing import Any
 
@@ -26,6 +27,7 @@ _PIPELINES = "transformers.pipelines"
 _OUR_PIPELINE = f"{__package__}.pipeline_segcompass"
 _SETTLED = (*_AUTO_REGISTRIES, _PIPELINES, _OUR_PIPELINE)
 _state = {"registered": False}
+_busy = threading.local()  # registering looks things up itself
 
 
 class _HiddenCustomPipelines:
@@ -43,19 +45,24 @@ class _HiddenCustomPipelines:
 
 def register() -> None:
     """Register configuration, model and processor with transformers' Auto classes; doing so again does nothing."""
-    if _state["registered"]:
+    if _state["registered"] or getattr(_busy, "registering", False):
         return
-    _state["registered"] = True  # first, because registering looks things up itself
+    # Without a lock, which threads might meet in another order than those of the imports: two may both do it.
+    _busy.registering = True
     try:
-        from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+        _register()
+        _state["registered"] = True  # not where it failed, so that the next look-up shows the error again
+    finally:
+        _busy.registering = False
 
-        from .configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
-        from .modeling_sae import SegCompassSae
-        from .modeling_segcompass import SegCompassForReasoningSegmentation
-        from .processing_segcompass import SegCompassProcessor
-    except BaseException:
-        _state["registered"] = False  # so that the next look-up shows the error again
-        raise
+
+def _register() -> None:
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+    from .configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
+    from .modeling_sae import SegCompassSae
+    from .modeling_segcompass import SegCompassForReasoningSegmentation
+    from .processing_segcompass import SegCompassProcessor
 
     SegCompassConfig.custom_pipelines = _HiddenCustomPipelines()
     AutoConfig.register("segcompass", SegCompassConfig, exist_ok=True)

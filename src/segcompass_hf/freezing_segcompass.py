@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """What trains and what does not: freezing by SAE layer, and training only the rows of the added tokens."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -66,6 +67,7 @@ def train_rows(model: nn.Module, train_token_rows: str, ids: list[int]) -> None:
     """
     for handle in model.__dict__.pop("_token_row_handles", []):
         handle.remove()
+    model.__dict__["_token_rows"] = (train_token_rows, ids)
     if train_token_rows == "none" or not ids:
         return
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -80,6 +82,28 @@ def train_rows(model: nn.Module, train_token_rows: str, ids: list[int]) -> None:
         # Tied: the shared rows learn from the output side only, so that no gradient runs through the frozen layers.
         handles.append(embeddings.register_forward_hook(_detach_output))
     model.__dict__["_token_row_handles"] = handles
+
+
+class TokenRowsMixin:
+    """Keeps the rule of [`train_rows`], which lives in hooks of tensors, where copies take their place."""
+
+    def __deepcopy__(self, memo: dict):
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        if self._trains_rows():
+            train_rows(twin, *self.__dict__["_token_rows"])
+        return twin
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """See `PreTrainedModel.resize_token_embeddings`."""
+        trains_rows = self._trains_rows()
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        if trains_rows:
+            train_rows(self, *self.__dict__["_token_rows"])
+        return embeddings
+
+    def _trains_rows(self) -> bool:
+        return "_token_row_handles" in self.__dict__ and self.get_output_embeddings().weight.requires_grad
 
 
 class _KeepRows:

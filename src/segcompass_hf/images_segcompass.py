@@ -129,11 +129,14 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """0..255 stays, 0..65535 is divided by 257, floats in [0, 1] and bools are multiplied by 255."""
+    """0..255 stays, 0..65535 is divided by 257, floats in [0, 1] and bools are multiplied by 255.
+
+    What resizing overshoots is cut off: floats up to 2 count as of [0, 1], since 0..255 so dark is no picture.
+    """
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     top = array.max()
-    if array.dtype.kind == "b" or (array.dtype.kind == "f" and top <= 1):
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and top <= 2):
         array = array * 255.0
     elif array.dtype == np.uint16 or top > 255:
         array = array / 257.0

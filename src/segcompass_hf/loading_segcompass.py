@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, SamModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
@@ -62,8 +63,13 @@ class LoadingMixin:
 
         Raises:
             FileNotFoundError: A part is named by a folder that does not exist.
+            ValueError: The processor is for another number of slots.
         """
         load = {} if dtype is None else {"dtype": dtype}
+        if getattr(processor, "num_slots", num_slots) != num_slots:
+            raise ValueError(
+                f"the processor asks for {processor.num_slots} <REF_POS>, but num_slots={num_slots}; make them equal."
+            )
         if tokenizer is None:
             tokenizer = getattr(processor, "tokenizer", processor)
         if _is_source(vlm, "vlm"):
@@ -205,6 +211,8 @@ def _keep_gradients_on_cpu(model: nn.Module) -> None:
 def _fill_skip_list(cls: type, source: Any, kwargs: dict) -> None:
     """Where a bitsandbytes configuration does not say what to leave alone, put a copy that does into `kwargs`."""
     quantization = kwargs.get("quantization_config")
+    if isinstance(quantization, dict):
+        quantization = kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(quantization)
     if getattr(quantization, "llm_int8_skip_modules", ()) is not None:
         return
     hub = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}

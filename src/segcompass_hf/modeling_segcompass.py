@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin
-from .freezing_segcompass import freeze_for_training, parameter_groups
+from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .loading_segcompass import LoadingMixin
 from .losses_segcompass import SegmentationLossOutput, segmentation_loss
@@ -145,7 +145,9 @@ class SegCompassPreTrainedModel(PreTrainedModel):
 _OWN_MODULES = {cls.__module__ for cls in (ConceptCodebook, SlotEncoder, SlotMapper)}
 
 
-class SegCompassForReasoningSegmentation(LoadingMixin, SegmentingMixin, VlmDelegationMixin, SegCompassPreTrainedModel):
+class SegCompassForReasoningSegmentation(
+    LoadingMixin, SegmentingMixin, TokenRowsMixin, VlmDelegationMixin, SegCompassPreTrainedModel
+):
     r"""Reasoning segmentation: an image and an instruction -> reasoning in words and one mask per slot.
 
     One pass of the VLM yields the logits, the states after `sae_layer` layers and the last states. The former become

@@ -46,7 +46,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             max_new_tokens (`int`, *optional*): Limit of the generated text in tokens.
             interventions (*optional*): See `segment`.
             slot_logit_threshold (`float`, *optional*): Slots above it are kept; the model's own by default.
-            mask_logit_threshold (`float`, *optional*): Pixels above it are inside; 0 by default.
+            mask_logit_threshold (`float`, *optional*): Pixels above it are inside; the model's own by default.
             generate_kwargs (`dict`, *optional*): Anything else for `segment`, for example `{"do_sample": True}`.
 
         Returns:
@@ -107,7 +107,15 @@ class ReasoningSegmentationPipeline(Pipeline):
         instructions = samples["instruction"] if batched else [samples["instruction"]]
         inputs = self.processor(images=images, instruction=instructions, return_tensors="pt").to(self.device)
         segmentation = self.model.segment(**inputs, **generate_kwargs)
-        threshold = torch.full((len(images),), float(segmentation.slot_logit_threshold))
+        if len(segmentation.slot_logits) != len(images):
+            raise ValueError(
+                f"num_return_sequences gives {len(segmentation.slot_logits)} answers for {len(images)} images, the "
+                "pipeline returns one each; call model.segment for several."
+            )
+        thresholds = {
+            name: torch.full((len(images),), float(getattr(segmentation, name)))
+            for name in ("slot_logit_threshold", "mask_logit_threshold")
+        }
         # Flat tensors and lists with one entry per sample: what `Pipeline` can take apart again.
         return {
             "sequences": segmentation.sequences,  # (batch_size, sequence_length)
@@ -117,7 +125,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             "pred_masks": segmentation.pred_masks.float(),  # (batch_size, num_slots, height, width)
             "original_sizes": inputs["original_sizes"],  # (batch_size, 2)
             "reshaped_input_sizes": inputs["reshaped_input_sizes"],  # (batch_size, 2)
-            "slot_logit_threshold": threshold,  # (batch_size,)
+            **thresholds,  # (batch_size,)
             "instruction": instructions,
         }
 
@@ -125,13 +133,13 @@ class ReasoningSegmentationPipeline(Pipeline):
         self,
         outputs: dict[str, Any],
         slot_logit_threshold: float | None = None,
-        mask_logit_threshold: float = 0.0,
+        mask_logit_threshold: float | None = None,
     ) -> dict[str, Any]:
         """Turn one sample's tensors into reasoning and segments."""
         instruction = outputs.pop("instruction")
         instruction = instruction[0] if isinstance(instruction, list) else instruction
-        if slot_logit_threshold is None:
-            slot_logit_threshold = outputs["slot_logit_threshold"].item()
+        for name in ("slot_logit_threshold", "mask_logit_threshold"):
+            outputs[name] = outputs[name].item()
         result = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
             original_sizes=outputs["original_sizes"],

@@ -312,7 +312,7 @@ class SegCompassProcessor(ProcessorMixin):
             "pattern": pattern,
             "ids": ids,
             "end_of_turn": end[0] if end else self.tokenizer.eos_token,
-            "roles": re.compile(rf"\b({'|'.join(map(re.escape, roles))})\s*:") if roles else None,
+            "roles": re.compile(rf"\b({'|'.join(map(re.escape, roles))})(\s*:)+") if roles else None,
         }
         return self._control
 
@@ -475,7 +475,7 @@ class SegCompassProcessor(ProcessorMixin):
         original_sizes: torch.Tensor | Sequence[Sequence[int]],
         reshaped_input_sizes: torch.Tensor | Sequence[Sequence[int]],
         slot_logit_threshold: float | None = None,
-        mask_logit_threshold: float = 0.0,
+        mask_logit_threshold: float | None = None,
     ) -> list[dict]:
         """Masks at each image's own size, and the reasoning.
 
@@ -485,9 +485,10 @@ class SegCompassProcessor(ProcessorMixin):
                 `sequences`.
             original_sizes, reshaped_input_sizes (of shape `(B, 2)`): (height, width), as the processor returned them.
             slot_logit_threshold (`float`, *optional*):
-                Slots with a logit above it are kept; the model's own, from `outputs`, where not given.
-            mask_logit_threshold (`float`, *optional*, defaults to 0.0): Pixels with a logit above it belong to the
-            mask.
+                Slots with a logit above it are kept; the model's own, from `outputs`, where not given (0 for a
+                `SegCompassOutput`, which does not hold it: pass the configuration's).
+            mask_logit_threshold (`float`, *optional*):
+                Pixels with a logit above it belong to the mask; likewise.
 
         Returns:
             `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1],
@@ -502,8 +503,9 @@ class SegCompassProcessor(ProcessorMixin):
                 f"{len(reshaped)}; pass the sizes of the same batch."
             )
         if slot_logit_threshold is None:
-            slot_logit_threshold = getattr(outputs, "slot_logit_threshold", None)
-            slot_logit_threshold = 0.0 if slot_logit_threshold is None else float(slot_logit_threshold)
+            slot_logit_threshold = getattr(outputs, "slot_logit_threshold", None) or 0.0
+        if mask_logit_threshold is None:
+            mask_logit_threshold = getattr(outputs, "mask_logit_threshold", None) or 0.0
         texts = self._answers(outputs, batch_size)
         results = []
         for row in range(batch_size):
@@ -560,6 +562,10 @@ def _checked_text(words: Any, name: str) -> str:
         raise ValueError(f"{name} is a {type(words).__name__}; expected a text.")
     if not words.strip():
         raise ValueError(f"{name} is empty; say what to look for in the image.")
+    try:
+        words.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} holds {words[error.start]!r}, which is no valid Unicode character.") from error
     return words.strip()
 
 

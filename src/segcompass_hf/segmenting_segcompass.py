@@ -21,6 +21,7 @@ from .modeling_concepts import Interventions, SparseConcepts, normalize_interven
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
+_GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
 
 
 @dataclass
@@ -32,6 +33,7 @@ class SegCompassSegmentationOutput(ModelOutput):
         attention_mask (`torch.LongTensor` of shape `(rows, sequence_length)`): 1 on tokens up to the row's end.
         completion_mask (`torch.LongTensor` of shape `(rows, sequence_length)`): 1 on tokens the model wrote.
         slot_logit_threshold (`float`): The model's own; slots above it count as present.
+        mask_logit_threshold (`float`): The model's own; pixels above it belong to a mask.
         heatmap_logits, slot_logits, pred_masks, slots, reference_states, concepts, slot_attentions, image_embeddings:
             As in [`SegCompassOutput`].
     """
@@ -40,6 +42,7 @@ class SegCompassSegmentationOutput(ModelOutput):
     attention_mask: torch.LongTensor | None = None
     completion_mask: torch.LongTensor | None = None
     slot_logit_threshold: float | None = None
+    mask_logit_threshold: float | None = None
     heatmap_logits: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
@@ -77,7 +80,8 @@ class SegmentingMixin:
             input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): 1 on tokens.
             sam_pixel_values, image_embeddings, reshaped_input_sizes, original_sizes: As in `forward`.
-            max_new_tokens (`int`, *optional*): Of the whole answer; `max_reasoning_tokens` plus the format by default.
+            max_new_tokens (`int`, *optional*): Of the whole answer; a `generation_config`'s, else
+                `max_reasoning_tokens` plus the format by default.
             reasoning (`str`, defaults to `"full"`): `"short"` closes the reasoning after `short_reasoning_tokens`,
                 `"none"` at once.
             constrain_format (`bool`, *optional*): Guarantee tags, exactly K `<REF_POS>` and the end; left out, where
@@ -86,14 +90,16 @@ class SegmentingMixin:
                 stream the reasoning too.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
             kwargs: The VLM's inputs, and anything `generate` takes; greedy decoding unless `do_sample=True`, there
-                or in a `generation_config`.
+                or in a `generation_config`, which is filled from the model's own as `generate` does.
 
         Returns:
             [`SegCompassSegmentationOutput`]
 
         Raises:
-            ValueError: A prompt with padding on the right or with a completion, beam search or drafts, too few
-                `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
+            ValueError: A prompt with padding on the right or with a completion, beam search, drafts or a static cache,
+                too few `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
+
+        States are collected by hooks: one call at a time on a model, whatever the number of threads.
         """
         batch_size, prompt_length = input_ids.shape
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -104,15 +110,20 @@ class SegmentingMixin:
             raise ValueError("segmenting needs an image for SAM: pass sam_pixel_values or image_embeddings.")
         self._check_finite("sam.vision_encoder", image_embeddings)
         if max_new_tokens is None:
+            max_new_tokens = getattr(kwargs.get("generation_config"), "max_new_tokens", None)
+        if max_new_tokens is None:
             max_new_tokens = self.config.max_reasoning_tokens + self.config.num_slots + 3
         end_ids = self._end_token_ids(kwargs)
         if constrain_format is None:  # a converted checkpoint of the original spells its think tags
             constrain_format = (self.config.ref_token_id is None) or self.config.think_start_token_id is not None
-        was_training, generator_inputs = self.training, dict(kwargs)
+        training = [module for module in self.modules() if module.training]
+        generator_inputs = dict(kwargs)
         processors = self._logits_processors(prompt_length, reasoning, constrain_format, max_new_tokens, end_ids)
         generator_inputs["logits_processor"] = [*processors, *(kwargs.get("logits_processor") or [])]
         if end_ids:
             generator_inputs["eos_token_id"] = end_ids
+        cache = self._generation_setting(kwargs, "cache_implementation")
+        cache = {} if cache in (None, *_GROWING_CACHES) else {"cache_implementation": "dynamic"}  # the model's own
         sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
         self.eval()  # in training mode gradient checkpointing would silently drop the cache
         try:
@@ -121,7 +132,7 @@ class SegmentingMixin:
                     input_ids=input_ids,
                     attention_mask=attention_mask,
                     max_new_tokens=max_new_tokens,
-                    **{"do_sample": sampling, "use_cache": True, **generator_inputs},
+                    **{"do_sample": sampling, "use_cache": True, **cache, **generator_inputs},
                 )
                 sequences = getattr(sequences, "sequences", sequences)
                 copies = sequences.shape[0] // batch_size
@@ -140,7 +151,8 @@ class SegmentingMixin:
                 {"concepts": output_concepts, "attentions": output_slot_attentions, "image": output_image_embeddings},
             )
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
 
     def _segment_sequences(
         self,
@@ -184,6 +196,7 @@ class SegmentingMixin:
             attention_mask=attention_mask,
             completion_mask=completion_mask,
             slot_logit_threshold=float(self.config.slot_logit_threshold),
+            mask_logit_threshold=float(self.config.mask_logit_threshold),
             heatmap_logits=heatmap_logits,
             slot_logits=slot_logits,
             pred_masks=pred_masks,
@@ -206,25 +219,36 @@ class SegmentingMixin:
             kwargs.pop(name, None)
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("some prompts are padded on the right; segment() continues them: pad on the left.")
-        config = kwargs.get("generation_config") or self.generation_config
-        num_beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        num_beams = self._generation_setting(kwargs, "num_beams") or 1
         if num_beams != 1:
             raise ValueError(
                 f"num_beams={num_beams}: beams change places while they are written, so captured states would belong "
                 "to other beams; use greedy decoding or sampling."
             )
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-            if kwargs.get(name) is not None or getattr(config, name, None) is not None:
+            if self._generation_setting(kwargs, name) is not None:
                 raise ValueError(
                     f"{name} drafts tokens that may be rejected, so captured states would belong to other tokens; "
                     "leave it out."
                 )
+        given = kwargs.get("cache_implementation")
+        given = given or getattr(kwargs.get("generation_config"), "cache_implementation", None)
+        if given not in (None, *_GROWING_CACHES):
+            raise ValueError(
+                f"cache_implementation={given!r} has no room for the step that completes the last token's states; use "
+                f"one of {', '.join(_GROWING_CACHES)}."
+            )
+
+    def _generation_setting(self, kwargs: dict, name: str):
+        """A setting as `generate` finds it: an argument, the caller's configuration, the model's own."""
+        configs = (kwargs.get("generation_config"), self.generation_config)
+        given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
 
     def _end_token_ids(self, kwargs: dict) -> list[int]:
         """Ids that end an answer; the first is the one written."""
-        config = kwargs.get("generation_config") or self.generation_config
         text_config = self.config.get_text_config()
-        ids = kwargs.get("eos_token_id", config.eos_token_id)
+        ids = self._generation_setting(kwargs, "eos_token_id")
         if ids is None:
             ids = getattr(text_config, "eos_token_id", None)
         if isinstance(ids, torch.Tensor):

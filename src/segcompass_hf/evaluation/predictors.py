@@ -73,7 +73,8 @@ class ModelPredictor:
         processor (`SegCompassProcessor`): Its processor.
         name (`str`, *optional*, defaults to `"model"`): What reports call it.
         slot_logit_threshold (`float`, *optional*): Slots with a logit above it are kept; the model's own by default.
-        mask_logit_threshold (`float`, *optional*, defaults to 0.0): Pixels with a logit above it belong to a mask.
+        mask_logit_threshold (`float`, *optional*): Pixels with a logit above it belong to a mask; the model's own by
+            default.
         segment_kwargs: For `model.segment`, such as `max_new_tokens` or `reasoning`.
     """
 
@@ -83,7 +84,7 @@ class ModelPredictor:
         processor: Any,
         name: str = "model",
         slot_logit_threshold: float | None = None,
-        mask_logit_threshold: float = 0.0,
+        mask_logit_threshold: float | None = None,
         **segment_kwargs,
     ):
         if segment_kwargs.get("do_sample"):
