@@ -6,10 +6,12 @@ import http.client
 import io
 import json
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -94,6 +96,49 @@ class TestAnswers:
         # as an endpoint passes on a request whose body is the image
         assert handler({"inputs": data, "parameters": FAST | {"instruction": row["instruction"]}}) == expected
 
+    def test_grey_images_of_16_bits_are_those_of_8(self, handler, rows):
+        row = next(row for row in rows if directly(handler, row, "full")["segments"])
+        grey = np.asarray(row["image"].convert("L"))
+        answers = []
+        for image in (grey, grey.astype(np.uint16) * 257, grey.astype(np.int32) * 257):
+            image = Image.fromarray(image)
+            for sent in (image, as_base64(image)):
+                sample = {"image": sent, "instruction": row["instruction"]}
+                answers.append(handler({"inputs": sample, "parameters": {"slot_logit_threshold": -100}}))
+        assert answers[0]["segments"] and all(answer == answers[0] for answer in answers)
+
+    def test_transparent_and_turned_images(self, handler, rows):
+        image, instruction = rows[0]["image"], rows[0]["instruction"]
+        orientation = Image.Exif()
+        orientation[0x0112] = 6  # stored on its side; to be turned clockwise
+        turned = io.BytesIO()
+        image.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=orientation)
+        clear = image.convert("RGBA")
+        clear.paste((9, 9, 9, 0), (0, 0, 20, 20))
+        white = image.copy()
+        white.paste((255, 255, 255), (0, 0, 20, 20))
+        for sent, expected in ((turned.getvalue(), image), (as_png(clear), white)):
+            answer = handler({"inputs": {"image": sent, "instruction": instruction}, "parameters": FAST})
+            assert answer == directly(handler, {"image": expected, "instruction": instruction})
+
+    @pytest.mark.parametrize("way", ["lines", "a newline", "for urls", "unpadded", "data url in lines"])
+    def test_base64_as_tools_write_it(self, handler, way):
+        limits = Limits(image_bytes=3001)
+        data = bytes(range(256)) * 11 + bytes(185)  # 3001 bytes: the last two groups of base64 are padding
+        text = base64.b64encode(data).decode()
+        sent = {
+            "lines": base64.encodebytes(data).decode().replace("\n", "\r\n"),
+            "a newline": text + "\n",
+            "for urls": base64.urlsafe_b64encode(data).decode(),
+            "unpadded": text.rstrip("="),
+            "data url in lines": "data:image/png;base64," + base64.encodebytes(data).decode(),
+        }[way]
+        assert sent != text and len(text) - len(text.rstrip("=")) == 2
+        assert endpoint._decode_base64(sent, limits) == data
+        with pytest.raises(RequestError, match="at most 1000 are read") as caught:
+            endpoint._decode_base64(sent, Limits(image_bytes=1000))
+        assert caught.value.status == 413
+
     def test_png_masks_and_thresholds(self, handler, rows):
         row = next(row for row in rows if directly(handler, row, "full")["segments"])
         thinking = {"reasoning": "full"}
@@ -112,6 +157,14 @@ class TestAnswers:
         answers = handler({"inputs": [good[0], bad, good[1]], "parameters": FAST})
         assert [answers[0], answers[2]] == [directly(handler, row) for row in rows[:2]]
         assert answers[1]["error"]["status"] == 400
+
+
+def as_header(width: int, height: int) -> bytes:
+    """A PNG that says it is so large."""
+    data = bytearray(as_png(Image.new("1", (1, 1))))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
 
 
 PIXEL = base64.b64encode(as_png(Image.new("RGB", (8, 8)))).decode()
@@ -146,6 +199,8 @@ BAD = {
         "factor of at most 200",
     ),
     "large": ({"inputs": {"image": as_png(Image.new("1", (4000, 3001))), "instruction": "a"}}, 413, "4000 x 3001"),
+    "very large": ({"inputs": {"image": as_header(10_000, 10_000), "instruction": "a"}}, 413, "at most 12000000"),
+    "a bomb": ({"inputs": {"image": as_header(20_000, 20_000), "instruction": "a"}}, 413, "at most 12000000"),
     "heavy": ({"inputs": {"image": b"x" * 10_000_001, "instruction": "a"}}, 413, "10000001 bytes"),
     "heavy base64": ({"inputs": {"image": "A" * 13_400_000, "instruction": "a"}}, 413, "10050000 bytes"),
 }

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_image, tiny_model, tiny_processor
+from tiny import follow_concepts, tiny_image, tiny_model, tiny_processor
 
 from segcompass_hf import (
     SegCompassForReasoningSegmentation,
@@ -223,7 +223,7 @@ def test_explain_the_bundled_checkpoint(bundled):
 
 
 def test_odd_answers_are_explained_too():
-    model, processor, image = tiny_model("llava"), tiny_processor("llava"), tiny_image()
+    model, processor, image = follow_concepts(tiny_model("llava")), tiny_processor("llava"), tiny_image()
 
     def run(**arguments):
         return explain(model, processor, image, "the red thing", max_new_tokens=8, num_ablations=1, **arguments)
@@ -234,6 +234,11 @@ def test_odd_answers_are_explained_too():
     model.config.slot_logit_threshold = -100.0  # every slot is kept
     masks = run(target="mask_contrast", max_concepts=0).masks
     assert len(masks) == model.config.num_slots and all(mask.concepts == [] for mask in masks)
+    assert all(mask.target == "mask_contrast" and abs(mask.value - mask.baseline_value) > 1e-3 for mask in masks)
+    assert len({round(mask.value, 4) for mask in masks}) == len(masks)  # of each slot its own
+    with torch.inference_mode():
+        again = run(target="mask_contrast", max_concepts=0).masks
+    assert [mask.value for mask in again] == [mask.value for mask in masks]
 
     model.config.concept_threshold = 1e9  # no concept is active
     for mask in run().masks:
@@ -244,4 +249,8 @@ def test_odd_answers_are_explained_too():
         explain(model, processor, image, ["the red thing", "the blue thing"])
     model.slot_mapper.query_proj.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="slot_mapper"):
+        run()
+    with torch.inference_mode():
+        model = tiny_model("llava")
+    with pytest.raises(ValueError, match="load the model outside of it"):
         run()

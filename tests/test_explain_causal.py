@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_image, tiny_model, tiny_processor
+from tiny import follow_concepts, tiny_image, tiny_model, tiny_processor
 
 from segcompass_hf import ConceptIntervention
 from segcompass_hf.explain import Answer, ablate, mask_iou, steer, steer_many
@@ -14,7 +14,7 @@ INACTIVE = 5  # a feature made never to fire
 
 @pytest.fixture(scope="module", params=["llava", "qwen2_5_vl"])
 def answer(request):
-    model = tiny_model(request.param)
+    model = follow_concepts(tiny_model(request.param))
     model.config.slot_logit_threshold = -100.0  # every slot is kept
     model.sae.b_enc.data[INACTIVE] = -1e3
     return Answer(model, tiny_processor(request.param), tiny_image(), "the red thing", **WORDS)
@@ -44,6 +44,11 @@ def test_replaying_equals_segmenting_with_interventions(answer):
         )
         assert result.reasoning is None
     assert tested[-1].features == tuple(ids)
+    # Masks follow concepts, and no two slots have the same: what was compared above could have differed.
+    masks = answer.captured.pred_masks[0]
+    assert (output.pred_masks[0] - masks).abs().amax((1, 2)).min() > 1e-2
+    assert all((masks[one] - masks[two]).abs().max() > 1e-2 for one in answer.slots for two in range(one))
+    assert all(iou < 1 for iou in tested[-1].iou)
 
 
 def test_what_is_not_active_can_go(answer):
@@ -64,6 +69,26 @@ def test_interventions_on_the_residual_stream_are_answered_anew(answer):
     assert ablate(answer, ids[:2], where="residual").features == tuple(ids[:2])
     with pytest.raises(ValueError, match="residual stream"):
         steer_many(answer, [change])
+
+
+def test_interventions_that_an_answer_was_made_with_stay_in_force(answer):
+    ids = answer.captured.features.tolist()
+    before = {ids[0]: 0.0, ids[1]: 3.0}
+    changed = Answer(answer.model, answer.processor, answer.image, answer.instruction, interventions=before, **WORDS)
+    result = ablate(changed, ids[2], where="residual")
+    items = [ConceptIntervention(ids[0], scale=0.0), ConceptIntervention(ids[1], scale=3.0)]
+    items.append(ConceptIntervention(ids[2], where="residual"))
+    output = answer.model.segment(**answer.inputs, **answer.segment_kwargs, interventions=items)
+    np.testing.assert_array_equal(np.stack(result.masks), answer.full_size(output.pred_masks[0]) > 0)
+    assert result.features == (ids[2],)
+
+
+def test_one_feature_may_be_an_int_of_any_library(answer):
+    features = answer.captured.features
+    one = ablate(answer, int(features[0]))
+    for same in (features[0], np.int64(int(features[0])), features[:1], [features[0]]):
+        assert ablate(answer, same).features == one.features
+    assert ablate(answer, features[:2]).features == tuple(features[:2].tolist())
 
 
 def test_wrong_truth_and_features(answer):

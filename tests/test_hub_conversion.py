@@ -140,9 +140,12 @@ class TestRoundTrip:
     def test_from_ours_and_back(self, family, tie, tmp_path, caplog):
         """A model of ours, with what makes it answer as it does told again; tied rows are stored once."""
         model = tiny_model(family, tie=tie).to(torch.bfloat16)
+        model.config.mask_logit_threshold = 0.25
         model.save_pretrained(tmp_path / "ours")
         tiny_processor(family).save_pretrained(tmp_path / "ours")
         back = convert_to_original_checkpoint(tmp_path / "ours", tmp_path / "back")
+        assert "slot_logit_threshold=0.0 (original: 0.5)" in caplog.text
+        assert "mask_logit_threshold=0.25 (original: 0.0)" in caplog.text
         published = {"llava": "language_model.model.layers.0", "qwen2_5_vl": "model.layers.0"}[family]
         stored = open_weights(back / "llm_hf")
         assert any(name.startswith(published) for name in stored)

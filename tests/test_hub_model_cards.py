@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard, model_info
@@ -37,8 +38,6 @@ def checkpoint(tmp_path):
     config = {"vlm_config": vlm, "sae_config": sae, "sam_config": {"vision_config": {"num_hidden_layers": 12}}}
     config |= {"num_slots": 3, "sae_layer": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    import numpy as np
-
     weights = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(4, np.float32)}
     save_file(weights, tmp_path / "model.safetensors")
     save_file({"c": np.zeros(9, np.float32)}, tmp_path / "concepts.safetensors")
@@ -89,6 +88,20 @@ def test_cards_of_the_papers_backbones_quote_and_do_not_claim(name):
     assert card.data.eval_results is None and "model-index" not in str(card)  # quoted is not ours to index
     assert len(card.data.base_model) == 2 and f"--recipe {name}" in card.text and UNKNOWN_ID in card.text
     assert (ROOT / load_recipe(name)["config"]).is_file() and "{" not in card.text.split("```bibtex")[0]
+
+
+def test_examples_are_upright_and_of_8_bits(checkpoint):
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # stored on its side; to be turned clockwise
+    side = Image.fromarray(grey).transpose(Image.Transpose.ROTATE_90)
+    side.save(checkpoint / "side.png", exif=orientation)
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    write_model_card(checkpoint, license="mit", examples=[(checkpoint / "side.png", "a"), (sixteen, "b")])
+    for number in range(2):
+        saved = Image.open(checkpoint / "examples" / f"example_{number}.png")
+        assert saved.mode == "RGB" and not saved.getexif()
+        np.testing.assert_array_equal(np.asarray(saved), np.repeat(grey[..., None], 3, axis=2))
 
 
 def test_a_card_of_ones_own(checkpoint):

@@ -123,8 +123,23 @@ def test_what_an_earlier_push_left_goes_and_what_others_put_stays(folder, hub, u
     assert {"notes.md", "plots/loss.png", "model-00001-of-00002.safetensors"} <= there
     assert not there & {"model.safetensors", "old_segcompass.py"}
     assert "model.safetensors" in hub.files("me/mine", first)  # pinned, it is still there
+    assert is_owned("model.safetensors.index.json") and is_owned("adapter_model.safetensors")
+    assert not any(map(is_owned, ("train.py", "vae.safetensors", "handler.py", "LICENSE")))
     assert is_owned("examples/0.png") and is_owned("concepts.parquet")
     assert not is_owned("plots/x.png") and not is_owned("sub/config.json")
+
+
+def test_a_handler_is_published_and_one_put_there_by_hand_stays(folder, hub, unchecked):  # noqa: F811
+    push_to_hub(folder, "me/mine")
+    for name in ("handler.py", "train.py", "LICENSE", "extra.safetensors"):
+        HfApi().upload_file(path_or_fileobj=b"theirs", path_in_repo=name, repo_id="me/mine")
+    push_to_hub(folder, "me/mine", commit_message="again")
+    there = hub.files("me/mine")
+    assert all(there[name] == b"theirs" for name in ("handler.py", "train.py", "LICENSE", "extra.safetensors"))
+    (folder / "handler.py").write_text("ours")
+    publication = push_to_hub(folder, "me/mine")
+    assert "handler.py" in publication.files and "handler.py" not in publication.left_behind
+    assert hub.files("me/mine")["handler.py"] == b"ours"
 
 
 def test_branches_private_repositories_and_refusals_of_the_hub(folder, hub, unchecked):  # noqa: F811

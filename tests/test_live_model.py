@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from explanations import made_explanation
 from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import follow_concepts, tiny_model, tiny_processor
 
 from segcompass_hf.explain.causal import steer
 from segcompass_hf.explain.figure import tidy
@@ -15,7 +15,9 @@ from segcompass_hf.explain.live import NUM_SHOWN, LiveAnswer, LiveModel, paint
 
 @pytest.fixture(scope="module")
 def live():
-    return LiveModel(tiny_model("llava"), tiny_processor("llava"), "tiny", num_ablations=1)
+    model = follow_concepts(tiny_model("llava"))
+    model.config.slot_logit_threshold = -100.0  # every slot is kept
+    return LiveModel(model, tiny_processor("llava"), "tiny", num_ablations=1)
 
 
 def _picture(seed: int) -> Image.Image:
@@ -44,6 +46,7 @@ def test_changes_are_those_of_steer(made):
     expected = steer(answer.answer, {features[0]: 0.0})
     assert after.features == (features[0],)
     assert all((one == two).all() for one, two in zip(after.masks, expected.masks, strict=True))
+    assert min(answer.change(dict.fromkeys(features, 0.0)).iou) < 1  # masks follow their concepts
     assert answer.change({features[0]: 1.0}).iou == [1.0] * len(answer.explanation.masks)
 
 

@@ -26,6 +26,14 @@ def test_without_a_model_the_bundled_one_is_served(tmp_path):
     assert requirements.read_text("utf-8") == f"segcompass_hf[explain,data]=={segcompass_hf.__version__}\n"
 
 
+def test_a_folder_that_looks_like_an_id_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(ValueError, match="'runs/mine' is a path on this machine"):
+        write_space(tmp_path / "space", "runs/mine")
+    assert not (tmp_path / "space").exists()
+
+
 def test_command(tmp_path, capsys):
     assert main(["serve", "--space", str(tmp_path / "new")]) == 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["README.md", "app.py", "requirements.txt"]

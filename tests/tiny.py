@@ -337,6 +337,19 @@ def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config
         return model
 
 
+def follow_concepts(model):
+    """Let the masks of a `tiny_model` depend on its concepts: heatmaps ten times as strong, around 0.
+
+    Its own are close to -2 everywhere. SAM's prompt encoder normalises them, the same is left of each, and masks
+    without a concept, or of another slot, are the same up to rounding.
+    """
+    last = model.slot_mapper.head_fuser[-1]
+    with torch.no_grad():
+        last.weight.mul_(10)
+        last.bias.zero_()
+    return model
+
+
 def tiny_image(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
     """Dark noise of `size` (width, height) with one red rectangle, as an RGB image."""
     rng = np.random.RandomState(seed)

@@ -127,6 +127,7 @@ class _Scalars:
         return torch.cat(parts)
 
 
+@torch.inference_mode(False)
 def attribute(
     replay: Replay,
     slots: list[int],

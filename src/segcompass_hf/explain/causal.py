@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -45,7 +46,10 @@ def ablate(
     >>> ablate(answer, [17, 230]).iou  # of each mask to what it was
     ```
     """
-    ids = [features] if isinstance(features, int) else list(features)
+    try:
+        ids = [operator.index(features)]  # an int of Python, numpy or torch
+    except TypeError:
+        ids = list(features)
     return steer(answer, [ConceptIntervention(i, tokens=tokens, where=where) for i in ids], true_masks=true_masks)
 
 
@@ -119,8 +123,11 @@ def _tested(
 
 
 def _answer_anew(answer: Answer, items: list[ConceptIntervention], true_masks: Any) -> Ablation:
-    """Segment again with the interventions in force. Slots keep their numbers, so masks are compared slot by slot."""
-    output = answer.model.segment(**answer.inputs, **answer.segment_kwargs, interventions=items)
+    """Segment again with the interventions in force, besides those that the answer was made with. Slots keep their
+    numbers, so masks are compared slot by slot."""
+    before = normalize_interventions(answer.segment_kwargs.get("interventions"))
+    kwargs = answer.segment_kwargs | {"interventions": before + items}
+    output = answer.model.segment(**answer.inputs, **kwargs)
     tested = _tested(
         answer, items, output.pred_masks[0, answer.slots], output.slot_logits[0], match_truth(answer, true_masks)
     )

@@ -51,7 +51,8 @@ def explain(
         [`Explanation`]. When the model keeps no mask, its strongest slot is explained by its confidence.
 
     Raises:
-        ValueError: Of a bad argument, or weights that yield NaN.
+        ValueError: Of a bad argument, a dictionary of another SAE, or weights that yield NaN or were made inside
+            `torch.inference_mode()`.
 
     ```python
     >>> explanation = explain(model, processor, "scene.png", "the large red circle")
@@ -84,10 +85,17 @@ def explain_answer(
     for name, number in (("num_ablations", num_ablations), ("max_concepts", max_concepts)):
         if number < 0:
             raise ValueError(f"{name}={number} is a number of concepts and cannot be negative.")
+    if any(weight.is_inference() for weight in answer.model.parameters()):
+        raise ValueError(
+            "the model's weights were made inside torch.inference_mode(), which keeps gradients from them; load the "
+            "model outside of it."
+        )
     if dictionary is None:
         from .dictionary import ConceptDictionary
 
         dictionary = ConceptDictionary.find(answer.model)
+    else:
+        dictionary.check(answer.model.sae)
     attributions = attribute(answer.replay, answer.slots, target if answer.kept else "slot_logit", method)
     concepts = [_ranked(answer, attribution, max_concepts, dictionary) for attribution in attributions]
     _ablate_first(answer, concepts, num_ablations, true_masks)

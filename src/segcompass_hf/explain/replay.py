@@ -60,6 +60,7 @@ class CapturedSegmentation:
         return self.concepts.features.unique()
 
 
+@torch.inference_mode(False)  # gradients go through what is captured, wherever it is called
 def capture(model: Any, inputs: Any, **segment_kwargs) -> list[CapturedSegmentation]:
     """Segment a batch and keep what leads from concepts to masks.
 
@@ -132,6 +133,7 @@ class Replay:
         captured ([`CapturedSegmentation`]): From [`capture`].
     """
 
+    @torch.inference_mode(False)
     def __init__(self, model: Any, captured: CapturedSegmentation):
         self.model, self.captured = model, captured
         self.codes = model.codebook.weight.detach()[captured.concepts.features]  # (num_active, d_slot)

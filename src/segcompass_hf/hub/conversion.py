@@ -42,6 +42,7 @@ ORIGINAL_BEHAVIOUR = {
     "slot_encoder_heads": 8,
     "slot_init_std": 0.02,
     "slot_logit_threshold": 0.5,
+    "mask_logit_threshold": 0.0,
     "match_confidence_weight": 0.0,
     "valid_area_only": False,
     "empty_samples": "zero",

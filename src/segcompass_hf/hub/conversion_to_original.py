@@ -32,7 +32,15 @@ logger = logging.get_logger(__name__)
 
 SAE_FILE = "ep_0.pt"
 # Fields that change what the original computes from the same weights; the others are settings of training.
-_COMPUTED_BY = ("concept_input", "reference_search", "reference_order", "concept_threshold", "slot_encoder_heads")
+_COMPUTED_BY = (
+    "concept_input",
+    "reference_search",
+    "reference_order",
+    "concept_threshold",
+    "slot_encoder_heads",
+    "slot_logit_threshold",
+    "mask_logit_threshold",
+)
 _SAM_PARTS = ("image_encoder", "prompt_encoder", "mask_decoder")
 _POSITIONS = "sam.shared_image_embedding.positional_embedding"
 

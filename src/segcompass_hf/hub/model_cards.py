@@ -62,7 +62,8 @@ def write_model_card(
         datasets (`Sequence[str]`, *optional*): Hub ids of what it was trained on.
         evaluations (`Sequence[dict]`, *optional*): Summaries of the evaluation runner (`summary.json`).
         training (`str`, *optional*): How it was trained, in Markdown; the recipe's text by default.
-        examples (`Sequence[tuple]`, *optional*): (`PIL.Image` or file, instruction) for the header's `widget`.
+        examples (`Sequence[tuple]`, *optional*): (`PIL.Image` or file, instruction) for the header's `widget`; saved
+            upright, as 8-bit RGB.
         figure (`str`, *optional*): Picture of answers, by its path in the folder.
         space (`str`, *optional*): Hub id of a Space to try it in.
         details (`str`, *optional*): More results, in Markdown.
@@ -216,14 +217,13 @@ def _stated_header(path: Path) -> dict[str, Any]:
 
 
 def _write_examples(folder: Path, examples: Sequence[tuple[Any, str]]) -> list[dict[str, str]]:
-    from PIL import Image
+    from ..images_segcompass import to_rgb_image
 
     widget = []
     for number, (image, instruction) in enumerate(examples):
         name = f"{EXAMPLES_FOLDER}/example_{number}.png"
         (folder / EXAMPLES_FOLDER).mkdir(exist_ok=True)
-        image = image if isinstance(image, Image.Image) else Image.open(image)
-        image.convert("RGB").save(folder / name)
+        to_rgb_image(image, f"example {number}").save(folder / name)
         widget.append({"src": name, "text": instruction, "example_title": instruction})
     return widget
 

@@ -44,15 +44,15 @@ KEPT = (
     "vocab.json",
     "merges.txt",
     "README.md",
-    "LICENSE*",
-    "NOTICE*",
     "examples/*",
     "concepts.safetensors",
     "concepts.parquet",
-    ".eval_results/*.yaml",
 )
+# Published too where the folder has them; what somebody put into the repository by hand stays where it has none.
+GUESTS = ("handler.py", "LICENSE*", "NOTICE*", ".eval_results/*.yaml")
+CODE = ("modeling_*.py", "*_segcompass.py")  # of this package, beside the weights
 # What a push may remove from a repository: what an earlier push put there and this one does not.
-OWNED = (*KEPT, "*.py", "*.safetensors", INDEX)
+OWNED = (*KEPT, *CODE, WEIGHTS, "model-*-of-*.safetensors", INDEX, ADAPTER)
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Stage:
 
 def core_files() -> list[Path]:
     """The files of this package that travel beside the weights: flat, and all that loading needs."""
-    return sorted({*PACKAGE.glob("modeling_*.py"), *PACKAGE.glob("*_segcompass.py")})
+    return sorted({path for pattern in CODE for path in PACKAGE.glob(pattern)})
 
 
 def stage_checkpoint(
@@ -111,7 +111,7 @@ def stage_checkpoint(
     weights = _adapter_weights(source) if kind == "adapter" else _model_weights(source)
     destination.mkdir(parents=True, exist_ok=True)
     found = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    kept = [name for name in found if name not in weights and _matches(name, KEPT)]
+    kept = [name for name in found if name not in weights and _matches(name, (*KEPT, *GUESTS))]
     if "processor_config.json" not in kept and kind == "model":
         raise FileNotFoundError(
             f"{str(source)!r} has no processor_config.json; save the processor beside the model with "

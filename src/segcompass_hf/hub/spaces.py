@@ -25,12 +25,17 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
         `list[pathlib.Path]`: the files.
 
     Raises:
-        ValueError: `model_id` is no id on the Hub: a Space sees no folder of this machine.
+        ValueError: `model_id` is no id on the Hub, or is also a path here: a Space sees no folder of this machine.
     """
     from .. import __version__
 
     if model_id is not None and not _REPO_ID.fullmatch(model_id):
         raise ValueError(f"model {model_id!r} is no id on the Hub; a Space needs owner/name.")
+    if model_id is not None and Path(model_id).exists():
+        raise ValueError(
+            f"model {model_id!r} is a path on this machine, where a Space cannot see it; publish it with `segcompass "
+            "push` and name its id on the Hub. If this is its id, call from another folder."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {

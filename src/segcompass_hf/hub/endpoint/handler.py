@@ -36,6 +36,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 _KEPT = "/%:=&?~+!$,;'@()*[]"  # characters of a URL that are sent as they are
+_PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")  # of base64 for URLs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MASK_FORMATS, REASONING = ("rle", "png"), ("full", "short", "none")
 THRESHOLDS = ("slot_logit_threshold", "mask_logit_threshold")
@@ -164,7 +165,10 @@ class EndpointHandler:
             return _checked_image(Image.open(io.BytesIO(image), formats=FORMATS), self.limits)
         except RequestError:
             raise
-        except Exception as error:  # PIL's readers raise many kinds on damaged files, and on bombs
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before we see its size
+            limit = self.limits.image_pixels
+            raise RequestError(413, f"the image is too large; at most {limit} pixels are read.") from error
+        except Exception as error:  # PIL's readers raise many kinds on damaged files
             raise RequestError(400, f"the image cannot be read; expected {', '.join(FORMATS)}.") from error
 
     @torch.no_grad()
@@ -249,29 +253,28 @@ def _is_number(value: Any) -> bool:
 
 
 def _decode_base64(text: str, limits: Limits) -> bytes:
+    """Base64 as tools write it: in lines or one, in the alphabet for files or for URLs, padded or not."""
     if text[:5].lower() == "data:":
         head, comma, text = text.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise RequestError(400, "a data URL must be base64: data:image/png;base64,....")
-    if len(text) > limits.image_bytes * 4 // 3 + 4:
-        raise RequestError(413, f"the image has {len(text) * 3 // 4} bytes; at most {limits.image_bytes} are read.")
     try:
-        return base64.b64decode(text, validate=True)
+        data = text.encode("ascii").translate(_PLAIN_ALPHABET, b" \t\r\n")
+        if len(data) > limits.image_bytes * 4 // 3 + 4:
+            size = len(data) * 3 // 4
+            raise RequestError(413, f"the image has {size} bytes; at most {limits.image_bytes} are read.")
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(400, "the image is neither base64 nor an http(s) URL.") from error
 
 
 def _checked_image(image: Image.Image, limits: Limits) -> Image.Image:
-    """The image in RGB and upright, once its size is known to be harmless."""
+    """The image upright, once its size is known to be harmless; the processor makes RGB of it."""
     width, height = image.size
     if width * height > limits.image_pixels or min(width, height) == 0:
         raise RequestError(413, f"the image is {width} x {height}; at most {limits.image_pixels} pixels are read.")
     image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
-    return image.convert("RGB")
+    return ImageOps.exif_transpose(image)
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
