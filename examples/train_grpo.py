@@ -64,7 +64,9 @@ def main() -> None:
     if script.lora_r:
         from segcompass_hf.training.adapters import lora_config
 
-        adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)
+        heads, rows_that_train = "full" if arguments.train_heads else "none", arguments.train_token_rows
+        size = {"r": script.lora_r, "alpha": 2 * script.lora_r}
+        adapter = lora_config(model, **size, heads=heads, train_token_rows=rows_that_train)
     trainer = SegCompassGRPOTrainer(
         model, args=arguments, train_dataset=rows, processing_class=processor, peft_config=adapter
     )

@@ -8,7 +8,7 @@ With any VLM and any image-text data set of the Hub, in the row schema or interl
     accelerate launch examples/train_sae.py --output_dir runs/sae --bf16 --vlm llava-hf/llava-1.5-7b-hf \
         --dataset HuggingFaceM4/OBELICS --streaming --max_length 2048 --train_tokens 200000000 --eval_strategy steps
 
-The same command goes on from the last checkpoint. All settings: `--help`; `--config FILE.yaml` first
+The same command goes on from the last whole checkpoint. All settings: `--help`; `--config FILE.yaml` first
 takes them from a file, which flags override.
 """
 
@@ -58,7 +58,7 @@ def main():
 
         rows = load_dataset(data.dataset, data.dataset_config, split=data.split, streaming=data.streaming)
     trainer = SaeTrainer(None, vlm, processor, args, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) is not None)
     trainer.save_model()
     if args.validation_share:
         metrics = trainer.evaluate()

@@ -66,7 +66,8 @@ def main() -> None:
     if script.lora_r:
         from segcompass_hf.training.adapters import lora_config
 
-        adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)
+        size = {"r": script.lora_r, "alpha": 2 * script.lora_r}
+        adapter = lora_config(model, **size, train_token_rows=arguments.train_token_rows)
     rows = rows.select(range(len(rows) - script.num_eval_rows))
     trainer = SegmentationTrainer(model, arguments, rows, evaluation, processor, adapter)
     trainer.train(resume_from_checkpoint=script.resume)

@@ -13,10 +13,12 @@ from browser import console_messages, open_browser, requested_addresses
 from loopback_hub import hub  # noqa: F401
 from PIL import Image
 from supervised import tiny_row
-from tiny import FAMILIES, tiny_model, tiny_processor
+from tiny import FAMILIES, tiny_image, tiny_model, tiny_processor
 
 from segcompass_hf import SegCompassSaeConfig
+from segcompass_hf.cli import main
 from segcompass_hf.data import scenes
+from segcompass_hf.explain import explain
 from segcompass_hf.explain.dictionary import ConceptDictionary
 from segcompass_hf.explain.dictionary_counts import DictionaryCounts, PairCounts, TopExamples, bin_of, half_of
 from segcompass_hf.explain.dictionary_entries import ExampleStore
@@ -226,6 +228,27 @@ def test_dictionary_of_another_sae_is_refused(made):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="describes 6 features, the model's SAE has 12"):
         made.check(SegCompassSae(SegCompassSaeConfig(d_in=8, d_sae=12)))
+
+
+def test_an_explanation_refuses_the_dictionary_of_another_sae(made, tmp_path, capsys):
+    model = tiny_model("llava", sae_config={"d_in": 32, "d_sae": D_SAE, "layer": 2})
+    own, other = (
+        ConceptDictionary.from_counts(*constructed(), sae)
+        for sae in (model.sae, tiny_model("llava", seed=1, sae_config=model.config.sae_config.to_dict()).sae)
+    )
+    asked = (model, tiny_processor("llava"), tiny_image(), "the red thing")
+    options = {"max_new_tokens": 8, "num_ablations": 0}
+    (first, *_) = explain(*asked, dictionary=own, **options).masks
+    assert first.concepts and all(concept.label == own.label(concept.feature) for concept in first.concepts)
+    with pytest.raises(ValueError, match="made with another SAE"):
+        explain(*asked, dictionary=other, **options)
+
+    made.save(tmp_path)
+    tiny_image().save(tmp_path / "image.png")
+    command = ["explain", str(tmp_path / "image.png"), "the red circle", "--dictionary", str(tmp_path)]
+    assert main([*command, "--output", str(tmp_path / "page.html")]) == 2
+    assert f"error: the concept dictionary describes {D_SAE} features" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_half_written_files_are_refused(made, tmp_path):

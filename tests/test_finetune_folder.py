@@ -216,6 +216,9 @@ def test_rows_without_reasoning_get_the_model_s_own(rows_with_one_reasoning):
     assert list(filled["reasoning"]) == expected
     assert filled.features == rows.features and filled.column_names == rows.column_names
     assert with_own_reasoning(filled, None) is filled
+    without = rows.remove_columns("reasoning")
+    expected[2] = "I see thing 2 (30, 20)"
+    assert list(with_own_reasoning(without, Thinker(rows), batch_size=2)["reasoning"]) == expected
 
 
 def test_damaged_images_are_left_out_and_named(rows_with_one_reasoning, root, caplog, monkeypatch):

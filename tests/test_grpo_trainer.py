@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer  # noqa: E402
 from segcompass_hf.training.grpo_rollouts import masks_of_rollouts  # noqa: E402
 from segcompass_hf.training.grpo_targets import prompt_of, segmentation_targets  # noqa: E402
+from segcompass_hf.training.one_cycle import OneCycle  # noqa: E402
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 
@@ -58,6 +59,31 @@ def test_prompts_and_captured_masks_are_those_of_a_plain_forward(tmp_path, famil
         assert value.abs().max() > 1e-3
         torch.testing.assert_close(value, plain[name], atol=1e-4, rtol=1e-4)
     assert len(output["image_embeddings"]) == len(output["mask_labels"]) == 4
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_masks_of_a_second_pass_over_the_sequence_see_the_image(tmp_path, family):
+    seen = {}
+
+    def reward(completions, **columns):
+        seen.update(columns)
+        return [0.0] * len(completions)
+
+    model = tiny_model(family, concept_input="duplicated")
+    trainer = tiny_trainer(tmp_path, family, model=model, reward_funcs=[reward])
+    inputs = generate(trainer)
+    names = ("pixel_values", "image_grid_thw", "token_type_ids", "mm_token_type_ids", "reshaped_input_sizes")
+    prompt_mask, written = inputs["prompt_mask"], inputs["completion_mask"]
+    with torch.no_grad():  # the batch that training sees: this kind of input depends on its padding
+        plain = model(
+            input_ids=torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1),
+            attention_mask=torch.cat([prompt_mask, written], 1),
+            completion_mask=torch.cat([torch.zeros_like(prompt_mask), written], 1),
+            image_embeddings=torch.stack(list(inputs["image_embeddings"])),
+            **{name: inputs[name] for name in names if name in inputs},
+        )
+    for name in ("heatmap_logits", "slot_logits", "pred_masks"):
+        torch.testing.assert_close(torch.stack(seen[name]), plain[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -259,6 +285,43 @@ def test_heads_frozen_trains_the_policy_alone(tmp_path):
     assert names and all(name.startswith("vlm.") for name in names)
 
 
+def test_input_rows_that_would_get_no_gradient_are_refused(tmp_path):
+    from segcompass_hf.training.adapters import lora_config
+
+    model, configured = tiny_model(), tiny_model(train_token_rows="both")
+    for settings in (
+        {"train_token_rows": "both"},
+        {"model": configured},
+        {"model": model, "peft_config": lora_config(model, r=2, train_token_rows="both")},
+    ):
+        with pytest.raises(ValueError, match="get no gradient; pass train_token_rows='head'"):
+            tiny_trainer(tmp_path, **settings)
+    tied = tiny_trainer(tmp_path, model=tiny_model(tie=True), train_token_rows="both", max_steps=1)
+    before = tied.core.get_input_embeddings().weight.detach().clone()
+    tied.train()
+    assert not torch.equal(before, tied.core.get_input_embeddings().weight), "they learn from the head's side"
+    model = tiny_model(tie=True)
+    tiny_trainer(tmp_path, model=model, peft_config=lora_config(model, r=2, train_token_rows="both"))
+
+
+def test_settings_that_an_adapter_does_not_follow_are_named(tmp_path, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    from segcompass_hf.training.adapters import lora_config
+
+    for name in ("transformers", "segcompass_hf"):
+        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
+    model = tiny_model()
+    settings = {"train_heads": False, "train_token_rows": "none"}
+    tiny_trainer(tmp_path, model=model, peft_config=lora_config(model, r=2), **settings)
+    assert "train_token_rows='none' (the adapter trains 'head'), train_heads=False (the adapter trains" in caplog.text
+    caplog.clear()
+    model = tiny_model()
+    followed = lora_config(model, r=2, heads="none", train_token_rows="none")
+    tiny_trainer(tmp_path, model=model, peft_config=followed, **settings)
+    assert "something else" not in caplog.text
+
+
 def test_without_policy_loss_only_the_segmentation_counts(tmp_path):
     trainer = tiny_trainer(tmp_path, policy_loss_weight=0.0, beta=0.1)
     inputs = generate(trainer)
@@ -350,6 +413,49 @@ def test_learning_rates_per_module_and_the_one_cycle(tmp_path):
     low, high = 1e-3 / 6.7, 1e-3
     expected = [low + (high - low) / 2 * (1 + math.cos(math.pi * (step + 1) / 10)) for step in range(10)]
     assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_one_cycle_is_torchs_and_ends_where_a_longer_run_does(tmp_path):
+    def optimizer():
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in (1e-3, 2e-2)]
+        return torch.optim.AdamW(groups)
+
+    def run(optimizer, scheduler, steps):
+        rates = []
+        for _ in range(steps):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+        return rates
+
+    first, theirs = optimizer(), optimizer()
+    settings = {"total_steps": 6, "pct_start": 0.0, "div_factor": 1.0, "final_div_factor": 6.7}
+    torchs = torch.optim.lr_scheduler.OneCycleLR(theirs, [1e-3, 2e-2], cycle_momentum=False, **settings)
+    ours = OneCycle(first, 6, 6.7)
+    for rates, expected in zip(run(first, ours, 6), run(theirs, torchs, 6), strict=True):
+        assert rates == pytest.approx(expected, rel=1e-12)
+
+    whole = optimizer()
+    expected = run(whole, OneCycle(whole, 10, 6.7), 10)[6:]
+    for state, done in ((ours.state_dict(), first), (torchs.state_dict(), theirs)):  # older checkpoints hold torch's
+        longer = optimizer()
+        scheduler = OneCycle(longer, 10, 6.7)
+        longer.load_state_dict(done.state_dict())
+        scheduler.load_state_dict(state)
+        assert scheduler.total_steps == 10
+        for rates, wanted in zip(run(longer, scheduler, 4), expected, strict=True):
+            assert rates == pytest.approx(wanted, rel=1e-12)
+
+
+def test_a_one_cycle_run_can_be_prolonged(tmp_path):
+    settings = {"beta": 0.0, "lr_schedule": "one_cycle", "save_strategy": "steps", "save_steps": 1}
+    tiny_trainer(tmp_path, max_steps=2, **settings).train()
+    trainer = tiny_trainer(tmp_path, max_steps=4, **settings)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 4
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    low, high = 1e-3 / 6.7, 1e-3
+    assert rates[2:] == pytest.approx([low + (high - low) / 2 * (1 + math.cos(math.pi * s / 4)) for s in (3, 4)])
 
 
 def test_reward_functions_get_masks_and_targets_of_their_completion(tmp_path):

@@ -425,6 +425,21 @@ class TestCache:
         largest = max(len(batch) for _, batch in source.epoch_batches(0))
         assert 120 <= cache.num_tokens < 120 + largest
 
+    def test_a_higher_limit_fills_on(self, source, tmp_path, monkeypatch):
+        whole = ActivationCache(tmp_path / "whole", cache_key(source), "float32")
+        whole.fill(source, d_in=32)
+        sizes = []
+        for limit in (120, 60, 200, None):
+            cache = ActivationCache(tmp_path / "grown", cache_key(source), "float32", shard_tokens=50)
+            cache.fill(source, d_in=32, max_tokens=limit)
+            sizes.append(cache.num_tokens)
+        assert 120 <= sizes[0] == sizes[1] < 200 <= sizes[2] < sizes[3] == whole.num_tokens
+        assert torch.equal(self.read(cache, sizes[3]), self.read(whole, sizes[3])), "every token once, in its place"
+        again = ActivationCache(tmp_path / "grown", cache_key(source), "float32")
+        monkeypatch.setattr(source, "harvester", None)
+        for limit in (None, 10 * sizes[3]):  # the epoch has no more
+            again.fill(source, d_in=32, max_tokens=limit)
+
     def test_a_stale_cache_is_refused_by_name(self, source, processor, tmp_path):
         key = cache_key(source)
         ActivationCache(tmp_path, key).fill(source, d_in=32)

@@ -284,6 +284,12 @@ class TestConfig:
         half = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (103 - 6) / 194))
         assert rates[103] == pytest.approx(half) and trainer.lr_scheduler.get_last_lr()[0] == pytest.approx(0.1)
 
+    @pytest.mark.parametrize("name", ["linear", "cosine", "constant", "constant_with_warmup"])
+    def test_other_schedules(self, model, processor, tmp_path, name):
+        trainer = trainer_of(model, processor, tmp_path, lr_scheduler_type=name, max_steps=1)
+        trainer.train()
+        assert trainer.state.global_step == 1
+
     @pytest.mark.parametrize(
         ("wrong", "message"),
         [
@@ -421,6 +427,42 @@ class TestTraining:
         trainer.train()
         assert torch.equal(sae.b_dec, b_dec)  # not started anew
 
+    @pytest.mark.parametrize("architecture", ARCHITECTURES)
+    @pytest.mark.parametrize("decoder_norm", ["auto", "unit"])
+    def test_the_decoder_norms_of_a_given_sae_are_no_loss(
+        self, model, processor, tmp_path, architecture, decoder_norm, caplog
+    ):
+        free = {"architecture": architecture, "decoder_norm": "free", "max_steps": 40, "learning_rate": 1e-2}
+        trainer = trainer_of(model, processor, tmp_path / "first", **free)
+        trainer.train()
+        sae, states = trainer.model.eval(), torch.randn(30, 32)
+        norms = sae.W_dec.norm(dim=-1)
+        assert norms.max() > 1.2 * norms.min()
+        before, threshold = sae(states).reconstruction, getattr(sae, "topk_threshold", torch.zeros(())).clone()
+        still = {"max_steps": 1, "learning_rate": 1e-12, "decoder_norm": decoder_norm}
+        caplog.clear()
+        again = SaeTrainer(sae, model, processor, settings(tmp_path / "second", **still), rows(8))
+        again.train()
+        ranks, kept = architecture in ("topk", "batchtopk"), sae.W_dec.norm(dim=-1)
+        unit = decoder_norm == "unit" or architecture in ("gated", "jumprelu")
+        assert torch.allclose(kept, torch.ones(64), atol=1e-4) == (unit and not (ranks and decoder_norm == "auto"))
+        assert ("decoder rows of the given SAE have norms from" in caplog.text) == ranks
+        if architecture == "batchtopk":  # its mean follows every batch
+            sae.topk_threshold.copy_(threshold)
+        if not (ranks and decoder_norm == "unit"):  # which the warning says
+            torch.testing.assert_close(sae.eval()(states).reconstruction, before, atol=1e-4, rtol=1e-4)
+
+    def test_a_top_k_sae_of_unit_rows_keeps_them(self, model, processor, tmp_path):
+        trainer = trainer_of(model, processor, tmp_path, architecture="topk")
+        trainer.train()
+        again = SaeTrainer(trainer.model, model, processor, settings(tmp_path / "again"), rows(8))
+        assert again.unit_decoder
+
+    def test_resampling_is_refused_for_a_given_sae_of_another_architecture(self, model, processor, tmp_path):
+        sae = SegCompassSae(SegCompassSaeConfig(d_in=32, d_sae=64, architecture="gated", layer=2))
+        with pytest.raises(ValueError, match="resample_every is for architecture='standard', got an SAE of .*'gated'"):
+            SaeTrainer(sae, model, processor, settings(tmp_path, resample_every=2), rows(8))
+
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
     def test_other_families_and_interleaved_streams(self, family, tmp_path):
         stream = _Stream([interleaved() for _ in range(5)])
@@ -464,6 +506,18 @@ class TestTraining:
         trainer.train()
         assert trainer.state.global_step == tokens // 48
         assert 1.5 < trainer.state.epoch <= 2
+
+    def test_steps_from_a_cache_are_those_of_what_it_holds(self, model, processor, tmp_path):
+        steps = []
+        for limit in (60, None):  # a trial first
+            overrides = {"max_steps": -1, "num_train_epochs": 1, "validation_share": 0.0, "cache_max_tokens": limit}
+            folder = tmp_path / str(limit)
+            trainer = trainer_of(model, processor, folder, cache_dir=str(tmp_path / "cache"), **overrides)
+            trainer.train()
+            cached = trainer.buffer.source.num_tokens
+            assert trainer.state.global_step == cached // 48
+            steps.append(trainer.state.global_step)
+        assert cached == sum(len(batch) for _, batch in trainer.source.epoch_batches(0)) and steps[0] < steps[1]
 
     def test_unreadable_rows_are_left_out_and_counted(self, model, processor, tmp_path):
         data = [*rows(5), {"image": {"bytes": b"broken"}, "instruction": "the ring", "sample_id": "bad"}]
@@ -622,6 +676,31 @@ class TestTwoProcesses:
             tmp_path / "run", architecture, resume=str(tmp_path / "run" / "checkpoint-5"), **saving
         )
         assert all(torch.equal(value, first["weights"][name]) for name, value in again["weights"].items())
+
+
+def test_the_example_goes_on_from_the_last_whole_checkpoint(monkeypatch, tmp_path):
+    from test_example_configs import module
+
+    example, asked = module("examples/train_sae.py"), []
+
+    class Stop(Exception):
+        pass
+
+    class Asked:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def train(self, resume_from_checkpoint):
+            asked.append(resume_from_checkpoint)
+            raise Stop
+
+    monkeypatch.setattr(example, "SaeTrainer", Asked)
+    monkeypatch.setattr(sys, "argv", ["train_sae.py", "--output_dir", str(tmp_path), "--use_cpu", "--num_scenes", "2"])
+    for _ in range(2):
+        with pytest.raises(Stop):
+            example.main()
+        (tmp_path / "checkpoint-4").mkdir(exist_ok=True)
+    assert asked == [False, True]  # which one is the trainer's choice
 
 
 @pytest.mark.slow

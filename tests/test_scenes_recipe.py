@@ -23,10 +23,12 @@ from segcompass_hf.training.scenes_recipe import (  # noqa: E402
     _finish,
     _language_model,
     export_checkpoint,
+    last_checkpoint,
     run_stage,
     split_checkpoint,
 )
 from segcompass_hf.training.scenes_sae import SceneSaeTrainer, StateDataset  # noqa: E402
+from segcompass_hf.training.scenes_trainers import VisionTrainer  # noqa: E402
 
 
 def test_patch_labels_by_hand():
@@ -181,6 +183,31 @@ def test_every_family_of_saes_trains_and_gets_its_dead_features_back(architectur
 def test_a_stage_says_what_it_needs(tmp_path):
     with pytest.raises(FileNotFoundError, match="starts from 'vision'"):
         run_stage("warmup", tmp_path)
+
+
+def test_a_stage_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
+    stage = Stage(3, 2, 6e-3, 0)  # a checkpoint after every step
+
+    def killed_at(step):
+        def save(trainer, output_dir):  # after the weights
+            if trainer.state.global_step == step:
+                raise KeyboardInterrupt
+            return untouched(trainer, output_dir)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(VisionTrainer, "_save_optimizer_and_scheduler", save)
+            run_stage("vision", tmp_path / "killed", stage)
+        assert (tmp_path / "killed" / "vision" / "state" / f"checkpoint-{step}" / "model.safetensors").is_file()
+
+    untouched = VisionTrainer._save_optimizer_and_scheduler
+    killed_at(1)
+    assert last_checkpoint(tmp_path / "killed" / "vision") is None  # it starts anew
+    killed_at(2)
+    assert last_checkpoint(tmp_path / "killed" / "vision").endswith("checkpoint-1")
+    for folder in ("killed", "whole"):
+        run_stage("vision", tmp_path / folder, stage)
+    one, two = (load_file(tmp_path / folder / "vision" / "model.safetensors") for folder in ("killed", "whole"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
 @pytest.mark.slow

@@ -241,6 +241,10 @@ def test_first_rows():
     shares = [list(FirstRows(rows, 5, index, 2)) for index in range(2)]
     assert shares == [[0, 2, 4], [1, 3]] and list(FirstRows(rows, 1, 1, 2)) == []
     assert FirstRows(iter(rows), 7, 1, 3)[:2] == [1, 4]  # a stream
+    from datasets import Dataset
+
+    stream = Dataset.from_dict({"number": rows}).to_iterable_dataset()  # has a `__getitem__`, and no length
+    assert [row["number"] for row in FirstRows(stream, 5, 1, 2)] == [1, 3] and len(FirstRows(stream)) == 10
 
 
 def test_resuming_gives_the_same_curve(tmp_path):

@@ -51,6 +51,29 @@ def test_what_cannot_be_loaded_in_4_bit_is_refused(monkeypatch, tmp_path):
         run(monkeypatch, tmp_path, vlm="some/vlm", load_in_4bit="true", lora_r=4)
 
 
+@pytest.mark.parametrize("script", ["train_grpo", "train_segmentation"])
+def test_settings_of_what_trains_reach_the_adapter(monkeypatch, tmp_path, script):
+    example, seen = module(f"examples/{script}.py"), []
+
+    class Stop(Exception):
+        pass
+
+    def trainer(*args, peft_config=None, **kwargs):
+        seen.append(peft_config or args[-1])
+        raise Stop
+
+    name = {"train_grpo": "SegCompassGRPOTrainer", "train_segmentation": "SegmentationTrainer"}[script]
+    monkeypatch.setattr(example, name, trainer)
+    words = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--num_samples", "4", "--lora_r", "4"]
+    frozen = ["--train_token_rows", "none"] + (["--train_heads", "false"] if script == "train_grpo" else [])
+    for flags in ([], frozen):
+        monkeypatch.setattr(sys, "argv", [script, *words, *flags])
+        with pytest.raises(Stop):
+            example.main()
+    assert seen[0].modules_to_save and seen[0].trainable_token_indices and seen[0].lora_alpha == 8
+    assert not seen[1].trainable_token_indices and bool(seen[1].modules_to_save) == (script != "train_grpo")
+
+
 @pytest.mark.slow
 def test_adapters_are_saved_alone(monkeypatch, tmp_path):
     from segcompass_hf.training.adapters import load_adapter

@@ -103,6 +103,23 @@ def test_batch_8_equals_batch_4_accumulated_twice(stage, family, tmp_path):
     assert_same_gradients(others, gradients)
 
 
+def test_what_a_stream_has_left_for_less_than_a_window_is_left_out(tmp_path):
+    # 8 rows in batches of 2 accumulated three times: each pass has a window of 6 rows, and a batch too much.
+    from grpo import tiny_rows
+
+    data = tiny_rows((1, 0, 2, 1, 1, 2, 0, 1))
+    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "learning_rate": 0.0}
+    logs = {}
+    for name, rows in (("stream", data.to_iterable_dataset()), ("first six", data.select(range(6)))):
+        trainer = make_trainer("segmentation", "llava", tmp_path / name, rows, max_steps=3, **layout)
+        trainer.train()
+        logs[name] = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logs["stream"]) == 3
+    for ours, expected in zip(logs["stream"], logs["first six"], strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
+
+
 def test_a_window_cut_short_by_the_end_of_the_data_counts_what_it_has(tmp_path):
     # 8 rows in batches of 3 accumulated twice: windows of 6 and of 2 rows.
     gradients = Gradients()

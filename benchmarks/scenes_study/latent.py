@@ -23,7 +23,6 @@ from settings import RUNS, STARTS
 from start import folder_of
 from torch import nn
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.training import scenes_recipe as recipe
@@ -120,8 +119,7 @@ def run_stage(start: str, name: str) -> None:
     set_seed(stage.seed)
     arguments = recipe._arguments(name, stage, folder)
     model, trainer = {"slots": _slots, "joint": _joint}[name](start, stage, arguments)
-    state = str(folder / "state")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(state) if Path(state).exists() else None)
+    trainer.train(resume_from_checkpoint=recipe.last_checkpoint(folder))
     if name == "slots":
         del model.slot_words
     else:

@@ -37,7 +37,7 @@ def lora_config(
     """LoRA on the decoder layers with index >= `sae_layer`; the heads and SAM's mask path trained whole.
 
     Nothing that the frozen SAE reads changes: vision tower, projector and the layers below stay as they are. Tied
-    embeddings have one set of rows, which learns from both sides.
+    embeddings have one set of rows, which learns from both sides (in joint training from the head's alone).
 
     Args:
         model ([`SegCompassForReasoningSegmentation`]): In full precision or quantised; not changed.
@@ -47,7 +47,7 @@ def lora_config(
         targets (`Sequence[str]`): Last parts of the names of the linear layers that get an adapter.
         heads (`str`, defaults to `"full"`): `"full"` trains copies of the heads, `"none"` leaves them frozen.
         train_token_rows (`str`, *optional*): Which rows of the added tokens train, as in `freeze_for_training`;
-            `config.train_token_rows` when left out.
+            `config.train_token_rows` when left out. Joint training refuses `"both"`.
         kwargs: Further fields of `LoraConfig`.
 
     Raises:
@@ -167,6 +167,42 @@ def check_peft_config(model: PreTrainedModel, config: PeftConfig) -> None:
             "the adapter leaves heads frozen (%s): right for trained ones, but new ones stay random; "
             "lora_config(model) trains them.",
             ", ".join(frozen),
+        )
+
+
+def trained_token_rows(model: PreTrainedModel) -> Literal["head", "none", "both"]:
+    """Which rows of the added tokens train in a model that is frozen already or wrapped by PEFT.
+
+    Tied embeddings count as the head's.
+    """
+    head, embeddings = (
+        {id(parameter) for parameter in module.parameters() if parameter.requires_grad}
+        for module in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    return "both" if embeddings - head else "head" if head else "none"
+
+
+def warn_of_other_settings(
+    model: PreTrainedModel, train_token_rows: Literal["head", "none", "both"] | None, train_heads: bool = True
+) -> None:
+    """Name the settings of a trainer that an adapter, which decides what trains, does not follow.
+
+    Args:
+        model ([`SegCompassForReasoningSegmentation`]): Under the PEFT wrapper.
+        train_token_rows (`str`, *optional*): As set in the trainer; `None` asks for nothing.
+        train_heads (`bool`, defaults to `True`): As set in the trainer; only `False` asks for something.
+    """
+    ignored = []
+    if train_token_rows is not None and train_token_rows != (rows := trained_token_rows(model)):
+        ignored.append(f"train_token_rows={train_token_rows!r} (the adapter trains {rows!r})")
+    parts = (model.codebook, model.slot_encoder, model.slot_mapper, model.sam)
+    if not train_heads and any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        ignored.append("train_heads=False (the adapter trains copies of the heads)")
+    if ignored:
+        logger.warning(
+            "the adapter decides what trains, and these settings say something else: %s; pass train_token_rows and "
+            "heads to lora_config instead.",
+            ", ".join(ignored),
         )
 
 
@@ -302,4 +338,6 @@ __all__ = [
     "load_adapter",
     "lora_config",
     "restore_head_precision",
+    "trained_token_rows",
+    "warn_of_other_settings",
 ]

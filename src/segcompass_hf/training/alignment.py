@@ -148,6 +148,7 @@ class AlignmentTargets:
             for start, length in word_occurrences(self.processor.tokenizer, tokens, word)[:limit]:
                 marks[places[start : start + length]] = True
 
+
 def alignment_loss(
     states: torch.Tensor,
     words: torch.Tensor,

@@ -43,7 +43,9 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
             (the method), or those rewarded `"at_least_mean"` of their group. Masks asked for behind reasoning that
             means other objects teach the heads not to follow the reasoning.
         train_heads (`bool`, defaults to `True`): Whether codebook, slot encoder, slot mapper and SAM's decoder train.
-        train_token_rows (`str`, *optional*): See [`SegCompassConfig`]; its value when left out.
+            This and the next are up to the adapter where there is one; a warning names what it does otherwise.
+        train_token_rows (`str`, *optional*): `"head"` or `"none"`, see [`SegCompassConfig`]; its value when left out.
+            `"both"` is refused unless embeddings are tied: joint training sends no gradient below the SAE.
         codebook_lr_factor, slot_mapper_lr_factor, prompt_encoder_lr_factor, mask_decoder_lr_factor (`float`): Factors
             on `learning_rate` of codebook and slot encoder, slot mapper, SAM's prompt encoder, SAM's mask decoder.
         lr_schedule (`str`, defaults to `"trainer"`): `"trainer"` follows `lr_scheduler_type`; `"one_cycle"` falls from

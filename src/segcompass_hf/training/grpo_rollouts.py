@@ -33,7 +33,10 @@ class RolloutMasks:
 
     @torch.no_grad()
     def segment(self, model: Any, batch_size: int) -> dict[str, torch.Tensor]:
-        """Heatmaps, slot logits and masks of all completions, `batch_size` at a time."""
+        """Heatmaps, slot logits and masks of all completions, `batch_size` at a time.
+
+        Not for `concept_input="duplicated"`, whose second pass needs the images: [`masks_of_rollouts`].
+        """
         parts = []
         for start in range(0, len(self.sequences), batch_size):
             rows = slice(start, start + batch_size)
@@ -45,7 +48,7 @@ class RolloutMasks:
                 torch.stack(self.targets.image_embeddings[rows]),
                 self.targets.reshaped_input_sizes[rows],
                 [],
-                {"copies": 1},
+                {},
                 NO_EXTRAS,
             )
             parts.append({name: output[name] for name in MASK_FIELDS})
@@ -78,7 +81,9 @@ def masks_of_rollouts(
     targets: SegmentationTargets,
     batch_size: int,
 ) -> dict[str, torch.Tensor]:
-    """As [`RolloutMasks.segment`], by a forward over completions that were sampled elsewhere (vLLM, sharded models).
+    """As [`RolloutMasks.segment`], by a forward over the completions.
+
+    For completions that were sampled elsewhere (vLLM, sharded models), and for `concept_input="duplicated"`.
 
     Args:
         model (`Callable`): The model as training calls it, wrapped or not.

@@ -19,12 +19,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from ..generation_segcompass import HiddenStateCapture, run_last_token
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
-from .adapters import check_peft_config, restore_head_precision
+from .adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from .fsdp import FinishShardingCallback
 from .grpo_config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .grpo_forward import JointCall, add_joint_forward
 from .grpo_rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
 from .grpo_targets import prompt_of, segmentation_targets
+from .one_cycle import OneCycle
 from .reference_policy import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rewards import format_reward, mask_reward
 from .robust import RobustTrainerMixin
@@ -129,6 +130,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        self._check_what_trains()
         if getattr(core, "is_quantized", False):
             restore_head_precision(self.model)
         self.pictures = SamplePictureLogger(
@@ -145,6 +147,17 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     def core(self) -> SegCompassForReasoningSegmentation:
         """The SegCompass model under whatever wraps it."""
         return _core(self.accelerator.unwrap_model(self.model))
+
+    def _check_what_trains(self) -> None:
+        core, args = self.core, self.args
+        if trained_token_rows(core) == "both":
+            raise ValueError(
+                "input rows of the added tokens are to train (train_token_rows='both' in the settings, the adapter or "
+                "the model's configuration), but joint training cuts the graph at the SAE's layer, so they would get "
+                "no gradient; pass train_token_rows='head' to SegCompassGRPOConfig, or to lora_config."
+            )
+        if core is not self.model:
+            warn_of_other_settings(core, args.train_token_rows, args.train_heads)
 
     def _make_reference(self) -> Callable | None:
         if not self.beta:
@@ -178,15 +191,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
-            self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                max_lr=[group["lr"] for group in optimizer.param_groups],
-                total_steps=num_training_steps,
-                pct_start=0.0,
-                div_factor=1.0,
-                final_div_factor=self.args.one_cycle_final_factor,
-                cycle_momentum=False,
-            )
+            self.lr_scheduler = OneCycle(optimizer, num_training_steps, self.args.one_cycle_final_factor)
         return self.lr_scheduler
 
     # Sampling: targets beside TRL's inputs, masks from the states of the samples.
@@ -209,7 +214,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
         arguments = (prompt_ids, images, multimodal_fields, num_generations)
-        if self._samples_elsewhere:
+        if not self._captures_states:
             return super()._generate_single_turn(*arguments, **kwargs)
         core = self.core
         # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
@@ -224,10 +229,15 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         return completion_ids, logprobs
 
     @property
-    def _samples_elsewhere(self) -> bool:
-        """Whether completions are not sampled by this process's own whole model, whose states could be captured."""
+    def _captures_states(self) -> bool:
+        """Whether masks are read from states captured while sampling.
+
+        They need a forward of their own where another model than this process's own whole one samples, and where
+        concepts are read from a second pass over the sequence.
+        """
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return self.use_vllm or self.use_transformers_continuous_batching or sharded
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or sharded
+        return not elsewhere and self.core.config.concept_input != "duplicated"
 
     def _pad_rollouts(self, prompt_ids: list, completion_ids: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Sequences, prompt mask, completion mask: `[padding | prompt | completion | padding]` as in `generate`."""

@@ -8,7 +8,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..data.readable_rows import UnreadableLog, check_row
-from ..data.schema import decode_mask, decode_masks
+from ..data.schema import decode_mask, decode_masks, row_features
 from ..metrics import score_sample
 
 logger = logging.get_logger(__name__)
@@ -22,7 +22,7 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     whose own answer is wrong are left out (rejection sampling, as in Zelikman et al. 2022, arXiv 2203.14465).
 
     Args:
-        dataset (`datasets.Dataset`): In the row schema.
+        dataset (`datasets.Dataset`): In the row schema; without a `reasoning` column no row has any.
         predictor ([`ModelPredictor`]): Of the model before training. Answers greedily.
         batch_size (`int`, *optional*, defaults to 8): Rows at a time.
         min_iou (`float`, *optional*, defaults to 0.5): Of the model's answer with the row's masks, unions compared, in
@@ -35,6 +35,8 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     Raises:
         ValueError: no row is left.
     """
+    if "reasoning" not in dataset.column_names:
+        dataset = dataset.add_column("reasoning", [None] * len(dataset), feature=row_features()["reasoning"])
     reasonings = list(dataset["reasoning"])
     missing = [index for index, words in enumerate(reasonings) if not (words or "").strip()]
     if not missing:

@@ -129,27 +129,35 @@ class ActivationCache:
     def fill(self, source: HarvestedTokens, d_in: int, max_tokens: int | None = None) -> None:
         """Harvest what is still missing of the first epoch, or of its first `max_tokens`.
 
-        The size is announced before anything is written.
+        Filled before up to a smaller limit, it goes on after that; filled beyond `max_tokens`, it stays as it is. The
+        size is announced before anything is written.
 
         Raises:
             OSError: The disk has less space than the states will take.
             ValueError: Neither the data set's length nor `max_tokens` is known, or `dtype` cannot hold the states.
         """
-        if self.complete:
+        if self.complete and not self._reaches_further(max_tokens):
             return
         self._announce(source, d_in, max_tokens)
         self.folder.mkdir(parents=True, exist_ok=True)
         parts: list[TokenStates] = []
         limit = float("inf") if max_tokens is None else max_tokens
-        row = self.index["next_row"]
+        row, stopped_at = self.index["next_row"], None
         for (_, row), batch in source.epoch_batches(0, self.index["next_row"]):  # noqa: B007, needed after the loop
             if sum(map(len, parts)) >= self.shard_tokens:
                 self._write_shard(parts, next_row=row)
                 parts = []
             if self.num_tokens + sum(map(len, parts)) >= limit:
+                stopped_at = max_tokens
                 break
             parts.append(batch)
+        self.index["stopped_at"] = stopped_at
         self._write_shard(parts, next_row=row, complete=True)
+
+    def _reaches_further(self, max_tokens: int | None) -> bool:
+        """Whether a complete cache was stopped by a limit before the end of the epoch, and this one is beyond it."""
+        stopped_at = self.index.get("stopped_at")  # caches of older versions do not say; they stay as they are
+        return stopped_at is not None and (max_tokens is None or max_tokens > max(stopped_at, self.num_tokens))
 
     def batches(self, place: Place) -> Iterator[tuple[Place, TokenStates]]:
         """The cached tokens, epoch after epoch, a shard at a time."""

@@ -32,7 +32,9 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         l1_coefficient (`float`, defaults to 5.0): Weight of the sparsity term; no use to `topk` and `batchtopk`.
         l1_warmup_ratio (`float`, defaults to 0.0): First share of the steps over which that weight grows from 0.
         decoder_norm (`str`, defaults to `"auto"`): `"unit"` keeps every decoder row at norm 1, `"free"` lets it be;
-            `"auto"` is free for `standard`, whose loss weighs activations by it, and unit for the others.
+            `"auto"` is free for `standard`, whose loss weighs activations by it, and unit for the others. The norms of
+            a given SAE move into its encoder first; a given top-k one, whose features would change, is free by
+            `"auto"` unless its rows have norm 1.
         initial_b_dec (`str`, defaults to `"mean"`): A new SAE's `b_dec`: the mean of the first block, or `"zeros"`.
         dead_after_tokens (`int`, defaults to 1000000): Tokens without firing before a feature counts as dead.
         resample_every (`int`, *optional*): Steps between resamplings of dead features (`standard` only): they take the
@@ -66,7 +68,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
     warmup_steps: float = field(default=0.03, metadata={"help": "Steps, or below 1 the share of them."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Down to a tenth, see kwargs."})
     lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.1}, metadata={"help": "Of the schedule."}
+        default=None, metadata={"help": "Of the schedule; min_lr_rate 0.1 for the default one."}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradient clipping."})
     per_device_train_batch_size: int = field(default=4096, metadata={"help": "Tokens of a batch."})
@@ -115,6 +117,8 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}
         # The stream of tokens goes to its place by itself; skipping batches would harvest all of them again.
         self.ignore_data_skip = True
         for name in ("validation_share", "l1_warmup_ratio", "resample_until"):

@@ -25,7 +25,7 @@ from .sae_pair_buffer import PairBuffer
 from .sae_pairs import pair_loss
 from .sae_rows import RowEncoder, RowStream, _mix
 from .sae_start import choose_layer, frozen, new_sae, start_from_data_
-from .sae_upkeep import FiringCounts, SaeUpkeep, resample_dead_features_
+from .sae_upkeep import FiringCounts, SaeUpkeep, keeps_unit_rows, resample_dead_features_
 from .token_pairs import Name, target_names
 
 logger = logging.get_logger(__name__)
@@ -83,7 +83,13 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             args.max_steps = max(1, args.train_tokens // _step_tokens(args))
         self.is_new_sae = model is None
         model = model if model is not None else new_sae(vlm, layer, args)
+        if args.resample_every is not None and model.config.architecture != "standard":
+            raise ValueError(
+                f"resample_every is for architecture='standard', got an SAE of architecture "
+                f"{model.config.architecture!r}; leave it out."
+            )
         model.config.layer = layer
+        self.unit_decoder = keeps_unit_rows(model, args.decoder_norm, self.is_new_sae)
         self.means = MetricMeans()
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.vlm = frozen(vlm, args.device)
@@ -142,7 +148,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return cache
 
     def set_initial_training_values(self, args, dataloader):
-        """Steps from the estimated tokens of the epochs asked for, where steps are not given."""
+        """Steps from the tokens of the epochs asked for, cached or estimated, where steps are not given."""
         if args.max_steps <= 0:
             tokens = self._estimated_tokens()
             args.max_steps = max(1, tokens // _step_tokens(args))
@@ -158,7 +164,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return epoch + start / length if length else float(epoch)
 
     def _estimated_tokens(self) -> int:
-        tokens = estimate_tokens(self.source)
+        source = self.source if self.buffer is None else self.buffer.source
+        tokens = source.num_tokens if isinstance(source, ActivationCache) else estimate_tokens(source)
         if tokens is None:
             raise ValueError("the data set is a stream without a length; set max_steps or train_tokens.")
         if self.args.world_size > 1:
@@ -166,14 +173,6 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return round(tokens * self.args.num_train_epochs)
 
     # Training
-
-    @property
-    def unit_decoder(self) -> bool:
-        """Whether decoder rows are kept at norm 1."""
-        if self.args.decoder_norm != "auto":
-            return self.args.decoder_norm == "unit"
-        sae = self.accelerator.unwrap_model(self.model)
-        return sae.takes_top_k or sae.config.architecture != "standard"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         dead = self.firing.dead(self.args.dead_after_tokens)

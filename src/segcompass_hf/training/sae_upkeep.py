@@ -7,9 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..modeling_sae import SegCompassSae
 
+logger = logging.get_logger(__name__)
+
+UNIT_TOLERANCE = 1e-2  # norms rounded to bfloat16 are within it
 RESAMPLED_ENCODER_SCALE = 0.2  # of the mean encoder norm: small, so that a new feature does not shout the others down
 
 
@@ -70,6 +74,41 @@ def remove_radial_gradient_(sae: SegCompassSae) -> None:
 def set_unit_norm_(sae: SegCompassSae) -> None:
     """Scale every decoder row to norm 1; a row of zeros stays."""
     sae.W_dec.copy_(sae.decoder_directions)
+
+
+def keeps_unit_rows(sae: SegCompassSae, decoder_norm: str, is_new: bool) -> bool:
+    """Whether decoder rows are kept at norm 1, by `SaeTrainingConfig.decoder_norm`.
+
+    Args:
+        sae ([`SegCompassSae`]): As it is before training.
+        decoder_norm (`str`): `"auto"`, `"free"` or `"unit"`.
+        is_new (`bool`): Whether it has learned nothing yet, so that its norms mean nothing.
+    """
+    weighs_by_norm = sae.config.architecture == "standard" and not sae.takes_top_k
+    if decoder_norm == "free" or (decoder_norm == "auto" and weighs_by_norm):
+        return False
+    norms = sae.W_dec.detach().float().norm(dim=-1)  # (d_sae,)
+    if is_new or _folds(sae) or bool(((norms - 1).abs() < UNIT_TOLERANCE).logical_or(norms == 0).all()):
+        return True
+    span = f"decoder rows of the given SAE have norms from {norms.min():.3g} to {norms.max():.3g}"
+    if decoder_norm == "auto":
+        logger.warning(f"{span}; setting them to 1 would change its features, so they are left free.")
+        return False
+    logger.warning(
+        f"{span}; decoder_norm='unit' sets them to 1, which changes its features. Use decoder_norm='free' to go on "
+        "from what it has learned."
+    )
+    return True
+
+
+def fold_norms_(sae: SegCompassSae) -> None:
+    """Move decoder norms into the encoder where that changes no reconstruction, see `fold_decoder_norms_`."""
+    if _folds(sae):
+        sae.fold_decoder_norms_()
+
+
+def _folds(sae: SegCompassSae) -> bool:
+    return not sae.takes_top_k and (sae.config.architecture != "standard" or sae.config.activation == "relu")
 
 
 @torch.no_grad()
@@ -139,6 +178,8 @@ class SaeUpkeep(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0 and self.trainer.is_new_sae:
             self.trainer.start_from_data()
+        elif state.global_step == 0 and self.trainer.unit_decoder:
+            fold_norms_(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.unit_decoder:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, SamModel, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
 from .muon import has_fast_bfloat16
+from .robust_checkpoints import find_last_whole
 from .sae_start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_concepts import harvest_pairs
@@ -28,6 +29,8 @@ from .scenes_parts import build_processor, build_sae_config, build_sam, build_to
 from .scenes_sae import SceneSaeTrainer, StateDataset, harvest, sae_report
 from .scenes_slots import SlotTrainer
 from .scenes_trainers import MaskTrainer, VisionTrainer, WarmupTrainer
+
+logger = logging.get_logger(__name__)
 
 SAE_LAYER = 2  # of 4
 
@@ -168,8 +171,7 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
         raise ValueError(f"{output_dir} has an SAE of other states already; stage 'words' comes before 'sae'.")
     set_seed(stage.seed)
     model, trainer = _BUILDERS[name](output_dir, stage, _arguments(name, stage, folder))
-    state = str(folder / "state")
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(state) if Path(state).exists() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     if trainer.is_world_process_zero():
         _finish(name, model, folder)
         log = folder / f"{LOG}.tmp"
@@ -177,6 +179,16 @@ def run_stage(name: str, output_dir: str | Path, stage: Stage | None = None) -> 
         log.replace(folder / LOG)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last whole checkpoint of a stage; `None` where there is none, so that it starts anew."""
+    try:
+        return str(find_last_whole(folder / "state"))
+    except ValueError as error:
+        if any((folder / "state").glob("checkpoint-*")):
+            logger.warning(f"{folder.name} starts anew: {error}")
+        return None
 
 
 def _vision(output_dir: Path, stage: Stage, arguments: TrainingArguments):

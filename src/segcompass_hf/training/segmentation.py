@@ -45,7 +45,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         train_dataset, eval_dataset: Rows in the row schema.
         processing_class (`SegCompassProcessor`): The model's processor.
         peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of the decoder layers, and the heads:
-            `training.adapters.lora_config(model)`. `train_token_rows` is then up to it.
+            `training.adapters.lora_config(model)`. `train_token_rows` is then up to it; a warning names what differs.
         data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
         kwargs: For [`~transformers.Trainer`].
     """
@@ -74,7 +74,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         if peft_config is None:
             model.freeze_for_training(args.train_token_rows)
         else:
-            model = _with_adapters(model, peft_config)
+            model = _with_adapters(model, peft_config, args.train_token_rows)
         super().__init__(
             model=model,
             args=args,
@@ -221,13 +221,15 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         return segmentation_report(gather_object(scored))
 
 
-def _with_adapters(model: nn.Module, peft_config: Any) -> nn.Module:
+def _with_adapters(model: nn.Module, peft_config: Any, train_token_rows: str | None) -> nn.Module:
     from peft import get_peft_model
 
-    from .adapters import check_peft_config
+    from .adapters import check_peft_config, warn_of_other_settings
 
     check_peft_config(model, peft_config)
-    return get_peft_model(model, peft_config)
+    adapted = get_peft_model(model, peft_config)
+    warn_of_other_settings(model, train_token_rows)
+    return adapted
 
 
 def union_iou(masks: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

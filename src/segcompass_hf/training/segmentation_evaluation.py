@@ -62,7 +62,7 @@ class FirstRows(Sequence):
     """
 
     def __init__(self, dataset: Any, num_rows: int = -1, process_index: int = 0, num_processes: int = 1):
-        if not hasattr(dataset, "__getitem__"):
+        if not hasattr(dataset, "__len__"):  # `datasets.IterableDataset` has a `__getitem__` that always raises
             dataset = list(islice(dataset, num_rows if num_rows >= 0 else None))
         total = len(dataset) if num_rows < 0 else min(num_rows, len(dataset))
         self.dataset, self.indices = dataset, range(process_index, total, num_processes)

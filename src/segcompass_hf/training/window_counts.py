@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class WindowCountsMixin:
 
     In `compute_loss`, divide sums by the counts of `self.window_counts(...)` and multiply the result by
     `self.loss_scale(...)`: gradients are averaged over processes, which a sum over the window must undo.
+
+    The last window of an epoch may be shorter where the data has a length. A stream ends without notice; what it
+    gives for less than a whole window is left out.
     """
 
     def __init__(self, *args, **kwargs):
@@ -90,8 +96,13 @@ class WindowCountsMixin:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not batches:
-            return batches, None
+        if batches and len(batches) < num_batches:  # Trainer would step at the next window, with both gradients summed
+            logger.warning(
+                f"the last {len(batches)} batches of a pass over the stream are left out: a step takes {num_batches} "
+                "(gradient_accumulation_steps)."
+            )
+        if len(batches) < num_batches:
+            return [], None
 
         def reduce(totals: torch.Tensor) -> torch.Tensor:
             return self.accelerator.reduce(totals.to(device), reduction="sum")
