@@ -22,6 +22,7 @@ from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcesso
 from segcompass_hf.data import BuildReport
 from segcompass_hf.data.splitting import build_folder_splits
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.adapters import lora_config
 from segcompass_hf.training.own_reasoning import with_own_reasoning
 from segcompass_hf.training.segmentation import SegmentationConfig, SegmentationTrainer
@@ -73,6 +74,7 @@ def main() -> None:
         print(f"{script.folder}: {report.summary()}")
         for name, values in metrics.items():
             print(f"{name:18}", *(f"{key} {value:.3f}" for key, value in values.items()))
+    Processes.current().finish()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 from transformers.trainer_utils import get_last_checkpoint
 
 import segcompass_hf  # registers SegCompass with the Auto classes
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training import SaeTrainer, SaeTrainingConfig
 
 
@@ -58,7 +59,8 @@ def main():
 
         rows = load_dataset(data.dataset, data.dataset_config, split=data.split, streaming=data.streaming)
     trainer = SaeTrainer(None, vlm, processor, args, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) is not None)
+    begun = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)  # the first process makes it
+    trainer.train(resume_from_checkpoint=bool(begun))
     trainer.save_model()
     if args.validation_share:
         metrics = trainer.evaluate()
@@ -68,6 +70,7 @@ def main():
         from segcompass_hf.training.sae_lens_format import save_sae_lens
 
         save_sae_lens(trainer.accelerator.unwrap_model(trainer.model), data.export_sae_lens, vlm=data.vlm)
+    Processes.current().finish()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 import torch
 
 from segcompass_hf import bundled_checkpoint
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.scenes_recipe import STAGES, export_checkpoint, run_stage, split_checkpoint
 
 PARALLEL = ("warmup", "words", "joint")  # the stages that are worth two processes
@@ -51,6 +52,7 @@ def main() -> None:
         stage = STAGES[arguments.stage]
         steps = max(4, round(arguments.scale * stage.steps))
         run_stage(arguments.stage, arguments.output, dataclasses.replace(stage, steps=steps))
+        Processes.current().finish()
         return
     began = time.time()
     if arguments.start:

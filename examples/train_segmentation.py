@@ -19,6 +19,7 @@ from trl import TrlParser
 import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.segmentation import SegmentationConfig, SegmentationTrainer
 
 
@@ -72,6 +73,7 @@ def main() -> None:
     trainer = SegmentationTrainer(model, arguments, rows, evaluation, processor, adapter)
     trainer.train(resume_from_checkpoint=script.resume)
     trainer.save_model()
+    Processes.current().finish()
 
 
 if __name__ == "__main__":

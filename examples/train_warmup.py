@@ -19,6 +19,7 @@ from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf.data import scenes
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.loading_segcompass import add_tokens
 from segcompass_hf.training.warmup import WarmupConfig, WarmupTrainer
 
@@ -70,6 +71,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=script.resume)
     trainer.merge_adapters()
     trainer.save_model()
+    Processes.current().finish()
 
 
 if __name__ == "__main__":

@@ -630,6 +630,7 @@ sys.path[:0] = {paths!r}
 from test_sae_activations import rows
 from test_sae_training import settings
 from tiny import tiny_model, tiny_processor
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.sae_start import fit_thresholds_
 from segcompass_hf.training.sae_trainer import SaeTrainer
 
@@ -641,6 +642,7 @@ metrics = trainer.evaluate()
 held = dict(steps=trainer.state.global_step, weights=trainer.model.state_dict(), metrics=metrics,
             silent=trainer.firing.silent_tokens, rows=[i for i, _ in trainer.source.stream.rows(0)])
 torch.save(held, f"{folder}/rank{{args.process_index}}.pt")
+Processes.current().finish()
 """
 
 

@@ -21,6 +21,7 @@ from runs import counted
 from settings import GOES_ON_FROM, RUNS, STARTS
 
 from segcompass_hf import bundled_checkpoint
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.scenes_recipe import LOG, run_stage, split_checkpoint
 
 IN_TWO = ("warmup", "joint")  # worth two processes on CPU
@@ -60,6 +61,7 @@ def main() -> None:
     if given.stage:
         with counted(folder / given.stage, dataclasses.asdict(stages[given.stage])):
             run_stage(given.stage, folder, stages[given.stage])
+        Processes.current().finish()
         return
     if given.start in GOES_ON_FROM:
         borrow(given.start)

@@ -92,6 +92,7 @@ def main():
     folder = Path(sys.argv[1])
     results = {case: run(case, folder / "out") for case in sys.argv[2:]}
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

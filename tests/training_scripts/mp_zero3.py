@@ -63,3 +63,4 @@ results["joint"] = train(joint, lambda engine: joint_loss(engine, batch(rows=min
 dataloader = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
 results["grpo"] = mp_grpo.run("one batch", folder / "out", deepspeed=CONFIG | dataloader)
 torch.save(results, folder / f"rank{rank}.pt")
+dist.destroy_process_group()

@@ -75,7 +75,8 @@ class Processes:
             self.wait()
 
     def finish(self) -> None:
-        """Leave together, at the end of a program: a process that exits earlier may pull the others down."""
+        """Leave together, at the end of a program: a process that exits earlier may pull the others down, and gloo's
+        threads may abort one that ends with its process group (pytorch issue 190489)."""
         if self.count > 1:
             from accelerate import PartialState
 
