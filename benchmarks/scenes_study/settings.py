@@ -112,6 +112,13 @@ ROUNDS = {
         steps=400,
         changes={"scale_rewards": "batch", "lr_scheduler_type": "linear"},
     ),
+    "slow": Round(
+        title='as "balanced", a fifth of the learning rate',
+        start="practised",
+        seeds={"rl_only": (0,)},
+        steps=400,
+        changes={"scale_rewards": "batch", "lr_scheduler_type": "linear", "learning_rate": 1e-4},
+    ),
 }
 SPLITS = ("val", "test_combinations", "test_pairs", "test_compositions", "test_crowded")
 EVALUATION_SEED, EVALUATION_SAMPLES = 7, 200
