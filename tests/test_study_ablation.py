@@ -13,6 +13,7 @@ pytest.importorskip("trl")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks" / "scenes_study"))
 import ablation  # noqa: E402
+import ablation_records  # noqa: E402
 import ablation_report  # noqa: E402
 import settings  # noqa: E402
 import signal_share  # noqa: E402
@@ -74,6 +75,10 @@ def write_run(folder, ious, trained=True):
                 "union": 1000,
                 "predicted_pixels": 1000,
                 "target_pixels": 1000,
+                "sample_id": f"scenes-{split}-7-{index:06d}",
+                "text": "<think> a1 small red ring yes. answer 1 a1. </think>"
+                if iou > 0.5
+                else "<think> no. </think>",
             }
             for index, iou in enumerate(ious)
         ]
@@ -81,29 +86,63 @@ def write_run(folder, ious, trained=True):
         (folder / "evaluation" / split / "samples.jsonl").write_text(lines)
     if trained:
         entries = [{"step": step, **dict.fromkeys(ablation_report.CURVES, 0.5)} for step in (1, 2)]
+        entries[1]["kl"] = None
         (folder / "history.json").write_text(json.dumps(entries))
 
 
 def test_tables_of_the_runs_there_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation_report, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(ablation_records, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(ablation_report, "RESULTS", tmp_path / "results")
+    answers = ({f"scenes-{split}-7-{index:06d}": ("1", "a1") for index in range(2)} for split in settings.SPLITS)
+    by_split = dict(zip(settings.SPLITS, answers, strict=True))
+    monkeypatch.setattr(ablation_records, "_references", by_split.get)
     arms = tmp_path / "runs" / "arms" / "cold"
     write_run(arms / "start", [0.5, 0.25], trained=False)
     write_run(arms / "both-0", [0.75, 0.25])
     write_run(arms / "both-2", [0.75, 0.75])
+    write_run(arms / "seg_only-2", [0.25, 0.25])
     (arms / "seg_only-1").mkdir()  # not finished
     ablation_report.main()
-    record = json.loads((tmp_path / "results" / "ablation.json").read_text())["cold"]
-    assert record["gIoU"]["start"]["mean"][0] == pytest.approx(0.375)
-    assert record["seeds"]["both"] == pytest.approx([0.5, 0.75])
-    differences = record["differences"]
-    assert list(differences) == ["both - start"], "arms that are not finished are not compared"
-    assert differences["both - start"]["taught kinds"] == [pytest.approx(0.25), pytest.approx([0.25, 0.25])]
+    record = json.loads((tmp_path / "results" / "ablation.json").read_text())
+    assert list(record["runs"]) == ["cold/seg_only-2", "cold/both-0", "cold/both-2"], "as they stand in the tables"
+    cold = record["cold"]
+    assert cold["gIoU"]["start"]["mean"][0] == pytest.approx(0.375)
+    assert cold["seeds"]["both"] == pytest.approx([0.5, 0.75])
+    differences = cold["differences"]
+    compared = ["both - start", "seg_only - start", "both - seg_only"]
+    assert list(differences) == compared, "arms that are not finished are not compared"
+    assert differences["both - start"]["first three kinds"] == [pytest.approx(0.25), pytest.approx([0.25, 0.25])]
     assert differences["both - start"]["other kinds"] == [pytest.approx(0.25), pytest.approx([0.0, 0.5])]
-    assert record["kinds"]["both"] == pytest.approx({"attribute": 0.75, "count": 0.5})
+    assert differences["both - start"]["each seed"] == pytest.approx([0.125, 0.375])
+    assert differences["both - seg_only"]["each seed"] == pytest.approx([0.5]), "only of seeds that both have"
+    assert cold["kinds"]["both"] == pytest.approx({"attribute": 0.75, "count": 0.5})
+    right = cold["answers right"]
+    assert right["start"]["all kinds"] == 0 and right["both"]["all kinds"] == pytest.approx(0.75)
+    assert right["both"]["less the start"][0] == pytest.approx(0.75)
+    assert cold["answers by kind"]["both"] == pytest.approx({"attribute": 1.0, "count": 0.5})
     text = (tmp_path / "results" / "ablation.md").read_text()
     assert "| both - shared start | +0.250 [" in text and "| both | 0.500, 0.750 |" in text
+    assert "| both (2 seeds) | 0.750 | 1.000 | 0.500 | +0.750 [" in text
     assert (tmp_path / "results" / "ablation_cold.png").stat().st_size > 1000
+
+    # without the runs the kept records say the same; a run that is here replaces what was kept of it
+    monkeypatch.setattr(ablation_records, "RUNS", tmp_path / "elsewhere")
+    ablation_report.main()
+    assert (tmp_path / "results" / "ablation.md").read_text() == text
+    write_run(tmp_path / "elsewhere" / "arms" / "cold" / "both-2", [0.25, 0.25])
+    ablation_report.main()
+    again = json.loads((tmp_path / "results" / "ablation.json").read_text())
+    assert again["cold"]["seeds"]["both"] == pytest.approx([0.5, 0.25])
+
+
+def test_answers_are_compared_with_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation_records, "EVALUATION_SAMPLES", 2)
+    rows = list(scenes.iterate("val", 2, seed=settings.EVALUATION_SEED))
+    ablation_records._references.cache_clear()
+    found = ablation_records._references("val")
+    ablation_records._references.cache_clear()
+    assert list(found) == [row["sample_id"] for row in rows]
+    assert all(words and words != ("no", "answer") for words in found.values())
 
 
 def test_share_of_signal_is_that_of_gradients_made_so():

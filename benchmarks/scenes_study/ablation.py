@@ -112,7 +112,7 @@ def evaluate(arm: str, model_folder: Path, folder: Path, splits=SPLITS, samples:
         if (folder / split / "samples.jsonl").is_file():
             continue
         if model is None:
-            model = load(arm, model_folder).eval()
+            model = load(arm, model_folder).to("cuda" if torch.cuda.is_available() else "cpu").eval()
             predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(model_folder))
         rows = scenes.build(split, samples, seed=EVALUATION_SEED)
         evaluate_dataset(predictor, rows, folder / split, batch_size=32, dataset_name=split, page_samples=0)

@@ -2,19 +2,19 @@
 
     python benchmarks/scenes_study/ablation_report.py
 
-Writes `ablation.md`, `ablation.json` and `ablation.png` to `benchmarks/results/scenes_study`. Intervals are percentile
-bootstraps over scenes, the same scenes for every arm, and over seeds where an arm has several.
+Writes `ablation.md`, `ablation.json` and one `ablation_<round>.png` each to `benchmarks/results/scenes_study`.
+Intervals are percentile bootstraps over scenes, the same ones for every arm, and over seeds where an arm has several.
+
+What the tables rest on (IoU and answer of every scene, curves, settings) is kept beside them, in
+`ablation_records.json.gz`: runs that are not on this machine are read from there.
 """
 
-import json
 from collections.abc import Sequence
 
 import numpy as np
-from runs import attempts, cpu_minutes, write_json
-from settings import ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, RESULTS, ROUNDS, RUNS, SPLITS, TAUGHT
-
-from segcompass_hf.evaluation import read_samples
-from segcompass_hf.evaluation.records import score_of
+from ablation_records import collect
+from runs import write_json
+from settings import ARMS, EVALUATION_SAMPLES, EVALUATION_SEED, GRPO, RESULTS, ROUNDS, SPLITS, TAUGHT
 
 NAMES = {
     "start": "shared start",
@@ -62,14 +62,12 @@ RESAMPLES = 2000
 
 
 class Scores:
-    """IoU of every sample: `values[split]` is (seeds, samples); `kinds[split]` names each sample's kind."""
+    """One measure of every sample: `values[split]` is (seeds, samples); `kinds[split]` names each sample's kind."""
 
-    def __init__(self, folders: Sequence):
-        self.values, self.kinds = {}, {}
-        for split in SPLITS:
-            records = [read_samples(folder / "evaluation" / split) for folder in folders]
-            self.values[split] = np.array([[score_of(record).iou for record in seed] for seed in records])
-            self.kinds[split] = np.array([record["kind"] for record in records[0]])
+    def __init__(self, runs: Sequence[dict], measure: str = "iou"):
+        self.seeds = [run["seed"] for run in runs]
+        self.values = {split: np.array([run[measure][split] for run in runs], float) for split in SPLITS}
+        self.kinds = {split: np.array(runs[0]["kinds"][split]) for split in SPLITS}
 
     def of(self, split: str | None, kinds: Sequence[str] | None) -> list[np.ndarray]:
         """One (seeds, samples) array per split asked for (`None`: all), of the kinds asked for."""
@@ -98,21 +96,13 @@ def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, s
     return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
 
 
-def load(name: str) -> tuple[dict[str, Scores], dict[str, list]]:
-    """Scores of every finished arm of a round and of its start, and the curves of those that trained."""
-    arms, curves, its = {}, {}, ROUNDS[name]
-    for arm in NAMES:
-        if arm in ARMS:
-            folders = [RUNS / "arms" / name / f"{arm}-{seed}" for seed in its.seeds.get(arm, ())]
-        else:
-            folders = [RUNS / "arms" / its.start / arm]
-        done = [f for f in folders if all((f / "evaluation" / split / "samples.jsonl").is_file() for split in SPLITS)]
-        if not done:
-            continue
-        arms[arm] = Scores(done)
-        if arm in ARMS:
-            curves[arm] = [json.loads((folder / "history.json").read_text()) for folder in done]
-    return arms, curves
+def each_seed(first: Scores, second: Scores, kinds: Sequence[str] | None = None) -> list[float]:
+    """first - second of each seed that both have; a start has none and is compared with every one."""
+    means = [np.mean([array.mean(1) for array in arm.of(None, kinds)], axis=0) for arm in (first, second)]
+    if second.seeds == [None]:
+        return (means[0] - means[1]).tolist()
+    pairs = [(first.seeds.index(seed), second.seeds.index(seed)) for seed in first.seeds if seed in second.seeds]
+    return [float(means[0][i] - means[1][j]) for i, j in pairs]
 
 
 def _cell(value: float, bounds: Sequence[float]) -> str:
@@ -123,12 +113,17 @@ def _difference(value: float, bounds: Sequence[float]) -> str:
     return f"{value:+.3f} [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
 
 
-def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
+def _shown(arm: str, scores: Scores) -> str:
+    return NAMES[arm] + (f" ({len(scores.seeds)} seeds)" if len(scores.seeds) > 1 else "")
+
+
+def tables(arms: dict[str, Scores], answers: dict[str, Scores]) -> tuple[list[str], dict]:
     kinds = sorted(
         set(np.concatenate(list(next(iter(arms.values())).kinds.values()))), key=lambda k: (k not in TAUGHT, k)
     )
-    groups = {"all kinds": None, "taught kinds": TAUGHT, "other kinds": tuple(k for k in kinds if k not in TAUGHT)}
-    lines, record = ["### gIoU", ""], {"gIoU": {}, "differences": {}, "kinds": {}, "seeds": {}}
+    others = tuple(kind for kind in kinds if kind not in TAUGHT)
+    groups = {"all kinds": None, "first three kinds": TAUGHT, "other kinds": others}
+    lines, record = ["### gIoU", ""], {"gIoU": {}, "differences": {}, "kinds": {}, "seeds": {}, "answers right": {}}
     lines += ["| arm | " + " | ".join((*SPLITS, "mean")) + " |", "|---" * (len(SPLITS) + 2) + "|"]
     for arm, scores in arms.items():
         cells = {}
@@ -136,9 +131,10 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
             arrays = scores.of(split, None)
             cells[split or "mean"] = (_mean(arrays), interval(arrays, None))
         record["gIoU"][arm] = cells
-        lines.append(f"| {NAMES[arm]} | " + " | ".join(_cell(*cell) for cell in cells.values()) + " |")
+        lines.append(f"| {_shown(arm, scores)} | " + " | ".join(_cell(*cell) for cell in cells.values()) + " |")
     lines += ["", "### Differences, mean of the splits (scenes paired)", ""]
-    lines += ["| arms | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
+    lines += [f"First three kinds: {', '.join(TAUGHT)}. Each seed: all kinds, seeds that both arms have.", ""]
+    lines += ["| arms | " + " | ".join(groups) + " | each seed |", "|---" * (len(groups) + 2) + "|"]
     for first, second in COMPARED:
         if first not in arms or second not in arms:
             continue
@@ -146,16 +142,33 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
         for name, group in groups.items():
             one, other = arms[first].of(None, group), arms[second].of(None, group)
             cells[name] = (_mean(one) - _mean(other), interval(one, other))
-        record["differences"][f"{first} - {second}"] = cells
+        seeds = each_seed(arms[first], arms[second])
+        record["differences"][f"{first} - {second}"] = {**cells, "each seed": seeds}
         row = " | ".join(_difference(*cell) for cell in cells.values())
-        lines.append(f"| {NAMES[first]} - {NAMES[second]} | {row} |")
-    lines += ["", "### gIoU by kind, mean of the splits", "", f"Taught: {', '.join(TAUGHT)}.", ""]
-    lines += ["| arm | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
-    for arm, scores in arms.items():
-        # a split without a kind (no form of `count` is held out) has no mean of it
-        values = {k: _mean([array for array in scores.of(None, [k]) if array.size]) for k in kinds}
-        record["kinds"][arm] = values
-        lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
+        apart = ", ".join(f"{value:+.3f}" for value in seeds)
+        lines.append(f"| {NAMES[first]} - {NAMES[second]} | {row} | {apart} |")
+    lines += ["", "### Answers right: the written answer is the reference's, mean of the splits", ""]
+    start = {arm: "start-latent" if arm.endswith("latent") else "start" for arm in answers}
+    lines += ["| arm | " + " | ".join(groups) + " | all kinds, less the start |", "|---" * (len(groups) + 2) + "|"]
+    for arm, scores in answers.items():
+        cells = {name: _mean(scores.of(None, group)) for name, group in groups.items()}
+        gained = "-"
+        if arm not in ("start", "start-latent") and start[arm] in answers:
+            one, other = scores.of(None, None), answers[start[arm]].of(None, None)
+            cells["less the start"] = (_mean(one) - _mean(other), interval(one, other))
+            gained = _difference(*cells["less the start"])
+        record["answers right"][arm] = cells
+        shares = " | ".join(f"{cells[name]:.3f}" for name in groups)
+        lines.append(f"| {_shown(arm, scores)} | {shares} | {gained} |")
+    for title, measured, key in (("gIoU", arms, "kinds"), ("Answers right", answers, "answers by kind")):
+        lines += ["", f"### {title} by kind, mean of the splits", ""]
+        lines += ["| arm | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 1) + "|"]
+        record[key] = {}
+        for arm, scores in measured.items():
+            # a split without a kind (no form of `count` is held out) has no mean of it
+            values = {k: _mean([array for array in scores.of(None, [k]) if array.size]) for k in kinds}
+            record[key][arm] = values
+            lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
     lines += ["", "### Every seed: gIoU, mean of the splits", "", "| arm | seeds |", "|---|---|"]
     for arm, scores in arms.items():
         values = np.mean([array.mean(1) for array in scores.of(None, None)], axis=0).tolist()
@@ -165,19 +178,23 @@ def tables(arms: dict[str, Scores]) -> tuple[list[str], dict]:
 
 
 def plot(name: str, curves: dict[str, list]) -> None:
+    """What training logged. Left out: what is measured on reference reasoning, or on other scales than it says."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), sharex=True)
+    by_batch = ROUNDS[name].changes.get("scale_rewards") == "batch"  # TRL logs the batch's deviation then
     for arm, seeds in curves.items():
         for index, history in enumerate(seeds):
-            steps = [entry["step"] for entry in history]
             for axis, key in zip(axes.flat, CURVES, strict=True):
-                values = np.array([np.nan if entry[key] is None else entry[key] for entry in history], float)
-                if np.isnan(values).all():  # no KL where there is no reference
+                hidden = {"segmentation/giou"} if arm == "reference" else set()
+                hidden |= {"frac_reward_zero_std"} if by_batch else set()
+                values = np.array([np.nan if value is None else value for value in history[key]], float)
+                if key in hidden or np.isnan(values).all():  # no KL where there is no reference
                     continue
+                steps = history["step"]
                 smooth = [np.nanmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
                 label = NAMES[arm] if index == 0 else None
                 axis.plot(steps, smooth, color=COLORS[arm], alpha=0.8, lw=1.2, label=label)
@@ -185,8 +202,12 @@ def plot(name: str, curves: dict[str, list]) -> None:
         axis.set_title(title)
     for axis in axes[1]:
         axis.set_xlabel("optimizer step (mean of the last 10)")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
+        if not axis.lines:
+            axis.set_axis_off()
+            axis.set_title("")
+    named = {text: line for axis in axes.flat for line, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.legend(named.values(), named, fontsize=8, ncols=len(named), loc="lower center")
     RESULTS.mkdir(parents=True, exist_ok=True)
     figure.savefig(RESULTS / f"ablation_{name}.png", dpi=80)
 
@@ -202,28 +223,31 @@ def commands() -> list[str]:
 
 def main() -> None:
     record, sections, runs = {"settings": {**GRPO, "arms": ARMS}}, [], {}
-    for name, its in ROUNDS.items():
-        arms, curves = load(name)
-        if not arms:
-            continue
-        lines, record[name] = tables(arms)
+    for name, found in collect(RESULTS / "ablation_records.json.gz").items():
+        its = ROUNDS[name]
+        arms = {arm: Scores(found[arm]) for arm in NAMES if arm in found}
+        lines, record[name] = tables(arms, {arm: Scores(found[arm], "right") for arm in arms})
         record[name]["settings"] = {"start": its.start, "steps": its.steps, "kinds": its.kinds, **its.changes}
         sections += [f"## Round {name}: {its.title}", ""]
         sections += [f"{its.steps} optimizer steps of 8 prompts x 8 completions.", "", *lines, ""]
+        curves = {arm: [run["history"] for run in found[arm]] for arm in arms if arm in ARMS}
         if curves:
             plot(name, curves)
             sections += [f"![curves](ablation_{name}.png)", ""]
-        for folder in sorted((RUNS / "arms" / name).glob("*-[0-9]")):
-            commits = sorted({attempt["commit"] for attempt in attempts(folder)})
-            runs[f"{name}/{folder.name}"] = {"cpu_minutes": round(cpu_minutes(folder), 1), "commits": commits}
+        for arm in curves:
+            for run in found[arm]:
+                runs[f"{name}/{arm}-{run['seed']}"] = {key: run[key] for key in ("cpu_minutes", "commits")}
     record["runs"] = runs
     minutes = sum(run["cpu_minutes"] for run in runs.values())
     commits = ", ".join(sorted({commit for run in runs.values() for commit in run["commits"]}))
     head = ["# Ablation: what reinforcement and the segmentation losses add", "", "```", *commands(), "```", ""]
     head += [
         f"{EVALUATION_SAMPLES} scenes per split (seed {EVALUATION_SEED}), greedy. {len(runs)} runs, {minutes:.0f} CPU "
-        f"minutes with evaluation, commits {commits}. Brackets: 95 %, bootstrap over scenes and seeds. Protocol: "
-        "`scenes_study/PROTOCOL.md`.",
+        f"minutes with evaluation, commits {commits}. Brackets: 95 %, percentile bootstrap over scenes and, where an "
+        "arm has several, over seeds (with three that is somewhat too narrow); of one seed they do not say how far "
+        "another would be. Start and settings of every round but the first were chosen after these scenes had been "
+        "seen in the round before. Protocol: `scenes_study/PROTOCOL.md`; IoUs, answers and curves: "
+        "`ablation_records.json.gz`.",
         "",
     ]
     write_json(RESULTS / "ablation.json", record)

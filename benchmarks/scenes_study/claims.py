@@ -2,23 +2,25 @@
 
     python benchmarks/scenes_study/claims.py --model bundled --num-samples 300
 
-Writes claims.json, claims.md and claims.png; what is measured, see `segcompass_hf.explain.claims`.
+Writes claims.json, claims.md and claims.png; what is measured, see `segcompass_hf.explain.claims`. `--report` makes
+the last two from the first.
 """
 
 import argparse
 import dataclasses
+import json
 import shlex
 import sys
 from pathlib import Path
 
 import torch
-from runs import commit, write_json
-from settings import RESULTS
+from runs import commit, counted, write_json
+from settings import RESULTS, RUNS
 from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
-from segcompass_hf.explain.claims import measure_claims
+from segcompass_hf.explain.claims import ClaimRecord, measure_claims
 from segcompass_hf.explain.claims_figures import claims_figures
 from segcompass_hf.explain.claims_report import claims_markdown, plot_claims
 
@@ -32,7 +34,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the samples and of the bootstrap")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "claims", help="path without ending")
+    parser.add_argument("--report", action="store_true", help="only the table and the plot, of what is recorded")
     options = parser.parse_args()
+    if not options.report:
+        with counted(RUNS / "claims", {"model": options.model, "num_samples": options.num_samples}):
+            run(options)
+    report(options.output)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and write the records."""
     path = Path(bundled_checkpoint() if options.model == "bundled" else options.model)
     model = AutoModel.from_pretrained(path).to(options.device).eval()
     processor = AutoProcessor.from_pretrained(path)
@@ -44,14 +55,20 @@ def main() -> None:
             print(f"{len(records)} of {options.num_samples}", flush=True)
     figures = claims_figures(records, seed=options.seed)
     command = shlex.join(["python", "benchmarks/scenes_study/claims.py", *sys.argv[1:]])
-    title = f"# The paper's claims, on Scenes ({options.split})\n\nCommit {commit()}: `{command}`\n\n"
     write_json(
         options.output.with_suffix(".json"),
-        {"command": command, "commit": commit(), "figures": figures}
+        {"command": command, "commit": commit(), "split": options.split, "figures": figures}
         | {"records": [dataclasses.asdict(record) for record in records]},
     )
-    options.output.with_suffix(".md").write_text(title + claims_markdown(figures))
-    plot_claims(figures, records).savefig(options.output.with_suffix(".png"))
+
+
+def report(output: Path) -> None:
+    """Table and plot of the records."""
+    record = json.loads(output.with_suffix(".json").read_text())
+    split, figures = record.get("split", "val"), record["figures"]
+    title = f"# The paper's claims, on Scenes ({split})\n\nCommit {record['commit']}: `{record['command']}`\n\n"
+    output.with_suffix(".md").write_text(title + claims_markdown(figures))
+    plot_claims(figures, [ClaimRecord(**of) for of in record["records"]]).savefig(output.with_suffix(".png"))
     print(claims_markdown(figures))
 
 

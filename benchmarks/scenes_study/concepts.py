@@ -1,6 +1,6 @@
 """One concept space: how shared concepts are for the paper's SAE and for each option, and what the options cost.
 
-    python benchmarks/scenes_study/concepts.py per_token          # one option; --until sae for the SAE alone
+    python benchmarks/scenes_study/concepts.py per_token --base RUN   # one option; --until sae for the SAE alone
     python benchmarks/scenes_study/concepts_report.py             # table and plot from the records
 
 Every option is the same shortened recipe (SAE, slots, joint stage) behind the recipe's plain warm-up or its stage
@@ -93,7 +93,8 @@ def measure_checkpoint(name: str, path: Path) -> None:
 
 def measure_giou(path: Path, folder: Path) -> dict[str, Any]:
     """gIoU with the model's own greedy reasoning; paired over options by the order of the scenes."""
-    model = SegCompassForReasoningSegmentation.from_pretrained(path, dtype=torch.float32).eval()
+    model = SegCompassForReasoningSegmentation.from_pretrained(path, dtype=torch.float32)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     predictor = ModelPredictor(model, SegCompassProcessor.from_pretrained(path))
     rows = scenes.build("val", EVALUATED, seed=SEED)
     evaluate_dataset(predictor, rows, folder / "evaluation", batch_size=32, dataset_name="val", page_samples=0)
@@ -111,7 +112,8 @@ def main() -> None:
     if options.option in WHOLE:
         if options.option == "previous" and options.model is None:
             parser.error("previous: name the checkpoint's folder by --model")
-        measure_checkpoint(options.option, options.model or bundled_checkpoint())
+        with counted(FOLDER / options.option, {"option": options.option, "stage": "measure"}):
+            measure_checkpoint(options.option, options.model or bundled_checkpoint())
         return
     folder = prepare(options.option, options.base)
     warmup, changes = OPTIONS[options.option]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from runs import commit
+from runs import commit, counted
+from settings import RUNS
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
@@ -36,7 +37,7 @@ def sample(model, processor, rows: list[dict], temperature: float, samples: int)
         prompts = rows[start : start + PROMPTS_AT_ONCE]
         copies = [row for row in prompts for _ in range(samples)]
         images, instructions = [row["image"] for row in copies], [row["instruction"] for row in copies]
-        inputs = processor(images=images, instruction=instructions, return_tensors="pt")
+        inputs = processor(images=images, instruction=instructions, return_tensors="pt").to(model.device)
         free = {"do_sample": True, "temperature": temperature, "constrain_format": False, "max_new_tokens": 120}
         answers = processor.post_process_segmentation(
             model.segment(**inputs, **free),
@@ -66,7 +67,17 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="of each prompt")
     parser.add_argument("--output", type=Path, help="what is printed, as a text file, too")
     given = parser.parse_args()
-    model = SegCompassForReasoningSegmentation.from_pretrained(given.model).eval()
+    with counted(RUNS / "explore", {key: str(value) for key, value in vars(given).items()}):
+        lines = explore(given)
+    print("\n".join(lines))
+    if given.output:
+        given.output.write_text("\n".join([*lines, ""]))
+
+
+def explore(given: argparse.Namespace) -> list[str]:
+    """What is printed, line by line."""
+    model = SegCompassForReasoningSegmentation.from_pretrained(given.model)
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     processor = SegCompassProcessor.from_pretrained(given.model)
     rows = list(scenes.iterate("val", given.num_prompts, seed=3))
     lines = [f"{given.model}, {given.num_prompts} prompts, {given.samples} samples of each, commit {commit()}"]
@@ -82,9 +93,7 @@ def main() -> None:
                 f"  {kind:12} {len(ious):3} prompts, IoU mean {ious.mean():.2f}, best {best:.2f}, flat {flat:.2f}; "
                 f"answers right {right.mean():.2f}, mixed {mixed:.2f}"
             )
-    print("\n".join(lines))
-    if given.output:
-        given.output.write_text("\n".join([*lines, ""]))
+    return lines
 
 
 if __name__ == "__main__":

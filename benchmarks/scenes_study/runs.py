@@ -16,10 +16,10 @@ FLUSH_SECONDS = 10.0
 
 
 def commit() -> str:
-    """The commit of the working tree, with `+` where tracked files differ from it."""
+    """The commit of the working tree, with `+` where the package or the study's scripts differ from it."""
     try:
         head = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
-        changed = subprocess.call(["git", "diff", "--quiet", "HEAD", "--", "src"]) != 0
+        changed = subprocess.call(["git", "diff", "--quiet", "HEAD", "--", "src", "benchmarks/scenes_study"]) != 0
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if changed else "")

@@ -6,7 +6,7 @@
 Gradients of the layers that train, of a start of the ablation, from independent batches: `g = s + n` with a common
 `s`. The mean cosine of two of them estimates `rho = |s|^2 / (|s|^2 + E|n|^2)`, and `8 (1 - rho) / rho` prompts are
 needed for as much signal as noise in one step. Nothing is trained. Writes `signal.md` and `signal.json`, where other
-starts stay as they are.
+starts stay as they are; `--report` makes the first from the second.
 """
 
 import argparse
@@ -130,20 +130,28 @@ def main() -> None:
     parser.add_argument("--start", choices=STARTS, default="cold")
     parser.add_argument("--scale-rewards", choices=("group", "batch"), default="group", help="TRL's option")
     parser.add_argument("--batches", type=int, default=24)
+    parser.add_argument("--report", action="store_true", help="only the table, of what is recorded")
     given = parser.parse_args()
+    file = RESULTS / "signal.json"
+    if not given.report:
+        record = json.loads(file.read_text()) if file.is_file() else {}
+        title = f"Start {given.start}, rewards scaled by the {given.scale_rewards}"
+        write_json(file, record | {title: run(given)})
+    record = json.loads(file.read_text())
+    (RESULTS / "signal.md").write_text("\n".join(["# How much of a gradient is signal", "", *sections(record)]))
+
+
+def run(given: argparse.Namespace) -> dict:
+    """The record of one start and scaling."""
     path, cells = start_of(given.start, "both"), {}
-    with counted(RUNS / "signal", vars(given)):
+    options = {name: getattr(given, name) for name in ("start", "scale_rewards", "batches")}
+    with counted(RUNS / "signal", options):
         for name, kinds in KINDS.items():
             gradients = of_policy(path, kinds, given.batches, given.scale_rewards)
             cells[f"policy gradient, {name}"] = share_of_signal(gradients)
             cells[f"reference reasoning, {name}"] = share_of_signal(of_reference(path, kinds, given.batches))
             print(name, cells, flush=True)
-    file = RESULTS / "signal.json"
-    record = json.loads(file.read_text()) if file.is_file() else {}
-    title = f"Start {given.start}, rewards scaled by the {given.scale_rewards}"
-    record[title] = {"commit": commit(), **vars(given), "gradients": cells}
-    write_json(file, record)
-    (RESULTS / "signal.md").write_text("\n".join(["# How much of a gradient is signal", "", *sections(record)]))
+    return {"commit": commit(), **options, "gradients": cells}
 
 
 if __name__ == "__main__":

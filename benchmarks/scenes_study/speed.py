@@ -8,6 +8,7 @@ settings, in a new order, before the next one comes, so that whatever else the m
 """
 
 import argparse
+import json
 import os
 import platform
 import random
@@ -19,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from runs import commit, write_json
-from settings import EVALUATION_SEED, RESULTS
+from runs import commit, counted, write_json
+from settings import EVALUATION_SEED, RESULTS, RUNS
 from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf import bundled_checkpoint
@@ -123,7 +124,16 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=200)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=RESULTS / "speed", help="path without ending")
+    parser.add_argument("--report", action="store_true", help="only the table and the plot, of what is recorded")
     options = parser.parse_args()
+    if not options.report:
+        with counted(RUNS / "speed", {"model": options.model, "num_samples": options.num_samples}):
+            run(options)
+    report(options.output)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, and write the samples."""
     torch.set_num_threads(THREADS)
     path = Path(bundled_checkpoint() if options.model == "bundled" else options.model)
     model = AutoModel.from_pretrained(path).to(options.device).eval()
@@ -141,15 +151,23 @@ def main() -> None:
         "host_cores": os.cpu_count(),
         "load_before_and_after": [round(of[0], 1) for of in (load, os.getloadavg())],
     }
-    record = {"command": command, "commit": commit(), "machine": machine, "figures": figures, "samples": measured}
-    write_json(options.output.with_suffix(".json"), record)
+    record = {"command": command, "commit": commit(), "machine": machine, "split": options.split}
+    write_json(options.output.with_suffix(".json"), record | {"figures": figures, "samples": measured})
+
+
+def report(output: Path) -> None:
+    """Table and plot of the samples."""
+    record = json.loads(output.with_suffix(".json").read_text())
+    machine, figures = record["machine"], record["figures"]
+    scenes_shown = len(next(iter(record["samples"]["full"].values())))
     text = (
-        f"# Speed against accuracy\n\n`{command}`, commit {record['commit']}: {len(rows)} scenes of {options.split}, "
-        f"one at a time, {THREADS} threads, settings interleaved sample by sample (load of the machine before and "
-        f"after: {machine['load_before_and_after']}). In brackets 95 % intervals over scenes.\n\n{table(figures)}"
+        f"# Speed against accuracy\n\n`{record['command']}`, commit {record['commit']}: {scenes_shown} scenes of "
+        f"{record.get('split', 'val')}, one at a time, {machine['threads']} threads, settings interleaved sample by "
+        f"sample (load of the machine before and after: {machine['load_before_and_after']}). In brackets 95 % "
+        f"intervals over scenes.\n\n{table(figures)}"
     )
-    options.output.with_suffix(".md").write_text(text)
-    plot(figures).savefig(options.output.with_suffix(".png"))
+    output.with_suffix(".md").write_text(text)
+    plot(figures).savefig(output.with_suffix(".png"))
     print(text)
 
 
