@@ -20,7 +20,7 @@ RESAMPLES = 10_000
 INTRODUCTION = """# One concept space, on Scenes
 
 Commit {commit}: `python benchmarks/scenes_study/concepts_report.py`, from runs of
-`python benchmarks/scenes_study/concepts.py OPTION`.
+`python benchmarks/scenes_study/concepts.py OPTION --base RUN`.
 
 **Joint AUC**: min(AUC on words, AUC on patches) of one SAE feature, chosen on one half of the scenes and scored on the
 other. Negatives are the other values of the same attribute: `red` against other color words, patches of red objects
@@ -30,7 +30,9 @@ features that fire on a word and on its patches, weighted by how strongly (arXiv
 pairs. Jaccard: active features that a word and its patches have in common. Explained variance in the space of the
 VLM. gIoU: {evaluated} scenes, the model's own greedy reasoning, a shortened recipe (slots 300, joint 200 steps);
 difference to `{baseline}` on the same scenes. `previous` and `bundled` are checkpoints of the whole recipe (slots
-1,000, joint 800 steps), without and with concept words and the shared top-k; they are compared with each other.
+1,000, joint 800 steps), without and with concept words and the shared top-k; they are compared with each other,
+though the second went on from the first and has seen more scenes. The first four options start from the VLM and SAM of
+`previous`, which had been trained on just such states before: gIoU favours them (PROTOCOL.md, question 2).
 Intervals: 95 %, percentile bootstrap over scenes; one seed.
 """
 

@@ -108,7 +108,7 @@ ROUNDS = {
     "balanced": Round(
         title='as "mended", prompts of all kinds',
         start="practised",
-        seeds={"rl_only": (0,), "seg_only": (0, 1), "both": (0, 1), "reference": (0,)},
+        seeds={"rl_only": (0,), "seg_only": (0,), "both": (0, 1), "reference": (0,)},
         steps=400,
         changes={"scale_rewards": "batch", "lr_scheduler_type": "linear"},
     ),
