@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from segcompass_hf.data.scenes import SPLITS
+from segcompass_hf.data.scenes.dataset import SPLITS
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.explain.claims.figures import bootstrap_interval
 from segcompass_hf.training.scenes_recipe import LOG, STAGES
 
 RESULTS = Path(__file__).parent / "results"

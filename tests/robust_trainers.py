@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from segcompass_hf.training.robust import RobustTrainerMixin, RobustTrainingArguments
+from segcompass_hf.training.loop.resume import RobustTrainerMixin, RobustTrainingArguments
 
 
 @dataclass

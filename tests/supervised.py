@@ -104,11 +104,11 @@ def one_step(stage: str, family: str, output_dir, **settings) -> tuple[float, di
 def make_trainer(stage: str, family: str, output_dir, rows, eval_rows=None, callbacks=None, model=None, **settings):
     """A trainer of a stage, `"segmentation"` or `"warmup"` (with alignment), on a tiny model."""
     if stage == "segmentation":
-        from segcompass_hf.training.segmentation import SegmentationTrainer as Trainer
-        from segcompass_hf.training.segmentation_config import SegmentationConfig as Config
+        from segcompass_hf.training.segmentation.trainer import SegmentationTrainer as Trainer
+        from segcompass_hf.training.segmentation.config import SegmentationConfig as Config
     else:
-        from segcompass_hf.training.warmup import WarmupTrainer as Trainer
-        from segcompass_hf.training.warmup_config import WarmupConfig as Config
+        from segcompass_hf.training.warmup.trainer import WarmupTrainer as Trainer
+        from segcompass_hf.training.warmup.config import WarmupConfig as Config
 
         settings = {"alignment_weight": 0.5} | settings
     ordered = type("Ordered", (InOrder, Trainer), {})

@@ -10,7 +10,7 @@ from tiny import FAMILIES as ALL_FAMILIES
 from tiny import tiny_image, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.training.alignment import (
+from segcompass_hf.training.alignment.losses import (
     AlignmentTargets,
     alignment_loss,
     instruction_words,

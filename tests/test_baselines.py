@@ -10,7 +10,7 @@ from tiny import tiny_image, tiny_mask, tiny_model, tiny_processor, tiny_sam_ima
 from transformers import SamProcessor
 
 from segcompass_hf.data.schema import encode_mask
-from segcompass_hf.evaluation.baselines import (
+from segcompass_hf.evaluation.predictors.baselines import (
     BASELINES,
     SAM_BASELINES,
     AllObjectsPredictor,
@@ -20,7 +20,7 @@ from segcompass_hf.evaluation.baselines import (
     make_baseline,
     mask_box,
 )
-from segcompass_hf.evaluation.sam_prompts import PromptedSam, SamPrompt
+from segcompass_hf.evaluation.predictors.sam_prompts import PromptedSam, SamPrompt
 from segcompass_hf.metrics import segmentation_metrics
 
 
@@ -168,7 +168,7 @@ def test_targets_without_pixels_get_no_mask(sam):
 
 
 def test_prompts_of_all_forms_keep_their_order(sam, monkeypatch):
-    monkeypatch.setattr("segcompass_hf.evaluation.sam_prompts.PROMPTS_AT_ONCE", 2)
+    monkeypatch.setattr("segcompass_hf.evaluation.predictors.sam_prompts.PROMPTS_AT_ONCE", 2)
     prompted = PromptedSam(sam, tiny_processor())
     prompts = [SamPrompt((4 * i, 2, 4 * i + 9, 20), ((4 * i + 3, 9),) * (i % 3)) for i in range(6)]
     prompts.append(SamPrompt(points=((20, 10),)))

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_image, tiny_model, tiny_processor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from segcompass_hf.evaluation.box_answers import Location, parse_answer
-from segcompass_hf.evaluation.box_localizer import BoxLocalizerPredictor, is_malformed
-from segcompass_hf.evaluation.sam_prompts import PromptedSam, SamPrompt
+from segcompass_hf.evaluation.predictors.box_answers import Location, parse_answer
+from segcompass_hf.evaluation.predictors.box_localizer import BoxLocalizerPredictor, is_malformed
+from segcompass_hf.evaluation.predictors.sam_prompts import PromptedSam, SamPrompt
 
 BOX = Location((1.0, 2.0, 3.0, 4.0))
 

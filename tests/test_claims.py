@@ -9,7 +9,7 @@ import torch
 from tiny import FAMILIES, tiny_image, tiny_mask, tiny_model, tiny_processor
 
 from segcompass_hf.data.schema import encode_mask
-from segcompass_hf.explain.claims import (
+from segcompass_hf.explain.claims.measure import (
     TOP_PERCENT,
     ClaimRecord,
     _Batch,
@@ -17,8 +17,8 @@ from segcompass_hf.explain.claims import (
     squared_errors,
     top_coverage,
 )
-from segcompass_hf.explain.claims_figures import bootstrap_interval, claims_figures, correlation
-from segcompass_hf.explain.claims_report import claims_markdown, plot_claims
+from segcompass_hf.explain.claims.figures import bootstrap_interval, claims_figures, correlation
+from segcompass_hf.explain.claims.report import claims_markdown, plot_claims
 from segcompass_hf.modeling_concepts import SparseConcepts
 from segcompass_hf.modeling_segcompass import SegCompassSegmentationOutput
 

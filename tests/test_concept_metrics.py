@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from segcompass_hf.metrics.concepts import (
+from concept_metrics import (
     ConceptTokens,
     _weighted_auc,
     bridge_score,

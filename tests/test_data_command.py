@@ -120,7 +120,7 @@ def test_push_shows_the_tree_or_says_what_is_wrong(tmp_path, capsys, monkeypatch
 
 
 def test_push_publishes(tmp_path, capsys, monkeypatch):
-    from segcompass_hf.data import publishing
+    from segcompass_hf.data.hosting.write import publish as publishing
 
     told = {}
 

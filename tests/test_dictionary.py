@@ -19,13 +19,13 @@ from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.cli import main
 from segcompass_hf.data import scenes
 from segcompass_hf.explain import explain
-from segcompass_hf.explain.dictionary import ConceptDictionary
-from segcompass_hf.explain.dictionary_counts import DictionaryCounts, PairCounts, TopExamples, bin_of, half_of
-from segcompass_hf.explain.dictionary_entries import ExampleStore
-from segcompass_hf.explain.dictionary_labels import cofiring, derive_labels
-from segcompass_hf.explain.dictionary_objects import normalize_word, scenes_objects, target_objects
-from segcompass_hf.explain.dictionary_page import page
-from segcompass_hf.explain.dictionary_reading import Active, ConceptReader, RowReading
+from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
+from segcompass_hf.explain.dictionary.counts import DictionaryCounts, PairCounts, TopExamples, bin_of, half_of
+from segcompass_hf.explain.dictionary.entries import ExampleStore
+from segcompass_hf.explain.dictionary.labels import cofiring, derive_labels
+from segcompass_hf.explain.dictionary.objects import normalize_word, scenes_objects, target_objects
+from segcompass_hf.explain.dictionary.page import page
+from segcompass_hf.explain.dictionary.reading import Active, ConceptReader, RowReading
 from segcompass_hf.modeling_sae import SegCompassSae
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))

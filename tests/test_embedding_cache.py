@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.data.embedding_cache import CacheSize, EmbeddingCache, image_key
-from segcompass_hf.training.segmentation import SegmentationTrainer
-from segcompass_hf.training.segmentation_config import SegmentationConfig
+from segcompass_hf.training.segmentation.trainer import SegmentationTrainer
+from segcompass_hf.training.segmentation.config import SegmentationConfig
 
 IMAGES = [tiny_image(index, size=(40, 30 + index)) for index in range(5)]
 BYTES = 32 * 8 * 8 * 2  # one embedding of the tiny SAM in float16

@@ -4,7 +4,7 @@ import pytest
 from browser import console_messages, open_browser, requested_addresses, set_screen
 from explanations import INSTRUCTION, REASONING, made_explanation
 
-from segcompass_hf.explain.report import to_html
+from segcompass_hf.explain.report.page import to_html
 
 INJECTED = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & </textarea>"
 

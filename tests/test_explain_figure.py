@@ -3,7 +3,7 @@
 import pytest
 from explanations import REASONING, made_explanation
 
-from segcompass_hf.explain.report_figure import MAX_BARS, plot, token_weights
+from segcompass_hf.explain.report.figure import MAX_BARS, plot, token_weights
 
 
 def _texts(strip) -> list[str]:

@@ -11,8 +11,8 @@ from explanations import made_explanation
 from PIL import Image
 
 from segcompass_hf.explain.explanation import Token
-from segcompass_hf.explain.report import to_html, to_page
-from segcompass_hf.explain.report_payload import MaskPool, _shrink_mask, payload, spell
+from segcompass_hf.explain.report.page import to_html, to_page
+from segcompass_hf.explain.report.payload import MaskPool, _shrink_mask, payload, spell
 
 
 def _data(page: str) -> dict:
@@ -56,7 +56,7 @@ def test_sizes_are_bounded(tmp_path):
 
 
 def test_tokens_beyond_the_bound_are_counted(monkeypatch):
-    monkeypatch.setattr("segcompass_hf.explain.report_payload.MAX_TOKENS_PER_CONCEPT", 2)
+    monkeypatch.setattr("segcompass_hf.explain.report.payload.MAX_TOKENS_PER_CONCEPT", 2)
     concept = made_explanation().masks[0].concepts[0]
     shown = payload(made_explanation())["masks"][0]["concepts"][0]
     assert shown["numTokens"] == 4

@@ -9,7 +9,7 @@ from tiny import tiny_image, tiny_mask
 
 from segcompass_hf.data.schema import encode_mask
 from segcompass_hf.evaluation import evaluate_dataset
-from segcompass_hf.evaluation.external import FolderPredictor, prediction_file_name
+from segcompass_hf.evaluation.predictors.external import FolderPredictor, prediction_file_name
 
 IDS = ["val/1", "val/2", "../3"]
 

@@ -13,9 +13,9 @@ from test_example_configs import module
 
 from segcompass_hf.data import BuildReport, build_folder, scenes
 from segcompass_hf.data.schema import decode_masks
-from segcompass_hf.data.splitting import build_folder_splits, split_by_image
+from segcompass_hf.data.builders.splitting import build_folder_splits, split_by_image
 from segcompass_hf.evaluation import Prediction
-from segcompass_hf.training.own_reasoning import with_own_reasoning
+from segcompass_hf.training.segmentation.own_reasoning import with_own_reasoning
 
 POLYGON = [[[2, 3, 7, 3, 7, 8, 2, 8]]]
 

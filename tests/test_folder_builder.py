@@ -221,7 +221,7 @@ def test_splits(root, caplog):
         build(root, split="val")
     write(root, line(instruction="of the file of its split"), name="val.jsonl")
     assert build(root, split="val")[0]["instruction"][:] == ["of the file of its split"]
-    logger = logging.getLogger("segcompass_hf.data.folder")
+    logger = logging.getLogger("segcompass_hf.data.builders.folder")
     logger.addHandler(caplog.handler)
     try:
         dataset, _ = build(root, line(), split="test")

@@ -11,9 +11,9 @@ from tiny import tiny_image, tiny_model, tiny_processor
 pytest.importorskip("trl")
 
 from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer  # noqa: E402
-from segcompass_hf.training.grpo_rollouts import masks_of_rollouts  # noqa: E402
-from segcompass_hf.training.grpo_targets import prompt_of, segmentation_targets  # noqa: E402
-from segcompass_hf.training.one_cycle import OneCycle  # noqa: E402
+from segcompass_hf.training.grpo.rollouts import masks_of_rollouts  # noqa: E402
+from segcompass_hf.training.grpo.targets import prompt_of, segmentation_targets  # noqa: E402
+from segcompass_hf.training.grpo.one_cycle import OneCycle  # noqa: E402
 
 FAMILIES = ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3")
 

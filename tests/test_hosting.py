@@ -20,9 +20,9 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from segcompass_hf.data import contact_sheet, hosting, parquet_shards, publishing, scenes
-from segcompass_hf.data.build_report import BuildReport
-from segcompass_hf.data.hosting import push_dataset, without_folders, write_dataset
-from segcompass_hf.data.rows import dataset_from_rows, make_row
+from segcompass_hf.data.builders.build_report import BuildReport
+from segcompass_hf.data.hosting.write import push_dataset, without_folders, write_dataset
+from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
 from segcompass_hf.data.schema import encode_mask, row_features
 from segcompass_hf.images_segcompass import to_rgb_image
 

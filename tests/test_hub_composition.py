@@ -17,7 +17,7 @@ from segcompass_hf import SegCompassSae, SegCompassSaeConfig
 from segcompass_hf.commands import init
 from segcompass_hf.commands.common import UserError
 from segcompass_hf.hub.composition import compose_checkpoint
-from segcompass_hf.training.sae_lens_format import save_sae_lens
+from segcompass_hf.training.sae.sae_lens import save_sae_lens
 
 SMALL = {"d_slot": 32, "d_sae": 64}
 

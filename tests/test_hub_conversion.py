@@ -17,10 +17,10 @@ from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf.commands import convert
 from segcompass_hf.commands.common import UserError
-from segcompass_hf.hub.conversion import convert_original_checkpoint, load_original_sae, load_original_sam
-from segcompass_hf.hub.conversion_files import StoredTensor, open_weights, write_shards
-from segcompass_hf.hub.conversion_to_original import convert_to_original_checkpoint
-from segcompass_hf.hub.staging import check_disk_space, staged_folder
+from segcompass_hf.hub.conversion.from_original import convert_original_checkpoint, load_original_sae, load_original_sam
+from segcompass_hf.hub.conversion.files import StoredTensor, open_weights, write_shards
+from segcompass_hf.hub.conversion.to_original import convert_to_original_checkpoint
+from segcompass_hf.files import check_disk_space, staged_folder
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 
 TOLD = {"sae_layer": 2, "ref_token_id": 91, "sam_config": SAM_HEADS}  # what the fixture's files do not say

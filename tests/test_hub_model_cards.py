@@ -14,7 +14,7 @@ from transformers import pipeline
 
 import segcompass_hf
 from segcompass_hf.hub import recipe_names, render_model_card, write_model_card
-from segcompass_hf.hub.model_cards import PIPELINE_TAG, UNKNOWN_ID, load_recipe
+from segcompass_hf.hub.publishing.card import PIPELINE_TAG, UNKNOWN_ID, load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = ("llava-1.5-13b", "llava-1.5-7b", "qwen2.5-vl-7b")

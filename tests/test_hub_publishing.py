@@ -18,10 +18,10 @@ from loopback_hub import LoopbackHub, hub  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from segcompass_hf.evaluation.predictors import weights_digest
+from segcompass_hf.evaluation.predictors.model import weights_digest
 from segcompass_hf.hub import check_stage, push_to_hub, stage_checkpoint
-from segcompass_hf.hub.publishing_checks import check_weights
-from segcompass_hf.hub.publishing_stage import core_files, is_owned
+from segcompass_hf.hub.publishing.checks import check_weights
+from segcompass_hf.hub.publishing.stage import core_files, is_owned
 
 CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# Mine, at OWNER/NAME\n"
 LEFT = {"optimizer.pt": b"pickle", "training_args.bin": b"pickle", "runs/events": b"log"}
@@ -51,7 +51,7 @@ def folder(saved, tmp_path):
 @pytest.fixture
 def unchecked(monkeypatch):
     """Loading and answering take most of the time, and other tests look at them."""
-    monkeypatch.setattr("segcompass_hf.hub.publishing_checks.check_stage", lambda *_: ["nothing"])
+    monkeypatch.setattr("segcompass_hf.hub.publishing.checks.check_stage", lambda *_: ["nothing"])
 
 
 def shard(folder: Path) -> Path:

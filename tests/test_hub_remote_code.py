@@ -13,8 +13,8 @@ from loopback_hub import TOKEN, LoopbackHub, hub  # noqa: F401
 from PIL import Image
 
 import segcompass_hf
-from segcompass_hf.evaluation.predictors import weights_digest
-from segcompass_hf.hub.publishing_stage import AUTO_MAP, PROCESSOR_CLASS, core_files, stage_checkpoint
+from segcompass_hf.evaluation.predictors.model import weights_digest
+from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, core_files, stage_checkpoint
 from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 
 SCRIPT = Path(__file__).parent / "hub_scripts" / "stranger.py"

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny import follow_concepts, tiny_model, tiny_processor
 
 from segcompass_hf.explain.causal import steer
-from segcompass_hf.explain.figure import tidy
-from segcompass_hf.explain.live import NUM_SHOWN, LiveAnswer, LiveModel, paint
+from segcompass_hf.figure import tidy
+from segcompass_hf.explain.live.model import NUM_SHOWN, LiveAnswer, LiveModel, paint
 
 
 @pytest.fixture(scope="module")

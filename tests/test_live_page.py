@@ -26,7 +26,7 @@ class Live:
     name = "made-by-hand <b>"
 
     def answer(self, image, instruction, reasoning):
-        from segcompass_hf.explain.live import LiveAnswer
+        from segcompass_hf.explain.live.model import LiveAnswer
 
         class Answer(LiveAnswer):
             def change(self, scales):
@@ -46,7 +46,7 @@ class Live:
 
 @pytest.fixture(scope="module")
 def address():
-    from segcompass_hf.explain.app import build_app, launch_options
+    from segcompass_hf.explain.live.app import build_app, launch_options
 
     app = build_app(Live(), scenes=True, note=f"a note {INJECTED}")
     _, local, _ = app.launch(prevent_thread_lock=True, **launch_options())
@@ -171,7 +171,7 @@ def test_bad_input_and_phone(window, address, tmp_path):
 def test_unreadable_files_and_blank_drawings_get_a_clear_message(tmp_path):
     import gradio as gr
 
-    from segcompass_hf.explain import app
+    from segcompass_hf.explain.live.model import app
 
     blank = Image.new("RGB", (8, 8), "white")
     for editor in (None, {"background": None, "layers": [blank], "composite": blank}):
@@ -187,7 +187,7 @@ def test_unreadable_files_and_blank_drawings_get_a_clear_message(tmp_path):
 
 
 def test_two_visitors_get_their_own_answers():
-    from segcompass_hf.explain import app
+    from segcompass_hf.explain.live.model import app
 
     def visit(seed: int):
         image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (72, 96, 3), dtype=np.uint8))

@@ -6,12 +6,12 @@ from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_vlm_config
 from torch import nn
 
 from segcompass_hf.generation_segcompass import CACHE
-from segcompass_hf.training.memory import estimate_memory, parameter_bytes
-from segcompass_hf.training.memory_meter import MemoryMeter
-from segcompass_hf.training.memory_model import fake_model
-from segcompass_hf.training.memory_setup import TrainingSetup
-from segcompass_hf.training.memory_shapes import SAM_SHAPES, VLM_SHAPES, composite_config, sam_config, vlm_config
-from segcompass_hf.training.memory_step import _checkpoint, sampling_bytes, training_bytes
+from segcompass_hf.training.memory.estimate import estimate_memory, parameter_bytes
+from segcompass_hf.training.memory.meter import MemoryMeter
+from segcompass_hf.training.memory.model import fake_model
+from segcompass_hf.training.memory.setup import TrainingSetup
+from segcompass_hf.training.memory.shapes import SAM_SHAPES, VLM_SHAPES, composite_config, sam_config, vlm_config
+from segcompass_hf.training.memory.step import _checkpoint, sampling_bytes, training_bytes
 
 SMALL = {"batch_size": 2, "rollouts": 2, "prompt_tokens": 20, "completion_tokens": 10, "autocast": False}
 
@@ -39,7 +39,7 @@ def test_the_meter_counts_what_lives_and_what_is_saved_for_backward():
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("tie", [False, True])
 def test_weights_gradients_and_states_are_those_of_a_real_step(family, tie):
-    from segcompass_hf.training.reference_policy import ReferencePolicy
+    from segcompass_hf.training.grpo.reference import ReferencePolicy
 
     model = tiny_model(family, tie=tie).freeze_for_training()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -74,8 +74,8 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
     from trl.trainer.utils import add_fused_lm_head
 
     from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
-    from segcompass_hf.training.grpo_forward import add_joint_forward
-    from segcompass_hf.training.reference_policy import ReferencePolicy
+    from segcompass_hf.training.grpo.forward import add_joint_forward
+    from segcompass_hf.training.grpo.reference import ReferencePolicy
 
     torch.manual_seed(0)
     model = SegCompassForReasoningSegmentation(config).freeze_for_training().train()
@@ -189,7 +189,7 @@ def test_adapters_train_less_and_need_no_copy():
 def test_nf4_weights_take_what_bitsandbytes_takes():
     bnb = pytest.importorskip("bitsandbytes")
 
-    from segcompass_hf.training.memory import NF4_BYTES
+    from segcompass_hf.training.memory.estimate import NF4_BYTES
 
     weights = torch.randn(1024, 1024)
     packed, state = bnb.functional.quantize_4bit(weights, quant_type="nf4", compress_statistics=True)
@@ -211,7 +211,7 @@ def test_nf4_weights_take_what_bitsandbytes_takes():
 def test_eight_bit_states_take_what_bitsandbytes_takes():
     bnb = pytest.importorskip("bitsandbytes")
 
-    from segcompass_hf.training.memory import _state_bytes
+    from segcompass_hf.training.memory.estimate import _state_bytes
 
     packed, scales = bnb.functional.quantize_blockwise(torch.randn(256, 1024), blocksize=256)  # as its optimizers do
     setup = TrainingSetup(optim="adamw_8bit")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SamConfig, SamModel
 
 from segcompass_hf.configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
-from segcompass_hf.hub.original_keys import (
+from segcompass_hf.hub.conversion.keys import (
     convert_original_heatmap_head_state_dict,
     convert_original_query_book_state_dict,
     convert_original_state_dict,

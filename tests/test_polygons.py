@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refer_files import square
 
-from segcompass_hf.data.build_report import RowProblem
-from segcompass_hf.data.polygons import polygons_to_rle
+from segcompass_hf.data.builders.build_report import RowProblem
+from segcompass_hf.data.builders.polygons import polygons_to_rle
 from segcompass_hf.data.schema import decode_mask, encode_mask
 
 

@@ -17,7 +17,7 @@ from scipy.ndimage import binary_dilation, binary_erosion
 
 from segcompass_hf.data import BuildReport, build_grefcoco, build_reasonseg, from_hosted_reasonseg
 from segcompass_hf.data.readable_rows import check_row
-from segcompass_hf.data.reasonseg import draw_polygon
+from segcompass_hf.data.builders.reasonseg import draw_polygon
 from segcompass_hf.data.schema import decode_mask, decode_masks, encode_mask, row_features
 
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data" / "real_samples"

@@ -388,7 +388,7 @@ def test_a_wrong_root_or_split_says_what_was_found(tmp_path, change, error, mess
 
 
 def test_problems_are_logged(tmp_path, caplog):
-    logger = logging.getLogger("segcompass_hf.data.build_report")
+    logger = logging.getLogger("segcompass_hf.data.builders.build_report")
     logger.addHandler(caplog.handler)
     try:
         build(broken(annotation={"segmentation": []}), tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from segcompass_hf.training import mask_scores, original_rewards, rewards
-from segcompass_hf.training.original_rewards import original_format_reward, original_mask_reward
-from segcompass_hf.training.rewards import format_problem, format_reward, is_well_formed, mask_reward
+from original_rewards import original_format_reward, original_mask_reward
+from segcompass_hf.training.rewards.rewards import format_problem, format_reward, is_well_formed, mask_reward
 
 REF2 = "<REF_POS><REF_POS>"
 SURE = 100.0  # a logit whose sigmoid is 1 in float32; its negative gives 0

@@ -9,7 +9,7 @@ from robust_trainers import Arguments, RobustTrainer, make_trainer
 from torch import nn
 from transformers import Trainer
 
-from segcompass_hf.training.robust_checkpoints import (
+from segcompass_hf.training.loop.checkpoints import (
     discard,
     find_last_whole,
     list_files,
@@ -17,7 +17,7 @@ from segcompass_hf.training.robust_checkpoints import (
     remove_leftovers,
     what_is_missing,
 )
-from segcompass_hf.training.robust_weights import check_shards_fit, check_weights_fit, stored_shapes
+from segcompass_hf.training.loop.weights import check_shards_fit, check_weights_fit, stored_shapes
 
 # Checkpoints.
 

@@ -9,9 +9,9 @@ from robust_trainers import Arguments, RobustTrainer, logged, make_trainer
 from torch import nn
 from transformers import HfArgumentParser, TrainerCallback
 
-from segcompass_hf.training.robust import RewindableSampler, RobustTrainingArguments
-from segcompass_hf.training.robust_checkpoints import what_is_missing
-from segcompass_hf.training.robust_steps import has_nonfinite_norm, nonfinite_names
+from segcompass_hf.training.loop.resume import RewindableSampler, RobustTrainingArguments
+from segcompass_hf.training.loop.checkpoints import what_is_missing
+from segcompass_hf.training.loop.steps import has_nonfinite_norm, nonfinite_names
 
 NAN, INF = float("nan"), float("inf")
 

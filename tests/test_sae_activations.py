@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 
-from segcompass_hf.training.sae_activations import (
+from segcompass_hf.training.sae.activations import (
     ActivationBuffer,
     ActivationHarvester,
     HarvestedTokens,
     TokenStates,
     layer_states,
 )
-from segcompass_hf.training.sae_cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
-from segcompass_hf.training.sae_rows import RowEncoder, RowStream, UnreadableImage
+from segcompass_hf.training.sae.cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
+from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableImage
 
 WORDS = ["the largest red circle", "all the blue squares", "the ring", "the second square from the left of the image"]
 
@@ -456,7 +456,7 @@ class TestCache:
             ActivationCache(tmp_path, key, "float32")
 
     def test_the_size_is_announced_and_checked(self, source, tmp_path, monkeypatch):
-        from segcompass_hf.training import sae_cache
+        from segcompass_hf.training.sae import cache as sae_cache
 
         announced = []
         monkeypatch.setattr(sae_cache.logger, "warning", announced.append)

@@ -10,13 +10,13 @@ from test_sae_training import StopAt, settings
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
-from segcompass_hf.metrics.concepts import concept_jaccard
+from concept_metrics import concept_jaccard
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training.sae_config import SaeTrainingConfig
-from segcompass_hf.training.sae_pair_buffer import NamedStates, PairBlock, PairBuffer
-from segcompass_hf.training.sae_pairs import contrastive_loss, pair_loss, shared_selection, shared_topk_loss
-from segcompass_hf.training.sae_rows import RowStream
-from segcompass_hf.training.sae_trainer import SaeTrainer
+from segcompass_hf.training.sae.config import SaeTrainingConfig
+from segcompass_hf.training.sae.pair_buffer import NamedStates, PairBlock, PairBuffer
+from segcompass_hf.training.sae.pair_losses import contrastive_loss, pair_loss, shared_selection, shared_topk_loss
+from segcompass_hf.training.sae.rows import RowStream
+from segcompass_hf.training.sae.trainer import SaeTrainer
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,13 @@ from transformers import TrainerCallback
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.training import sae_cache, sae_metrics, sae_upkeep
-from segcompass_hf.training.sae_activations import ActivationHarvester
-from segcompass_hf.training.sae_config import SaeTrainingConfig
-from segcompass_hf.training.sae_metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
-from segcompass_hf.training.sae_rows import RowEncoder
-from segcompass_hf.training.sae_start import fit_thresholds_
-from segcompass_hf.training.sae_trainer import SaeTrainer
-from segcompass_hf.training.sae_upkeep import FiringCounts, resample_dead_features_
+from segcompass_hf.training.sae.activations import ActivationHarvester
+from segcompass_hf.training.sae.config import SaeTrainingConfig
+from segcompass_hf.training.sae.metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
+from segcompass_hf.training.sae.rows import RowEncoder
+from segcompass_hf.training.sae.start import fit_thresholds_
+from segcompass_hf.training.sae.trainer import SaeTrainer
+from segcompass_hf.training.sae.upkeep import FiringCounts, resample_dead_features_
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
 QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
@@ -631,8 +631,8 @@ from test_sae_activations import rows
 from test_sae_training import settings
 from tiny import tiny_model, tiny_processor
 from segcompass_hf.evaluation.processes import Processes
-from segcompass_hf.training.sae_start import fit_thresholds_
-from segcompass_hf.training.sae_trainer import SaeTrainer
+from segcompass_hf.training.sae.start import fit_thresholds_
+from segcompass_hf.training.sae.trainer import SaeTrainer
 
 args = settings({folder!r}, architecture={architecture!r}, **{overrides!r})
 assert args.world_size == 2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from refer_files import python2_pickle
 
-from segcompass_hf.data.safe_pickle import RefusedPickleError, load_plain_pickle
+from segcompass_hf.data.builders.safe_pickle import RefusedPickleError, load_plain_pickle
 
 PLAIN = [{"ref_id": 7, "box": [1.5, -2], "none": None, "yes": True, "big": 2**70, "pair": (1, "ü"), "raw": b"\xff"}]
 

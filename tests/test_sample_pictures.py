@@ -12,8 +12,8 @@ from PIL import Image
 from tiny import tiny_processor
 from transformers.integrations import CometCallback, TensorBoardCallback, TrackioCallback, WandbCallback
 
-from segcompass_hf.training import sample_pictures
-from segcompass_hf.training.sample_pictures import SamplePictureLogger, picture_sample
+from segcompass_hf.training.grpo import pictures as sample_pictures
+from segcompass_hf.training.grpo.pictures import SamplePictureLogger, picture_sample
 
 ANSWER = "<think>the left one is larger</think><REF_POS><REF_POS>"
 

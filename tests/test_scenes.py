@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from segcompass_hf.data import scenes
-from segcompass_hf.data.scene_drawing import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, draw
-from segcompass_hf.data.scene_instructions import HELD_OUT_FORMS, KINDS, MAX_TARGETS, words
+from segcompass_hf.data.scenes.drawing import HELD_OUT_PAIRS, HELD_OUT_TRIPLES, draw
+from segcompass_hf.data.scenes.instructions import HELD_OUT_FORMS, KINDS, MAX_TARGETS, words
 from segcompass_hf.data.schema import decode_mask, decode_masks, row_features
 
 COLORS = "red|green|blue|yellow|purple|white"

@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 pytest.importorskip("accelerate")
 
 from segcompass_hf import SegCompassSae  # noqa: E402
-from segcompass_hf.data.scene_drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
-from segcompass_hf.training.muon import Float32Muon, MuonWithAdamW  # noqa: E402
+from segcompass_hf.data.scenes.drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
+from segcompass_hf.training.segmentation.muon import Float32Muon, MuonWithAdamW  # noqa: E402
 from segcompass_hf.training.scenes_batches import MAX_OBJECTS, SceneSamples, patch_labels  # noqa: E402
 from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer  # noqa: E402
 from segcompass_hf.training.scenes_parts import build_processor, build_sae_config  # noqa: E402

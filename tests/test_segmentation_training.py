@@ -7,9 +7,9 @@ from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.metrics import segmentation_metrics
-from segcompass_hf.training.segmentation import init_codebook_from_sae, union_iou
-from segcompass_hf.training.segmentation_config import SegmentationConfig
-from segcompass_hf.training.segmentation_evaluation import FirstRows
+from segcompass_hf.training.segmentation.trainer import init_codebook_from_sae, union_iou
+from segcompass_hf.training.segmentation.config import SegmentationConfig
+from segcompass_hf.training.segmentation.evaluation import FirstRows
 
 FAMILIES = ("llava", "qwen2_5_vl")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -134,7 +134,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             arguments(SegmentationConfig, tmp_path, **settings)
-    from segcompass_hf.training.segmentation import SegmentationTrainer
+    from segcompass_hf.training.segmentation.trainer import SegmentationTrainer
 
     with pytest.raises(ValueError, match="processing_class"):
         SegmentationTrainer(tiny_model(), arguments(SegmentationConfig, tmp_path))
@@ -182,7 +182,7 @@ def test_union_iou_by_hand():
 
 def test_adapters(tmp_path):
     from segcompass_hf.training.adapters import lora_config
-    from segcompass_hf.training.segmentation import SegmentationTrainer
+    from segcompass_hf.training.segmentation.trainer import SegmentationTrainer
 
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}

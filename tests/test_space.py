@@ -6,7 +6,7 @@ import pytest
 
 import segcompass_hf
 from segcompass_hf.cli import main
-from segcompass_hf.hub.spaces import write_space
+from segcompass_hf.hub.space.write import write_space
 
 pytest.importorskip("gradio", reason="a Space names the release of gradio it was written with")
 

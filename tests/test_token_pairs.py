@@ -10,9 +10,9 @@ from supervised import tiny_row
 from tiny import tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.data.scenes import sample, to_row
+from segcompass_hf.data.scenes.dataset import sample, to_row
 from segcompass_hf.data.schema import decode_masks, encode_mask
-from segcompass_hf.training.token_pairs import Name, TokenPairs, listed_names, target_names
+from segcompass_hf.training.alignment.names import Name, TokenPairs, listed_names, target_names
 
 
 def test_target_names():

@@ -13,8 +13,8 @@ from test_original_parity import TOLERANCE, golden, under
 
 from segcompass_hf.losses_segcompass import segmentation_loss
 from segcompass_hf.modeling_masks import valid_area
-from segcompass_hf.training.mask_scores import matched_iou_rewards, matched_iou_table
-from segcompass_hf.training.original_rewards import original_format_reward, original_mask_reward
+from segcompass_hf.training.rewards.mask_scores import matched_iou_rewards, matched_iou_table
+from original_rewards import original_format_reward, original_mask_reward
 
 FORMAT_WEIGHT, MASK_WEIGHT = 0.3, 0.7
 
@@ -108,7 +108,7 @@ class TestWeightSchedules:
     @pytest.mark.parametrize("setting", ["default", "before", "after"])
     def test_weights_of_the_step(self, setting, tmp_path):
         from segcompass_hf.configuration_segcompass import SegCompassConfig
-        from segcompass_hf.training.grpo_config import SegCompassGRPOConfig
+        from segcompass_hf.training.grpo.config import SegCompassGRPOConfig
 
         tensors, description = golden("losses")
         original = description["settings"][setting]["config"]
@@ -192,7 +192,7 @@ def grpo_trainer(tmp_path_factory):
 def test_our_defaults_are_what_is_compared(grpo_trainer):
     from dataclasses import fields
 
-    from segcompass_hf.training.grpo_config import SegCompassGRPOConfig
+    from segcompass_hf.training.grpo.config import SegCompassGRPOConfig
 
     ours = {field.name: field.default for field in fields(SegCompassGRPOConfig)}
     compared = ("loss_type", "scale_rewards", "use_bias_correction_kl", "epsilon", "epsilon_high", "delta")

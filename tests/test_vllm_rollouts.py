@@ -13,7 +13,7 @@ trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402
 from trl.generation import vllm_generation  # noqa: E402
 
-from segcompass_hf.training import vllm_rollouts as rollouts  # noqa: E402
+from segcompass_hf.training.grpo import vllm as rollouts
 
 # How the files of each family on the Hub call a few weights, which every version of vLLM loads.
 PUBLISHED = {

@@ -9,8 +9,8 @@ from transformers import AutoModelForImageTextToText
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.data.schema import encode_mask
-from segcompass_hf.training.warmup import WarmupTrainer
-from segcompass_hf.training.warmup_config import WarmupConfig
+from segcompass_hf.training.warmup.trainer import WarmupTrainer
+from segcompass_hf.training.warmup.config import WarmupConfig
 
 FAMILIES = ("llava", "qwen2_5_vl")
 

@@ -12,9 +12,9 @@ from supervised import Gradients, make_trainer, one_step, uneven_rows
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.training.language_loss import language_loss_sums, logits_to_keep
-from segcompass_hf.training.metric_means import MetricMeans
-from segcompass_hf.training.window_counts import count_window
+from segcompass_hf.training.warmup.language_loss import language_loss_sums, logits_to_keep
+from segcompass_hf.training.loop.means import MetricMeans
+from segcompass_hf.training.loop.counts import count_window
 
 FAMILIES = ("llava", "qwen2_5_vl")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

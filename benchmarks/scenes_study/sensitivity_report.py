@@ -8,7 +8,7 @@ import numpy as np
 from runs import write_json
 from settings import RESULTS
 
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.explain.claims.figures import bootstrap_interval
 
 COLOUR, INK, GREY = "#2A9DF4", "#1F2430", "#8A8F98"
 

@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoProcessor
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.data.schema import decode_masks
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.explain.claims.figures import bootstrap_interval
 from segcompass_hf.metrics import score_sample
 
 CAPS = (1, 4, 8, 16, 32, 48, 64)  # tokens of reasoning

@@ -78,9 +78,9 @@ def _demo(args: argparse.Namespace) -> None:
     rows = _demo_rows(args.split, args.samples, args.seed)
     model, processor, name = load_checkpoint(args.model)
 
-    from segcompass_hf.data.scene_drawing import GRID
-    from segcompass_hf.data.schema import decode_masks
-    from segcompass_hf.metrics.segmentation import score_sample
+    from .data.scenes.drawing import GRID
+    from .data.schema import decode_masks
+    from .metrics.segmentation import score_sample
 
     make_folder(args.output)
     print(f"{name} on {len(rows)} scenes of {args.split}, seed {args.seed}\n")
@@ -109,8 +109,8 @@ def _demo_rows(split: str, num_samples: int, seed: int) -> list[dict[str, Any]]:
     """The first scene of every kind of instruction, in the data set's order, then the next ones; nothing is chosen
     by how well it is answered."""
     try:
-        from segcompass_hf.data import scenes
-        from segcompass_hf.data.schema import decode_mask
+        from .data import scenes
+        from .data.schema import decode_mask
     except ImportError as error:
         raise UserError(f"the demo needs the Scenes data set: {error}") from error
     try:
@@ -166,7 +166,7 @@ def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
 def _open_image(path: str) -> Any:
     if not Path(path).exists():
         raise UserError(f"there is no file {path!r}; give the path of an image.")
-    from segcompass_hf.images_segcompass import to_rgb_image
+    from .images_segcompass import to_rgb_image
 
     try:
         return to_rgb_image(path)
@@ -196,7 +196,7 @@ def _answer(model: Any, processor: Any, image: Any, instruction: str, reasoning:
 def _figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
     import numpy as np
 
-    from segcompass_hf.explain import SegmentationRow
+    from .explain import SegmentationRow
 
     kept, every = answer["kept"], answer["every"]
     return SegmentationRow(
@@ -212,7 +212,7 @@ def _figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
 
 
 def _save_figure(rows: list[Any], path: Path) -> None:
-    from segcompass_hf.explain import plot_segmentations
+    from .explain import plot_segmentations
 
     try:
         plot_segmentations(rows).savefig(path)
@@ -233,7 +233,7 @@ def _print_answer(answer: dict[str, Any], indent: str = "") -> None:
 def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, Any], output: Path | None) -> dict:
     import numpy as np
 
-    from segcompass_hf.data.schema import encode_mask
+    from .data.schema import encode_mask
 
     kept = answer["kept"]
     try:

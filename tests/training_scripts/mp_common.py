@@ -4,9 +4,9 @@ import tiny
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from segcompass_hf.training.grpo_forward import add_joint_forward
-from segcompass_hf.training.reference_policy import ReferencePolicy
-from segcompass_hf.training.vllm_rollouts import vllm_weights
+from segcompass_hf.training.grpo.forward import add_joint_forward
+from segcompass_hf.training.grpo.reference import ReferencePolicy
+from segcompass_hf.training.grpo.vllm import vllm_weights
 
 NUM_OBJECTS = [2, 1, 0, 0]  # the second process sees no object at all
 

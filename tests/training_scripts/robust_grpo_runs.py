@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
-from segcompass_hf.training.robust import RobustTrainerMixin, RobustTrainingArguments
+from segcompass_hf.training.loop.resume import RobustTrainerMixin, RobustTrainingArguments
 
 
 @dataclass

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments, trainer_utils
 
-from segcompass_hf.training import robust_checkpoints
-from segcompass_hf.training.robust import RobustTrainerMixin, RobustTrainingArguments
+from segcompass_hf.training.loop import checkpoints as robust_checkpoints
+from segcompass_hf.training.loop.resume import RobustTrainerMixin, RobustTrainingArguments
 
 
 @dataclass

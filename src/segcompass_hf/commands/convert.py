@@ -52,11 +52,11 @@ def run(args: argparse.Namespace) -> None:
     try:
         if args.back:
             _refuse_with_back([name for name in one_way if getattr(args, name) is not None], args)
-            from segcompass_hf.hub.conversion_to_original import convert_to_original_checkpoint
+            from ..hub.conversion.to_original import convert_to_original_checkpoint
 
             folder = convert_to_original_checkpoint(args.source, args.output, args.max_shard_size)
         else:
-            from segcompass_hf.hub.conversion import convert_original_checkpoint
+            from ..hub.conversion.from_original import convert_original_checkpoint
 
             given = {name: getattr(args, name) for name in one_way}
             folder = convert_original_checkpoint(

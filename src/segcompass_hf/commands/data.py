@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 def _build(args: argparse.Namespace) -> None:
     import datasets
 
-    from segcompass_hf.data.hosting import write_dataset
+    from ..data.hosting.write import write_dataset
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -83,8 +83,8 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     """Split -> data set, split -> report, and what they were built from."""
     import datasets
 
-    from segcompass_hf.data.build_report import BuildReport
-    from segcompass_hf.evaluation import datasets_spec
+    from ..data.builders.build_report import BuildReport
+    from ..evaluation import datasets_spec
 
     parts: dict[str, list[Any]] = {}
     reports: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def _split_of_rows(dataset: Any) -> str:
 
 
 def _license(given: str | None) -> str | None:
-    from segcompass_hf.data.dataset_cards import is_license_id
+    from ..data.hosting.card import is_license_id
 
     if given is None:
         return None
@@ -139,7 +139,7 @@ def _license(given: str | None) -> str | None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from segcompass_hf.data.publishing import push_dataset
+    from ..data.hosting.publish import push_dataset
 
     try:
         publication = push_dataset(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run)

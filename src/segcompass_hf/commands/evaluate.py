@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
         return
     import datasets
 
-    from segcompass_hf.evaluation import ModelPredictor, datasets_spec
+    from ..evaluation import ModelPredictor, datasets_spec
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -118,7 +118,7 @@ def _print_summary(summary: Any) -> None:
 def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
     from transformers.utils import logging
 
-    from segcompass_hf.evaluation import evaluate_dataset
+    from ..evaluation import evaluate_dataset
 
     if sys.stderr.isatty():
         logging.enable_progress_bar()  # loading the checkpoint has switched it off
@@ -139,8 +139,8 @@ def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
 
 
 def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
-    from segcompass_hf.evaluation import ModelPredictor, baselines, external
-    from segcompass_hf.evaluation.rows import EvaluationRows
+    from ..evaluation import ModelPredictor, baselines, external
+    from ..evaluation.rows import EvaluationRows
 
     try:
         if args.predictions is not None:
@@ -158,7 +158,7 @@ def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
 
 
 def _processes() -> Any:
-    from segcompass_hf.evaluation.processes import Processes
+    from ..evaluation.processes import Processes
 
     try:
         return Processes.current()
@@ -167,8 +167,8 @@ def _processes() -> Any:
 
 
 def _compare(args: argparse.Namespace) -> Any:
-    from segcompass_hf.evaluation import compare_runs
-    from segcompass_hf.evaluation.records import write_atomically
+    from ..evaluation import compare_runs
+    from ..evaluation.records import write_atomically
 
     try:
         comparison = compare_runs(args.output, args.compare)

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     model, processor, name = load_checkpoint(args.model)
     if args.model is None:
         print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    from segcompass_hf.cli import unknown_words
+    from ..cli import unknown_words
 
     unknown = unknown_words(processor.tokenizer, args.instruction)
     if unknown:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, dictionary: Any) -> Any:
-    from segcompass_hf.explain import explain
+    from ..explain import explain
 
     try:
         return explain(
@@ -106,7 +106,7 @@ def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, d
 def _open_image(path: str) -> Any:
     if not Path(path).exists():
         raise UserError(f"there is no file {path!r}; give the path of an image.")
-    from segcompass_hf.images_segcompass import to_rgb_image
+    from ..images_segcompass import to_rgb_image
 
     try:
         return to_rgb_image(path)
@@ -115,7 +115,7 @@ def _open_image(path: str) -> Any:
 
 
 def _load_dictionary(folder: Path) -> Any:
-    from segcompass_hf.explain.dictionary import ConceptDictionary
+    from ..explain.dictionary.dictionary import ConceptDictionary
 
     try:
         return ConceptDictionary.load(folder)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     """Compose what the command line asks for."""
     from transformers.utils import logging
 
-    from segcompass_hf.hub.composition import compose_checkpoint
+    from ..hub.composition import compose_checkpoint
 
     logging.set_verbosity_error()
     if not sys.stderr.isatty():

@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> None:
     if args.package is not None:
         raise UserError("--package belongs to --space.")
     try:
-        from segcompass_hf.explain.app import build_app, launch_options
+        from ..explain.live.app import build_app, launch_options
     except ImportError as error:
         raise UserError(f"the live page needs gradio: pip install 'segcompass_hf[explain]' ({error})") from error
-    from segcompass_hf.explain.live import LiveModel
+    from ..explain.live.model import LiveModel
 
     model, processor, name = load_checkpoint(args.model)
     bundled = args.model is None
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write_space(args: argparse.Namespace) -> None:
-    from segcompass_hf.hub.spaces import write_space
+    from ..hub.space.write import write_space
 
     try:
         written = write_space(args.space, args.model, args.package)

@@ -12,24 +12,24 @@ from typing import Any
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
-    "BuildReport": "build_report",
+    "BuildReport": "builders.build_report",
     "EmbeddingCache": "embedding_cache",
     "SegmentationCollator": "collator",
-    "build_coco": "coco",
-    "build_folder": "folder",
-    "build_folder_splits": "splitting",
-    "split_by_image": "splitting",
-    "build_grefcoco": "refer",
-    "build_reasonseg": "reasonseg",
-    "build_refcoco": "refer",
+    "build_coco": "builders.coco",
+    "build_folder": "builders.folder",
+    "build_folder_splits": "builders.splitting",
+    "split_by_image": "builders.splitting",
+    "build_grefcoco": "builders.refer",
+    "build_reasonseg": "builders.reasonseg",
+    "build_refcoco": "builders.refer",
     "decode_mask": "schema",
     "decode_masks": "schema",
     "encode_mask": "schema",
-    "eval_image_ids": "leakage",
-    "from_hosted_reasonseg": "hosted",
-    "push_dataset": "publishing",
+    "eval_image_ids": "builders.leakage",
+    "from_hosted_reasonseg": "builders.hosted",
+    "push_dataset": "hosting.publish",
     "row_features": "schema",
-    "write_dataset": "hosting",
+    "write_dataset": "hosting.write",
 }
 _MODULES = ("scenes",)
 __all__ = [*_EXPORTS, *_MODULES]

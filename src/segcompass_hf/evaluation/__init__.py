@@ -12,18 +12,18 @@ from typing import Any
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
-    "BASELINES": "baselines",
-    "BoxLocalizerPredictor": "box_localizer",
+    "BASELINES": "predictors.baselines",
+    "BoxLocalizerPredictor": "predictors.box_localizer",
     "EvaluationSummary": "runner",
-    "FolderPredictor": "external",
-    "ModelPredictor": "predictors",
-    "Prediction": "predictors",
-    "Predictor": "predictors",
+    "FolderPredictor": "predictors.external",
+    "ModelPredictor": "predictors.model",
+    "Prediction": "predictors.model",
+    "Predictor": "predictors.model",
     "compare_runs": "comparison",
     "evaluate_dataset": "runner",
     "load_dataset_of": "datasets_spec",
-    "make_baseline": "baselines",
-    "prediction_file_name": "external",
+    "make_baseline": "predictors.baselines",
+    "prediction_file_name": "predictors.external",
     "read_samples": "records",
 }
 __all__ = list(_EXPORTS)

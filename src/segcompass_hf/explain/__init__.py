@@ -11,8 +11,8 @@ from typing import Any
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
-    "SegmentationRow": "figure",
-    "plot_segmentations": "figure",
+    "SegmentationRow": "FIG",
+    "plot_segmentations": "FIG",
     "explain": "explaining",
     "Answer": "answer",
     "mask_iou": "answer",
@@ -38,14 +38,14 @@ _EXPORTS = {
     "TokenShare": "explanation",
     "mask_to_rle": "explanation",
     "token_kinds": "token_kinds",
-    "measure_claims": "claims",
-    "claims_figures": "claims_figures",
-    "claims_markdown": "claims_report",
-    "plot_claims": "claims_report",
-    "ConceptDictionary": "dictionary",
-    "ConceptEntry": "dictionary",
-    "scenes_objects": "dictionary_objects",
-    "target_objects": "dictionary_objects",
+    "measure_claims": "claims.measure",
+    "claims_figures": "claims.figures",
+    "claims_markdown": "claims.report",
+    "plot_claims": "claims.report",
+    "ConceptDictionary": "dictionary.dictionary",
+    "ConceptEntry": "dictionary.dictionary",
+    "scenes_objects": "dictionary.objects",
+    "target_objects": "dictionary.objects",
 }
 __all__ = list(_EXPORTS)
 

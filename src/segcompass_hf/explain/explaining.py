@@ -91,7 +91,7 @@ def explain_answer(
             "model outside of it."
         )
     if dictionary is None:
-        from .dictionary import ConceptDictionary
+        from .dictionary.dictionary import ConceptDictionary
 
         dictionary = ConceptDictionary.find(answer.model)
     else:

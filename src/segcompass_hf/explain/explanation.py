@@ -183,13 +183,13 @@ class Explanation:
 
     def to_html(self, path: str | os.PathLike) -> None:
         """Write a self-contained page that needs no network; see `explain.report`."""
-        from .report import to_html
+        from .report.page import to_html
 
         to_html(self, path)
 
     def plot(self) -> Any:
         """A matplotlib `Figure`; see `explain.report_figure`."""
-        from .report_figure import plot
+        from .report.figure import plot
 
         return plot(self)
 

@@ -8,19 +8,19 @@ from typing import Any
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
-    "convert_original_checkpoint": "conversion",
-    "convert_to_original_checkpoint": "conversion_to_original",
-    "load_original_sae": "conversion",
-    "load_original_sam": "conversion",
+    "convert_original_checkpoint": "conversion.from_original",
+    "convert_to_original_checkpoint": "conversion.to_original",
+    "load_original_sae": "conversion.from_original",
+    "load_original_sam": "conversion.from_original",
     "compose_checkpoint": "composition",
-    "write_space": "spaces",
-    "push_to_hub": "publishing",
-    "ModelPublication": "publishing",
-    "stage_checkpoint": "publishing_stage",
-    "check_stage": "publishing_checks",
-    "write_model_card": "model_cards",
-    "render_model_card": "model_cards",
-    "recipe_names": "model_cards",
+    "write_space": "space.write",
+    "push_to_hub": "publishing.push",
+    "ModelPublication": "publishing.push",
+    "stage_checkpoint": "publishing.stage",
+    "check_stage": "publishing.checks",
+    "write_model_card": "publishing.card",
+    "render_model_card": "publishing.card",
+    "recipe_names": "publishing.card",
 }
 __all__ = list(_EXPORTS)
 

@@ -8,8 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from segcompass_hf.data.schema import decode_mask
-from segcompass_hf.metrics import (
+from ....data.schema import decode_mask
+from ... import (
     ALL_METRIC_NAMES,
     SampleScore,
     breakdown,
