@@ -20,10 +20,10 @@ from tiny import tiny_config, tiny_sam_config, tiny_vlm_config  # noqa: E402
 
 from segcompass_hf import SegCompassForReasoningSegmentation  # noqa: E402
 from segcompass_hf.training.grpo.forward import add_joint_forward  # noqa: E402
+from segcompass_hf.training.grpo.reference import ReferencePolicy  # noqa: E402
 from segcompass_hf.training.memory.model import fake_model  # noqa: E402
 from segcompass_hf.training.memory.setup import TrainingSetup  # noqa: E402
 from segcompass_hf.training.memory.step import _checkpoint, training_bytes  # noqa: E402
-from segcompass_hf.training.grpo.reference import ReferencePolicy  # noqa: E402
 
 SHAPE = {"batch_size": 4, "rollouts": 4, "prompt_tokens": 450, "completion_tokens": 150, "objects": 2}
 QUANTILE = 2.2  # of the activations' standard deviation: about 57 of 4,096 random features are above

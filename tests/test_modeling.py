@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText, SamModel
 
-from segcompass_hf.modeling_concepts import ConceptIntervention
+from segcompass_hf.interventions_segcompass import ConceptIntervention
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation, gather_reference_states
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SamConfig, SamModel
 
@@ -31,7 +32,7 @@ from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 from segcompass_hf.modeling_slots import SlotEncoder
 from segcompass_hf.original_inputs_segcompass import duplicate_completion, limit_image_tokens
 
-PARITY_DIR = Path(os.environ.get("SEGCOMPASS_PARITY_DIR") or Path(__file__).parent / "fixtures" / "parity")
+PARITY_DIR = Path(os.environ.get("SEGCOMPASS_PARITY_DIR") or FIXTURES / "parity")
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 

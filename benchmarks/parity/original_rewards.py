@@ -14,7 +14,12 @@ from segcompass_hf.training.rewards.mask_scores import (
     matched_iou_table,
     single_object_table,
 )
-from segcompass_hf.training.rewards.rewards import MAX_REASONING_CHARACTERS, MAX_STRAY_WORDS, REF_TOKEN, completion_text
+from segcompass_hf.training.rewards.rewards import (
+    MAX_REASONING_CHARACTERS,
+    MAX_STRAY_WORDS,
+    REF_TOKEN,
+    completion_text,
+)
 
 _THINK_BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 

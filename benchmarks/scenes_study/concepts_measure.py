@@ -6,9 +6,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
-from segcompass_hf.images_segcompass import to_rgb_image
 from concept_metrics import (
     ConceptTokens,
     bridge_score,
@@ -16,11 +13,15 @@ from concept_metrics import (
     joint_auc,
     one_modality_share,
 )
+from torch import nn
+
+from segcompass_hf.data.scenes.names import listed_names
+from segcompass_hf.images_segcompass import to_rgb_image
 from segcompass_hf.modeling_sae import SegCompassSae
+from segcompass_hf.training.alignment.names import TokenPairs
 from segcompass_hf.training.sae.activations import ActivationHarvester, layer_states
 from segcompass_hf.training.sae.rows import RowEncoder
 from segcompass_hf.training.scenes_batches import ATTRIBUTES
-from segcompass_hf.training.alignment.names import TokenPairs, listed_names
 
 LEFT_OUT = -1
 

@@ -34,8 +34,8 @@ from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
-from segcompass_hf.explain.claims.measure import IMAGE_PLACES, TEXT_PLACES, measure_claims
 from segcompass_hf.explain.claims.figures import bootstrap_interval
+from segcompass_hf.explain.claims.measure import IMAGE_PLACES, TEXT_PLACES, measure_claims
 from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
 
 FOLDER = RUNS / "sensitivity"

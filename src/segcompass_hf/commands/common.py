@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +96,27 @@ def one_line(error: Exception) -> str:
     """The message of an error without line breaks, and not longer than a few lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:398] + " …"
+
+
+def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
+    """Words of an instruction that a tokenizer maps to its unknown token, in order, each once.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): One without an unknown token knows every word.
+        instruction (`str`): The user's words.
+    """
+    if tokenizer.unk_token_id is None:
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", instruction))
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+
+def open_image(path: str) -> Any:
+    if not Path(path).exists():
+        raise UserError(f"there is no file {path!r}; give the path of an image.")
+    from ..images_segcompass import to_rgb_image
+
+    try:
+        return to_rgb_image(path)
+    except Exception as error:  # PIL's readers raise many kinds on damaged files, and on bombs
+        raise UserError(str(error)) from error

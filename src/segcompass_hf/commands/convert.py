@@ -30,9 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--back", action="store_true", help="from ours to the original's files")
-    parser.add_argument(
-        "--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)"
-    )
+    parser.add_argument("--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)")
     parser.add_argument("--sae", type=Path, help="ep_N.pt, where refseg_modules.pt holds no SAE")
     parser.add_argument("--llm", type=Path, help="folder of the language model (llm_hf beside)")
     parser.add_argument("--sae-layer", type=int, help="the original's hook_layer (16 LLaVA-1.5, 13 Qwen2.5-VL)")

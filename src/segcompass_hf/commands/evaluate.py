@@ -139,7 +139,8 @@ def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
 
 
 def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
-    from ..evaluation import ModelPredictor, baselines, external
+    from ..evaluation import ModelPredictor
+    from ..evaluation.predictors import baselines, external
     from ..evaluation.rows import EvaluationRows
 
     try:

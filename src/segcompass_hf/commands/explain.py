@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     model, processor, name = load_checkpoint(args.model)
     if args.model is None:
         print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    from ..cli import unknown_words
+    from .common import unknown_words
 
     unknown = unknown_words(processor.tokenizer, args.instruction)
     if unknown:

@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import segcompass_hf
+
     from ..hub import push_to_hub
 
     logging.set_verbosity_error()

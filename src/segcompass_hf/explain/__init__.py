@@ -6,13 +6,12 @@ Each name is loaded when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
 # Public name -> submodule that defines it.
 _EXPORTS = {
-    "SegmentationRow": "FIG",
-    "plot_segmentations": "FIG",
+    "SegmentationRow": "..figure",
+    "plot_segmentations": "..figure",
     "explain": "explaining",
     "Answer": "answer",
     "mask_iou": "answer",
@@ -44,19 +43,9 @@ _EXPORTS = {
     "plot_claims": "claims.report",
     "ConceptDictionary": "dictionary.dictionary",
     "ConceptEntry": "dictionary.dictionary",
-    "scenes_objects": "dictionary.objects",
+    "scenes_objects": "..data.scenes.names",
     "target_objects": "dictionary.objects",
 }
 __all__ = list(_EXPORTS)
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -15,10 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
 from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer
+from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
 from .conversion.vlm import check_is_vlm
-from ..files import check_new_folder, staged_folder
 
 logger = logging.get_logger(__name__)
 

@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
-from .segmentation.muon import has_fast_bfloat16
 from .loop.checkpoints import find_last_whole
 from .sae.start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
 from .scenes_batches import SceneCollator, SceneSamples
@@ -29,6 +28,7 @@ from .scenes_parts import build_processor, build_sae_config, build_sam, build_to
 from .scenes_sae import SceneSaeTrainer, StateDataset, harvest, sae_report
 from .scenes_slots import SlotTrainer
 from .scenes_trainers import MaskTrainer, VisionTrainer, WarmupTrainer
+from .segmentation.muon import has_fast_bfloat16
 
 logger = logging.get_logger(__name__)
 

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_masks import positional_embeddings
-from .segmentation.muon import MuonWithAdamW
 from .scenes_batches import ATTRIBUTES, CELLS, patch_labels
 from .scenes_concepts import ConceptWords
+from .segmentation.muon import MuonWithAdamW
 
 
 class RecipeTrainer(Trainer):

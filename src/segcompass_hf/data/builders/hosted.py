@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from ..schema import encode_mask, row_features
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
 from .mask_files import read_mask_file
 from .polygons import polygons_to_rle
 from .rows import SampleIds, dataset_from_rows, image_size, make_row
-from ..schema import encode_mask, row_features
 
 COLUMNS = ("image", "text", "mask", "image_id", "ann_id")  # img_height and img_width are used where they are there
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}

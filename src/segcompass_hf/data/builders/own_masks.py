@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..schema import decode_masks, encode_mask
 from .build_report import RowProblem
 from .mask_files import objects_of_values, read_mask_file
 from .polygons import polygons_to_rle
-from ..schema import decode_masks, encode_mask
 
 FORMS = (
     "polygons [[[x0, y0, x1, y1, x2, y2, ...]], ...] in pixels with one list of polygons per object, COCO RLE "

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from .build_report import RowProblem
 from ..schema import _pycocotools, run_lengths
+from .build_report import RowProblem
 
 
 def polygons_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:

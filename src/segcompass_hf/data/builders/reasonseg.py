@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..schema import encode_mask
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
 from .polygons import _checked_polygon
 from .rows import dataset_from_rows, image_size, make_row
-from ..schema import encode_mask
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")

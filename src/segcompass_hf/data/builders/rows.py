@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from .build_report import BuildReport, RowProblem
 from ..schema import row_features
+from .build_report import BuildReport, RowProblem
 
 ROWS_PER_BATCH = 1000
 EXIF_ORIENTATION = 0x0112

@@ -17,11 +17,11 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging
 
 from ..builders.build_report import BuildReport
-from .figure import save_contact_sheet
-from .card import is_license_id, render_card
-from .shards import SHOWN_ROWS, SplitWriter
-from .publish import push_dataset
 from ..schema import row_features
+from .card import is_license_id, render_card
+from .figure import save_contact_sheet
+from .publish import push_dataset
+from .shards import SHOWN_ROWS, SplitWriter
 from .statistics import SplitStatistics
 
 logger = logging.get_logger(__name__)

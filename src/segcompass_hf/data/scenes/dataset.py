@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..schema import encode_mask, row_features
 from .drawing import SceneObject, draw, sample_layout
 from .instructions import KINDS, Instruction, sample_instruction
-from ..schema import encode_mask, row_features
 
 
 @dataclass(frozen=True)

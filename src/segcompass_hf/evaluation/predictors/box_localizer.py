@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from ...processing_segcompass import _load_vlm_parts, _processor_class
+from ...vlm_processors_segcompass import _processor_class, load_vlm_parts
 from .box_answers import parse_answer
 from .model import Prediction, _digest, _digest_of_configs, weights_digest
 from .sam_prompts import PromptedSam, SamPrompt
@@ -98,7 +98,7 @@ class BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
         from transformers import AutoModelForImageTextToText, SamModel
 
-        image_processor, tokenizer, class_name, arguments, template = _load_vlm_parts(os.fspath(vlm))
+        image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
         processor = _processor_class(class_name)(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
         )

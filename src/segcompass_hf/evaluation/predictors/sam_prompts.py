@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import SamImageProcessorPil
 
 from ...images_segcompass import resized_size, restore_map
-from ...processing_segcompass import _sam_image_processor
+from ...vlm_processors_segcompass import to_sam_image_processor
 from .model import weights_digest
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the mask decoder
@@ -39,7 +39,7 @@ class SamPrompt:
 
 def sam_image_processor_of(processor: Any) -> SamImageProcessorPil:
     """SAM's image processor out of whatever a `processor` may be, see `PromptedSam`."""
-    image_processor = getattr(processor, "sam_image_processor", None) or _sam_image_processor(processor)
+    image_processor = getattr(processor, "sam_image_processor", None) or to_sam_image_processor(processor)
     if isinstance(image_processor, SamImageProcessorPil):
         return image_processor
     return SamImageProcessorPil.from_dict(image_processor.to_dict())  # the torchvision one resizes differently

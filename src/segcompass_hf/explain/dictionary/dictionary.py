@@ -13,11 +13,12 @@ import numpy as np
 from torch import nn
 from transformers.utils import logging
 
+from ...data.scenes.names import scenes_objects
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
 from .labels import derive_labels
-from .objects import NamedObjects, normalize_word, scenes_objects, target_objects
+from .objects import NamedObjects, normalize_word, target_objects
 from .reading import ConceptReader
 
 logger = logging.get_logger(__name__)

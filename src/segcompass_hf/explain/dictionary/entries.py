@@ -12,10 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from ...token_places import Box
 from .counts import DictionaryCounts, TopExamples
 from .labels import cofiring, firing_words
 from .reading import RowReading
-from ..token_kinds import Box
 
 PICTURE_SIDE = 160  # pixels of the longer side
 CONTEXT_WORDS = 6  # on each side of a word

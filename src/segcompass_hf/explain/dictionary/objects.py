@@ -40,33 +40,11 @@ def target_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
     Works for every row with masks (RefCOCO and its like). A row without target names nothing. Words for other objects
     ("left of the red one") count too: nothing tells them apart.
     """
-    from ...training.alignment.losses import instruction_words
+    from ...token_places import instruction_words
 
     if not row.get("masks"):
         return []
     return [(instruction_words(row), np.any([decode_mask(mask) for mask in row["masks"]], axis=0))]
 
 
-def scenes_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
-    """Every object of a Scenes row by the words of its reference reasoning: place, size, colour and shape.
-
-    The reasoning's first sentence lists all objects by instance id (`c6 large green cross no, ...`).
-    Pass it with `all_objects_named=True`: what no mask covers is then known to be none of them.
-
-    Raises:
-        ValueError: the row has no reasoning, or it lists another number of objects than the row has masks.
-    """
-    masks = [*row["masks"], *(row["distractor_masks"] or [])]
-    listed = [part.split()[:4] for part in (row["reasoning"] or "").split(".")[0].split(",") if part.strip()]
-    if len(listed) != len(masks):
-        raise ValueError(
-            f"sample {row.get('sample_id')!r} has {len(masks)} objects and its reasoning lists {len(listed)}; "
-            "scenes_objects reads rows of Scenes with their reference reasoning (scenes.build without "
-            "`without_reasoning`)."
-        )
-    targets = [number - 1 for number in row["instance_ids"]]
-    order = targets + [place for place in range(len(masks)) if place not in targets]
-    return [(listed[place], decode_mask(mask)) for place, mask in zip(order, masks, strict=True)]
-
-
-__all__ = ["NamedObjects", "normalize_word", "scenes_objects", "target_objects"]
+__all__ = ["NamedObjects", "normalize_word", "target_objects"]

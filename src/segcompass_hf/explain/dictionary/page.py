@@ -73,7 +73,7 @@ def _quality(dictionary: ConceptDictionary, entry) -> float:
 
 
 def _template(name: str) -> str:
-    return (resources.files(__package__) / "templates" / name).read_text("utf-8").strip()
+    return (resources.files("segcompass_hf.explain") / "templates" / name).read_text("utf-8").strip()
 
 
 def _hash(text: str) -> str:

@@ -14,10 +14,9 @@ from PIL import Image
 
 from ...data.collator import language_inputs
 from ...images_segcompass import to_rgb_image
-from ...training.alignment.losses import patch_coverage
+from ...token_places import Box, patch_boxes, patch_coverage
 from ...training.sae.activations import layer_states
 from .objects import NamedObjects, normalize_word
-from ..token_kinds import Box, patch_boxes
 
 MIN_COVERAGE = 0.05  # of an object's best patch: below it, no patch shows the object
 _WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*|[^\w\s]")  # a word, or one mark of punctuation

@@ -22,7 +22,7 @@ MAX_INSTRUCTION = 500  # characters
 MAX_UPLOAD = "20mb"
 MAX_SESSIONS = 64  # answers kept, the oldest are dropped first
 _FONTS = ("Inter", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
-_CSS = (Path(__file__).parent / "templates" / "app.css").read_text("utf-8")
+_CSS = (Path(__file__).parents[1] / "templates" / "app.css").read_text("utf-8")
 
 
 class Session:

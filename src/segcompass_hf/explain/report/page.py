@@ -90,7 +90,7 @@ def to_page(explanation: Explanation) -> str:
 
 
 def _template(name: str) -> str:
-    return (resources.files(__package__) / "templates" / name).read_text("utf-8").strip()
+    return (resources.files("segcompass_hf.explain") / "templates" / name).read_text("utf-8").strip()
 
 
 def _hash(text: str) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ..explanation import mask_to_rle
 from ...figure import slot_colour
+from ..explanation import mask_to_rle
 
 if TYPE_CHECKING:
     from ..explanation import Ablation, ConceptAttribution, Explanation, MaskExplanation, Token

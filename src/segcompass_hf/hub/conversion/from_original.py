@@ -21,13 +21,13 @@ from transformers import AutoTokenizer, PretrainedConfig, SamModel
 from transformers.utils import logging
 
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
+from ...files import check_disk_space, check_new_folder, staged_folder
 from ...generation_segcompass import ADDED_TOKENS
 from ...modeling_sae import SegCompassSae
 from .files import StoredTensor, check_state_dict, open_weights, read_torch_file, shorten, write_shards
+from .keys import convert_original_sam_state_dict, convert_original_state_dict
 from .sizes import head_fields, sae_fields, sam_config_of
 from .vlm import empty_vlm, module_names, read_vlm_config
-from .keys import convert_original_sam_state_dict, convert_original_state_dict
-from ...files import check_disk_space, check_new_folder, staged_folder
 
 logger = logging.get_logger(__name__)
 

@@ -14,6 +14,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import logging
 
 from ...configuration_segcompass import SegCompassConfig
+from ...files import check_disk_space, check_new_folder, staged_folder
+from .files import StoredTensor, open_weights, shorten, write_shards
 from .from_original import (
     LLM_FOLDER,
     ORIGINAL_BEHAVIOUR,
@@ -23,10 +25,8 @@ from .from_original import (
     check_weights,
     empty_model,
 )
-from .files import StoredTensor, open_weights, shorten, write_shards
-from .vlm import empty_vlm, stored_names
 from .keys import revert_to_original_state_dict
-from ...files import check_disk_space, check_new_folder, staged_folder
+from .vlm import empty_vlm, stored_names
 
 logger = logging.get_logger(__name__)
 

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ...loading_segcompass import CUSTOM_PIPELINES
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 _MODEL_CLASS = "modeling_segcompass.SegCompassForReasoningSegmentation"
 AUTO_MAP = {
     "AutoConfig": "configuration_segcompass.SegCompassConfig",
@@ -137,9 +137,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     """Whether a path fits one of the patterns; `*` does not reach into folders."""
-    return any(
-        fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns
-    )
+    return any(fnmatch.fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
 
 
 def is_owned(name: str) -> bool:

@@ -45,6 +45,6 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
         "PACKAGE": package or f"segcompass_hf[explain,data]=={__version__}",
     }
     for name in FILES:
-        text = (resources.files(__package__) / "space" / name).read_text("utf-8")
+        text = (resources.files(__package__) / name).read_text("utf-8")
         (folder / name).write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text), "utf-8")
     return [folder / name for name in FILES]

@@ -18,21 +18,9 @@ import numpy as np
 import torch
 
 from ...data.schema import decode_masks
-from .losses import instruction_words, patch_coverage, word_occurrences
+from ...token_places import Name, patch_coverage, target_names, word_occurrences
 
 MIN_COVERAGE = 0.5  # of a patch by an object that it shows; of small objects the patch that shows most
-
-
-class Name(NamedTuple):
-    """Words that mean objects of a row.
-
-    Args:
-        words (`str`): As they are spelled in the row's instruction or reasoning; every occurrence counts.
-        objects (`tuple[int, ...]`): Places in `row["masks"]` followed by `row["distractor_masks"]`.
-    """
-
-    words: str
-    objects: tuple[int, ...]
 
 
 class NamePlaces(NamedTuple):
@@ -47,28 +35,6 @@ class NamePlaces(NamedTuple):
     words: str
     occurrences: list[list[int]]
     patches: torch.Tensor
-
-
-def target_names(row: dict[str, Any]) -> list[Name]:
-    """Every content word of the instruction names all targets: what any referring data set knows."""
-    targets = tuple(range(len(row["masks"])))
-    return [Name(word, targets) for word in dict.fromkeys(instruction_words(row))] if targets else []
-
-
-def listed_names(row: dict[str, Any]) -> list[Name]:
-    """Names of the objects that a reasoning lists as Scenes does: `c6 large green cross no, e2 small red ring yes.`
-
-    The i-th entry before the first period is object `i + 1` of `instance_ids`, its distractors the others in their
-    order. Every word between the place and the verdict names all objects it is said of.
-    """
-    entries = [entry.split()[1:-1] for entry in (row.get("reasoning") or "").split(".")[0].split(",")]
-    ids = [*row["instance_ids"], *(i + 1 for i in range(len(entries)) if i + 1 not in row["instance_ids"])]
-    objects: dict[str, list[int]] = {}
-    for number, words in enumerate(entries, start=1):
-        if number in ids:
-            for word in words:
-                objects.setdefault(word, []).append(ids.index(number))
-    return [Name(word, tuple(sorted(found))) for word, found in objects.items()]
 
 
 @dataclass
@@ -141,4 +107,4 @@ class TokenPairs:
         return (coverage >= MIN_COVERAGE) | ((coverage == most) & (coverage > 0))
 
 
-__all__ = ["Name", "NamePlaces", "TokenPairs", "listed_names", "target_names"]
+__all__ = ["NamePlaces", "TokenPairs"]

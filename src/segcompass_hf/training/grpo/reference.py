@@ -12,9 +12,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from ...generation_segcompass import decoder_layers
-
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+from ...generation_segcompass import decoder_layers, final_norm
 
 
 class LayerTrace:
@@ -205,23 +203,6 @@ def copy_token_rows_to_reference(peft_model: nn.Module) -> None:
             reference = parameters.get(f"{name.removesuffix('default')}ref")
             if reference is not None:
                 reference.copy_(parameter)
-
-
-def final_norm(base_model: nn.Module) -> nn.Module:
-    """The norm behind the last decoder layer of a VLM's text model.
-
-    Raises:
-        ValueError: where it goes by no known name.
-    """
-    layers = decoder_layers(base_model)
-    text_model = next(module for module in base_model.modules() if getattr(module, "layers", None) is layers)
-    for name in FINAL_NORMS:
-        if isinstance(getattr(text_model, name, None), nn.Module):
-            return getattr(text_model, name)
-    raise ValueError(
-        f"{type(text_model).__name__} has no final norm under a known name {FINAL_NORMS}; train with beta=0, which "
-        "needs no reference policy."
-    )
 
 
 def _upper_layers(model: nn.Module) -> list[nn.Module]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...modeling_masks import valid_area
-from .targets import SegmentationTargets
 from ..rewards.rewards import is_well_formed
+from .targets import SegmentationTargets
 
 NO_EXTRAS = {"attentions": False, "concepts": False, "image": False}
 MASK_FIELDS = ("heatmap_logits", "slot_logits", "pred_masks")

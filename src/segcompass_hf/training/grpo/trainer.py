@@ -21,15 +21,15 @@ from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from ..fsdp import FinishShardingCallback
+from ..loop.resume import RobustTrainerMixin
+from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, add_joint_forward
+from .one_cycle import OneCycle
+from .pictures import SamplePictureLogger, picture_sample
+from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
 from .targets import prompt_of, segmentation_targets
-from .one_cycle import OneCycle
-from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
-from ..rewards.rewards import format_reward, mask_reward
-from ..loop.resume import RobustTrainerMixin
-from .pictures import SamplePictureLogger, picture_sample
 from .vllm import vllm_rollouts
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 
 from ...images_segcompass import to_rgb_image
+from ...token_places import Name, target_names
+from ..alignment.names import TokenPairs
 from .activations import ActivationHarvester, layer_states
 from .rows import RowStream, _mix
-from ..alignment.names import Name, TokenPairs, target_names
 
 
 class NamedStates(NamedTuple):

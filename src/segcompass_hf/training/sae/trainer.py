@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
 from ...modeling_sae import SegCompassSae
+from ...token_places import Name, target_names
 from ..loop.means import MetricMeans
 from ..loop.resume import RobustTrainerMixin
 from .activations import ActivationBuffer, ActivationHarvester, HarvestedTokens
@@ -26,7 +27,6 @@ from .pair_losses import pair_loss
 from .rows import RowEncoder, RowStream, _mix
 from .start import choose_layer, frozen, new_sae, start_from_data_
 from .upkeep import FiringCounts, SaeUpkeep, keeps_unit_rows, resample_dead_features_
-from ..alignment.names import Name, target_names
 
 logger = logging.get_logger(__name__)
 

@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
-from ..warmup.language_loss import language_loss_sums, logits_to_keep
+from ..loop.counts import WindowCounts, WindowCountsMixin
+from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
 from ..loop.resume import RobustTrainerMixin
+from ..warmup.language_loss import language_loss_sums, logits_to_keep
 from .config import LOSS_WEIGHTS, SegmentationConfig
-from .evaluation import FirstRows, segment_and_score, segmentation_report
-from ..loop.counts import WindowCounts, WindowCountsMixin
+from .evaluation import segment_and_score, segmentation_report
 
 logger = logging.get_logger(__name__)
 

@@ -16,16 +16,17 @@ from ...data.collator import SegmentationCollator, language_inputs
 from ...freezing_segcompass import parameter_groups
 from ...generation_segcompass import decoder_layers
 from ...images_segcompass import to_rgb_image
-from ..alignment.losses import AlignmentTargets, alignment_loss, instruction_words, pair_alignment_loss
-from .language_loss import language_loss_sums, logits_to_keep
-from ..loop.means import MetricMeansMixin
-from ..rewards.rewards import format_reward
-from ..loop.resume import RobustTrainerMixin
-from ..segmentation.evaluation import FirstRows
-from ..alignment.names import Name, TokenPairs, target_names
-from .config import WarmupConfig
-from .parts import add_adapters_to_vlm, choose_trainable
+from ...token_places import Name, instruction_words, target_names
+from ..alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
+from ..alignment.names import TokenPairs
 from ..loop.counts import WindowCountsMixin
+from ..loop.first_rows import FirstRows
+from ..loop.means import MetricMeansMixin
+from ..loop.resume import RobustTrainerMixin
+from ..rewards.rewards import format_reward
+from .config import WarmupConfig
+from .language_loss import language_loss_sums, logits_to_keep
+from .parts import add_adapters_to_vlm, choose_trainable
 
 logger = logging.get_logger(__name__)
 

@@ -8,8 +8,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from ....data.schema import decode_mask
-from ... import (
+from segcompass_hf.data.schema import decode_mask
+from segcompass_hf.metrics import (
     ALL_METRIC_NAMES,
     SampleScore,
     breakdown,
