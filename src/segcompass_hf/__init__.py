@@ -36,23 +36,19 @@ from ._registration import register_when_needed
 
 __version__ = "0.1.0"
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "SegCompassConfig": "configuration_segcompass",
-    "SegCompassSaeConfig": "configuration_segcompass",
-    "SegCompassProcessor": "processing_segcompass",
-    "SegCompassSae": "modeling_sae",
-    "SegCompassSaeOutput": "modeling_sae",
-    "ConceptIntervention": "interventions_segcompass",
-    "SparseConcepts": "modeling_concepts",
-    "SegCompassForReasoningSegmentation": "modeling_segcompass",
-    "SegCompassOutput": "modeling_segcompass",
-    "SegCompassSegmentationOutput": "modeling_segcompass",
-    "ReasoningSegmentationPipeline": "pipeline_segcompass",
+    "configuration_segcompass": ("SegCompassConfig", "SegCompassSaeConfig"),
+    "processing_segcompass": ("SegCompassProcessor",),
+    "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
+    "interventions_segcompass": ("ConceptIntervention",),
+    "modeling_concepts": ("SparseConcepts",),
+    "modeling_segcompass": ("SegCompassForReasoningSegmentation", "SegCompassOutput", "SegCompassSegmentationOutput"),
+    "pipeline_segcompass": ("ReasoningSegmentationPipeline",),
 }
 _SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")
 
-__all__ = ["bundled_checkpoint", *_EXPORTS]
+__all__ = ["bundled_checkpoint", *(name for names in _EXPORTS.values() for name in names)]
 
 
 def bundled_checkpoint() -> Path:

@@ -9,28 +9,23 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "BuildReport": "builders.build_report",
-    "EmbeddingCache": "embedding_cache",
-    "SegmentationCollator": "collator",
-    "build_coco": "builders.coco",
-    "build_folder": "builders.folder",
-    "build_folder_splits": "builders.splitting",
-    "split_by_image": "builders.splitting",
-    "build_grefcoco": "builders.refer",
-    "build_reasonseg": "builders.reasonseg",
-    "build_refcoco": "builders.refer",
-    "decode_mask": "schema",
-    "decode_masks": "schema",
-    "encode_mask": "schema",
-    "eval_image_ids": "builders.leakage",
-    "from_hosted_reasonseg": "builders.hosted",
-    "push_dataset": "hosting.publish",
-    "row_features": "schema",
-    "write_dataset": "hosting.write",
+    "builders.build_report": ("BuildReport",),
+    "embedding_cache": ("EmbeddingCache",),
+    "collator": ("SegmentationCollator",),
+    "builders.coco": ("build_coco",),
+    "builders.folder": ("build_folder",),
+    "builders.splitting": ("build_folder_splits", "split_by_image"),
+    "builders.refer": ("build_grefcoco", "build_refcoco"),
+    "builders.reasonseg": ("build_reasonseg",),
+    "schema": ("decode_mask", "decode_masks", "encode_mask", "row_features"),
+    "builders.leakage": ("eval_image_ids",),
+    "builders.hosted": ("from_hosted_reasonseg",),
+    "hosting.publish": ("push_dataset",),
+    "hosting.write": ("write_dataset",),
 }
 _MODULES = ("scenes",)
-__all__ = [*_EXPORTS, *_MODULES]
+__all__ = [*(name for names in _EXPORTS.values() for name in names), *_MODULES]
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS, _MODULES)

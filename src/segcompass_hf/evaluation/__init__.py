@@ -9,22 +9,17 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "BASELINES": "predictors.baselines",
-    "BoxLocalizerPredictor": "predictors.box_localizer",
-    "EvaluationSummary": "runner",
-    "FolderPredictor": "predictors.external",
-    "ModelPredictor": "predictors.model",
-    "Prediction": "predictors.model",
-    "Predictor": "predictors.model",
-    "compare_runs": "comparison",
-    "evaluate_dataset": "runner",
-    "load_dataset_of": "datasets_spec",
-    "make_baseline": "predictors.baselines",
-    "prediction_file_name": "predictors.external",
-    "read_samples": "records",
+    "predictors.baselines": ("BASELINES", "make_baseline"),
+    "predictors.box_localizer": ("BoxLocalizerPredictor",),
+    "runner": ("EvaluationSummary", "evaluate_dataset"),
+    "predictors.external": ("FolderPredictor", "prediction_file_name"),
+    "predictors.model": ("ModelPredictor", "Prediction", "Predictor"),
+    "comparison": ("compare_runs",),
+    "datasets_spec": ("load_dataset_of",),
+    "records": ("read_samples",),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -5,22 +5,17 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "convert_original_checkpoint": "conversion.from_original",
-    "convert_to_original_checkpoint": "conversion.to_original",
-    "load_original_sae": "conversion.from_original",
-    "load_original_sam": "conversion.from_original",
-    "compose_checkpoint": "composition",
-    "write_space": "space.write",
-    "push_to_hub": "publishing.push",
-    "ModelPublication": "publishing.push",
-    "stage_checkpoint": "publishing.stage",
-    "check_stage": "publishing.checks",
-    "write_model_card": "publishing.card",
-    "render_model_card": "publishing.card",
-    "recipe_names": "publishing.card",
+    "conversion.from_original": ("convert_original_checkpoint", "load_original_sae", "load_original_sam"),
+    "conversion.to_original": ("convert_to_original_checkpoint",),
+    "composition": ("compose_checkpoint",),
+    "space.write": ("write_space",),
+    "publishing.push": ("push_to_hub", "ModelPublication"),
+    "publishing.stage": ("stage_checkpoint",),
+    "publishing.checks": ("check_stage",),
+    "publishing.card": ("write_model_card", "render_model_card", "recipe_names"),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -9,33 +9,26 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "SegCompassGRPOConfig": "grpo.config",
-    "SegCompassGRPOTrainer": "grpo.trainer",
-    "SaeTrainer": "sae.trainer",
-    "SaeTrainingConfig": "sae.config",
-    "WarmupConfig": "warmup.config",
-    "WarmupTrainer": "warmup.trainer",
-    "SegmentationConfig": "segmentation.config",
-    "SegmentationTrainer": "segmentation.trainer",
-    "format_reward": "rewards.rewards",
-    "mask_reward": "rewards.rewards",
-    "is_well_formed": "rewards.rewards",
-    "format_problem": "rewards.rewards",
-    "lora_config": "adapters",
-    "check_peft_config": "adapters",
-    "load_adapter": "adapters",
-    "quantization_config": "quantization",
-    "load_sae_lens": "sae.sae_lens",
-    "save_sae_lens": "sae.sae_lens",
-    "export_for_vllm": "grpo.vllm",
-    "prepare_fsdp2": "fsdp",
-    "estimate_memory": "memory.estimate",
-    "with_own_reasoning": "segmentation.own_reasoning",
-    "RobustTrainerMixin": "loop.resume",
-    "RobustTrainingArguments": "loop.resume",
+    "grpo.config": ("SegCompassGRPOConfig",),
+    "grpo.trainer": ("SegCompassGRPOTrainer",),
+    "sae.trainer": ("SaeTrainer",),
+    "sae.config": ("SaeTrainingConfig",),
+    "warmup.config": ("WarmupConfig",),
+    "warmup.trainer": ("WarmupTrainer",),
+    "segmentation.config": ("SegmentationConfig",),
+    "segmentation.trainer": ("SegmentationTrainer",),
+    "rewards.rewards": ("format_reward", "mask_reward", "is_well_formed", "format_problem"),
+    "adapters": ("lora_config", "check_peft_config", "load_adapter"),
+    "quantization": ("quantization_config",),
+    "sae.sae_lens": ("load_sae_lens", "save_sae_lens"),
+    "grpo.vllm": ("export_for_vllm",),
+    "fsdp": ("prepare_fsdp2",),
+    "memory.estimate": ("estimate_memory",),
+    "segmentation.own_reasoning": ("with_own_reasoning",),
+    "loop.resume": ("RobustTrainerMixin", "RobustTrainingArguments"),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
 __getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
