@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from browser import open_browser, save_screenshot, set_screen
 from selenium.webdriver.support.ui import WebDriverWait

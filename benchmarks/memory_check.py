@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_memory import _joint_inputs  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from joint_step import joint_inputs  # noqa: E402
 from tiny import tiny_config, tiny_sam_config, tiny_vlm_config  # noqa: E402
 
 from segcompass_hf import SegCompassForReasoningSegmentation  # noqa: E402
@@ -51,7 +51,7 @@ def compare(checkpointing: bool) -> None:
     add_joint_forward(model, 1.0, False, reference)
     if checkpointing:
         _checkpoint(model)
-    inputs = _joint_inputs(model, TrainingSetup(**settings))
+    inputs = joint_inputs(model, TrainingSetup(**settings))
 
     def step() -> None:
         output = model(**inputs, fused_lm_head=True)

@@ -1,4 +1,4 @@
-"""Shared set-up: `src` and `tests/support` are importable, random numbers seeded, nothing reaches the network."""
+"""Shared set-up: `src`, `tests/support` and two folders of benchmarks can be imported, nothing reaches the network."""
 
 import os
 import sys
@@ -11,9 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 for folder in (ROOT / "tests" / "support", ROOT / "src"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+sys.path += [str(ROOT / "benchmarks" / "parity"), str(ROOT / "benchmarks" / "scenes_study")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+pytest.register_assert_rewrite("parity")
 
 
 @pytest.fixture(autouse=True)

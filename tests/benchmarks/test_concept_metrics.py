@@ -27,7 +27,7 @@ def test_auc_counts_pairs_with_ties_as_half():
 
 
 def test_auc_of_sparse_activations_is_that_of_dense_ones(monkeypatch):
-    monkeypatch.setattr("segcompass_hf.metrics.concepts.FEATURE_CHUNK", 3)  # more than one chunk
+    monkeypatch.setattr("concept_metrics.FEATURE_CHUNK", 3)  # more than one chunk
     generator = torch.Generator().manual_seed(0)
     dense = (torch.randn(40, 8, generator=generator) - 0.5).relu()
     labels = torch.randint(-1, 4, (40,), generator=generator)

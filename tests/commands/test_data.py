@@ -120,15 +120,15 @@ def test_push_shows_the_tree_or_says_what_is_wrong(tmp_path, capsys, monkeypatch
 
 
 def test_push_publishes(tmp_path, capsys, monkeypatch):
-    from segcompass_hf.data.hosting.write import publish as publishing
+    from segcompass_hf.data.hosting import publish
 
     told = {}
 
     def push(folder, repo_id, private, dry_run):
         told.update(folder=folder, repo_id=repo_id, private=private, dry_run=dry_run)
-        return publishing.Publication({"README.md": 1500}, {"val": 2}, [".DS_Store"], "https://hub.example/x")
+        return publish.Publication({"README.md": 1500}, {"val": 2}, [".DS_Store"], "https://hub.example/x")
 
-    monkeypatch.setattr(publishing, "push_dataset", push)
+    monkeypatch.setattr(publish, "push_dataset", push)
     assert cli.main(["data", "push", str(tmp_path), "me/scenes", "--private"]) == 0
     assert told == {"folder": tmp_path, "repo_id": "me/scenes", "private": True, "dry_run": False}
     out = capsys.readouterr().out

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 from original_checkpoint import SAM_FIXTURE, write_original
+from parity import golden
 from safetensors.torch import load_file
-from test_original_parity import golden
 from tiny import tiny_image, tiny_parts, tiny_sam_config, tiny_sam_image_processor, tiny_vlm_config
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, SamModel
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+from parity import under
 from places import FIXTURES
 from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
@@ -18,11 +19,6 @@ def sam_pixels() -> torch.Tensor:
     i = torch.arange(256.0)
     waves = [torch.sin(i[:, None] * (0.05 + 0.02 * c) + i[None] * (0.11 - 0.03 * c) + c) for c in range(3)]
     return torch.stack(waves)[None]
-
-
-def under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """Tensors whose name starts with `prefix`, without it."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def write_original(folder: Path, core: dict[str, torch.Tensor], description: dict, shards: int = 1) -> Path:

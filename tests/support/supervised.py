@@ -1,6 +1,6 @@
 """What the tests of warm-up and supervised segmentation share: rows, trainers on tiny models, a two-process worker.
 
-`python -m torch.distributed.run --nproc_per_node 2 tests/supervised.py FOLDER` writes the gradients of one step.
+`torchrun --nproc_per_node 2 tests/support/supervised.py FOLDER` writes the gradients of one step.
 """
 
 import json

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from adapters import cast_as_trl_does, largest_difference, move, outputs_of, trainable
+from model_inputs import inputs_of
 from packaging.version import parse
 from peft import AutoPeftModel, IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_modeling import inputs_of
 from transformers import AutoModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
@@ -35,37 +36,6 @@ def wrapped(family: str = "llava", tie: bool = False, **kwargs) -> PeftModel:
     model = tiny.tiny_model(family, tie=tie)
     torch.manual_seed(0)  # LoRA starts at random
     return get_peft_model(model, lora_config(model, r=4, dropout=0.0, **kwargs)).eval()
-
-
-@torch.no_grad()
-def move(model: PeftModel, seed: int = 0) -> PeftModel:
-    """Change everything that trains, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    return model
-
-
-@torch.no_grad()
-def outputs_of(model, family: str = "llava") -> list[torch.Tensor]:
-    output = model(**inputs_of(family, training=True))
-    return [output.loss, output.logits, output.heatmap_logits, output.slot_logits, output.pred_masks]
-
-
-def largest_difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
-    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
-
-
-def trainable(model) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def cast_as_trl_does(model: PeftModel) -> PeftModel:
-    """What GRPOTrainer does to an adapter on a quantised base."""
-    for parameter in trainable(model).values():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
 
 
 class TestLoraConfig:

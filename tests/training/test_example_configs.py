@@ -1,14 +1,12 @@
 """The example configurations: every key is a field, every column of the paper is reproduced, memory is up to date."""
 
-import functools
-import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import yaml
 from places import ROOT
+from scripts import module
 
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS]
@@ -23,14 +21,6 @@ MEMORY = re.compile(
     r"# Expected memory: (?P<figure>[\d.]+ [GM]iB)(?: per GPU| of tensors)?, by\n"
     r"#   python benchmarks/memory_estimate\.py (?P<flags>.*)\n"
 )
-
-
-@functools.cache
-def module(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def parse(name: str):

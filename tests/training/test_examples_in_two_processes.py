@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from test_example_configs import ROOT
+from places import ROOT
 
 LEFT_PROPERLY = """
 import runpy, sys, torch

@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from test_example_configs import module
+from scripts import module
 
 from segcompass_hf.data import BuildReport, build_folder, scenes
 from segcompass_hf.data.builders.splitting import build_folder_splits, split_by_image

@@ -10,7 +10,7 @@ which can be switched off).
 import pytest
 import torch
 from original_rewards import original_format_reward, original_mask_reward
-from test_original_parity import TOLERANCE, golden, under
+from parity import TOLERANCE, golden, under
 
 from segcompass_hf.losses_segcompass import segmentation_loss
 from segcompass_hf.modeling_masks import valid_area

@@ -5,9 +5,9 @@ import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
+from adapters import cast_as_trl_does, largest_difference, move, outputs_of, trainable
+from model_inputs import inputs_of
 from peft import get_peft_model, prepare_model_for_kbit_training
-from test_adapters import cast_as_trl_does, largest_difference, move, outputs_of, trainable
-from test_modeling import inputs_of
 from torch import nn
 from transformers import (
     AutoModel,

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Hosted data sets: shards that load and stream, cards whose counts are right, and a look before publishing."""
+"""Hosted data sets: shards that load and stream, cards whose counts are right, and a look before publish."""
 
 import io
 import json
@@ -20,9 +20,11 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 from places import ROOT, SAMPLES
 
-from segcompass_hf.data import contact_sheet, hosting, parquet_shards, publishing, scenes
+from segcompass_hf.data import scenes
 from segcompass_hf.data.builders.build_report import BuildReport
 from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
+from segcompass_hf.data.hosting import figure, publish, write
+from segcompass_hf.data.hosting import shards as parquet_shards
 from segcompass_hf.data.hosting.write import push_dataset, without_folders, write_dataset
 from segcompass_hf.data.schema import encode_mask, row_features
 from segcompass_hf.images_segcompass import to_rgb_image
@@ -74,12 +76,12 @@ def written(written_once, tmp_path):
 @pytest.fixture(autouse=True)
 def quick_figure(monkeypatch):
     """Most tests are not about the figure, which takes longer than the rest."""
-    monkeypatch.setattr(hosting, "save_contact_sheet", lambda rows, path: bool(path.write_bytes(png())))
+    monkeypatch.setattr(write, "save_contact_sheet", lambda rows, path: bool(path.write_bytes(png())))
 
 
 @pytest.fixture
 def real_figure(quick_figure, monkeypatch):
-    monkeypatch.setattr(hosting, "save_contact_sheet", contact_sheet.save_contact_sheet)
+    monkeypatch.setattr(write, "save_contact_sheet", figure.save_contact_sheet)
 
 
 def test_scenes_come_back_as_they_were_built_also_as_a_stream(tmp_path, real_figure):
@@ -246,10 +248,11 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_killed_build_leaves_nothing_in_place_and_the_next_starts_afresh(tmp_path):
     script = (
-        "import os, sys; from segcompass_hf.data import hosting, parquet_shards, scenes\n"
+        "import os, sys; from segcompass_hf.data import scenes\n"
+        "from segcompass_hf.data.hosting import shards as parquet_shards, write\n"
         "parquet_shards.ROWS_PER_GROUP = 1\n"
         "def rows():\n    yield from scenes.iterate('val', 3)\n    os.kill(os.getpid(), 9)\n"
-        "hosting.write_dataset(rows(), sys.argv[1])\n"
+        "write.write_dataset(rows(), sys.argv[1])\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=environment, capture_output=True)
@@ -326,7 +329,7 @@ def test_without_matplotlib_there_is_no_figure(tmp_path, real_figure, monkeypatc
     folder = write_dataset([row(0)], tmp_path / "out").folder
     assert not (folder / "samples.png").exists()
     assert "samples.png" not in (folder / "README.md").read_text("utf-8")
-    assert "samples.png" not in publishing.check_written_dataset(folder).files
+    assert "samples.png" not in publish.check_written_dataset(folder).files
 
 
 class FakeApi:
@@ -451,5 +454,5 @@ def test_real_photographs_are_their_files(tmp_path):
         assert got["image"]["bytes"] == (SAMPLES / "images" / got["image"]["path"]).read_bytes()
     distinct = {got["image"]["path"]: len(got["image"]["bytes"]) for got in rows}
     assert len(distinct) < len(rows) and written.statistics["train"].bytes_on_disk < 1.2 * sum(distinct.values())
-    assert hosting.push_dataset is publishing.push_dataset
-    assert publishing.check_written_dataset(written.folder).rows == {"train": len(rows)}
+    assert write.push_dataset is publish.push_dataset
+    assert publish.check_written_dataset(written.folder).rows == {"train": len(rows)}

@@ -171,7 +171,7 @@ def test_bad_input_and_phone(window, address, tmp_path):
 def test_unreadable_files_and_blank_drawings_get_a_clear_message(tmp_path):
     import gradio as gr
 
-    from segcompass_hf.explain.live.model import app
+    from segcompass_hf.explain.live import app
 
     blank = Image.new("RGB", (8, 8), "white")
     for editor in (None, {"background": None, "layers": [blank], "composite": blank}):
@@ -187,7 +187,7 @@ def test_unreadable_files_and_blank_drawings_get_a_clear_message(tmp_path):
 
 
 def test_two_visitors_get_their_own_answers():
-    from segcompass_hf.explain.live.model import app
+    from segcompass_hf.explain.live import app
 
     def visit(seed: int):
         image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (72, 96, 3), dtype=np.uint8))

@@ -8,9 +8,9 @@ import shutil
 import weakref
 
 import pytest
-import test_original_parity as parity
 import torch
-from original_checkpoint import SAM_FIXTURE, SAM_HEADS, sam_pixels, under, write_original
+from original_checkpoint import SAM_FIXTURE, SAM_HEADS, sam_pixels, write_original
+from parity import CoreParity, golden, under
 from safetensors.torch import load_file, save_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 from transformers import AutoModel, AutoProcessor
@@ -34,7 +34,7 @@ TINY_SAM = {"mask_decoder_config": {"num_attention_heads": 2}}
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """The fixture's checkpoint in the original's files, the language model in three shards."""
-    return write_original(tmp_path_factory.mktemp("runs") / "step_400", *parity.golden("core"), shards=3)
+    return write_original(tmp_path_factory.mktemp("runs") / "step_400", *golden("core"), shards=3)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def edit_side_file(folder, edit) -> None:
     torch.save(side, folder / "refseg_modules.pt")
 
 
-class TestNumbers(parity.TestCore):
+class TestNumbers(CoreParity):
     """Every case of the `core` fixture through the converted checkpoint, loaded from its folder."""
 
     @pytest.fixture(scope="class")

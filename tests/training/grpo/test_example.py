@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from test_example_configs import ROOT, module
+from places import ROOT
+from scripts import module
 
 SMALL = {
     "num_samples": 4,

@@ -7,15 +7,13 @@ import sys
 
 import pytest
 import torch
-from places import SUPPORT
-
-SCRIPTS = SUPPORT
+from places import ROOT, SUPPORT
 
 
 def run_script(name, folder):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPTS.parent.parent / "src")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / name), str(folder)], env=environment, capture_output=True, text=True
+        [sys.executable, str(SUPPORT / name), str(folder)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return folder

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from joint_step import joint_inputs
 from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_vlm_config
 from torch import nn
 
@@ -84,7 +85,7 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
     add_joint_forward(model, 1.0, False, reference)
     if setup.gradient_checkpointing:
         _checkpoint(model)
-    inputs = _joint_inputs(model, setup)
+    inputs = joint_inputs(model, setup)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -103,31 +104,6 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
         kept, kept_by_autograd = meter.live, sum(saved.values())
         loss.backward()
     return kept, kept_by_autograd, meter.peak
-
-
-def _joint_inputs(model, setup: TrainingSetup) -> dict:
-    batch_size, completion = setup.batch_size, setup.completion_tokens
-    tokens = setup.prompt_tokens + completion
-    ids = torch.randint(10, 300, (batch_size, tokens))
-    ids[:, 5:9], ids[:, -5:-1] = model.config.image_token_id, model.config.ref_token_id
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :-completion] = -100
-    with torch.no_grad():
-        embeddings = model.encode_image(torch.randn(batch_size, 3, 256, 256))
-    masks = torch.zeros(batch_size, 4, model.mask_stage.map_size, model.mask_stage.map_size)
-    masks[:, 0, :9, :9] = masks[:, 1, 20:, 20:] = 1
-    segmentation = {
-        "completion_mask": torch.ones(batch_size, completion, dtype=torch.long),
-        "image_embeddings": embeddings,
-        "mask_labels": masks,
-        "num_objects": torch.full((batch_size,), 2),
-        "reshaped_input_sizes": torch.full((batch_size, 2), 256),
-        "loss_weights": {},
-    }
-    vlm = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch_size, 3, 28, 28)}
-    return {**vlm, "labels": labels, "segmentation": segmentation}
 
 
 @pytest.mark.parametrize(("checkpointing", "autocast"), [(False, False), (True, True)])

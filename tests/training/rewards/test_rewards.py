@@ -4,11 +4,12 @@
 import doctest
 import math
 
+import original_rewards
 import pytest
 import torch
 from original_rewards import original_format_reward, original_mask_reward
 
-from segcompass_hf.training import mask_scores, original_rewards, rewards
+from segcompass_hf.training.rewards import mask_scores, rewards
 from segcompass_hf.training.rewards.rewards import format_problem, format_reward, is_well_formed, mask_reward
 
 REF2 = "<REF_POS><REF_POS>"

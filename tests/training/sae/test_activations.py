@@ -6,32 +6,18 @@ import shutil
 
 import pytest
 import torch
+from sae import Stream, harvester, interleaved, rows
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 
 from segcompass_hf.training.sae.activations import (
     ActivationBuffer,
-    ActivationHarvester,
     HarvestedTokens,
     TokenStates,
     layer_states,
 )
 from segcompass_hf.training.sae.cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
 from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableImage
-
-WORDS = ["the largest red circle", "all the blue squares", "the ring", "the second square from the left of the image"]
-
-
-def rows(count=6):
-    return [
-        {"image": tiny_image(i), "instruction": WORDS[i % 4], "reasoning": "two candidates" if i % 2 else None}
-        for i in range(count)
-    ]
-
-
-def interleaved():
-    first, second = tiny_image(1), tiny_image(2)
-    return {"images": [None, first, None, second], "texts": ["the red circle", None, "the blue square <s>", None]}
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +28,6 @@ def llava():
 @pytest.fixture(scope="module")
 def processor():
     return tiny_processor("llava")
-
-
-def harvester(model, processor, layer=2, **kwargs):
-    return ActivationHarvester(model.vlm, RowEncoder(processor), layer, **kwargs)
 
 
 class FakeSource:
@@ -78,18 +60,18 @@ class TestRowStream:
     @pytest.mark.parametrize("kind", ["map", "stream"])
     def test_processes_share_the_rows_out_evenly(self, kind):
         data = list(range(11))
-        dataset = data if kind == "map" else _Stream(data)
+        dataset = data if kind == "map" else Stream(data)
         shares = [[i for i, _ in RowStream(dataset, rank=rank, world_size=3).rows(0)] for rank in range(3)]
         assert shares == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]  # 9 and 10 would give two processes a row more
 
     @pytest.mark.parametrize("kind", ["map", "stream"])
     def test_starting_in_the_middle(self, kind):
-        dataset = list(range(12)) if kind == "map" else _Stream(range(12))
+        dataset = list(range(12)) if kind == "map" else Stream(range(12))
         stream = RowStream(dataset, 4, rank=1, world_size=2, seed=0 if kind == "map" else None)
         assert list(stream.rows(0, 2)) == list(stream.rows(0))[2:]
 
     def test_a_stream_is_told_the_epoch(self):
-        stream = _Stream(range(3))
+        stream = Stream(range(3))
         assert [i for i, _ in RowStream(stream).rows(5)] == [0, 1, 2]
         assert stream.epoch == 5 and RowStream(stream).rows_per_epoch is None
 
@@ -105,17 +87,6 @@ class TestRowStream:
         (_, row), *_ = RowStream(table).rows(0)
         assert row["images"][0] is None and isinstance(row["images"][1]["bytes"], bytes)
         RowEncoder(tiny_processor("llava"))([(0, row)])  # and are read
-
-
-class _Stream:
-    def __init__(self, rows):
-        self.rows, self.epoch = rows, None
-
-    def __iter__(self):
-        return iter(self.rows)
-
-    def set_epoch(self, epoch):
-        self.epoch = epoch
 
 
 class TestRowEncoder:
@@ -469,7 +440,7 @@ class TestCache:
         assert not (tmp_path / "b").exists()
 
     def test_a_stream_needs_a_limit(self, llava, processor, tmp_path):
-        source = HarvestedTokens(harvester(llava, processor), RowStream(_Stream(rows(4))), 2)
+        source = HarvestedTokens(harvester(llava, processor), RowStream(Stream(rows(4))), 2)
         with pytest.raises(ValueError, match="cache_max_tokens"):
             ActivationCache(tmp_path, cache_key(source)).fill(source, d_in=32)
 

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 from concept_metrics import concept_jaccard
+from sae import StopAt, harvester, settings
 from supervised import tiny_row
-from test_sae_activations import harvester
-from test_sae_training import StopAt, settings
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig

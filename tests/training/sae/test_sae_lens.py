@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from sae import by_hand, seeded
 from safetensors.torch import load_file, save_file
-from test_sae import by_hand, seeded
 
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.training.sae.sae_lens import load_sae_lens, save_sae_lens

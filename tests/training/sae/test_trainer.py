@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from places import ROOT, SUPPORT
-from test_sae import by_hand
-from test_sae_activations import _Stream, interleaved, rows
+from sae import StopAt, Stream, by_hand, interleaved, rows, settings
 from tiny import tiny_image, tiny_model, tiny_processor
 from transformers import TrainerCallback
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training import sae_cache, sae_metrics, sae_upkeep
+from segcompass_hf.training.sae import cache, metrics, upkeep
 from segcompass_hf.training.sae.activations import ActivationHarvester
 from segcompass_hf.training.sae.config import SaeTrainingConfig
 from segcompass_hf.training.sae.metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
@@ -28,7 +27,6 @@ from segcompass_hf.training.sae.trainer import SaeTrainer
 from segcompass_hf.training.sae.upkeep import FiringCounts, resample_dead_features_
 
 ARCHITECTURES = ("standard", "gated", "jumprelu", "topk", "batchtopk")
-QUIET = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
 
 
 @pytest.fixture(scope="module")
@@ -39,27 +37,6 @@ def model():
 @pytest.fixture(scope="module")
 def processor():
     return tiny_processor("llava")
-
-
-def settings(folder, **overrides) -> SaeTrainingConfig:
-    defaults = {
-        "d_sae": 64,
-        "k": 4,
-        "learning_rate": 3e-3,
-        "l1_coefficient": 0.1,
-        "normalize_activations": "per_token",
-        "per_device_train_batch_size": 48,
-        "buffer_tokens": 96,
-        "rows_per_batch": 2,
-        "max_steps": 12,
-        "logging_steps": 3,
-        "dead_after_tokens": 100,
-        "max_eval_rows": 2,
-    }
-    architecture = overrides.get("architecture")
-    if architecture is not None and architecture not in ("topk", "batchtopk"):
-        defaults.pop("k")
-    return SaeTrainingConfig(output_dir=str(folder), **(QUIET | defaults | overrides))
 
 
 def trainer_of(model, processor, folder, train_dataset=None, **overrides) -> SaeTrainer:
@@ -100,7 +77,7 @@ class TestDeadFeatureLoss:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("module", [sae_metrics, sae_upkeep, sae_cache])
+    @pytest.mark.parametrize("module", [metrics, upkeep, cache])
     def test_examples(self, module):
         results = doctest.testmod(module, extraglobs={"torch": torch})
         assert results.attempted and not results.failed
@@ -239,7 +216,7 @@ class TestEvaluation:
         for size in (1, 4):
             evaluation = SaeEvaluation()
             for start in range(0, 4, size):
-                sae_metrics.evaluate_rows(evaluation, sae, harvester, list(enumerate(rows(4)))[start : start + size])
+                metrics.evaluate_rows(evaluation, sae, harvester, list(enumerate(rows(4)))[start : start + size])
             results.append(evaluation.metrics())
         assert results[0] == {name: pytest.approx(value, rel=1e-4) for name, value in results[1].items()}
 
@@ -248,7 +225,7 @@ class TestEvaluation:
         sae, parts = perfect_sae(), [SaeEvaluation() for _ in range(3)]
         batch = list(enumerate(rows(4)))
         for part, taken in zip(parts, (batch, batch[:2], batch[2:]), strict=True):
-            sae_metrics.evaluate_rows(part, sae, harvester, taken)
+            metrics.evaluate_rows(part, sae, harvester, taken)
         parts[1].merge(parts[2])
         whole = parts[0].metrics()
         assert parts[1].metrics() == {name: pytest.approx(v, rel=1e-4, abs=1e-6) for name, v in whole.items()}
@@ -466,7 +443,7 @@ class TestTraining:
 
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
     def test_other_families_and_interleaved_streams(self, family, tmp_path):
-        stream = _Stream([interleaved() for _ in range(5)])
+        stream = Stream([interleaved() for _ in range(5)])
         trainer = trainer_of(
             tiny_model(family),
             tiny_processor(family),
@@ -546,18 +523,10 @@ class TestTraining:
 
     def test_a_stream_needs_steps(self, model, processor, tmp_path):
         with pytest.raises(ValueError, match="max_steps has to be specified"):
-            trainer_of(model, processor, tmp_path, train_dataset=_Stream(rows(4)), max_steps=-1)
+            trainer_of(model, processor, tmp_path, train_dataset=Stream(rows(4)), max_steps=-1)
         steps = {"max_steps": -1, "train_tokens": 100}
-        trainer = trainer_of(model, processor, tmp_path, train_dataset=_Stream(rows(4)), **steps)
+        trainer = trainer_of(model, processor, tmp_path, train_dataset=Stream(rows(4)), **steps)
         assert trainer.args.max_steps == 2
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
 
 
 RESUMES = {name: {"architecture": name} for name in ARCHITECTURES} | {
@@ -606,7 +575,7 @@ class TestResume:
             assert any("resampled_features" in line for line in whole.state.log_history)
 
     def test_a_stream(self, model, processor, tmp_path):
-        self.compare(model, processor, tmp_path, make_data=lambda: _Stream([interleaved(), *rows(6)]))
+        self.compare(model, processor, tmp_path, make_data=lambda: Stream([interleaved(), *rows(6)]))
 
     def test_from_a_cache(self, model, processor, tmp_path):
         cache = {"cache_dir": str(tmp_path / "cache"), "cache_dtype": "float32"}
@@ -628,8 +597,7 @@ class TestResume:
 TWO_PROCESSES = """
 import sys, torch
 sys.path[:0] = {paths!r}
-from test_sae_activations import rows
-from test_sae_training import settings
+from sae import rows, settings
 from tiny import tiny_model, tiny_processor
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.sae.start import fit_thresholds_
@@ -648,10 +616,9 @@ Processes.current().finish()
 
 
 def _two_processes(folder: Path, architecture: str, resume=None, **overrides) -> list[dict]:
-    tests = SUPPORT
     folder.mkdir(exist_ok=True)
     script = folder / "script.py"
-    paths = [str(tests), str(tests.parent / "src")]
+    paths = [str(SUPPORT), str(ROOT / "src")]
     script.write_text(
         TWO_PROCESSES.format(
             paths=paths, folder=str(folder), architecture=architecture, overrides=overrides, resume=resume
@@ -682,7 +649,7 @@ class TestTwoProcesses:
 
 
 def test_the_example_goes_on_from_the_last_whole_checkpoint(monkeypatch, tmp_path):
-    from test_example_configs import module
+    from scripts import module
 
     example, asked = module("examples/train_sae.py"), []
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from ...vlm_processors_segcompass import _processor_class, load_vlm_parts
+from ...vlm_processors_segcompass import load_vlm_parts, processor_class
 from .box_answers import parse_answer
 from .model import Prediction, _digest, _digest_of_configs, weights_digest
 from .sam_prompts import PromptedSam, SamPrompt
@@ -99,7 +99,7 @@ class BoxLocalizerPredictor:
         from transformers import AutoModelForImageTextToText, SamModel
 
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
-        processor = _processor_class(class_name)(
+        processor = processor_class(class_name)(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
         )
         model = AutoModelForImageTextToText.from_pretrained(vlm).to(device)
