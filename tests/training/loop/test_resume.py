@@ -1,4 +1,4 @@
-"""Killed with SIGKILL and resumed, and in two processes; the runs are those of `training_scripts/robust_*.py`."""
+"""Killed with SIGKILL and resumed, and in two processes; the runs are those of `tests/support/robust_*.py`."""
 
 import json
 import os

@@ -24,7 +24,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": _MODEL_CLASS,
 }
 PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
-PROCESSOR_CODE = ("images_segcompass.py", "processing_segcompass.py")  # all that the processor imports of ours
+# All that the processor imports of ours.
+PROCESSOR_CODE = ("images_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py")
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 # Files of a folder that belong to what is published, besides weights and code.
 KEPT = (
