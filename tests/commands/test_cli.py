@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import segcompass_hf
 from segcompass_hf import cli
+from segcompass_hf.commands import common, demo
 from segcompass_hf.data.schema import decode_mask
 
 
@@ -133,10 +134,10 @@ def test_unknown_words_are_named():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    assert cli.unknown_words(tokenizer, "the red zebra, the circle; zebra Gnu") == ["zebra", "Gnu"]
-    assert cli.unknown_words(tokenizer, "the circle !") == []
+    assert common.unknown_words(tokenizer, "the red zebra, the circle; zebra Gnu") == ["zebra", "Gnu"]
+    assert common.unknown_words(tokenizer, "the circle !") == []
     # The byte-level tokenizer of a Qwen has no unknown token: it knows every word.
-    assert cli.unknown_words(tiny.tiny_tokenizer("qwen2_5_vl"), "zebra") == []
+    assert common.unknown_words(tiny.tiny_tokenizer("qwen2_5_vl"), "zebra") == []
 
 
 def test_bad_images_and_instructions(checkpoint, image_file, tmp_path, capsys):
@@ -220,7 +221,7 @@ def test_demo_scenes_are_the_first_of_each_kind_in_order():
     from segcompass_hf.data import scenes
 
     rows = list(scenes.iterate("val", 60, 0))
-    shown = cli._demo_rows("val", 10, 0)
+    shown = demo._demo_rows("val", 10, 0)
     firsts = {}
     for row in rows:
         firsts.setdefault(row["kind"], row["sample_id"])

@@ -10,12 +10,13 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from segcompass_hf import cli
-from segcompass_hf.data import hosting, scenes
+from segcompass_hf.data import scenes
+from segcompass_hf.data.hosting import write
 
 
 @pytest.fixture(autouse=True)
 def no_figure(monkeypatch):
-    monkeypatch.setattr(hosting, "save_contact_sheet", lambda rows, path: False)
+    monkeypatch.setattr(write, "save_contact_sheet", lambda rows, path: False)
 
 
 @pytest.fixture

@@ -325,7 +325,7 @@ class TestErrors:
 
 
 class TestOriginalRewards:
-    """Where the original's rules are others than ours; its own figures are reproduced in tests/training/test_parity.py."""
+    """Where the original's rules are others than ours; tests/training/test_parity.py has its own figures."""
 
     def test_format(self):
         wordy = "Well, <think>a cup</think> it is here: <REF_POS> and so on and on and on and on and on and on and on"
