@@ -146,7 +146,7 @@ def pair_alignment_loss(
     Args:
         states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Of one layer; 0: embeddings.
         pair_words, pair_patches (`torch.BoolTensor` of shape `(batch_size, sequence_length, num_names)`): From
-            [`~training.token_pairs.TokenPairs`].
+            [`~training.alignment.names.TokenPairs`].
         is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Image tokens.
         temperature (`float`, defaults to 0.07): Smaller: only the nearest counts, and a small difference is enough.
 

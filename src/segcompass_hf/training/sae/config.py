@@ -41,7 +41,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
             direction of badly rebuilt states. `topk` and `batchtopk` have an auxiliary loss for theirs.
         resample_until (`float`, defaults to 0.6): Share of the steps after which none is resampled any more.
         pair_loss (`str`, defaults to `"none"`): Makes words and the patches of what they name share features, see
-            `training.sae_pairs`: `"shared_topk"` or `"contrastive"`. Needs rows in the row schema with masks.
+            `training.sae.pair_losses`: `"shared_topk"` or `"contrastive"`. Needs rows in the row schema with masks.
         pair_weight (`float`, defaults to 1.0): Of that loss.
         pair_k (`int`, defaults to 8): Features that a word and its patch have in common at most (`shared_topk`).
         pair_batch (`int`, defaults to 512): Pairs of a step.

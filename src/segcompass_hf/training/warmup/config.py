@@ -28,7 +28,7 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
         alignment_weight (`float`, defaults to 0.0): Of the word-patch alignment, see `training.alignment`; 0 is off.
         alignment_pairs (`str`, defaults to `"target"`): `"target"` holds all words that mean the target against its
             masks; `"names"` every name against the patches of what it names, whichever object of the row it is (see
-            `training.token_pairs`), with the trainer's `names`. It then reads the whole text.
+            `training.alignment.names`), with the trainer's `names`. It then reads the whole text.
         alignment_layer (`int`, *optional*): Index into `hidden_states` of the states it acts on; 0 are the embeddings
             and projected patches. The layer the SAE reads (or will by default) when left out.
         alignment_text (`str`, defaults to `"instruction"`): Where the words stand that mean the target: there or in
