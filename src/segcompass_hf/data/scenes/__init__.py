@@ -1,6 +1,6 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Scenes, the procedural benchmark: seeded pictures of coloured shapes, with instructions and reference reasoning."""
 
-from .dataset import Scene, build, iterate, sample
+from .dataset import SPLITS, Scene, build, iterate, sample, to_row
 
-__all__ = ["Scene", "build", "iterate", "sample"]
+__all__ = ["SPLITS", "Scene", "build", "iterate", "sample", "to_row"]

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from ...vlm_processors_segcompass import _processor_class, load_vlm_parts
+from ...vlm_processors_segcompass import load_vlm_parts, processor_class
+from ..prediction import Prediction
 from .box_answers import parse_answer
-from .model import Prediction, _digest, _digest_of_configs, weights_digest
+from .model import _digest, _digest_of_configs, weights_digest
 from .sam_prompts import PromptedSam, SamPrompt
 
 PROMPT_TEMPLATE = (
@@ -99,7 +100,7 @@ class BoxLocalizerPredictor:
         from transformers import AutoModelForImageTextToText, SamModel
 
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
-        processor = _processor_class(class_name)(
+        processor = processor_class(class_name)(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
         )
         model = AutoModelForImageTextToText.from_pretrained(vlm).to(device)
