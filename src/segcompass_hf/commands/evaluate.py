@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass evaluate`: any checkpoint, masks, VLM with boxes or baseline on any data set, resumable and on several processes."""
+"""`segcompass evaluate`: a checkpoint, masks, boxes or baseline on any data set, resumable, on several processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "evaluate",
-        help="a checkpoint, masks, a VLM with boxes or a baseline on a data set, to metrics, tables and a page of samples",
+        help="a checkpoint, masks, boxes of a VLM or a baseline on a data set, to metrics, tables and a page",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
