@@ -27,7 +27,8 @@ from transformers import AutoModel, AutoProcessor
 import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.data.scenes.drawing import COLORS, SHAPES, SIZES
-from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary, scenes_objects
+from segcompass_hf.data.scenes.names import scenes_objects
+from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
 
 logger = logging.getLogger("scenes_dictionary")
 

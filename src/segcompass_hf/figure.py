@@ -63,21 +63,44 @@ def plot_segmentations(rows: list[SegmentationRow]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
+    if not rows:
+        raise ValueError("got no rows to draw; pass at least one SegmentationRow.")
+    heights = [row_height(row) for row in rows]
+    figure, strips = figure_of_rows(heights)
+    for strip, row, height in zip(strips, rows, heights, strict=True):
+        draw_row(strip, row, height)
+    return figure
+
+
+def new_figure(size: tuple[float, float], dpi: float, **options: Any) -> Any:
+    """A `matplotlib.figure.Figure` of (width, height) inches that is tied to no window, with a canvas to measure text.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    if not rows:
-        raise ValueError("got no rows to draw; pass at least one SegmentationRow.")
-
-    heights = [row_height(row) for row in rows]
-    figure = Figure(figsize=(3 * PANEL + TEXT_WIDTH, sum(heights)), dpi=130, facecolor="white")
+    figure = Figure(figsize=size, dpi=dpi, **options)
     FigureCanvasAgg(figure)
-    strips = np.atleast_1d(figure.subfigures(len(rows), 1, height_ratios=heights))
-    for strip, row, height in zip(strips, rows, heights, strict=True):
-        draw_row(strip, row, height)
     return figure
+
+
+def figure_of_rows(heights: list[float]) -> tuple[Any, np.ndarray]:
+    """A figure wide enough for three panels and text, and its rows, `SubFigure`s of these heights in inches."""
+    figure = new_figure((3 * PANEL + TEXT_WIDTH, sum(heights)), dpi=130, facecolor="white")
+    return figure, np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+
+
+def error_sizes(figures: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Values `(n,)` of figures with `value`, `low` and `high`, and their error bars below and above, `(2, n)`.
+
+    The interval of a skewed sample may leave out its own mean: no length is below 0.
+    """
+    values, low, high = (np.array([figure[name] for figure in figures]) for name in ("value", "low", "high"))
+    return values, np.clip([values - low, high - values], 0, None)
 
 
 def row_height(row: SegmentationRow) -> float:

@@ -14,10 +14,11 @@ from huggingface_hub import ModelCard
 from made_rows import make_rows  # noqa: E402
 from PIL import Image
 from places import ROOT
+from tiny import tiny_model, tiny_processor
 
 from segcompass_hf import cli
 from segcompass_hf.data import row_features, scenes
-from segcompass_hf.evaluation import read_samples
+from segcompass_hf.evaluation import BoxLocalizerPredictor, read_samples
 from segcompass_hf.evaluation.datasets_spec import DatasetSpecError, describe_known, load_dataset_of
 
 
@@ -195,6 +196,50 @@ def test_known_data_sets_are_described():
         [sys.executable, "-m", "segcompass_hf.cli", "evaluate", "--help"], capture_output=True, text=True
     )
     assert "refcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]" in done.stdout and "torchrun" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def vlm_and_sam(tmp_path_factory):
+    """Folders of a tiny VLM, with its processor's parts, and of a tiny SAM."""
+    folder, model, processor = tmp_path_factory.mktemp("parts"), tiny_model("qwen2_5_vl"), tiny_processor("qwen2_5_vl")
+    for part in (model.vlm, processor.tokenizer, processor.image_processor):
+        part.save_pretrained(folder / "vlm")
+    model.sam.save_pretrained(folder / "sam")
+    return ["--boxes", str(folder / "vlm"), "--sam", str(folder / "sam")]
+
+
+def test_boxes_of_a_vlm_are_evaluated(vlm_and_sam, tmp_path, capsys, monkeypatch):
+    argv = [*vlm_and_sam, "--num-samples", "3", "--max-new-tokens", "2"]
+    assert evaluate(tmp_path / "random", *argv, baseline=None) == 0
+    figures = summary_of(tmp_path / "random")
+    settings = figures["settings"]["predictor"]
+    assert figures["predictor"] == settings["name"] == "vlm with sam"
+    assert (settings["coordinates"], settings["image_size"], settings["max_new_tokens"]) == ("absolute", None, 2)
+    # Two tokens of an untrained model are no list of boxes.
+    assert "3 answers could not be understood and count as empty predictions" in capsys.readouterr().out
+    assert figures["counts"]["empty_predictions"] == 3
+
+    texts = ['[{"bbox_2d": [250, 250, 750, 750]}]', "[]", "none"]
+    monkeypatch.setattr(BoxLocalizerPredictor, "_answers", lambda self, inputs: texts)
+    options = ["--coordinates", "thousand", "--image-size", "56", "84"]
+    assert evaluate(tmp_path / "boxes", *argv, *options, baseline=None) == 0
+    settings = summary_of(tmp_path / "boxes")["settings"]["predictor"]
+    assert (settings["coordinates"], settings["image_size"]) == ("thousand", [56, 84])
+    assert [(len(r["masks"]), r["text"]) for r in read_samples(tmp_path / "boxes")] == [
+        (1, texts[0]),
+        (0, texts[1]),
+        (0, texts[2]),
+    ]
+    assert "  1 answers could not be understood" in capsys.readouterr().out
+
+
+def test_bad_input_with_boxes_is_one_line(vlm_and_sam, tmp_path, capsys):
+    start = ("--dataset", "scenes:val", "--num-samples", "1", "--output", tmp_path)
+    assert "--boxes needs --sam" in fails(capsys, *start, *vlm_and_sam[:2])
+    assert "--sam belongs to --boxes" in fails(capsys, *start, *vlm_and_sam[2:])
+    assert "--image-size belongs to --boxes" in fails(capsys, *start, "--image-size", "8", "8")
+    assert "not allowed with argument" in fails(capsys, *start, *vlm_and_sam, "--baseline", "nothing")
+    assert "/no/where" in fails(capsys, *start, "--boxes", "/no/where", *vlm_and_sam[2:])
 
 
 def test_example(tmp_path, capsys, monkeypatch):

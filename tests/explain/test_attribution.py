@@ -18,7 +18,6 @@ from segcompass_hf.data import scenes
 from segcompass_hf.explain import attribute, explain, mask_to_rle
 from segcompass_hf.explain.attribution import FAINT, _levels, _Scalars
 from segcompass_hf.explain.faithfulness import (
-    bootstrap_interval,
     faithfulness_curves,
     feature_orders,
     mask_readings,
@@ -188,15 +187,6 @@ def test_attribution_orders_better_than_chance_and_its_sufficient_set_suffices(f
     assert mask_readings(replay, attribution, kept[None])[0][0] == pytest.approx(found.iou) and found.iou >= 0.9
     with pytest.raises(ValueError, match="min_iou"):
         minimal_sufficient_set(replay, attribution, min_iou=0.0)
-
-
-def test_bootstrap_draws_groups():
-    assert bootstrap_interval([2.0, 2.0, 2.0]) == (2.0, 2.0, 2.0)
-    # one group: its mean is the only one that can be drawn
-    assert bootstrap_interval([0.0, 1.0, 5.0], groups=[7, 7, 7]) == (2.0, 2.0, 2.0)
-    mean, low, high = bootstrap_interval([0.0, 1.0] * 50)
-    assert mean == 0.5 and 0.35 < low < 0.45 and 0.55 < high < 0.65
-    assert all(np.isnan(bootstrap_interval([])))
 
 
 def test_explain_the_bundled_checkpoint(bundled):

@@ -23,7 +23,6 @@ from segcompass_hf.metrics import (
     score_sample,
     segmentation_metrics,
 )
-from segcompass_hf.metrics import segmentation as segmentation_module
 
 EMPTY = np.zeros((2, 3), dtype=bool)
 
@@ -331,7 +330,7 @@ def test_bootstrap_intervals_of_precision():
 def test_drawing_in_parts_changes_no_interval(monkeypatch):
     scores = [SampleScore(hit, 10, hit, 10 * (hit != 3)) for hit in range(8)]
     whole = bootstrap_intervals(scores, num_resamples=100, names=ALL_METRIC_NAMES)
-    monkeypatch.setattr(segmentation_module, "BOOTSTRAP_ENTRIES", 8 * 7)  # 7 resamples at a time
+    monkeypatch.setattr("segcompass_hf.metrics.intervals.COUNTS_AT_ONCE", 8 * 7)  # 7 resamples at a time
     assert bootstrap_intervals(scores, num_resamples=100, names=ALL_METRIC_NAMES) == whole
 
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from .common import UserError, positive, user_errors
 
 _EPILOG = """\
 examples:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     one_way = ("sam", "sae", "llm", "sae_layer", "ref_token_id", "dtype")
-    try:
+    with user_errors(kinds=(ValueError, OSError, ImportError, TypeError)):
         if args.back:
             _refuse_with_back([name for name in one_way if getattr(args, name) is not None], args)
             from ..hub.conversion.to_original import convert_to_original_checkpoint
@@ -60,8 +60,6 @@ def run(args: argparse.Namespace) -> None:
             folder = convert_original_checkpoint(
                 args.source, args.output, max_shard_size=args.max_shard_size, **given, **args.config
             )
-    except (ValueError, OSError, ImportError, TypeError) as error:
-        raise UserError(str(error)) from error
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
     if not args.back:

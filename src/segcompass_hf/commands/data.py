@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from .common import UserError, positive, user_errors
 
 _BUILD_EPILOG = """\
 SPEC is what `segcompass evaluate --dataset` takes, such as
@@ -59,12 +59,10 @@ def _build(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} is there already; remove it or name another.")
     splits, reports, origins = _named_splits(args)
-    try:
+    with user_errors():
         written = write_dataset(
             splits, args.output, reports, args.shard_size, license, args.name, list(dict.fromkeys(origins))
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
     if args.json:
         print(json.dumps(written.to_dict(), indent=1))
         return
@@ -90,10 +88,8 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     reports: dict[str, Any] = {}
     origins = []
     for spec in args.specs:
-        try:
+        with user_errors(spec):
             named = datasets_spec.load_dataset_of(spec, args.limit)
-        except (ValueError, OSError, ImportError) as error:
-            raise UserError(f"{spec}: {error}" if spec not in str(error) else str(error)) from error
         split = args.split or named.split or _split_of_rows(named.dataset)
         joined = reports.setdefault(split, BuildReport())
         if named.report is not None:
@@ -105,11 +101,8 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
             joined.left_out["beyond --limit"] += cut
         parts.setdefault(split, []).append(dataset)
         origins.append(named.name)
-    try:
-        joined_parts = {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
-    except ValueError as error:  # columns of one name and several types
-        raise UserError(f"these data sets cannot be joined: {error}") from error
-    return joined_parts, reports, origins
+    with user_errors("these data sets cannot be joined", (ValueError,)):  # columns of one name and several types
+        return {split: datasets.concatenate_datasets(part) for split, part in parts.items()}, reports, origins
 
 
 def _split_of_rows(dataset: Any) -> str:
@@ -126,10 +119,8 @@ def _license(given: str | None) -> str | None:
     if given is None:
         return None
     if Path(given).is_file():
-        try:
+        with user_errors(f"cannot read --license {given}"):
             text = Path(given).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --license {given}: {error}") from error
         if not text:
             raise UserError(f"--license {given} is an empty file.")
         return text + "\n"  # a line break tells a text from an identifier
@@ -141,9 +132,7 @@ def _license(given: str | None) -> str | None:
 def _push(args: argparse.Namespace) -> None:
     from ..data.hosting.publish import push_dataset
 
-    try:
+    with user_errors(kinds=(Exception,)):  # besides bad input whatever the network makes the Hub's client raise
         publication = push_dataset(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run)
-    except Exception as error:  # besides bad input whatever the network makes the Hub's client raise
-        raise UserError(str(error) or type(error).__name__) from error
     print(f"would be published as {args.repo_id}:" if args.dry_run else f"{publication.url}:")
     print(publication.to_text())

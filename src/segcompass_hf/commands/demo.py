@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, load_checkpoint, make_folder, positive
+from .common import load_checkpoint, make_folder, positive, user_errors
 from .predict import answer_row, figure_row, print_answer, save_figure
 
 
@@ -58,16 +58,12 @@ def _demo(args: argparse.Namespace) -> None:
 def _demo_rows(split: str, num_samples: int, seed: int) -> list[dict[str, Any]]:
     """The first scene of every kind of instruction, in the data set's order, then the next ones; nothing is chosen
     by how well it is answered."""
-    try:
+    with user_errors("the demo needs the Scenes data set", (ImportError,)):
         from ..data import scenes
         from ..data.schema import decode_mask
-    except ImportError as error:
-        raise UserError(f"the demo needs the Scenes data set: {error}") from error
-    try:
+    with user_errors():
         rows = list(scenes.iterate(split, max(60, num_samples), seed))
         decode_mask(next(row["masks"][0] for row in rows if row["masks"]))
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
     firsts = {row["kind"]: row for row in reversed(rows)}
     chosen = {id(row) for row in firsts.values()}
     return sorted(rows, key=lambda row: id(row) not in chosen)[:num_samples]  # the sort is stable

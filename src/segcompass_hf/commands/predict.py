@@ -5,42 +5,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, open_image, unknown_words
+from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, user_errors
 
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
     predict = commands.add_parser("predict", help="one image and instruction to reasoning, scores, masks and a figure")
-    predict.add_argument("image", help="image file")
-    predict.add_argument("instruction", help="what to find, in words")
-    predict.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    add_question(predict)
     predict.add_argument(
         "--output", type=Path, help="figure to write (IMAGE.segcompass.png here; with --json none unless given)"
     )
     predict.add_argument("--json", action="store_true", help="print JSON with the masks as COCO run-length encodings")
-    predict.add_argument(
-        "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
-    )
     predict.set_defaults(run=_predict)
 
 
 def _predict(args: argparse.Namespace) -> None:
-    if not args.instruction.strip():
-        raise UserError("the instruction is empty; say in words what to find.")
-    if args.output is not None and args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
-        raise UserError(f"--output {args.output} is not a picture; name a .png, .jpg, .pdf or .svg file.")
-    image = open_image(args.image)
-    model, processor, name = load_checkpoint(args.model)
-    if args.model is None:
-        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    unknown = unknown_words(processor.tokenizer, args.instruction)
-    if unknown:
-        print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
-
+    check_question(args, FIGURES, "not a picture; name a .png, .jpg, .pdf or .svg file")
+    image, model, processor, name = ask(args)
     answer = answer_row(model, processor, image, args.instruction, args.reasoning)
     output = args.output
     if output is None and not args.json:
@@ -59,12 +43,9 @@ def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoni
     """Post-processed answer of one image: `kept` (the slots above the model's threshold) and `every` (all slots)."""
     import torch
 
-    try:
+    with user_errors(), torch.no_grad():
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            segmentation = model.segment(**inputs, reasoning=reasoning)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        segmentation = model.segment(**inputs, reasoning=reasoning)
     if not (torch.isfinite(segmentation.pred_masks).all() and torch.isfinite(segmentation.slot_logits).all()):
         raise UserError("the checkpoint computes values that are not finite; its weights are damaged.")
     sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
@@ -77,7 +58,7 @@ def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoni
 def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
     import numpy as np
 
-    from ..explain import SegmentationRow
+    from ..figure import SegmentationRow
 
     kept, every = answer["kept"], answer["every"]
     return SegmentationRow(
@@ -93,12 +74,10 @@ def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
 
 
 def save_figure(rows: list[Any], path: Path) -> None:
-    from ..explain import plot_segmentations
+    from ..figure import plot_segmentations
 
-    try:
+    with user_errors(f"cannot write the figure {path}"):
         plot_segmentations(rows).savefig(path)
-    except (ImportError, OSError) as error:
-        raise UserError(f"cannot write the figure {path}: {error}") from error
 
 
 def print_answer(answer: dict[str, Any], indent: str = "") -> None:
@@ -117,7 +96,7 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
     from ..data.schema import encode_mask
 
     kept = answer["kept"]
-    try:
+    with user_errors():  # the encoding needs pycocotools
         segments = [
             {
                 "slot": int(slot),
@@ -127,8 +106,6 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
             }
             for slot, score, mask in zip(kept["slots"], kept["scores"], kept["masks"], strict=True)
         ]
-    except ImportError as error:
-        raise UserError(str(error)) from error
     return {
         "image": args.image,
         "size": [image.height, image.width],

@@ -12,10 +12,11 @@ from .._lazy import lazy_names
 # Submodule -> public names that it defines.
 _EXPORTS = {
     "predictors.baselines": ("BASELINES", "make_baseline"),
-    "predictors.box_localizer": ("BoxLocalizerPredictor",),
+    "predictors.box_localizer": ("BoxLocalizerPredictor", "is_malformed"),
     "runner": ("EvaluationSummary", "evaluate_dataset"),
     "predictors.external": ("FolderPredictor", "prediction_file_name"),
-    "predictors.model": ("ModelPredictor", "Prediction", "Predictor"),
+    "prediction": ("Prediction", "Predictor"),
+    "predictors.model": ("ModelPredictor",),
     "comparison": ("compare_runs",),
     "datasets_spec": ("load_dataset_of",),
     "records": ("read_samples",),

@@ -9,7 +9,7 @@ import torch
 from tiny import FAMILIES, tiny_image, tiny_mask, tiny_model, tiny_processor
 
 from segcompass_hf.data.schema import encode_mask
-from segcompass_hf.explain.claims.figures import bootstrap_interval, claims_figures, correlation
+from segcompass_hf.explain.claims.figures import claims_figures, correlation
 from segcompass_hf.explain.claims.measure import (
     TOP_PERCENT,
     ClaimRecord,
@@ -222,19 +222,6 @@ def test_figures_without_any_target():
     assert len(plot_claims(figures, [record(objects=[])]).axes) == 4
     with pytest.raises(ValueError, match="0 records"):
         claims_figures([])
-
-
-def test_bootstrap_interval_by_hand():
-    values = np.arange(100.0)
-    figure = bootstrap_interval(lambda draw: values[draw].mean(), 100, num_resamples=2000)
-    # mean 49.5, standard error 28.87 / 10
-    assert figure["value"] == 49.5
-    assert figure["low"] == pytest.approx(49.5 - 1.96 * 2.887, abs=0.6)
-    assert figure["high"] == pytest.approx(49.5 + 1.96 * 2.887, abs=0.6)
-    assert bootstrap_interval(lambda draw: float("nan"), 3) == {"value": None, "low": None, "high": None}
-    for arguments, message in (((0,), "0 samples"), ((3, 1.0), "confidence is 1.0")):
-        with pytest.raises(ValueError, match=message):
-            bootstrap_interval(np.mean, *arguments)
 
 
 def test_correlation_by_hand():

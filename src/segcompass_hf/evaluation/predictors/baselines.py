@@ -16,7 +16,7 @@ import torch
 
 from ...data.schema import decode_masks
 from ...images_segcompass import resized_size, restore_map, soft_mask_targets
-from .model import Prediction, Predictor
+from ..prediction import Prediction, Predictor
 from .sam_prompts import PromptedSam, SamPrompt, sam_image_processor_of
 
 

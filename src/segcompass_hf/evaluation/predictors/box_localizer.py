@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ...vlm_processors_segcompass import load_vlm_parts, processor_class
+from ..prediction import Prediction
 from .box_answers import parse_answer
-from .model import Prediction, _digest, _digest_of_configs, weights_digest
+from .model import _digest, _digest_of_configs, weights_digest
 from .sam_prompts import PromptedSam, SamPrompt
 
 PROMPT_TEMPLATE = (

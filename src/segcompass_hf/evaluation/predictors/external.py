@@ -30,7 +30,7 @@ from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
 from ...data.builders.polygons import polygons_to_rle
 from ...data.schema import decode_mask
-from .model import Prediction
+from ..prediction import Prediction
 
 logger = logging.get_logger(__name__)
 

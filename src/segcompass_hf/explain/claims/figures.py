@@ -8,51 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from ...metrics.intervals import bootstrap_statistic
 from .measure import TOP_PERCENT, ClaimRecord
 
 # The order that the paper claims: each of the first two above each of the others.
 CLAIMED_PAIRS = [(rich, poor) for rich in ("instance", "reasoning") for poor in ("question", "background")]
 _UNDEFINED = {"value": None, "low": None, "high": None}
 PLACES = ("instance", "others", "background", "question", "reasoning")
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], float],
-    num_samples: int,
-    confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """A statistic of samples with its percentile bootstrap interval, whole samples resampled.
-
-    Statistics asked for with the same number of samples and seed see the same resamples, so that a difference of two
-    is paired.
-
-    Args:
-        statistic (`Callable`): Indices of samples `(num_samples,)`, some more than once -> a number; NaN where these
-            samples do not decide it.
-        num_samples (`int`): 1 or more.
-        confidence (`float`, defaults to 0.95): Share of resamples inside the interval.
-        num_resamples (`int`, defaults to 1000): Resamples drawn.
-        seed (`int`, defaults to 0): Of the draws.
-
-    Returns:
-        `dict`: `value`, `low`, `high`; `None` where the statistic is undefined, also as a bound.
-
-    Raises:
-        ValueError: without samples, or for a confidence outside (0, 1).
-    """
-    if num_samples < 1:
-        raise ValueError(f"got {num_samples} samples; an interval needs at least one.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1 such as 0.95.")
-    draws = np.random.default_rng(seed).integers(num_samples, size=(num_resamples, num_samples))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        value = float(statistic(np.arange(num_samples)))
-        values = np.array([statistic(draw) for draw in draws], dtype=float)
-    values, tail = values[np.isfinite(values)], 100 * (1 - confidence) / 2
-    low, high = np.percentile(values, [tail, 100 - tail]).tolist() if len(values) else (None, None)
-    return {"value": value, "low": low, "high": high} if np.isfinite(value) else dict(_UNDEFINED)
 
 
 def claims_figures(
@@ -62,7 +24,7 @@ def claims_figures(
 
     Args:
         records (`Sequence[ClaimRecord]`): From `measure_claims`; at least one.
-        confidence, num_resamples, seed: As for `bootstrap_interval`.
+        confidence, num_resamples, seed: As for [`bootstrap_statistic`].
 
     Returns:
         `dict`, JSON-ready; every figure has `value`, `low`, `high` (`None` where no sample decides it):
@@ -87,7 +49,7 @@ def claims_figures(
             "without_kept_slot": sum(not any(o["kept"] for o in record.objects) for record in with_target),
             "objects": sum(len(record.objects) for record in records),
         },
-        "iou": bootstrap_interval(_mean_of([record.iou for record in records]), len(records), **options),
+        "iou": bootstrap_statistic(_mean_of([record.iou for record in records]), len(records), **options),
         "features_per_token": {place: _features_per_token(records, place, options) for place in PLACES},
         "more_features": {f"{a} - {b}": _difference(records, a, b, options) for a, b in CLAIMED_PAIRS},
         "coverage": _coverage(records, options),
@@ -121,14 +83,14 @@ def _rate(records: Sequence[ClaimRecord], place: str) -> Callable[[np.ndarray], 
 
 
 def _features_per_token(records: Sequence[ClaimRecord], place: str, options: dict) -> dict[str, Any]:
-    figure = bootstrap_interval(_rate(records, place), len(records), **options)
+    figure = bootstrap_statistic(_rate(records, place), len(records), **options)
     tokens = [record.tokens[place] for record in records]
     return figure | {"num_tokens": sum(tokens), "num_samples": sum(number > 0 for number in tokens)}
 
 
 def _difference(records: Sequence[ClaimRecord], rich: str, poor: str, options: dict) -> dict[str, Any]:
     first, second = _rate(records, rich), _rate(records, poor)
-    return bootstrap_interval(lambda draw: first(draw) - second(draw), len(records), **options)
+    return bootstrap_statistic(lambda draw: first(draw) - second(draw), len(records), **options)
 
 
 def _coverage(records: Sequence[ClaimRecord], options: dict) -> dict[str, Any] | None:
@@ -149,7 +111,7 @@ def _coverage(records: Sequence[ClaimRecord], options: dict) -> dict[str, Any] |
         others = np.array([curves[index]["others"] for index in seen])
         _add_against_random(figures, "others", others, random[seen], options)
         gap = (np.array([curves[index]["activation"] for index in seen]) - others).mean(1)
-        figures["area"]["activation - others"] = bootstrap_interval(_mean_of(gap), len(gap), **options)
+        figures["area"]["activation - others"] = bootstrap_statistic(_mean_of(gap), len(gap), **options)
     return figures
 
 
@@ -157,8 +119,8 @@ def _add_against_random(figures: dict[str, Any], rule: str, curves: np.ndarray, 
     """Add figures of curves `(samples, len(TOP_PERCENT))`: along the curve, against random, and the mean of that."""
     gains = curves - random
     for name, values in ((rule, curves), (f"{rule} - random", gains)):
-        figures[name] = [bootstrap_interval(_mean_of(column), len(values), **options) for column in values.T]
-    figures["area"][rule] = bootstrap_interval(_mean_of(gains.mean(1)), len(gains), **options)
+        figures[name] = [bootstrap_statistic(_mean_of(column), len(values), **options) for column in values.T]
+    figures["area"][rule] = bootstrap_statistic(_mean_of(gains.mean(1)), len(gains), **options)
 
 
 def _correlations(samples: Sequence[Sequence[tuple[float, float]]], options: dict) -> dict[str, Any]:
@@ -177,7 +139,7 @@ def _correlations(samples: Sequence[Sequence[tuple[float, float]]], options: dic
         return correlation(*map(rankdata, np.concatenate([samples[index] for index in draw]).T))
 
     statistics = {"pearson": pearson, "spearman": spearman}
-    return figures | {name: bootstrap_interval(of, len(samples), **options) for name, of in statistics.items()}
+    return figures | {name: bootstrap_statistic(of, len(samples), **options) for name, of in statistics.items()}
 
 
 def correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -187,4 +149,4 @@ def correlation(first: np.ndarray, second: np.ndarray) -> float:
     return float((first * second).sum() / scale) if scale > 1e-12 else float("nan")
 
 
-__all__ = ["bootstrap_interval", "claims_figures", "correlation"]
+__all__ = ["claims_figures", "correlation"]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ...figure import INK, error_sizes, new_figure
+from ...pages import markdown_table
 from .measure import ClaimRecord
 
 RULES = {
@@ -16,7 +18,6 @@ RULES = {
     "others": "other objects, by sum of activations",
 }
 COLOURS = {"activation": "#2A9DF4", "features": "#7B5CD6", "others": "#E8910C", "random": "#8A8F98"}
-INK = "#1F2430"
 
 
 def claims_markdown(figures: dict[str, Any]) -> str:
@@ -26,43 +27,46 @@ def claims_markdown(figures: dict[str, Any]) -> str:
         figures (`dict`): From `claims_figures`.
     """
     samples = figures["samples"]
-    lines = [
+    per_token = [
+        [place, _shown(figure, 2), figure["num_tokens"], figure["num_samples"]]
+        for place, figure in figures["features_per_token"].items()
+    ]
+    more = [[pair, _shown(figure, 2)] for pair, figure in figures["more_features"].items()]
+    pairs = {f"SAE error ({tokens} tokens), Dice loss": f for tokens, f in figures["error_and_dice"].items()}
+    pairs |= {f"heatmap IoU, mask IoU ({name} slots)": f for name, f in figures["heatmap_and_mask"].items()}
+    correlations = [
+        [name, figure["num_pairs"], _shown(figure["pearson"]), _shown(figure["spearman"])]
+        for name, figure in pairs.items()
+    ]
+    parts = [
         f"{samples['all']} samples, {samples['with_target']} with a target ({samples['objects']} objects), "
         f"{samples['without_kept_slot']} of them without a kept slot; gIoU {_shown(figures['iou'])}.",
-        "",
         "**(a) Active features per token**",
-        "",
-        "| tokens | features per token | tokens | samples |",
-        "|---|---|---|---|",
+        markdown_table(["tokens", "features per token", "tokens", "samples"], per_token),
+        markdown_table(["difference", "features per token"], more),
+        "**(b) Share of the instance's pixels in the top k % of the image tokens**",
+        *_coverage_parts(figures["coverage"]),
+        "**(c), (d) Correlations**",
+        markdown_table(["pair", "n", "Pearson", "Spearman"], correlations),
     ]
-    for place, figure in figures["features_per_token"].items():
-        numbers = f"{figure['num_tokens']} | {figure['num_samples']}"
-        lines.append(f"| {place} | {_shown(figure, 2)} | {numbers} |")
-    lines += ["", "| difference | features per token |", "|---|---|"]
-    lines += [f"| {pair} | {_shown(figure, 2)} |" for pair, figure in figures["more_features"].items()]
-    lines += ["", "**(b) Share of the instance's pixels in the top k % of the image tokens**", ""]
-    lines += _coverage_lines(figures["coverage"])
-    lines += ["", "**(c), (d) Correlations**", "", "| pair | n | Pearson | Spearman |", "|---|---|---|---|"]
-    rows = {f"SAE error ({tokens} tokens), Dice loss": f for tokens, f in figures["error_and_dice"].items()}
-    rows |= {f"heatmap IoU, mask IoU ({name} slots)": f for name, f in figures["heatmap_and_mask"].items()}
-    for name, figure in rows.items():
-        cells = (str(figure["num_pairs"]), _shown(figure["pearson"]), _shown(figure["spearman"]))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    return "\n\n".join(parts) + "\n"
 
 
-def _coverage_lines(coverage: dict[str, Any] | None) -> list[str]:
+def _coverage_parts(coverage: dict[str, Any] | None) -> list[str]:
     if coverage is None:
         return ["No sample has a target that the model sees."]
     rules = [rule for rule in RULES if rule in coverage]
-    lines = ["| k % | " + " | ".join(RULES[rule] for rule in rules) + " | random |", "|---" * (len(rules) + 2) + "|"]
-    for place, percent in enumerate(coverage["percent"]):
-        cells = [_shown(coverage[rule][place]) for rule in rules]
-        lines.append(f"| {percent} | {' | '.join(cells)} | {coverage['random'][place]:.3f} |")
+    curves = [
+        [percent, *(_shown(coverage[rule][place]) for rule in rules), f"{coverage['random'][place]:.3f}"]
+        for place, percent in enumerate(coverage["percent"])
+    ]
     names = {rule: f"{RULES[rule]}, less random" for rule in rules}
     names |= {"activation - others": "the instance less other objects, both by sum of activations"}
-    lines += ["", "| mean over the curve | |", "|---|---|"]
-    return lines + [f"| {names[name]} | {_shown(figure)} |" for name, figure in coverage["area"].items()]
+    areas = [[names[name], _shown(figure)] for name, figure in coverage["area"].items()]
+    return [
+        markdown_table(["k %", *(RULES[rule] for rule in rules), "random"], curves),
+        markdown_table(["mean over the curve", ""], areas),
+    ]
 
 
 def _shown(figure: dict[str, Any], digits: int = 3) -> str:
@@ -84,11 +88,7 @@ def plot_claims(figures: dict[str, Any], records: Sequence[ClaimRecord]) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    figure = Figure(figsize=(10, 7.6), dpi=120, layout="constrained")
+    figure = new_figure((10, 7.6), dpi=120, layout="constrained")
     panels = figure.subplots(2, 2)
     _bars(panels[0, 0], figures["features_per_token"])
     _curves(panels[0, 1], figures["coverage"])
@@ -113,10 +113,8 @@ def plot_claims(figures: dict[str, Any], records: Sequence[ClaimRecord]) -> Any:
 
 def _bars(axes: Any, places: dict[str, Any]) -> None:
     known = {place: figure for place, figure in places.items() if figure["value"] is not None}
-    values = np.array([figure["value"] for figure in known.values()])
-    below = np.clip(values - [figure["low"] for figure in known.values()], 0, None)
-    above = np.clip([figure["high"] for figure in known.values()] - values, 0, None)
-    axes.bar(list(known), values, yerr=[below, above], color=COLOURS["activation"], ecolor=INK, capsize=3)
+    values, errors = error_sizes(list(known.values()))
+    axes.bar(list(known), values, yerr=errors, color=COLOURS["activation"], ecolor=INK, capsize=3)
     axes.set(ylabel="active features per token")
 
 

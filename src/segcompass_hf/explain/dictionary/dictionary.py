@@ -13,12 +13,12 @@ import numpy as np
 from torch import nn
 from transformers.utils import logging
 
-from ...data.scenes.names import scenes_objects
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
 from .labels import derive_labels
 from .objects import NamedObjects, normalize_word, target_objects
+from .page import write_page
 from .reading import ConceptReader
 
 logger = logging.get_logger(__name__)
@@ -290,8 +290,6 @@ class ConceptDictionary:
             max_features (`int`, defaults to 2000): Features shown, labelled ones first, then by density; those that
                 never fired are left out.
         """
-        from .page import write_page
-
         write_page(self, path, max_features)
 
 
@@ -331,4 +329,4 @@ def _word_and_share(word: Any) -> tuple[str, float]:
     return (word["word"], word["share"]) if isinstance(word, dict) else word
 
 
-__all__ = ["ConceptDictionary", "ConceptEntry", "scenes_objects", "target_objects"]
+__all__ = ["ConceptDictionary", "ConceptEntry", "target_objects"]

@@ -66,7 +66,7 @@ def build_app(live: LiveModel, scenes: bool = False, note: str = "") -> gr.Block
                 picture.preprocess = _readable(picture.preprocess)
                 instruction = gr.Textbox(
                     label="What to find",
-                    placeholder="the large red circle left of the blue square",
+                    placeholder=_example(scenes),
                     max_length=MAX_INSTRUCTION,
                     elem_id="instruction",
                 )
@@ -213,6 +213,15 @@ def _reset(session: Session | None) -> list[Any]:
         *sliders,
         *((gr.skip(), gr.skip()) if session is None else (session.answer.picture(), _found(session.answer))),
     ]
+
+
+def _example(scenes: bool) -> str:
+    """An instruction that shows what may be asked."""
+    if not scenes:
+        return "the mug that is easiest to reach"
+    from ...data.scenes import sample
+
+    return sample("val", 5).instruction.text
 
 
 def _another_scene() -> tuple[dict[str, Any], str]:

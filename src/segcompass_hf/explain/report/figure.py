@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from ...figure import (
     SegmentationRow,
     draw_picture,
     draw_row,
+    figure_of_rows,
     outline,
     row_height,
     slot_colour,
@@ -24,15 +25,12 @@ from ...figure import (
 )
 from .payload import spell
 
-if TYPE_CHECKING:
-    from ..explanation import Explanation, MaskExplanation
-
 MAX_BARS = 10  # concepts of a mask
 AGAINST = "#8A8F9C"
 LABEL_LENGTH = 26  # characters
 
 
-def plot(explanation: Explanation) -> Any:
+def plot(explanation: Any) -> Any:
     """Draw an explanation.
 
     Above: image, masks, every slot's heatmap, the reasoning. Then for every mask: the patches that its concepts read,
@@ -48,16 +46,9 @@ def plot(explanation: Explanation) -> Any:
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'segcompass_hf[demo]'.") from error
     answer = _answer(explanation)
     heights = [row_height(answer)] * (1 + len(explanation.masks))
-    figure = Figure(figsize=(3 * PANEL + TEXT_WIDTH, sum(heights)), dpi=130, facecolor="white")
-    FigureCanvasAgg(figure)
-    strips = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    figure, strips = figure_of_rows(heights)
     draw_row(strips[0], answer, heights[0])
     for strip, mask, height in zip(strips[1:], explanation.masks, heights[1:], strict=True):
         grid = strip.add_gridspec(
@@ -77,7 +68,7 @@ def plot(explanation: Explanation) -> Any:
     return figure
 
 
-def token_weights(mask: MaskExplanation) -> dict[int, float]:
+def token_weights(mask: Any) -> dict[int, float]:
     """How much each token was read for a mask: |contribution| summed over the listed concepts, over the largest."""
     sums: dict[int, float] = {}
     for concept in mask.concepts:
@@ -87,7 +78,7 @@ def token_weights(mask: MaskExplanation) -> dict[int, float]:
     return {position: value / top for position, value in sums.items()} if top > 0 else {}
 
 
-def _answer(explanation: Explanation) -> SegmentationRow:
+def _answer(explanation: Any) -> SegmentationRow:
     kept = [mask for mask in explanation.masks if mask.kept]
     size = explanation.image.size[::-1]
     return SegmentationRow(
@@ -102,7 +93,7 @@ def _answer(explanation: Explanation) -> SegmentationRow:
     )
 
 
-def _draw_patches(axes: Any, explanation: Explanation, mask: MaskExplanation, weights: dict[int, float]) -> None:
+def _draw_patches(axes: Any, explanation: Any, mask: Any, weights: dict[int, float]) -> None:
     """The picture in the dark, lit where the mask's concepts were read."""
     pixels = np.asarray(explanation.image.convert("RGB"), dtype=np.float32) / 255
     light = np.full(pixels.shape[:2], 0.25, dtype=np.float32)
@@ -114,7 +105,7 @@ def _draw_patches(axes: Any, explanation: Explanation, mask: MaskExplanation, we
     outline(axes, mask.mask, slot_colour(mask.slot), linewidths=1.6, linestyles="solid" if mask.kept else "dotted")
 
 
-def _draw_shares(strip: Any, cell: Any, mask: MaskExplanation) -> None:
+def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
     concepts = mask.concepts[:MAX_BARS]
     # Labels stand left of the bars, in a part of the panel of their own.
     axes = strip.add_subplot(cell.subgridspec(1, 2, width_ratios=[0.36, 0.64], wspace=0)[1])
@@ -147,7 +138,7 @@ def _name(concept: Any) -> str:
     return textwrap.shorten(text, LABEL_LENGTH, placeholder=" …").replace("$", r"\$")
 
 
-def _draw_words(axes: Any, explanation: Explanation, mask: MaskExplanation, weights: dict[int, float]) -> None:
+def _draw_words(axes: Any, explanation: Any, mask: Any, weights: dict[int, float]) -> None:
     """Instruction and reasoning, set word by word, each on its tint; what does not fit is cut."""
     from matplotlib.colors import to_rgb
 

@@ -3,34 +3,27 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
-import re
 import tempfile
 from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from ...pages import fill_page
 from .payload import payload
-
-if TYPE_CHECKING:
-    from ..explanation import Explanation
 
 _SCRIPTS = ("shapes.js", "parts.js", "report.js")
 _MASKS_PER_TITLE = {0: "No object found", 1: "1 object found"}
 
 
-def to_html(explanation: Explanation, path: str | os.PathLike) -> Path:
+def to_html(explanation: Any, path: str | os.PathLike) -> Path:
     """Write an explanation as one self-contained page.
 
     The page shows the image with its masks, words and patches lit by the concept that is chosen, heatmaps, ranked
     concepts, and what a mask becomes without a concept. It fetches nothing (its content policy forbids it), everything
     the user or the model wrote is shown as text, and it works with a keyboard, on a phone and in a dark room. Pictures
     are at most 1024 pixels wide or high on the page, masks 512 and heatmaps 256, whatever the image; see
-    [`report_payload.payload`].
+    [`~report.payload.payload`].
 
     Args:
         explanation ([`Explanation`]): From [`explain`].
@@ -56,7 +49,7 @@ def to_html(explanation: Explanation, path: str | os.PathLike) -> Path:
     return path
 
 
-def to_page(explanation: Explanation) -> str:
+def to_page(explanation: Any) -> str:
     """The page itself; see [`to_html`].
 
     Returns:
@@ -65,13 +58,8 @@ def to_page(explanation: Explanation) -> str:
     from ... import __version__
 
     content = payload(explanation)
-    style, script = _template("report.css"), "\n".join(_template(name) for name in _SCRIPTS)
     found = sum(mask.kept for mask in explanation.masks)
     values = {
-        "POLICY": escape(
-            f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}; "
-            "base-uri 'none'; form-action 'none'"
-        ),
         "TITLE": escape(f"Why: {' '.join(explanation.instruction.split())[:120]}"),
         "INSTRUCTION": escape(explanation.instruction),
         "FOUND": _MASKS_PER_TITLE.get(found, f"{found} objects found"),
@@ -81,21 +69,8 @@ def to_page(explanation: Explanation) -> str:
         "WIDTH": str(explanation.image.width),
         "HEIGHT": str(explanation.image.height),
         "VERSION": __version__,
-        "STYLE": style,
-        "SCRIPT": script,
-        # `<` escaped: nothing in the data can end the element that holds it.
-        "DATA": json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _template("report.html"))
-
-
-def _template(name: str) -> str:
-    return (resources.files("segcompass_hf.explain") / "templates" / name).read_text("utf-8").strip()
-
-
-def _hash(text: str) -> str:
-    """The source of an inline element, as a content policy names it."""
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+    return fill_page("segcompass_hf.explain", "report.html", "report.css", _SCRIPTS, content, values)
 
 
 def _umask() -> int:

@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...figure import slot_colour
-from ..explanation import mask_to_rle
-
-if TYPE_CHECKING:
-    from ..explanation import Ablation, ConceptAttribution, Explanation, MaskExplanation, Token
+from ...pages import picture_address
 
 MAX_IMAGE_SIDE = 1024  # pixels
 MAX_MASK_SIDE = 512  # pixels
@@ -43,7 +38,7 @@ class MaskPool:
         return self._numbers[key]
 
 
-def payload(explanation: Explanation) -> dict[str, Any]:
+def payload(explanation: Any) -> dict[str, Any]:
     """Everything the page shows.
 
     Sizes are bounded whatever the image: the picture by `MAX_IMAGE_SIDE`, masks by `MAX_MASK_SIDE`, heatmaps by
@@ -85,7 +80,7 @@ def payload(explanation: Explanation) -> dict[str, Any]:
 _SHOWN_KINDS = ("question", "image", "reasoning", "reference")
 
 
-def _mask(mask: MaskExplanation, pool: MaskPool) -> dict[str, Any]:
+def _mask(mask: Any, pool: MaskPool) -> dict[str, Any]:
     return {
         "slot": int(mask.slot),
         "score": _number(mask.score),
@@ -106,7 +101,7 @@ def _mask(mask: MaskExplanation, pool: MaskPool) -> dict[str, Any]:
     }
 
 
-def _concept(concept: ConceptAttribution, pool: MaskPool) -> dict[str, Any]:
+def _concept(concept: Any, pool: MaskPool) -> dict[str, Any]:
     ordered = sorted(concept.tokens, key=lambda token: -abs(token.contribution))
     return {
         "id": int(concept.feature),
@@ -124,7 +119,7 @@ def _concept(concept: ConceptAttribution, pool: MaskPool) -> dict[str, Any]:
     }
 
 
-def _ablation(ablation: Ablation, pool: MaskPool) -> dict[str, Any]:
+def _ablation(ablation: Any, pool: MaskPool) -> dict[str, Any]:
     return {
         "masks": [pool.add(mask) for mask in ablation.masks],
         "areas": [int(np.count_nonzero(mask)) for mask in ablation.masks],
@@ -135,11 +130,15 @@ def _ablation(ablation: Ablation, pool: MaskPool) -> dict[str, Any]:
     }
 
 
-def spell(tokens: Sequence[Token], text: str) -> list[list[Any]]:
+def spell(tokens: Sequence[Any], text: str) -> list[list[Any]]:
     """Lay tokens over the text they came from, so that its spaces and line breaks stay.
 
     Tokenizers differ in where a space belongs and how letters are normalised. A token that is not found, such as an
     unknown word's, stands for what the text has in its place, else it is written as it is.
+
+    Args:
+        tokens (list of [`Token`]): In order.
+        text (`str`): What they were made from.
 
     Returns:
         `list` of `[gap, position, word]`: what stands between this token and the one before, and the token.
@@ -166,6 +165,23 @@ def spell(tokens: Sequence[Token], text: str) -> list[list[Any]]:
     return spelled
 
 
+def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
+    """Uncompressed COCO RLE of a mask: lengths of the runs of 0 and 1 by turns, down the columns, 0 first.
+
+    Args:
+        mask (`np.ndarray` of shape `(H, W)`): bool.
+
+    ```python
+    >>> mask_to_rle(np.array([[0, 1], [0, 1]], dtype=bool))
+    {'size': [2, 2], 'counts': [2, 2]}
+    ```
+    """
+    flat = np.concatenate([[False], np.asarray(mask, dtype=bool).flatten(order="F")])
+    starts = np.flatnonzero(flat[1:] != flat[:-1])
+    counts = np.diff(np.concatenate([[0], starts, [flat.size - 1]]))
+    return {"size": list(mask.shape), "counts": counts.tolist()}
+
+
 def _number(value: Any) -> float | None:
     """Six digits are enough to show; JSON knows no NaN."""
     if value is None or not math.isfinite(value):
@@ -177,9 +193,9 @@ def _picture(image: Image.Image) -> str:
     """The image as a `data:` address; small ones without loss."""
     shown = image.convert("RGB")
     if max(shown.size) <= 256:
-        return _address(shown, "PNG", optimize=True)
+        return picture_address(shown, "PNG", optimize=True)
     shown = shown.resize(_fit(shown.size, MAX_IMAGE_SIDE), Image.Resampling.LANCZOS)
-    return _address(shown, "JPEG", quality=86, optimize=True)
+    return picture_address(shown, "JPEG", quality=86, optimize=True)
 
 
 def _heatmap(heatmap: np.ndarray) -> str:
@@ -194,7 +210,7 @@ def _heatmap(heatmap: np.ndarray) -> str:
     picture = Image.fromarray(index).convert("L")
     picture.putpalette(np.rint(palette).astype(np.uint8).flatten().tolist())
     alpha = np.rint(np.interp(np.arange(levels), [0, levels - 1], [0.45, 0.92]) * 255).astype(np.uint8)
-    return _address(picture, "PNG", optimize=True, transparency=alpha.tobytes())
+    return picture_address(picture, "PNG", optimize=True, transparency=alpha.tobytes())
 
 
 def _shrink_mask(mask: np.ndarray) -> np.ndarray:
@@ -210,9 +226,3 @@ def _fit(size: tuple[int, int], limit: int) -> tuple[int, int]:
     """(width, height) scaled down so that neither exceeds `limit` pixels."""
     scale = min(1.0, limit / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
-def _address(picture: Image.Image, form: str, **options: Any) -> str:
-    file = io.BytesIO()
-    picture.save(file, form, **options)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .card_facts import architecture_table, base_of_adapter, results_how, results_table, table
+from ...pages import markdown_table
+from .card_facts import architecture_table, base_of_adapter, results_how, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 LIBRARY = "transformers"
@@ -154,7 +155,8 @@ def render_model_card(
     }
     values |= {name: value for name, value in facts.items() if name not in _HEADER_FACTS}
     values |= text
-    values["quoted"] = table(["data set", "metric", "value"], quoted) if quoted else facts.get("quoted_missing")
+    table = markdown_table(["data set", "metric", "value"], quoted)
+    values["quoted"] = table if quoted else facts.get("quoted_missing")
     values |= {"repo_id": repo_id, "base": header.get("base_model")}
     values |= {"example_image": _address(example["src"], repo_id), "example_instruction": example["text"]}
     # What the template tests for has to be there: without a name it would read the header's field of that name.

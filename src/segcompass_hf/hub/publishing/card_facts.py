@@ -9,6 +9,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ...pages import markdown_table
+
 
 def architecture_table(folder: Path) -> str:
     """The parts of a checkpoint or adapter with their sizes, as a Markdown table."""
@@ -23,7 +25,7 @@ def architecture_table(folder: Path) -> str:
     else:
         lines += _model_lines(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     lines.append(["weights", f"{parameters / 1e6:,.1f} million, {size / 1e6:,.1f} MB"])
-    return table(["part", ""], lines)
+    return markdown_table(["part", ""], lines)
 
 
 def _model_lines(config: dict[str, Any]) -> list[list[str]]:
@@ -69,16 +71,14 @@ def results_table(evaluations: Sequence[dict[str, Any]]) -> str:
     """One line per data set, metrics with their intervals; empty without evaluations."""
     if not evaluations:
         return ""
+    from ...evaluation.report import figure_cell
+
     names = list(evaluations[0]["metrics"])
-    lines = [[run["dataset"], run["counts"]["samples"], *(_cell(run["metrics"].get(n)) for n in names)]
-             for run in evaluations]  # fmt: skip
-    return table(["data set", "samples", *names], lines)
-
-
-def _cell(figure: dict[str, float] | None) -> str:
-    if not figure or not figure["num_samples"]:
-        return "–"  # nothing bears on it
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+    lines = [
+        [run["dataset"], run["counts"]["samples"], *(figure_cell(run["metrics"].get(name)) for name in names)]
+        for run in evaluations
+    ]
+    return markdown_table(["data set", "samples", *names], lines)
 
 
 def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
@@ -103,10 +103,4 @@ def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    rows = [list(head), ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
-
-
-__all__ = ["architecture_table", "base_of_adapter", "results_how", "results_table", "table", "weight_counts"]
+__all__ = ["architecture_table", "base_of_adapter", "results_how", "results_table", "weight_counts"]

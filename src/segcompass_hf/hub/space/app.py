@@ -2,7 +2,7 @@
 
 import os
 
-from segcompass_hf.commands.common import BUNDLED_DOMAIN, load_checkpoint
+from segcompass_hf.checkpoint import BUNDLED_DOMAIN, load_checkpoint
 from segcompass_hf.explain.live.app import build_app, launch_options
 from segcompass_hf.explain.live.model import LiveModel
 

@@ -28,6 +28,7 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
         ValueError: `model_id` is no id on the Hub, or is also a path here: a Space sees no folder of this machine.
     """
     from ... import __version__
+    from ...pages import fill_template
 
     if model_id is not None and not _REPO_ID.fullmatch(model_id):
         raise ValueError(f"model {model_id!r} is no id on the Hub; a Space needs owner/name.")
@@ -46,5 +47,5 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
     }
     for name in FILES:
         text = (resources.files(__package__) / name).read_text("utf-8")
-        (folder / name).write_text(re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], text), "utf-8")
+        (folder / name).write_text(fill_template(text, values), "utf-8")
     return [folder / name for name in FILES]

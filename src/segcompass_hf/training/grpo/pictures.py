@@ -172,7 +172,7 @@ class SamplePictureLogger:
                 records.close()
 
     def _draw(self, sample: Mapping[str, Any], path: Path) -> bool:
-        from ...explain import SegmentationRow, plot_segmentations
+        from ...figure import SegmentationRow, plot_segmentations
 
         row = SegmentationRow(
             **{name: sample[name] for name in ("image", "instruction", "masks", "scores", "slots", "heatmaps")},

@@ -15,7 +15,7 @@ from ...configuration_segcompass import SegCompassConfig
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 
 if TYPE_CHECKING:
-    from .estimate import TrainingSetup
+    from .setup import TrainingSetup
 
 HEADS = ("codebook", "slot_encoder", "slot_mapper")
 
