@@ -147,8 +147,10 @@ class ScenesEvaluator:
         states, slots = own.reference_states, own.slots
 
         def from_states(reference_states: torch.Tensor, slots: torch.Tensor) -> Any:
-            heatmap_logits, slot_logits, pred_masks = self.model.predict_masks(reference_states, slots, emb, area)
-            return replace(own, heatmap_logits=heatmap_logits, slot_logits=slot_logits, pred_masks=pred_masks)
+            out = self.model.predict_masks(reference_states, slots, emb, area)
+            return replace(
+                own, heatmap_logits=out.heatmap_logits, slot_logits=out.slot_logits, pred_masks=out.pred_masks
+            )
 
         # Another sample's slots, from half a batch away.
         yield "slots shuffled", from_states(states, slots.roll(max(1, len(rows) // 2), dims=0))

@@ -19,12 +19,13 @@ from trl.models.utils import disable_gradient_checkpointing
 from ...generation_segcompass import HiddenStateCapture, run_last_token
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
+from ...reading_segcompass import MaskTargets, SequenceStates
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from ..fsdp import FinishShardingCallback
 from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
-from .forward import JointCall, add_joint_forward
+from .forward import JointCall, JointTargets, add_joint_forward
 from .one_cycle import OneCycle
 from .pictures import SamplePictureLogger, picture_sample
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
@@ -225,7 +226,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             as_generated = torch.cat([prompt_mask, torch.ones_like(written)], dim=1)
             with disable_gradient_checkpointing(core, self.args.gradient_checkpointing_kwargs):
                 run_last_token(capture, sequences, as_generated)
-        self._rollouts.set_states(capture.states(), sequences, prompt_mask, written)
+        self._rollouts.states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
         return completion_ids, logprobs
 
     @property
@@ -320,11 +321,17 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             batch["num_samples"] = max(samples, 1)
 
     def _compute_loss(self, model, inputs):
-        step = self.state.global_step
-        names = ("num_objects", "reshaped_input_sizes", "completion_mask", "num_segmentation_items", "num_samples")
-        targets = {name: inputs.get(name) for name in (*names, "segmentation_weights")}
-        targets |= {name: torch.stack(inputs[name]) for name in ("image_embeddings", "mask_labels")}
-        targets["loss_weights"] = self.args.loss_weights(self.core.config, step)
+        masks = MaskTargets(
+            torch.stack(inputs["mask_labels"]),
+            inputs["num_objects"],
+            num_items=inputs.get("num_segmentation_items"),
+            num_samples=inputs.get("num_samples"),
+            sample_weights=inputs.get("segmentation_weights"),
+            loss_weights=self.args.loss_weights(self.core.config, self.state.global_step),
+            decode="matched",
+        )
+        images = torch.stack(inputs["image_embeddings"])
+        targets = JointTargets(inputs["completion_mask"], images, inputs["reshaped_input_sizes"], masks)
         self._joint_call = JointCall(model, inputs, targets)
         try:
             loss = super()._compute_loss(model, inputs)

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
+from ...reading_segcompass import MaskTargets
 from ..loop.counts import WindowCounts, WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
@@ -108,13 +109,14 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
         shows_giou = model.training and self._is_logged_step()
-        output = model(
-            **inputs,
-            **logits_to_keep(self.segcompass.vlm, labels),
-            decode_masks="all" if shows_giou else "auto",
-            num_segmentation_items=counts.segmentation_items,
+        targets = MaskTargets(
+            inputs["mask_labels"],
+            inputs["num_objects"],
+            num_items=counts.segmentation_items,
             num_samples=counts.samples,
+            decode="all" if shows_giou else "auto",
         )
+        output = model(**inputs, **logits_to_keep(self.segcompass.vlm, labels), targets=targets)
         language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
         loss = output.losses.loss
         # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
