@@ -117,7 +117,7 @@ class TestStagedFolder:
         )
         process = run(script, tmp_path / "out", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         process.stdout.readline()
-        with pytest.raises(FileExistsError, match="another process is writing .*out"), staged_folder(tmp_path / "out"):
+        with pytest.raises(FileExistsError, match="another build is writing .*out"), staged_folder(tmp_path / "out"):
             pass
         process.communicate(b"\n")
         assert process.returncode == 0 and names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]

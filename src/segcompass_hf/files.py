@@ -154,7 +154,7 @@ def staged_folder(output: str | os.PathLike) -> Iterator[Path]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise FileExistsError(f"another process is writing {output}; wait for it, or name another folder.") from error
+        raise FileExistsError(f"another build is writing {output}; wait for it, or name another folder.") from error
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()
