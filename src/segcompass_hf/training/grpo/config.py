@@ -56,6 +56,8 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
         sample_pictures_steps (`int`, defaults to 0): Every so many optimizer steps, pictures with masks and reasoning
             are written to `output_dir/samples` and to the trackers; 0 writes none.
         num_sample_pictures (`int`, defaults to 4): Pictures each time.
+        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
+            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "switched_loss_weights"]
@@ -102,6 +104,7 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
     )
     sample_pictures_steps: int = field(default=0, metadata={"help": "Steps between sample pictures; 0: none."})
     num_sample_pictures: int = field(default=4, metadata={"help": "Sample pictures each time."})
+    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():

@@ -21,6 +21,7 @@ from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets, SequenceStates
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
+from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
 from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
@@ -140,6 +141,10 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             args.num_sample_pictures,
             self.callback_handler.callbacks,
         )
+        cache = open_embedding_cache(self, self.core, self.processing_class)
+        self._target_processor = (
+            self.processing_class if cache is None else cache.caching_processor(self.processing_class)
+        )
         add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(FinishShardingCallback())
@@ -200,7 +205,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
         device, overflow = self.accelerator.device, self.args.overflow
-        targets = segmentation_targets(inputs, self.processing_class, self.core, device, overflow)
+        targets = segmentation_targets(inputs, self._target_processor, self.core, device, overflow)
         self._rollouts = RolloutMasks(targets)
         # The reference is scored in the training forward, from the policy's own states.
         beta, self.beta = self.beta, 0.0

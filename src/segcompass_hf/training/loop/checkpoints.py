@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
+from ...files import flush_to_disk, follow_umask
 from .weights import check_shards_fit, check_weights_fit
 
 logger = logging.get_logger(__name__)
@@ -30,21 +31,10 @@ def list_files(folder: str | Path) -> None:
     sizes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LIST_OF_FILES):
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-        _flush(file)
+        flush_to_disk(file)
     listing = folder / LIST_OF_FILES
     listing.write_text(json.dumps(sizes, indent=1))
-    _flush(listing)
-
-
-def _flush(path: Path) -> None:
-    """A rename may reach the disk before the content does, were the machine to stop."""
-    if os.name == "nt":
-        return  # it flushes neither folders nor files opened to read
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(listing)
 
 
 def what_is_missing(folder: str | Path) -> str | None:
@@ -130,7 +120,7 @@ def publish(aside: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     aside.rename(final)
-    _flush(final.parent)
+    flush_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -189,6 +179,7 @@ class WholeCheckpointsMixin:
         self._note_best(aside, final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            follow_umask(aside)
             list_files(aside)
             publish(aside, final)
         self.accelerator.wait_for_everyone()
@@ -201,6 +192,11 @@ class WholeCheckpointsMixin:
         if self.args.should_save:
             self._rotate(run_dir)
             shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not self._saving_aside:
+            follow_umask(self.args.output_dir if output_dir is None else output_dir)
 
     def _note_best(self, aside: Path, final: Path) -> None:
         """The best checkpoint is known by its final name; the state, written before, is corrected."""

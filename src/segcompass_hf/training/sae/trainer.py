@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, Trainer
 from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
+from ...files import write_whole
 from ...modeling_sae import SegCompassSae
 from ...token_places import Name, target_names
 from ..loop.means import MetricMeans
@@ -225,10 +226,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     def _write_density(self) -> None:
         record = {"step": self.state.global_step} | density_histogram(self.firing.fired, self.firing.tokens)
-        path = os.path.join(self.args.output_dir, "feature_density.json")
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-        os.replace(f"{path}.part", path)
+        write_whole(os.path.join(self.args.output_dir, "feature_density.json"), json.dumps(record, indent=1))
 
     @torch.no_grad()
     def start_from_data(self) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
 from ...reading_segcompass import MaskTargets
+from ..embeddings import open_embedding_cache
 from ..loop.counts import WindowCounts, WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
@@ -91,6 +92,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             from ..fsdp import FinishShardingCallback
 
             self.add_callback(FinishShardingCallback())
+        self._eval_processor = self._use_embedding_cache()
         self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
         if args.slots_alone_share or args.drop_references_share:
             self.segcompass.slot_mapper.register_forward_pre_hook(self._drop_references)
@@ -100,6 +102,20 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         """The model itself, without wrappers of processes and adapters."""
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def _use_embedding_cache(self) -> Any:
+        """Give it to the collators; returns the processor whose inputs come from it, for evaluation."""
+        cache = open_embedding_cache(self, self.segcompass, self.processing_class)
+        if cache is None:
+            return self.processing_class
+        for collator in {id(collator): collator for collator in (self.data_collator, self.eval_collator)}.values():
+            if not hasattr(collator, "embedding_cache"):
+                raise ValueError(
+                    f"embedding_cache_dir needs a collator that reads it, and data_collator is a "
+                    f"{type(collator).__name__}; use a SegmentationCollator, or leave the setting out."
+                )
+            collator.embedding_cache = cache
+        return cache.caching_processor(self.processing_class)
 
     # Losses
 
@@ -216,7 +232,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         limit = self.args.eval_max_new_tokens
         scored = segment_and_score(
             self.segcompass,
-            self.processing_class,
+            self._eval_processor,
             FirstRows(rows, num_rows, self.accelerator.process_index, self.accelerator.num_processes),
             self.args.per_device_eval_batch_size,
             **({} if limit is None else {"max_new_tokens": limit}),
