@@ -21,7 +21,10 @@ FIELDS = ("heatmap_logits", "slot_logits", "pred_masks", "slots", "reference_sta
 def inputs_of(training: bool = True):
     """Two rows of different length, so that the first is padded on the left."""
     images, words = [tiny.tiny_image(0, (40, 30)), tiny.tiny_image(1, (50, 44))], ["the largest circle", "squares"]
-    answers = {"reasoning": ["there is one", "I see two"], "masks": [tiny.tiny_mask(1, (40, 30)), tiny.tiny_mask(2, (50, 44))]}
+    answers = {
+        "reasoning": ["there is one", "I see two"],
+        "masks": [tiny.tiny_mask(1, (40, 30)), tiny.tiny_mask(2, (50, 44))],
+    }
     return tiny.tiny_processor()(
         images=images, instruction=words, return_tensors="pt", **(answers if training else {})
     )
@@ -50,7 +53,8 @@ def test_it_is_what_forward_does(training):
     read = model.read_masks(states, embeddings, sizes, targets, output_concepts=True, output_slot_attentions=True)
     assert (read.pred_masks is None) == training  # matched slots only
     for name in (*FIELDS, "segmentation_loss", "confidence_loss"):
-        assert read[name] is None if expected[name] is None else torch.equal(read[name], expected[name]), name
+        mine, theirs = getattr(read, name), getattr(expected, name)
+        assert mine is theirs is None or torch.equal(mine, theirs), name
     assert torch.equal(read.concepts.values, expected.concepts.values)
     for mine, theirs in zip(read.slot_attentions, expected.slot_attentions, strict=True):
         assert torch.equal(mine, theirs)

@@ -38,6 +38,7 @@ class LoadingMixin:
     Its heir is a `PreTrainedModel` that is made as `cls(config, vlm=..., sam=..., sae=...)` and adds the heads.
     """
 
+    config: SegCompassConfig
     sam: PreTrainedModel
     sae: PreTrainedModel
     codebook: nn.Module
