@@ -3,7 +3,6 @@
 
 import math
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import nn
@@ -102,20 +101,9 @@ class SegCompassForReasoningSegmentation(
         # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
-    def freeze_for_training(self, train_token_rows: Literal["head", "none", "both"] | None = None):
-        """Leave trainable what the method trains; see `freezing_segcompass`. Returns the model.
-
-        Args:
-            train_token_rows (`str`, *optional*): `config.train_token_rows` when left out.
-        """
-        freeze_for_training(self, train_token_rows or self.config.train_token_rows)
-        return self
-
-    def parameter_groups(
-        self, learning_rate: float, weight_decay: float = 0.0, factors: dict[str, float] | None = None
-    ) -> list[dict]:
-        """Optimizer groups: learning rates by part, no decay where rows are frozen. See `freezing_segcompass`."""
-        return parameter_groups(self, learning_rate, weight_decay, factors)
+    # Functions of `freezing_segcompass`, which take the model first.
+    freeze_for_training = freeze_for_training
+    parameter_groups = parameter_groups
 
     def forward(
         self,
@@ -265,17 +253,11 @@ class SegCompassForReasoningSegmentation(
     def with_concept_states(
         self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs
     ) -> SequenceStates:
-        """The states with those that concepts are read from: the same, except with `concept_input="duplicated"`.
-
-        A second pass then reads the input of the original code, for its checkpoints only.
-
-        Args:
-            states ([`SequenceStates`]): Of the first pass.
-            interventions (*optional*): On the residual stream, as in that pass.
-            vlm_inputs: What else the VLM was given.
+        """The states with those that concepts are read from: the same, but with `concept_input="duplicated"`, where a
+        second pass of the VLM (its other inputs: `vlm_inputs`) reads what the original code lets its SAE read.
 
         Raises:
-            ValueError: The input is to be duplicated, but there is no `completion_mask`.
+            ValueError: The completion is to be duplicated, but there is no `completion_mask`.
         """
         if self.config.concept_input != "duplicated":
             return states

@@ -41,15 +41,8 @@ def duplicated_inputs(
     pad_token_id: int,
     image_token_id: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Ids, attention mask and position ids, each `(batch_size, sequence_length)`, of the pass that the SAE reads.
-
-    [`duplicate_completion`] from where the first row's completion begins, without image placeholders too many.
-
-    Args:
-        input_ids, attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): Of the first pass.
-        completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 on the completion.
-        pad_token_id (`int`): Fills the left.
-        image_token_id (`int`, *optional*): The image placeholder.
+    """The pass that the SAE reads: [`duplicate_completion`] from where the first completion of the batch begins, and
+    [`limit_image_tokens`]. Arguments and what it returns (ids, mask, positions) have the shape of `input_ids`.
 
     Raises:
         ValueError: `completion_mask` is `None`.

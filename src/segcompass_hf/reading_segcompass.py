@@ -114,8 +114,7 @@ class SequenceStates:
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
     ) -> "SequenceStates":
-        """From captured `(layer_states, last_states)` of `sequences`, whose prompts and answers have masks of their
-        own: `prompt_mask` `(batch_size, prompt_length)` and `written` `(batch_size, completion_length)`."""
+        """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         return cls(*states, sequences, attention_mask, torch.cat([torch.zeros_like(prompt_mask), written], dim=1))
@@ -178,7 +177,7 @@ def gather_reference_states(
 class ReadingMixin:
     """The steps from states to masks, each of use on its own (ablations, attribution, trainers), and all of them.
 
-    Of its heir it needs the modules and the configuration named below, and `training` of `nn.Module`.
+    Its heir is an `nn.Module` with the configuration and the modules named here.
     """
 
     config: SegCompassConfig
@@ -291,12 +290,12 @@ class ReadingMixin:
             maps = mapped.heatmap_logits if decode_slots is None else mapped.heatmap_logits[:, list(decode_slots)]
             output.pred_masks = decode(maps) if maps.shape[1] else None
             return output
-        masks = partial(_decode_matched, decode, mapped.heatmap_logits)
         if targets.decode == "all" or (targets.decode == "auto" and not self.training):
-            masks = output.pred_masks = decode(mapped.heatmap_logits)
+            output.pred_masks = decode(mapped.heatmap_logits)
+        masks = output.pred_masks
         losses = segmentation_loss(
             mapped.heatmap_logits,
-            masks,
+            (lambda found: decode(mapped.heatmap_logits, pairs=found.pairs)) if masks is None else masks,
             mapped.slot_logits,
             targets.mask_labels,
             targets.num_objects,
@@ -344,11 +343,6 @@ class ReadingMixin:
         output = self.predict_masks(reference_states, encoded.slots, image_embeddings, reshaped_input_sizes, targets)
         output.concepts, output.slot_attentions = concepts if output_concepts else None, encoded.attentions
         return output
-
-
-def _decode_matched(decode, heatmap_logits: torch.Tensor, assignments: SlotAssignments) -> torch.Tensor:
-    """Masks `(num_pairs, 4h, 4w)` of the matched slots alone."""
-    return decode(heatmap_logits, pairs=assignments.pairs)
 
 
 __all__ = ["MaskTargets", "SegCompassOutput", "SequenceStates"]

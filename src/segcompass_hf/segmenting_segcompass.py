@@ -222,11 +222,9 @@ class SegmentingMixin(ReadingMixin):
             )
 
     def _max_new_tokens(self, max_new_tokens: int | None, kwargs: dict) -> int:
-        if max_new_tokens is None:
-            max_new_tokens = getattr(kwargs.get("generation_config"), "max_new_tokens", None)
-        if max_new_tokens is None:
-            max_new_tokens = self.config.max_reasoning_tokens + self.config.num_slots + 3
-        return max_new_tokens
+        given = (max_new_tokens, getattr(kwargs.get("generation_config"), "max_new_tokens", None))
+        default = self.config.max_reasoning_tokens + self.config.num_slots + 3
+        return next((number for number in given if number is not None), default)
 
     def _generate_arguments(self, kwargs: dict, processors: list, end_ids: list[int]) -> dict:
         """What `generate` gets beside the prompt: the caller's arguments, greedy decoding, a cache that can grow."""
