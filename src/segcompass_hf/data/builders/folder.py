@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from .annotation_files import find_annotations, read_lines
+from .annotation_files import find_annotations, named_splits, read_lines
 from .build_report import BuildReport, RowProblem
 from .own_masks import FORMS, objects_of, union_of
 from .rows import EXIF_ORIENTATION, SampleIds, dataset_from_rows, image_size, kind_by_number, make_row, usable_rows
@@ -122,11 +122,7 @@ class _FolderRows:
 
     def _check_splits(self) -> bool:
         """Whether lines say their split."""
-        found: Counter[str | None] = Counter()
-        for _, fields in read_lines(self.path):
-            if not isinstance(fields, RowProblem):
-                found[_text(fields.get("split")) or None] += 1
-        named = {name: count for name, count in found.items() if name is not None}
+        named = named_splits(self.path)
         if not named:
             if self.split != "train" and self.path.stem != self.split and self.path.parent.name != self.split:
                 logger.warning(
