@@ -10,7 +10,7 @@ import shutil
 import socket
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,8 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
             mode = part.stat().st_mode
         yield part
         if part.stat().st_mode != mode:
-            part.chmod(mode)
+            with suppress(OSError):  # some mounted disks have one mode for all
+                part.chmod(mode)
         if durable:
             flush_to_disk(part)
         os.replace(part, path)
@@ -116,7 +117,8 @@ def follow_umask(folder: str | os.PathLike) -> None:
             continue
         mode = path.stat().st_mode
         if not mode & 0o077:
-            path.chmod(mode | (path.parent.stat().st_mode & 0o666))
+            with suppress(OSError):  # some mounted disks have one mode for all
+                path.chmod(mode | (path.parent.stat().st_mode & 0o666))
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
@@ -155,6 +157,8 @@ def staged_folder(output: str | os.PathLike) -> Iterator[Path]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise FileExistsError(f"another build is writing {output}; wait for it, or name another folder.") from error
+    except NotImplementedError:
+        pass  # a disk without locks: who comes second is refused at the end
     try:
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir()

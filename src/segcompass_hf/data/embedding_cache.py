@@ -40,6 +40,10 @@ class CacheSize(NamedTuple):
     free: int
 
 
+class MissingEmbeddingsError(ValueError):
+    """Images are not in the cache, and who asks can only read."""
+
+
 class EmbeddingCache:
     """Image -> SAM embedding, from disk where it has been computed before.
 
@@ -97,8 +101,6 @@ class EmbeddingCache:
         self._stores_new, self._state, self.shards = True, None, None
         self._check_key()
 
-    # Keys
-
     def refresh_key(self) -> str:
         """Read the encoder's weights anew; returns the key of the encoder, which is the name of the shards' folder."""
         self._state = None
@@ -121,19 +123,13 @@ class EmbeddingCache:
             self.encoder_key = key
             self.shards = TensorShards(self.folder / key, identity=key, **self._limits)
             weakref.finalize(self, _flush_at_exit, self.shards, os.getpid())
-            self._write_description(description)
+            path = self.folder / key / "encoder.json"  # for those who wonder what a folder is
+            if not path.exists():
+                write_whole(path, json.dumps(description, indent=2, sort_keys=True))
         self._state = state
-
-    def _write_description(self, description: dict[str, Any]) -> None:
-        """For those who wonder what a folder is."""
-        path = self.folder / self.encoder_key / "encoder.json"
-        if not path.exists():
-            write_whole(path, json.dumps(description, indent=2, sort_keys=True))
 
     def __len__(self) -> int:
         return len(self.shards)
-
-    # Use
 
     def get(self, images: Sequence[Any]) -> torch.Tensor:
         """Embeddings of images; what is missing is encoded and kept.
@@ -145,7 +141,8 @@ class EmbeddingCache:
             `torch.Tensor` of shape `(num_images, channels, height, width)`: on the CPU, in the cache's dtype.
 
         Raises:
-            ValueError: an image is missing and this copy cannot encode it, or an embedding does not fit the dtype.
+            MissingEmbeddingsError: (a `ValueError`) An image is missing and this copy cannot encode it.
+            ValueError: An embedding does not fit the dtype.
         """
         self._check_key()
         images = [to_rgb_image(image) for image in images]
@@ -157,24 +154,18 @@ class EmbeddingCache:
 
     def sam_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What the model takes in place of `sam_pixel_values`: `image_embeddings`, and the images' sizes."""
-        if self.missing == "pixels" and self._only_reads and not self._holds(images):
+        try:
+            embeddings = self.get(images)
+        except MissingEmbeddingsError:
+            if self.missing == "error":
+                raise
             return self.processor._sam_inputs(images)
         sizes = [(image.height, image.width) for image in images]
         return {
-            "image_embeddings": self.get(images),
+            "image_embeddings": embeddings,
             "original_sizes": torch.tensor(sizes),
             "reshaped_input_sizes": torch.tensor([resized_size(size, self.processor.canvas_size) for size in sizes]),
         }
-
-    @property
-    def _only_reads(self) -> bool:
-        return self.model is None or get_worker_info() is not None
-
-    def _holds(self, images: Sequence[Image.Image]) -> bool:
-        keys = {image_key(image) for image in images}
-        if any(key not in self.shards for key in keys):
-            self.shards.refresh()
-        return all(key in self.shards for key in keys)
 
     def caching_processor(self, processor: Any) -> Any:
         """A copy of a processor whose inputs hold `image_embeddings` of this cache in place of `sam_pixel_values`."""
@@ -246,16 +237,10 @@ class EmbeddingCache:
     def __exit__(self, *exception: Any) -> None:
         self.flush()
 
-    def reading_copy(self) -> EmbeddingCache:
-        """A copy that leaves the model behind, and reads."""
-        return copy.deepcopy(self)
-
     def __getstate__(self) -> dict[str, Any]:
         """Copies leave the model behind, and read."""
         self.flush()
         return self.__dict__ | {"model": None, "_state": None}
-
-    # Encoding
 
     def _encode_missing(self, images: dict[str, Image.Image], must_store: bool = False) -> dict[str, torch.Tensor]:
         """Embeddings of images whose keys were not there. Those that no other process has added are encoded."""
@@ -263,8 +248,8 @@ class EmbeddingCache:
             self.shards.refresh()
         found = {key: self.shards.get(key) for key in images if key in self.shards}
         missing = [key for key in images if key not in found]
-        if missing and self._only_reads:
-            raise ValueError(
+        if missing and (self.model is None or get_worker_info() is not None):
+            raise MissingEmbeddingsError(
                 f"{len(missing)} images of a batch are not in the embedding cache {os.fspath(self.folder)!r}, and "
                 "data loader workers and copies of a cache only read: call cache.fill(rows) before, or no workers."
             )
@@ -272,8 +257,13 @@ class EmbeddingCache:
             keys = missing[start : start + self.batch_size]
             for key, embedding in zip(keys, self._encode([images[key] for key in keys]), strict=True):
                 found[key] = embedding
-                if must_store or self._stores_new:
-                    self._store(key, embedding, must_store)
+                try:
+                    if must_store or self._stores_new:
+                        self.shards.put(key, embedding)
+                except OSError as error:
+                    if must_store:
+                        raise
+                    self._stop_storing(error)
         return found
 
     @torch.no_grad()
@@ -290,14 +280,6 @@ class EmbeddingCache:
             )
         self.num_encoded += len(images)
         return [embedding.clone() for embedding in embeddings]
-
-    def _store(self, key: str, embedding: torch.Tensor, must_store: bool) -> None:
-        try:
-            self.shards.put(key, embedding)
-        except OSError as error:
-            if must_store:
-                raise
-            self._stop_storing(error)
 
     def _stop_storing(self, error: OSError) -> None:
         self._stores_new = False

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,7 +58,7 @@ def open_embedding_cache(trainer: Any, model: Any, processor: Any) -> EmbeddingC
     if shares_weights:
         copies = [cache]
         broadcast_object_list(copies)  # a copy leaves the model behind, and reads
-        cache = copies[0] if cache is None else cache.reading_copy()
+        cache = copies[0] if cache is None else copy.deepcopy(cache)
     cache.shards.refresh()
     return cache
 

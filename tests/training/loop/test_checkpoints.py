@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the last whole one found, and refused where they do not fit the model."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -91,6 +92,21 @@ def test_resume_refuses_or_passes_over_a_damaged_checkpoint(tmp_path, caplog):
     assert trainer._initial_global_step == 4
     assert trainer.model.w.item() == pytest.approx(1 - 0.6, abs=1e-6)
     assert what_is_missing(tmp_path / "checkpoint-6") is None  # written anew
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_follow_the_umask(tmp_path, mask, expected):
+    """safetensors makes private files, which others on a shared disk could not read."""
+    before = os.umask(mask)
+    try:
+        trainer = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "end"))
+    finally:
+        os.umask(before)
+    for folder in ("checkpoint-2", "end"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode & 0o777 == expected
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
 
 
 def test_rotation_keeps_the_best_and_it_is_loaded(tmp_path):
