@@ -1,0 +1,124 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""What is known of a stage on the disk: begun with which settings, and (written last) done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .parts import Parts
+from .settings import Recipe, RecipeError, Stage
+
+BEGUN, DONE = "stage_begun.json", "stage_done.json"
+# What changes nothing of the result, and may be another when a run goes on.
+WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "save_strategy", "disable_tqdm", "report_to"}
+WITHOUT_EFFECT |= {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "use_cpu"}
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json")
+CHUNK = 1 << 24  # bytes
+
+
+def weights_digest(source: str) -> str:
+    """SHA-256 of the weights and configurations of a folder; of a Hub id the id itself."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"hub:{source}"
+    hasher = hashlib.sha256()
+    for path in sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)}):
+        hasher.update(path.name.encode() + b"\0")
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                hasher.update(chunk)
+    return hasher.hexdigest()[:16]
+
+
+def expected_record(recipe: Recipe, stage: Stage, parts: Parts) -> dict[str, Any]:
+    """What a stage's result follows from, as plain values by name: its settings and the recipe's that bear on it, but
+    for those without effect, and digests of what it starts from."""
+    settings = recipe.settings
+    values = {f"{stage.name}.{name}": value for name, value in stage.written.items() if name not in WITHOUT_EFFECT}
+    shared = ("dtype", "attn_implementation", "load_in_4bit", "processor")
+    shared += ("config",) if stage.name in ("segmentation", "grpo") else ()
+    values |= {name: getattr(settings, name) for name in shared}
+    values |= {f"start:{part}": weights_digest(source) for part, source in parts.used_by(stage.name).items()}
+    return json.loads(json.dumps(values))
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """A record of a stage's folder; `None` where there is none."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"cannot read {folder / name}: {error}; delete {folder} to train the stage again."
+        ) from error
+
+
+def write_record(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """Write a record whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{name}.part"
+    with aside.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, folder / name)
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold a folder of a run; freed when the block or the process ends, however it ends.
+
+    Raises:
+        RecipeError: Another process holds it.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on Windows
+            pass
+        except BlockingIOError:
+            raise RecipeError(f"another process is training in {folder}; wait for it, or end it.") from None
+        yield
+
+
+def check_unchanged(stage: Stage, record: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse to reuse, or go on with, what came from other settings.
+
+    Raises:
+        RecipeError: Names every setting that differs, with both values.
+    """
+    known = record["fingerprint"]
+    changed = []
+    for name in sorted({*known, *expected}):
+        if known.get(name) != expected.get(name):
+            was, is_now = (json.dumps(of[name]) if name in of else "not set" for of in (known, expected))
+            what = f"what it starts from ({name[6:]})" if name.startswith("start:") else name
+            changed.append(f"{what} was {was} and is {is_now}")
+    if changed:
+        state = "is done" if "seconds" in record else "has begun"
+        raise RecipeError(
+            f"stage {stage.name} {state} in {stage.folder} with other settings: {'; '.join(changed)}. Undo the "
+            "change, delete that folder (and those of later stages) to train again, or name another output_dir."
+        )
+
+
+__all__ = [
+    "BEGUN",
+    "DONE",
+    "alone_in",
+    "check_unchanged",
+    "expected_record",
+    "read_record",
+    "weights_digest",
+    "write_record",
+]
