@@ -44,7 +44,8 @@ def estimate_stage(
 
         with torch.device("meta"):
             model = SegCompassForReasoningSegmentation(config)
-        adapter = lora_config(model, r=lora_r, alpha=2 * lora_r)
+        heads = "none" if stage == "warmup" else "full"
+        adapter = lora_config(model, r=lora_r, alpha=2 * lora_r, heads=heads)
     if stage != "grpo":
         others["completion_tokens"] = completion_tokens
     trainable_dtype = torch.float32 if lora_r else dtype

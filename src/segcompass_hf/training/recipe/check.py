@@ -14,7 +14,7 @@ import torch
 
 from ...data.schema import decode_masks
 from ...images_segcompass import to_rgb_image
-from ..memory.estimate import GIB, MemoryEstimate
+from ..memory.estimate import MemoryEstimate, readable_size
 from ..memory.stages import estimate_stage
 from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, check_unchanged, expected_record, read_record
@@ -94,11 +94,6 @@ def describe_plans(plans: list[StagePlan]) -> str:
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     note = "memory: expected, of one process at the fullest moment; see docs/training.md"
     return "\n".join([*shown, note] if any(plan.memory for plan in plans) else shown)
-
-
-def readable_size(size: float) -> str:
-    """Bytes as `1.2 GiB` or `213 MiB`."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def _described(plan: StagePlan) -> tuple[str, ...]:
@@ -226,4 +221,4 @@ def _memory_here() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
 
 
-__all__ = ["StagePlan", "check_recipe", "describe_plans", "readable_size"]
+__all__ = ["StagePlan", "check_recipe", "describe_plans"]

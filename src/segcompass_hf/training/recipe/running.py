@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,7 +21,7 @@ from ...files import staged_folder
 from ..loop.checkpoints import find_last_whole
 from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, alone_in, check_unchanged, expected_record, read_record, weights_digest, write_record
-from .rows import load_rows
+from .rows import StageRows, load_rows
 from .settings import Recipe, RecipeError, RecipeSettings, Stage
 from .summary import write_summary
 from .trainers import MAKERS, finish
@@ -29,7 +29,12 @@ from .trainers import MAKERS, finish
 CHECKPOINT = "checkpoint"  # folder of the result, in the recipe's output_dir
 
 
-def run_recipe(recipe: Recipe, command: str = "", report: Callable[[str], None] = lambda line: None) -> Path:
+def run_recipe(
+    recipe: Recipe,
+    command: str = "",
+    report: Callable[[str], None] = lambda line: None,
+    rows: Mapping[str, StageRows] | None = None,
+) -> Path:
     """Run what of a recipe is not done yet, and write its result and summary.
 
     Kill it at any moment: the same call goes on from the last whole checkpoint of the stage that was running. Under
@@ -39,6 +44,7 @@ def run_recipe(recipe: Recipe, command: str = "", report: Callable[[str], None] 
         recipe ([`Recipe`]): From `read_recipe`, checked by `check_recipe`.
         command (`str`): What was typed, for the summary.
         report (`Callable[[str], None]`): Told what happens, in lines; by the main process only.
+        rows (`Mapping[str, StageRows]`, *optional*): Stage -> rows in place of those that the recipe names.
 
     Returns:
         `Path`: `<output_dir>/checkpoint`, a SegCompass with its processor, or the last stage's folder where only parts
@@ -49,10 +55,16 @@ def run_recipe(recipe: Recipe, command: str = "", report: Callable[[str], None] 
     """
     processes = Processes.current()
     with alone_in(recipe.settings.output_dir) if processes.is_main else nullcontext():
-        return _run_stages(recipe, processes, command, report)
+        return _run_stages(recipe, processes, command, report, rows or {})
 
 
-def _run_stages(recipe: Recipe, processes: Processes, command: str, report: Callable[[str], None]) -> Path:
+def _run_stages(
+    recipe: Recipe,
+    processes: Processes,
+    command: str,
+    report: Callable[[str], None],
+    rows: Mapping[str, StageRows],
+) -> Path:
     parts = Parts.of(recipe.settings)
     tell = report if processes.is_main else lambda line: None
     for number, stage in enumerate(recipe.stages, 1):
@@ -64,7 +76,7 @@ def _run_stages(recipe: Recipe, processes: Processes, command: str, report: Call
             tell(f"{title} is done, kept ({stage.folder})")
         else:
             tell(f"{title}, in {stage.folder}")
-            _run_stage(recipe, stage, parts, expected, processes)
+            _run_stage(recipe, stage, parts, expected, processes, rows.get(stage.name))
         parts = parts.after(stage.name, stage.folder)
     result = recipe.stages[-1].folder
     if processes.is_main:
@@ -74,7 +86,14 @@ def _run_stages(recipe: Recipe, processes: Processes, command: str, report: Call
     return Path(processes.from_main(str(result)))
 
 
-def _run_stage(recipe: Recipe, stage: Stage, parts: Parts, expected: dict[str, Any], processes: Processes) -> None:
+def _run_stage(
+    recipe: Recipe,
+    stage: Stage,
+    parts: Parts,
+    expected: dict[str, Any],
+    processes: Processes,
+    rows: StageRows | None,
+) -> None:
     begun = read_record(stage.folder, BEGUN)
     if begun is not None:
         check_unchanged(stage, begun, expected)
@@ -91,8 +110,9 @@ def _run_stage(recipe: Recipe, stage: Stage, parts: Parts, expected: dict[str, A
     began = time.monotonic()
     arguments = stage.arguments(processes.count)
     set_seed(arguments.seed)  # new weights are the same in every process and after every kill
-    with processes.main_first():
-        rows = load_rows(stage, arguments, processes.count)
+    if rows is None:
+        with processes.main_first():
+            rows = load_rows(stage, arguments, processes.count)
     loader = PartLoader(recipe.settings)
     trainer = MAKERS[stage.name](loader, stage, parts, arguments, rows)
     trainer.train(resume_from_checkpoint=_last_checkpoint(stage.folder, processes))

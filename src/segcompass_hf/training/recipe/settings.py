@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -121,15 +122,20 @@ class Stage:
         Raises:
             RecipeError: They contradict each other, or `batch_size` cannot be divided among the processes.
         """
+        settings_class = _settings_class(self.name)
         words = {name: value for name, value in self.written.items() if name not in _names(StageSettings)}
-        words |= {"output_dir": str(self.folder), **_for_this_machine(words), **self._batch(words, num_processes)}
-        words.setdefault("report_to", "none")
-        words.setdefault("save_total_limit", 1)
-        return _parse(_settings_class(self.name), words, self.name)
+        words |= {"output_dir": str(self.folder), **_for_this_machine(words)}
+        words = {"report_to": "none", "save_total_limit": 1} | words
+        per_device = self._per_device_batch(settings_class, words, num_processes)
+        # Alone, this process stands for all of them: TRL divides the batch of all into groups of completions.
+        others = num_processes if int(os.environ.get("WORLD_SIZE", "1")) == 1 else 1
+        arguments = _parse(settings_class, words | {"per_device_train_batch_size": per_device * others}, self.name)
+        arguments.per_device_train_batch_size = per_device
+        return arguments
 
-    def _batch(self, words: dict[str, Any], num_processes: int) -> dict[str, int]:
+    def _per_device_batch(self, settings_class: type, words: dict[str, Any], num_processes: int) -> int:
         if self.own.batch_size is None:
-            return {}
+            return int(words.get("per_device_train_batch_size", settings_class.per_device_train_batch_size))
         if "per_device_train_batch_size" in words:
             raise RecipeError(f"{self.name}: batch_size and per_device_train_batch_size say the same; leave one out.")
         parts = num_processes * int(words.get("gradient_accumulation_steps", 1))
@@ -138,7 +144,7 @@ class Stage:
                 f"{self.name}.batch_size is {self.own.batch_size}, which cannot be divided into {num_processes} "
                 f"processes x {parts // num_processes} accumulated batches; choose a multiple of {parts}."
             )
-        return {"per_device_train_batch_size": self.own.batch_size // parts}
+        return self.own.batch_size // parts
 
 
 @dataclass
