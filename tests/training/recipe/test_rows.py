@@ -55,10 +55,16 @@ def test_columns_can_be_left_out(tmp_path, folder):
     assert "reasoning" not in lazy[0] and lazy[0]["masks"] and len(lazy[:2]) == 2
     stored = rows_of(tmp_path, dataset=f"folder:{folder}", without=["reasoning", "kind"], batch_size=1).train
     assert not {"reasoning", "kind"} & set(stored.column_names)
-    with pytest.raises(RecipeError, match=r"without names \['resoning'\], and the data set has .*reasoning"):
+    with pytest.raises(RecipeError, match=r"warmup.without names \['resoning'\]; the data set has .*reasoning"):
         rows_of(tmp_path, dataset="scenes:train", without=["resoning"])
-    with pytest.raises(RecipeError, match="every stage reads image, instruction, masks"):
-        rows_of(tmp_path, dataset="scenes:train", without=["masks"])
+    with pytest.raises(RecipeError, match="the stage reads image, instruction, masks"):
+        rows_of(tmp_path, "segmentation", dataset="scenes:train", without=["masks"])
+    assert "masks" not in rows_of(tmp_path, "sae", dataset="scenes:train", num_samples=2, without=["masks"]).train[0]
+    texts = tmp_path / "texts.parquet"
+    datasets.Dataset.from_dict({"texts": [["a"], ["b"]], "images": [[None], [None]]}).to_parquet(texts)
+    assert len(rows_of(tmp_path, "sae", dataset=str(texts)).train) == 2
+    with pytest.raises(RecipeError, match=r"warmup.dataset has the columns .* lacks \['image', 'instruction'\]"):
+        rows_of(tmp_path, dataset=str(texts), batch_size=1)
 
 
 def test_a_folder_without_splits_trains_on_all_or_holds_images_out(tmp_path, folder):

@@ -133,6 +133,7 @@ def test_the_plan_says_what_each_stage_will_do(tmp_path, capsys):
         (["sae.sae_layer=9"], "sae_layer is an index into hidden_states"),
         (["segmentation.batch_size=3"], "segmentation.batch_size is 3, which cannot be divided into 2 processes"),
         (["segmentation.num_samples=1"], "segmentation: a step takes 2 rows, but the data set has 1"),
+        (["warmup={}", "sae=null"], "warmup changes the states that the SAE reads"),
         (["load_in_4bit=true"], "load_in_4bit is for a recipe of one stage"),
         (["sae.lora_r=4"], "sae.lora_r: an SAE trains whole"),
         (["dtype=float8"], "dtype is 'float8'; choose one of float32, bfloat16, float16"),
@@ -207,12 +208,12 @@ def test_kill_at_random_moments_ends_in_the_same_weights(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_run(tmp_path):
-    stages = {**SUPERVISED, "warmup": {"max_steps": 1, "batch_size": 2, **EVERY_STEP}}
+    stages = {"warmup": {"max_steps": 1, "batch_size": 2, **EVERY_STEP}, **SAE, **SUPERVISED}
     recipe = write_recipe(tmp_path, stages, processes=2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-m", "segcompass_hf.cli", "train", str(recipe)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stage 1 of 2: warmup") == 1, "one process speaks"
+    assert done.stdout.count("stage 1 of 3: warmup") == 1, "one process speaks"
     marker = json.loads((tmp_path / "out" / "segmentation" / DONE).read_text())
     assert marker["processes"] == 2 and (tmp_path / "out" / "checkpoint" / "model.safetensors").exists()

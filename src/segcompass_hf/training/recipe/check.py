@@ -16,6 +16,7 @@ from ...data.schema import decode_masks
 from ...images_segcompass import to_rgb_image
 from ..memory.estimate import MemoryEstimate, readable_size
 from ..memory.stages import estimate_stage
+from ..sae.rows import RowEncoder
 from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, check_unchanged, expected_record, read_record
 from .rows import StageRows, load_rows
@@ -114,8 +115,8 @@ def _check_parts(recipe: Recipe, start: Parts) -> None:
         raise RecipeError(f"{with_masks[0]} needs a SAM: name one (sam), such as facebook/sam-vit-base.")
     if with_masks and start.sae is None and start.model is None and "sae" not in names:
         raise RecipeError(f"{with_masks[0]} needs an SAE of this VLM: name one (sae), or add a section sae before it.")
-    if "warmup" in names and start.sae is not None:
-        raise RecipeError("warmup changes the states that the SAE reads; leave sae out, or warmup.")
+    if "warmup" in names and (start.sae is not None or (with_masks and "sae" not in names)):
+        raise RecipeError("warmup changes the states that the SAE reads; train one behind it: a section sae alone.")
     if recipe.settings.load_in_4bit and (names != with_masks or len(names) > 1 or not start.is_whole):
         raise RecipeError(
             f"load_in_4bit is for a recipe of one stage, segmentation or grpo, from a model; this one has {names}."
@@ -135,8 +136,11 @@ def _tokens_of_first_row(stage: Stage, rows: StageRows, processor: Any) -> tuple
             continue
         row = some[0]
         try:
+            if stage.name == "sae":
+                prompt = max(prompt, RowEncoder(processor, unreadable_rows="error")([(0, row)])["input_ids"].shape[1])
+                continue
             image = to_rgb_image(row["image"])
-            decode_masks(row["masks"], (image.height, image.width))
+            decode_masks(row.get("masks") or [], (image.height, image.width))
             inputs = processor(images=[image], instruction=[row["instruction"]])
             whole = processor(images=[image], instruction=[row["instruction"]], reasoning=[row.get("reasoning") or ""])
         except (ValueError, OSError, TypeError, KeyError) as error:

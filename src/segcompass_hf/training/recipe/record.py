@@ -42,8 +42,10 @@ def expected_record(recipe: Recipe, stage: Stage, parts: Parts) -> dict[str, Any
     settings = recipe.settings
     values = {f"{stage.name}.{name}": value for name, value in stage.written.items() if name not in WITHOUT_EFFECT}
     shared = ("dtype", "attn_implementation", "load_in_4bit", "processor")
-    shared += ("config",) if stage.name in ("segmentation", "grpo") else ()
     values |= {name: getattr(settings, name) for name in shared}
+    has_heads = stage.name in ("segmentation", "grpo")
+    of_config = settings.config if has_heads else {"num_slots": settings.config.get("num_slots")}  # <REF_POS> in texts
+    values |= {f"config.{name}": value for name, value in of_config.items()}
     values |= {f"start:{part}": weights_digest(source) for part, source in parts.used_by(stage.name).items()}
     return json.loads(json.dumps(values))
 

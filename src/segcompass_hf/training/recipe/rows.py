@@ -13,7 +13,9 @@ from ...evaluation.datasets_spec import load_dataset_of
 from .settings import RecipeError, Stage
 
 HELD_OUT = "held_out"  # as `eval_dataset`: a fifth of the images of `dataset`, or the split that a folder names
-NEEDED = ("image", "instruction", "masks")  # columns without which a row cannot train a mask
+# Columns that a stage cannot do without; an SAE reads interleaved rows too.
+NEEDED = {"warmup": ("image", "instruction"), "sae": ()}
+ALL_NEEDED = ("image", "instruction", "masks")
 
 
 @dataclass
@@ -74,8 +76,8 @@ def load_rows(stage: Stage, arguments: Any, num_processes: int = 1) -> StageRows
         raise RecipeError(f"{name}.dataset: {error}") from error
     train = _first(train, own.num_samples, f"{name}.num_samples")
     if evaluation is not None:
-        evaluation = _without(_first(evaluation, own.num_eval_samples, f"{name}.num_eval_samples"), own.without)
-    return StageRows(_without(train, own.without), evaluation)
+        evaluation = _without(_first(evaluation, own.num_eval_samples, f"{name}.num_eval_samples"), stage)
+    return StageRows(_without(train, stage), evaluation)
 
 
 def rows_needed(stage: Stage, arguments: Any, num_processes: int = 1) -> int | None:
@@ -117,17 +119,19 @@ def _first(rows: Any, count: int | None, key: str) -> Any:
     return rows.select(range(count))
 
 
-def _without(rows: Any, columns: list[str] | None) -> Any:
+def _without(rows: Any, stage: Stage) -> Any:
+    columns, needed = stage.own.without or [], NEEDED.get(stage.name, ALL_NEEDED)
     present = getattr(rows, "column_names", None) or list(rows[0])
-    missing = [name for name in NEEDED if name not in present]
-    unknown = [name for name in columns or () if name not in present]
-    if unknown or missing:
-        wrong = f"without names {unknown}, and" if unknown else f"the columns {missing} are missing:"
-        raise RecipeError(f"{wrong} the data set has {present}.")
+    missing = [name for name in needed if name not in present]
+    if missing:
+        raise RecipeError(f"{stage.name}.dataset has the columns {present} and lacks {missing}, which it reads.")
+    unknown = [name for name in columns if name not in present]
+    if unknown:
+        raise RecipeError(f"{stage.name}.without names {unknown}; the data set has {present}.")
+    if set(columns) & set(needed):
+        raise RecipeError(f"{stage.name}.without leaves out {columns}; the stage reads {', '.join(needed)}.")
     if not columns:
         return rows
-    if set(columns) & set(NEEDED):
-        raise RecipeError(f"without leaves out {columns}; every stage reads {', '.join(NEEDED)}.")
     return rows.remove_columns(columns) if hasattr(rows, "remove_columns") else RowsWithout(rows, columns)
 
 
