@@ -16,7 +16,7 @@ from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf import SegCompassConfig
-from segcompass_hf.training.memory.estimate import MemoryEstimate, readable_size
+from segcompass_hf.training.memory.estimate import MemoryEstimate, readable_memory
 from segcompass_hf.training.memory.shapes import composite_config
 from segcompass_hf.training.memory.stages import estimate_stage
 from segcompass_hf.training.recipe.settings import STAGES
@@ -73,7 +73,7 @@ def estimate(options: argparse.Namespace) -> MemoryEstimate:
 def main() -> None:
     result = estimate(parse())
     print(result.table())
-    print(f"\nExpected memory: {readable_size(result.peak)}")
+    print(f"\nExpected memory: {readable_memory(result.peak)}")
 
 
 if __name__ == "__main__":

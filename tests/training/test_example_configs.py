@@ -118,7 +118,7 @@ def _memory(name: str) -> tuple[str, str]:
     stated = MEMORY.search((ROOT / "examples" / "configs" / f"{name}.yaml").read_text())
     flags = shlex.split(stated["flags"])
     flags[flags.index("--config") + 1] = str(ROOT / "examples" / "configs" / f"{name}.yaml")
-    return stated["figure"], estimator.readable(estimator.estimate(estimator.parse(flags)).peak)
+    return stated["figure"], estimator.readable_memory(estimator.estimate(estimator.parse(flags)).peak)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("scenes_tiny")])

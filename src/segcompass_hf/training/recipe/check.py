@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 
 from ...data.schema import decode_masks
+from ...files import free_space, readable_size
 from ...images_segcompass import to_rgb_image
-from ..memory.estimate import MemoryEstimate, readable_size
+from ..memory.estimate import MemoryEstimate, readable_memory
 from ..memory.stages import estimate_stage
 from ..sae.rows import RowEncoder
 from .parts import DTYPES, PartLoader, Parts
@@ -101,9 +101,9 @@ def _described(plan: StagePlan) -> tuple[str, ...]:
     steps = "by its tokens" if plan.steps is None else f"{plan.steps:,}"
     memory, trains = UNKNOWN, UNKNOWN
     if plan.memory is not None:
-        trains, memory = f"{plan.memory.trainable / 1e6:.1f} M", readable_size(plan.memory.peak)
+        trains, memory = f"{plan.memory.trainable / 1e6:.1f} M", readable_memory(plan.memory.peak)
         if plan.memory.peak > (there := _memory_here()):
-            memory += f" (more than the {readable_size(there)} here)"
+            memory += f" (more than the {readable_memory(there)} here)"
     counts = (f"{plan.rows:,}", f"{plan.eval_rows:,}", f"{plan.per_step:,}")
     return (plan.name, plan.state, plan.start, *counts, steps, trains, memory)
 
@@ -206,14 +206,13 @@ def _check_disk(recipe: Recipe, plans: list[StagePlan]) -> None:
         kept = int(stage.written.get("save_total_limit") or 1) + 1
         needed += size + kept * (size + plan.memory.optimizer)
     folder = Path(recipe.settings.output_dir).absolute()
-    while not folder.exists():
-        folder = folder.parent
-    if not os.access(folder, os.W_OK):
-        raise RecipeError(f"output_dir: {folder} cannot be written to; name another folder.")
-    free = shutil.disk_usage(folder).free
+    place = next(one for one in (folder, *folder.parents) if one.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise RecipeError(f"output_dir: {place} cannot be written to; name another folder.")
+    free = free_space(place)
     if needed > free:
         raise RecipeError(
-            f"the stages leave up to {readable_size(needed)} and {folder} has {readable_size(free)} free; make room, "
+            f"the stages leave up to {readable_size(needed)} and {place} has {readable_size(free)} free; make room, "
             "name another output_dir, or keep fewer checkpoints (save_total_limit)."
         )
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from ...files import file_digest, json_digest, write_whole
 from .parts import Parts
 from .settings import Recipe, RecipeError, Stage
 
@@ -19,7 +21,6 @@ BEGUN, DONE = "stage_begun.json", "stage_done.json"
 WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "save_strategy", "disable_tqdm", "report_to"}
 WITHOUT_EFFECT |= {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "use_cpu"}
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json")
-CHUNK = 1 << 24  # bytes
 
 
 def weights_digest(source: str) -> str:
@@ -27,13 +28,8 @@ def weights_digest(source: str) -> str:
     folder = Path(source)
     if not folder.is_dir():
         return f"hub:{source}"
-    hasher = hashlib.sha256()
-    for path in sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)}):
-        hasher.update(path.name.encode() + b"\0")
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                hasher.update(chunk)
-    return hasher.hexdigest()[:16]
+    names = {path.name for pattern in WEIGHT_FILES for path in folder.glob(pattern)}
+    return json_digest({name: file_digest(folder / name) for name in names})[:16]
 
 
 def expected_record(recipe: Recipe, stage: Stage, parts: Parts) -> dict[str, Any]:
@@ -64,13 +60,7 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
 
 def write_record(folder: Path, name: str, content: dict[str, Any]) -> None:
     """Write a record whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{name}.part"
-    with aside.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, folder / name)
+    write_whole(folder / name, json.dumps(content, indent=1) + "\n", durable=True)
 
 
 @contextmanager
@@ -81,16 +71,15 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
         RecipeError: Another process holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / ".lock", "w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # not on Windows
-            pass
-        except BlockingIOError:
-            raise RecipeError(f"another process is training in {folder}; wait for it, or end it.") from None
+    lock = FileLock(Path(folder) / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(f"another process is training in {folder}; wait for it, or end it.") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def check_unchanged(stage: Stage, record: dict[str, Any], expected: dict[str, Any]) -> None:

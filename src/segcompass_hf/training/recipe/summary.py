@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from html import escape
 from numbers import Real
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from ...evaluation.environment import commit, device, versions
 from ...evaluation.plots import INK, TARGET_COLOUR
+from ...files import write_whole
 from .record import DONE, read_record
 from .settings import Recipe
 
@@ -56,7 +56,7 @@ def write_summary(recipe: Recipe, result: Path, command: str) -> Path:
         "commit": commit(),
         "device": device(),
     }
-    _replace(output / FIGURES, json.dumps(figures, indent=1) + "\n")
+    write_whole(output / FIGURES, json.dumps(figures, indent=1) + "\n")
     made_with = figures["versions"] | {"commit": figures["commit"]} | figures["device"]
     page = _PAGE.format(
         title=escape(f"{recipe.path.name}: {', '.join(stage['stage'] for stage in stages)}"),
@@ -65,7 +65,7 @@ def write_summary(recipe: Recipe, result: Path, command: str) -> Path:
         stages="\n".join(map(_section, stages)),
         versions=_table(made_with),
     )
-    _replace(output / PAGE, page)
+    write_whole(output / PAGE, page)
     return output / PAGE
 
 
@@ -131,12 +131,6 @@ def _picture(drawn: dict[str, tuple[list[int], list[float]]]) -> str:
     figure.savefig(file, format="png")
     encoded = base64.b64encode(file.getvalue()).decode("ascii")
     return f'<img alt="curves: {escape(", ".join(names))}" src="data:image/png;base64,{encoded}">'
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 __all__ = ["FIGURES", "PAGE", "curves", "write_summary"]
