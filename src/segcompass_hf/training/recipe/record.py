@@ -20,7 +20,7 @@ BEGUN, DONE = "stage_begun.json", "stage_done.json"
 # What changes nothing of the result, and may be another when a run goes on.
 WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "save_strategy", "disable_tqdm", "report_to"}
 WITHOUT_EFFECT |= {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "use_cpu"}
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "config.json", "adapter_config.json")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "config.json", "adapter_config.json")
 
 
 def weights_digest(source: str) -> str:
