@@ -134,6 +134,11 @@ def test_the_plan_says_what_each_stage_will_do(tmp_path, capsys):
         (["segmentation.batch_size=3"], "segmentation.batch_size is 3, which cannot be divided into 2 processes"),
         (["segmentation.num_samples=1"], "segmentation: a step takes 2 rows, but the data set has 1"),
         (["warmup={}", "sae=null"], "warmup changes the states that the SAE reads"),
+        (
+            ["sae.names=segcompass_hf.token_places:nothing"],
+            "sae.names is 'segcompass_hf.token_places:nothing'; expected",
+        ),
+        (["segmentation.names=a:b"], "segmentation.names: only warmup and sae read names"),
         (["load_in_4bit=true"], "load_in_4bit is for a recipe of one stage"),
         (["sae.lora_r=4"], "sae.lora_r: an SAE trains whole"),
         (["dtype=float8"], "dtype is 'float8'; choose one of float32, bfloat16, float16"),

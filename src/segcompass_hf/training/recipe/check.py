@@ -21,6 +21,7 @@ from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, check_unchanged, expected_record, read_record
 from .rows import StageRows, load_rows
 from .settings import Recipe, RecipeError, Stage
+from .trainers import names_of
 
 UNKNOWN = "unknown"
 
@@ -73,6 +74,7 @@ def check_recipe(recipe: Recipe, num_processes: int = 1, with_memory: bool = Tru
     sae_settings = None
     for stage in recipe.stages:
         arguments = stage.arguments(num_processes)
+        names_of(stage)
         if stage.name == "sae" and start.sae is None:
             sae_settings = arguments
         config = loader.configuration(start, sae_settings)

@@ -3,11 +3,32 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from .parts import PartLoader, Parts
 from .rows import StageRows
-from .settings import Stage
+from .settings import RecipeError, Stage
+
+
+def names_of(stage: Stage) -> dict[str, Any]:
+    """The function that a stage names, as keyword argument of its trainer; nothing where it names none.
+
+    Raises:
+        RecipeError: There is no such function, or the stage reads no names.
+    """
+    if stage.own.names is None:
+        return {}
+    if stage.name not in ("warmup", "sae"):
+        raise RecipeError(f"{stage.name}.names: only warmup and sae read names; leave it out.")
+    module, _, name = stage.own.names.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"{stage.name}.names is {stage.own.names!r}; expected MODULE:FUNCTION that can be imported: {error}"
+        ) from error
+    return {"names": found}
 
 
 def _warmup(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: StageRows) -> Any:
@@ -21,7 +42,7 @@ def _warmup(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows
 
         layers = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
         adapter = LoraConfig(r=stage.own.lora_r, lora_alpha=2 * stage.own.lora_r, target_modules=layers)
-    return WarmupTrainer(model, arguments, rows.train, rows.evaluation, processor, adapter)
+    return WarmupTrainer(model, arguments, rows.train, rows.evaluation, processor, adapter, **names_of(stage))
 
 
 def _sae(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: StageRows) -> Any:
@@ -35,6 +56,7 @@ def _sae(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: S
         args=arguments,
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
+        **names_of(stage),
     )
 
 
