@@ -83,8 +83,8 @@ class StageSettings:
         eval_dataset, num_eval_samples (*optional*): The same for evaluation.
         batch_size (`int`, *optional*): Rows (SAE: tokens; GRPO: completions) of an optimizer step, of all processes
             and accumulated micro-batches together; in place of `per_device_train_batch_size`.
-        names (`str`, *optional*): `MODULE:FUNCTION`, row -> its [`Name`]s, for `alignment_pairs` (warmup) and `pair_loss`
-            (sae); those of the target when left out.
+        names (`str`, *optional*): `MODULE:FUNCTION`, row -> its [`Name`]s, for `alignment_pairs` (warmup) and
+            `pair_loss` (sae); those of the target when left out.
         lora_r (`int`): Rank of LoRA adapters; 0 trains the weights themselves. Merged afterwards, unless quantised.
         new_weights (`bool`): Random weights for what the stage trains: the VLM (warmup), the heads (segmentation).
     """
