@@ -43,7 +43,8 @@ lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .
 
 checkpoint: $(VENV)/.dev-stamp
-	$(BIN)/python examples/train_scenes_tiny.py
+	$(BIN)/python examples/scenes_tiny/pretrain.py --output runs/scenes-tiny
+	$(BIN)/segcompass train examples/scenes_tiny/recipe.yaml
 
 clean:
 	rm -rf out build dist src/*.egg-info .pytest_cache .ruff_cache
