@@ -151,9 +151,10 @@ class WholeCheckpointsMixin:
         """Of a run that its checkpoint has brought to the end, no epoch is left: Trainer would take one step more."""
         epochs, steps_in_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
         if self.resumed_from is not None:
-            done = json.loads((Path(self.resumed_from) / "trainer_state.json").read_text())["global_step"]
+            checkpoint = Path(self.resumed_from)
+            done = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
             if done >= max_steps:
-                logger.warning(f"{self.resumed_from} is the end of a run of {max_steps} steps: nothing is left to train.")
+                logger.warning(f"{checkpoint} is the end of a run of {max_steps} steps: nothing is left to train.")
                 epochs = done // steps_in_epoch
         return epochs, steps_in_epoch, *others, max_steps
 
