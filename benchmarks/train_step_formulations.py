@@ -18,9 +18,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from segcompass_hf.training.grpo.config import LOSS_WEIGHTS
 from segcompass_hf.training.grpo.forward import JointTargets, add_joint_forward
 from segcompass_hf.training.grpo.reference import FusedHead, LayerTrace, ReferencePolicy
+from segcompass_hf.training.objective import SEGMENTATION_LOSS_WEIGHTS
 
 BETA, CLIP = 0.2, 0.2  # KL coefficient and clipping of the policy's ratio
 
@@ -222,4 +222,4 @@ def _log_probs(logits: torch.Tensor, inputs: StepInputs, with_entropy: bool = Fa
 
 def loss_weights(model: nn.Module) -> dict[str, float]:
     """The weights of the model's configuration, as arguments of `segmentation_loss`."""
-    return {name: getattr(model.config, name) for name in LOSS_WEIGHTS}
+    return {name: getattr(model.config, name) for name in SEGMENTATION_LOSS_WEIGHTS}

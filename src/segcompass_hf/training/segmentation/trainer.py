@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
+from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets
 from ..embeddings import open_embedding_cache
+from ..inputs import check_segcompass, load_model, load_processor
 from ..loop.counts import WindowCounts, WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
@@ -43,10 +45,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
     `eval_T-acc`, `eval_kept_slots`.
 
     Args:
-        model (`SegCompassForReasoningSegmentation`): Trained in place.
-        args ([`SegmentationConfig`]): Settings.
+        model (`SegCompassForReasoningSegmentation` or `str`): Trained in place; or its folder or id.
+        args ([`SegmentationConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows in the row schema.
-        processing_class (`SegCompassProcessor`): The model's processor.
+        processing_class (`SegCompassProcessor`, *optional*): Loaded from where the model comes from when left out.
         peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of the decoder layers, and the heads:
             `training.adapters.lora_config(model)`. `train_token_rows` is then up to it; a warning names what differs.
         data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
@@ -55,8 +57,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     def __init__(
         self,
-        model: nn.Module,
-        args: SegmentationConfig,
+        model: nn.Module | str,
+        args: SegmentationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -64,8 +66,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         data_collator: Any = None,
         **kwargs,
     ):
-        if processing_class is None:
-            raise ValueError("processing_class is None; pass the SegCompassProcessor of the model.")
+        args = SegmentationConfig("segmentation") if args is None else args
+        model = load_model(model)
+        check_segcompass(model)
+        processing_class = load_processor(processing_class, model, SegCompassProcessor)
         self.eval_collator = data_collator
         if data_collator is None:
             options = {"missing_reasoning": args.missing_reasoning}
