@@ -80,12 +80,11 @@ def patch_coverage(image_processor: Any, mask: np.ndarray, num_patches: int) -> 
 
 def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple[int, int]]:
     """(start, length) of a word among token ids, written with or without a space before it."""
-    found = set()
-    for spelling in (f" {word}", word):
-        pattern = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+    found, spellings = set(), tokenizer([f" {word}", word], add_special_tokens=False)["input_ids"]
+    for pattern in spellings if spellings[0] != spellings[1] else spellings[:1]:
         length = len(pattern)
         for start in range(len(tokens) - length + 1):
-            if length and tokens[start : start + length] == pattern:
+            if length and tokens[start] == pattern[0] and tokens[start : start + length] == pattern:
                 found.add((start, length))
     return sorted(found)
 
@@ -225,18 +224,15 @@ def pair_alignment_loss(
     Returns:
         `tuple`: the sum over samples that have a name, and their number.
     """
-    total, count = states.new_zeros((), dtype=torch.float32), 0
     named = pair_words.any(1) & pair_patches.any(1)  # (batch_size, num_names)
-    for index in named.any(1).nonzero()[:, 0].tolist():
-        directions = F.normalize(states[index].float(), dim=-1)
-        words = pair_words[index][:, named[index]].float()  # (sequence_length, names)
-        shows = pair_patches[index][is_image[index]][:, named[index]].T  # (names, patches)
-        with torch.autocast(states.device.type, enabled=False):
-            names = F.normalize(words.T @ directions, dim=-1)
-            scores = names @ directions[is_image[index]].T / temperature  # (names, patches)
-            among = scores.masked_fill(shows, -1e4)  # finite: all patches may show it
-            to_patches = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
-            to_names = scores - torch.logaddexp(scores, among.logsumexp(0, keepdim=True))
-        share = shows / shows.sum(1, keepdim=True) / len(shows)
-        total, count = total - (share * (to_patches + to_names)).sum() / 2, count + 1
-    return total, count
+    directions = F.normalize(states.float(), dim=-1)
+    with torch.autocast(states.device.type, enabled=False):
+        names = F.normalize(pair_words.float().mT @ directions, dim=-1)  # (batch_size, num_names, hidden_size)
+        scores = names @ directions.mT / temperature  # (batch_size, num_names, sequence_length)
+        shows = pair_patches.mT & named[..., None] & is_image[:, None]
+        others = named[..., None] & is_image[:, None] & ~shows  # what a name, or a patch, is told from
+        among = scores.masked_fill(~others, -1e4)  # finite: all patches may show it
+        to_patches = scores - torch.logaddexp(scores, among.logsumexp(2, keepdim=True))
+        to_names = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
+    share = shows / shows.sum(2, keepdim=True).clamp(min=1) / named.sum(1).clamp(min=1)[:, None, None]
+    return -(share * (to_patches + to_names)).sum() / 2, int(named.any(1).sum())
