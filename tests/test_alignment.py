@@ -15,8 +15,8 @@ from segcompass_hf.training.alignment import (
     alignment_loss,
     instruction_words,
     pair_alignment_loss,
-    patch_coverage,
 )
+from segcompass_hf.training.patch_coverage import patch_coverage
 
 FAMILIES = ("llava", "qwen2_5_vl")
 

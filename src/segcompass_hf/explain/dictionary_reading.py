@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..data.collator import language_inputs
 from ..images_segcompass import to_rgb_image
-from ..training.alignment import patch_coverage
+from ..training.patch_coverage import patch_coverage
 from ..training.sae_activations import layer_states
 from .dictionary_objects import NamedObjects, normalize_word
 from .token_kinds import Box, patch_boxes

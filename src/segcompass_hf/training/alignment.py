@@ -7,18 +7,16 @@ themselves. Every row with masks holds pairs for free: words of the instruction 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from ..data.schema import decode_masks
+from .patch_coverage import PatchCoverage
 
 # Function words and words of asking: they mean no object.
 _NO_CONTENT = frozenset(
@@ -41,41 +39,6 @@ def instruction_words(row: dict[str, Any]) -> list[str]:
     """
     words = re.findall(r"[^\W_]+(?:[-'][^\W_]+)*", row["instruction"])
     return [word for word in words if word.lower() not in _NO_CONTENT]
-
-
-def patch_coverage(image_processor: Any, mask: np.ndarray, num_patches: int) -> torch.Tensor:
-    """How much of every image token a mask covers, whatever the VLM's image processor does to an image.
-
-    The mask goes through that processor as a black and white picture, so resizing, cropping and the order of tokens
-    are the family's own: `(1, C, H, W)` pixels (LLaVA, Gemma: a grid, row by row) or flat patches (the Qwens:
-    `merge_size^2` patches in a row make a token).
-
-    Args:
-        image_processor (`BaseImageProcessor`): The VLM's.
-        mask (`np.ndarray` of shape `(H, W)`): Bool, at the image's size.
-        num_patches (`int`): Image tokens of the image.
-
-    Returns:
-        `torch.Tensor` of shape `(num_patches,)`: in [0, 1].
-
-    Raises:
-        ValueError: the processor cuts the image into tokens in a way that is not known here.
-    """
-    shown = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).convert("RGB")
-    made = image_processor(images=shown, do_normalize=False, resample=Image.Resampling.BILINEAR, return_tensors="pt")
-    pixels = made["pixel_values"].float()
-    if pixels.ndim == 2 and len(pixels) % num_patches == 0:
-        return pixels.mean(1).view(num_patches, -1).mean(1).clamp(0, 1)
-    if pixels.ndim == 4 and len(pixels) == 1:
-        height, width = pixels.shape[-2:]
-        rows = round(math.sqrt(num_patches * height / width))
-        if rows and num_patches % rows == 0:
-            grid = F.adaptive_avg_pool2d(pixels.mean(1), (rows, num_patches // rows))
-            return grid.flatten().clamp(0, 1)
-    raise ValueError(
-        f"{type(image_processor).__name__} makes pixel_values of shape {tuple(pixels.shape)} for an image of "
-        f"{num_patches} tokens, a layout that word-patch alignment does not know; set alignment_weight=0."
-    )
 
 
 def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple[int, int]]:
@@ -109,6 +72,7 @@ class AlignmentTargets:
     def __post_init__(self):
         if self.text not in ("instruction", "reasoning"):
             raise ValueError(f'text={self.text!r} is not known; expected "instruction" or "reasoning".')
+        self._coverage = PatchCoverage(self.processor.image_processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Targets of a batch, one place per token.
@@ -131,9 +95,7 @@ class AlignmentTargets:
             masks = decode_masks(row["masks"], (image.height, image.width))
             if len(masks) and bool(is_image[index].any()):
                 places = is_image[index].nonzero()[:, 0]
-                coverage[index, places] = patch_coverage(
-                    self.processor.image_processor, masks.any(0), num_patches=len(places)
-                )
+                coverage[index, places] = self._coverage(masks.any(0)[None], len(places))[0]
             self._mark_words(row, ids[index], readable[index], words[index])
         return {"alignment_words": words, "alignment_text": readable, "alignment_coverage": coverage}
 
