@@ -77,8 +77,8 @@ def reading_loss(reading: Reading, object_patches: torch.Tensor) -> tuple[torch.
 
         L = - sum_k sum_p c_kp / (sum_p c_kp) log softmax(s_k)_p
 
-    with c_kp the share of image token p that object k covers. A query beyond the row's objects has to say "nothing", as
-    one whose object no token shows; objects beyond the queries are left out.
+    with c_kp the share of image token p that object k covers. A query beyond the row's objects has to say "nothing",
+    as one whose object no token shows; objects beyond the queries are left out.
 
     Args:
         reading ([`Reading`]): Of a batch.
@@ -86,8 +86,8 @@ def reading_loss(reading: Reading, object_patches: torch.Tensor) -> tuple[torch.
             of zeros behind the last object.
 
     Returns:
-        `tuple` of scalar tensors: the loss summed over queries and samples, the number of objects read, and how many of
-        them had the largest score on a token that they cover.
+        `tuple` of scalar tensors: the loss summed over queries and samples, the number of objects read, and how many
+        of them had the largest score on a token that they cover.
     """
     batch_size, num_queries, length = reading.scores.shape
     covered = object_patches.new_zeros(batch_size, num_queries, length, dtype=torch.float32)

@@ -43,8 +43,9 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
 
     Different from its parent: reads rows in the row schema, averages the language loss over the tokens of the whole
     accumulation window and all processes, can align words with patches, can make the answer readable at the layer of
-    the SAE, and at evaluation writes answers freely to see how many are well-formed. Of a `SegCompassForReasoningSegmentation` the inner VLM is trained, in place: an SAE
-    it already has then reads states that have changed, and needs training again.
+    the SAE, and at evaluation writes answers freely to see how many are well-formed. Of a
+    `SegCompassForReasoningSegmentation` the inner VLM is trained, in place: an SAE it already has then reads states
+    that have changed, and needs training again.
 
     Logged beside `loss`: `language_loss`, `token_accuracy`, `alignment_loss`, `embedding_alignment_loss`,
     `reading_loss` and `reading_accuracy` (of objects, those pointed at). Evaluation adds `eval_format_share`

@@ -29,8 +29,8 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
         missing_reasoning (`str`, defaults to `"format"`): Rows without reference reasoning, see
             [`SegmentationCollator`].
         alignment_weight (`float`, defaults to 0.0): Of the word-patch alignment, see `training.alignment`; 0 is off.
-        embedding_alignment_weight (`float`, defaults to 0.0): Of the same loss on projected patches and word embeddings,
-            before the first layer.
+        embedding_alignment_weight (`float`, defaults to 0.0): Of the same loss before the first layer, on projected
+            patches and word embeddings.
         alignment_pairs (`str`, defaults to `"target"`): `"target"` holds all words that mean the target against its
             masks; `"names"` every name against the patches of what it names, whichever object of the row it is (see
             `training.token_pairs`), with the trainer's `names`. It then reads the whole text.
@@ -41,8 +41,8 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
         alignment_temperature (`float`, defaults to 0.07): Of its softmax. What is aligned takes up the more of a state
             the higher it is, and an SAE has features for what takes up much: 0.25 or more where one follows.
         reading_weight (`float`, defaults to 0.0): Of the reading loss, see `training.reading`: a small head, dropped
-            after training, has to find the objects of the answer in the states of `alignment_layer`. 0 is off. The head
-            is new: by `learning_rate_factors` its parameters, `reading_head`, may learn faster than the VLM's.
+            after training, has to find the objects of the answer in the states of `alignment_layer`. 0 is off. The
+            head is new: by `learning_rate_factors` its parameters, `reading_head`, may learn faster than the VLM's.
         num_eval_generations (`int`, defaults to 16): First rows of the evaluation set that are answered freely and
             greedily at each evaluation, for `eval_format_share`; 0 for none, -1 for all.
         eval_max_new_tokens (`int`, defaults to 512): Of those answers.
