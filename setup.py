@@ -46,10 +46,11 @@ setup(
     package_data={
         "segcompass_hf": [
             "checkpoints/**/*",
-            "data/templates/*",
+            "data/hosting/templates/*",
             "explain/templates/*",
-            "hub/space/*",
-            "hub/templates/*",
+            "hub/space/*.txt",
+            "hub/space/*.md",
+            "hub/publishing/templates/*",
             "metrics/evaluate_modules/*/*.py",
         ]
     },

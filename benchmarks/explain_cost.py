@@ -20,7 +20,7 @@ import torch
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain import explain
-from segcompass_hf.explain.faithfulness import bootstrap_interval
+from segcompass_hf.metrics.intervals import bootstrap_interval
 
 
 def parse_arguments() -> argparse.Namespace:

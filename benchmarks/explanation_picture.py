@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from browser import open_browser, save_screenshot, set_screen
 from selenium.webdriver.support.ui import WebDriverWait
@@ -41,8 +41,8 @@ def explanation_page(window, folder: Path, model, processor, name: str, sample: 
 
 def live_page(window, model, processor, name: str, output: Path) -> None:
     """The page of `segcompass serve`, a concept turned down."""
-    from segcompass_hf.explain.app import build_app, launch_options
-    from segcompass_hf.explain.live import LiveModel
+    from segcompass_hf.explain.live.app import build_app, launch_options
+    from segcompass_hf.explain.live.model import LiveModel
 
     app = build_app(LiveModel(model, processor, name), scenes=True)
     _, address, _ = app.launch(prevent_thread_lock=True, **launch_options())

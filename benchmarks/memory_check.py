@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_memory import _joint_inputs  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
+from joint_step import joint_inputs  # noqa: E402
 from tiny import tiny_config, tiny_sam_config, tiny_vlm_config  # noqa: E402
 
 from segcompass_hf import SegCompassForReasoningSegmentation  # noqa: E402
-from segcompass_hf.training.grpo_forward import add_joint_forward  # noqa: E402
-from segcompass_hf.training.memory_model import fake_model  # noqa: E402
-from segcompass_hf.training.memory_setup import TrainingSetup  # noqa: E402
-from segcompass_hf.training.memory_step import _checkpoint, training_bytes  # noqa: E402
-from segcompass_hf.training.reference_policy import ReferencePolicy  # noqa: E402
+from segcompass_hf.training.grpo.forward import add_joint_forward  # noqa: E402
+from segcompass_hf.training.grpo.reference import ReferencePolicy  # noqa: E402
+from segcompass_hf.training.memory.model import fake_model  # noqa: E402
+from segcompass_hf.training.memory.setup import TrainingSetup  # noqa: E402
+from segcompass_hf.training.memory.step import _checkpoint, training_bytes  # noqa: E402
 
 SHAPE = {"batch_size": 4, "rollouts": 4, "prompt_tokens": 450, "completion_tokens": 150, "objects": 2}
 QUANTILE = 2.2  # of the activations' standard deviation: about 57 of 4,096 random features are above
@@ -51,7 +51,7 @@ def compare(checkpointing: bool) -> None:
     add_joint_forward(model, 1.0, False, reference)
     if checkpointing:
         _checkpoint(model)
-    inputs = _joint_inputs(model, TrainingSetup(**settings))
+    inputs = joint_inputs(model, TrainingSetup(**settings))
 
     def step() -> None:
         output = model(**inputs, fused_lm_head=True)

@@ -15,9 +15,9 @@ from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf import SegCompassConfig, SegCompassForReasoningSegmentation
-from segcompass_hf.training.memory import GIB, MemoryEstimate, estimate_memory
-from segcompass_hf.training.memory_setup import TrainingSetup
-from segcompass_hf.training.memory_shapes import composite_config
+from segcompass_hf.training.memory.estimate import GIB, MemoryEstimate, estimate_memory
+from segcompass_hf.training.memory.setup import TrainingSetup
+from segcompass_hf.training.memory.shapes import composite_config
 
 # Stage -> class of its trainer's arguments.
 STAGES = {

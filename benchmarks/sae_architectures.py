@@ -23,8 +23,8 @@ import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training.sae_config import SaeTrainingConfig
-from segcompass_hf.training.sae_trainer import SaeTrainer
+from segcompass_hf.training.sae.config import SaeTrainingConfig
+from segcompass_hf.training.sae.trainer import SaeTrainer
 
 L0 = 16
 ARCHITECTURES = {  # with the sparsity weight that the controller starts from

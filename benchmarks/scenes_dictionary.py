@@ -26,8 +26,9 @@ from transformers import AutoModel, AutoProcessor
 
 import segcompass_hf
 from segcompass_hf.data import scenes
-from segcompass_hf.data.scene_drawing import COLORS, SHAPES, SIZES
-from segcompass_hf.explain.dictionary import ConceptDictionary, scenes_objects
+from segcompass_hf.data.scenes.drawing import COLORS, SHAPES, SIZES
+from segcompass_hf.data.scenes.names import scenes_objects
+from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
 
 logger = logging.getLogger("scenes_dictionary")
 

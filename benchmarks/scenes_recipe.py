@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from segcompass_hf.data.scenes import SPLITS
+from segcompass_hf.data.scenes.dataset import SPLITS
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.metrics.intervals import bootstrap_statistic
 from segcompass_hf.training.scenes_recipe import LOG, STAGES
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +43,7 @@ def compared(run: Path, bundled: Path, split: str) -> dict:
         raise SystemExit(f"{split}: the two evaluations are of different samples; run both with the same options.")
     ours, theirs = (np.array([score_of(record).iou for record in of]) for of in records)
     values = {"recipe": ours, "bundled": theirs, "difference": ours - theirs}
-    figures = {name: bootstrap_interval(lambda draw, of=of: of[draw].mean(), len(of)) for name, of in values.items()}
+    figures = {name: bootstrap_statistic(lambda draw, of=of: of[draw].mean(), len(of)) for name, of in values.items()}
     commit = json.loads((evaluated(run / "evaluation", split) / "summary.json").read_text())["commit"]
     return {"samples": len(ours), "commit": commit, **figures}
 

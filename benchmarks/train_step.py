@@ -28,7 +28,7 @@ scripts turn it on, at which little is left for its second pass to keep.
 Time is wall time on CUDA; on a CPU it is the CPU time of the process, which other load hardly distorts (with one
 thread; wall time is recorded too). Gains are medians over rounds of the ratio within a round.
 Peak memory is exact: on CUDA the allocator's, elsewhere every tensor that torch makes is counted from birth to death
-(`segcompass_hf.training.memory_meter`), in a step that is not timed. "Step" is what a step adds to what is held all
+(`segcompass_hf.training.memory.meter`), in a step that is not timed. "Step" is what a step adds to what is held all
 the time (weights, reference, AdamW states), gradients included; "total" is both. `--rss` repeats it for the two ends
 in processes of their own by the resident set's high-water mark (Linux).
 """

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from segcompass_hf.losses_segcompass import SegmentationLossOutput, segmentation_loss
-from segcompass_hf.training.grpo_config import LOSS_WEIGHTS
-from segcompass_hf.training.grpo_forward import add_joint_forward
-from segcompass_hf.training.reference_policy import FusedHead, LayerTrace, ReferencePolicy
+from segcompass_hf.training.grpo.config import LOSS_WEIGHTS
+from segcompass_hf.training.grpo.forward import add_joint_forward
+from segcompass_hf.training.grpo.reference import FusedHead, LayerTrace, ReferencePolicy
 
 BETA, CLIP = 0.2, 0.2  # KL coefficient and clipping of the policy's ratio
 

@@ -16,7 +16,7 @@ from train_step_formulations import NAIVE, OURS, Formulation, References, StepIn
 from train_step_workloads import PRESETS, Preset, build_model, let_policy_drift, make_inputs
 
 from segcompass_hf import losses_segcompass
-from segcompass_hf.training.memory_meter import MemoryMeter
+from segcompass_hf.training.memory.meter import MemoryMeter
 
 
 class Bench:

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 import segcompass_hf
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset, load_dataset_of
-from segcompass_hf.evaluation.baselines import BASELINES, make_baseline
+from segcompass_hf.evaluation.predictors.baselines import BASELINES, make_baseline
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.evaluation.report import figure_cell, model_index_yaml
 

@@ -20,12 +20,12 @@ from trl import TrlParser
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import BuildReport
-from segcompass_hf.data.splitting import build_folder_splits
+from segcompass_hf.data.builders.splitting import build_folder_splits
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.adapters import lora_config
-from segcompass_hf.training.own_reasoning import with_own_reasoning
-from segcompass_hf.training.segmentation import SegmentationConfig, SegmentationTrainer
+from segcompass_hf.training.segmentation.own_reasoning import with_own_reasoning
+from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
 
 
 @dataclass

@@ -67,7 +67,7 @@ def main():
         if args.should_save:
             print("\n".join(f"{name:32} {value:.4f}" for name, value in metrics.items()))
     if data.export_sae_lens and args.should_save:
-        from segcompass_hf.training.sae_lens_format import save_sae_lens
+        from segcompass_hf.training.sae.sae_lens import save_sae_lens
 
         save_sae_lens(trainer.accelerator.unwrap_model(trainer.model), data.export_sae_lens, vlm=data.vlm)
     Processes.current().finish()

@@ -20,7 +20,7 @@ import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
-from segcompass_hf.training.segmentation import SegmentationConfig, SegmentationTrainer
+from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
 
 
 @dataclass

@@ -21,7 +21,7 @@ import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.loading_segcompass import add_tokens
-from segcompass_hf.training.warmup import WarmupConfig, WarmupTrainer
+from segcompass_hf.training.warmup.trainer import WarmupConfig, WarmupTrainer
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Shared test set-up: `src` and `tests` are importable, random numbers are seeded, nothing reaches the network."""
+"""Shared set-up: `src`, `tests/support` and two folders of benchmarks can be imported, nothing reaches the network."""
 
 import os
 import sys
@@ -8,12 +8,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "tests", ROOT / "src"):
+for folder in (ROOT / "tests" / "support", ROOT / "src"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
+sys.path += [str(ROOT / "benchmarks" / "parity"), str(ROOT / "benchmarks" / "scenes_study")]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+pytest.register_assert_rewrite("parity")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@
 import pytest
 import tiny
 import torch
-from test_modeling import inputs_of
+from model_inputs import inputs_of
 from transformers import AutoModel
 
 import segcompass_hf  # noqa: F401  registers the Auto classes

@@ -5,26 +5,28 @@ import json
 import math
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from segcompass_hf import modeling_concepts
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
+from segcompass_hf.interventions_segcompass import (
+    ConceptIntervention,
+    apply_interventions,
+    normalize_interventions,
+    steer_hidden_states,
+)
 from segcompass_hf.modeling_concepts import (
     MAX_CHUNK_ELEMENTS,
     ConceptCodebook,
-    ConceptIntervention,
     SparseConcepts,
-    apply_interventions,
     encode_concepts,
-    normalize_interventions,
     sparsify_concepts,
-    steer_hidden_states,
 )
 from segcompass_hf.modeling_sae import SegCompassSae
 
@@ -408,7 +410,7 @@ class TestMemory:
 
 
 def test_benchmark_writes_its_record(tmp_path, monkeypatch, capsys):
-    script = Path(__file__).parent.parent / "benchmarks" / "concept_path.py"
+    script = ROOT / "benchmarks" / "concept_path.py"
     sizes = "--d-in 32 --d-sae 256 --d-slot 16 --tokens 20 --batch-size 2 --active 8 --repeats 1"
     monkeypatch.setattr(sys, "argv", [str(script), *sizes.split(), "--output", str(tmp_path / "record.json")])
     with pytest.raises(SystemExit, match="^0$"):

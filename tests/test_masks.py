@@ -7,7 +7,7 @@ from tiny import tiny_sam_config, tiny_vlm_config
 from transformers import AutoModelForImageTextToText, SamModel
 
 from segcompass_hf import SegCompassForReasoningSegmentation
-from segcompass_hf.hub.original_keys import convert_original_sam_state_dict, revert_to_original_state_dict
+from segcompass_hf.hub.conversion.keys import convert_original_sam_state_dict, revert_to_original_state_dict
 from segcompass_hf.modeling_masks import SamMaskStage, positional_embeddings, valid_area
 
 

@@ -7,14 +7,13 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import segcompass_hf
 from segcompass_hf import SegCompassConfig, _registration
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "segcompass_hf"
 # Files that are published as remote code: flat, next to one another.
 CORE = sorted({*SOURCE.glob("modeling_*.py"), *SOURCE.glob("*_segcompass.py")})

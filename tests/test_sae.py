@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from sae import by_hand, seeded
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
@@ -18,26 +19,6 @@ ARCHITECTURES = {
     "topk": {"architecture": "topk", "k": 2},
     "batchtopk": {"architecture": "batchtopk", "k": 2},
 }
-
-
-def by_hand(**config) -> SegCompassSae:
-    """Two inputs, three features: pre-activations of (x, y) are x, y and x + y, each plus its bias."""
-    sae = SegCompassSae(SegCompassSaeConfig(d_in=2, d_sae=3, **config)).eval()
-    with torch.no_grad():
-        sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
-        sae.W_dec.copy_(torch.tensor([[3.0, 4.0], [0.0, 1.0], [1.0, 0.0]]))
-        sae.b_dec.copy_(torch.tensor([0.5, -0.5]))
-    return sae
-
-
-def seeded(d_in=8, d_sae=32, **config) -> SegCompassSae:
-    torch.manual_seed(0)
-    sae = SegCompassSae(SegCompassSaeConfig(d_in=d_in, d_sae=d_sae, initializer_range=0.3, **config)).eval()
-    with torch.no_grad():
-        for name, parameter in sae.named_parameters():
-            if parameter.ndim == 1:
-                parameter.copy_(torch.rand_like(parameter) if name != "b_dec" else torch.randn_like(parameter))
-    return sae
 
 
 class TestArchitectures:

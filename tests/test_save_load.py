@@ -6,7 +6,7 @@ import json
 import pytest
 import tiny
 import torch
-from test_modeling import inputs_of
+from model_inputs import inputs_of
 from transformers import AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import segcompass_hf  # noqa: F401  registers the Auto classes

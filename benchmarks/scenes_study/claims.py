@@ -2,8 +2,8 @@
 
     python benchmarks/scenes_study/claims.py --model bundled --num-samples 300
 
-Writes claims.json, claims.md and claims.png; what is measured, see `segcompass_hf.explain.claims`. `--report` makes
-the last two from the first.
+Writes claims.json, claims.md and claims.png; what is measured, see `segcompass_hf.explain.claims.measure`.
+`--report` makes the last two from the first.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
-from segcompass_hf.explain.claims import ClaimRecord, measure_claims
-from segcompass_hf.explain.claims_figures import claims_figures
-from segcompass_hf.explain.claims_report import claims_markdown, plot_claims
+from segcompass_hf.explain.claims.figures import claims_figures
+from segcompass_hf.explain.claims.measure import ClaimRecord, measure_claims
+from segcompass_hf.explain.claims.report import claims_markdown, plot_claims
 
 
 def main() -> None:

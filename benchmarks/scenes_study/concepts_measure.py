@@ -6,21 +6,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-
-from segcompass_hf.images_segcompass import to_rgb_image
-from segcompass_hf.metrics.concepts import (
+from concept_metrics import (
     ConceptTokens,
     bridge_score,
     concept_jaccard,
     joint_auc,
     one_modality_share,
 )
+from torch import nn
+
+from segcompass_hf.data.scenes.names import listed_names
+from segcompass_hf.images_segcompass import to_rgb_image
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training.sae_activations import ActivationHarvester, layer_states
-from segcompass_hf.training.sae_rows import RowEncoder
+from segcompass_hf.training.alignment.names import TokenPairs
+from segcompass_hf.training.sae.activations import ActivationHarvester, layer_states
+from segcompass_hf.training.sae.rows import RowEncoder
 from segcompass_hf.training.scenes_batches import ATTRIBUTES
-from segcompass_hf.training.token_pairs import TokenPairs, listed_names
 
 LEFT_OUT = -1
 

@@ -34,8 +34,8 @@ from transformers import AutoModel, AutoProcessor
 
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
-from segcompass_hf.explain.claims import IMAGE_PLACES, TEXT_PLACES, measure_claims
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.explain.claims.measure import IMAGE_PLACES, TEXT_PLACES, measure_claims
+from segcompass_hf.metrics.intervals import bootstrap_statistic
 from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
 
 FOLDER = RUNS / "sensitivity"
@@ -126,7 +126,7 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
     )
     log = [json.loads(line) for line in (folder / "sae" / LOG).read_text().splitlines()]
     return {
-        "giou": bootstrap_interval(lambda draw: ious[draw].mean(), len(ious)),
+        "giou": bootstrap_statistic(lambda draw: ious[draw].mean(), len(ious)),
         "ious": ious.tolist(),
         "features_per_token": features / tokens,
         "sae": next(entry for entry in log if "explained_variance" in entry),

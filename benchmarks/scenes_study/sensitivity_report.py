@@ -8,7 +8,7 @@ import numpy as np
 from runs import write_json
 from settings import RESULTS
 
-from segcompass_hf.explain.claims_figures import bootstrap_interval
+from segcompass_hf.metrics.intervals import bootstrap_statistic
 
 COLOUR, INK, GREY = "#2A9DF4", "#1F2430", "#8A8F98"
 
@@ -54,7 +54,7 @@ def _earlier(path: Path, names: list[str]) -> dict[str, dict]:
 def _difference(ious: list[float], of_default: list[float]) -> dict[str, float]:
     """gIoU less the default's, the same scenes drawn for both."""
     gains = np.array(ious) - np.array(of_default)
-    return bootstrap_interval(lambda draw: gains[draw].mean(), len(gains))
+    return bootstrap_statistic(lambda draw: gains[draw].mean(), len(gains))
 
 
 def _table(default: dict, records: dict[str, dict], defaults: dict[str, Any], missing: list[str]) -> str:

@@ -27,8 +27,8 @@ from transformers import AutoModel, AutoProcessor
 from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.data.schema import decode_masks
-from segcompass_hf.explain.claims_figures import bootstrap_interval
 from segcompass_hf.metrics import score_sample
+from segcompass_hf.metrics.intervals import bootstrap_statistic
 
 CAPS = (1, 4, 8, 16, 32, 48, 64)  # tokens of reasoning
 THREADS = 2
@@ -74,10 +74,10 @@ def figures_of(measured: dict[str, dict[str, list]]) -> dict[str, dict[str, Any]
         iou, wall, cpu = (np.array(values[key]) for key in ("iou", "wall", "cpu"))
         number, gain = len(iou), iou - full
         figures[name] = {
-            "giou": bootstrap_interval(lambda draw, of=iou: of[draw].mean(), number),
-            "less_full": bootstrap_interval(lambda draw, of=gain: of[draw].mean(), number),
-            "latency": bootstrap_interval(lambda draw, of=wall: np.median(of[draw]), number),
-            "cpu_seconds": bootstrap_interval(lambda draw, of=cpu: of[draw].mean(), number),
+            "giou": bootstrap_statistic(lambda draw, of=iou: of[draw].mean(), number),
+            "less_full": bootstrap_statistic(lambda draw, of=gain: of[draw].mean(), number),
+            "latency": bootstrap_statistic(lambda draw, of=wall: np.median(of[draw]), number),
+            "cpu_seconds": bootstrap_statistic(lambda draw, of=cpu: of[draw].mean(), number),
             "tokens": float(np.mean(values["tokens"])),
         }
     return figures

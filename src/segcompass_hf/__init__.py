@@ -29,31 +29,26 @@ An image and an instruction go in; reasoning and one mask per object come out. E
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
 
+from ._lazy import lazy_names
 from ._registration import register_when_needed
 
 __version__ = "0.1.0"
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "SegCompassConfig": "configuration_segcompass",
-    "SegCompassSaeConfig": "configuration_segcompass",
-    "SegCompassProcessor": "processing_segcompass",
-    "SegCompassSae": "modeling_sae",
-    "SegCompassSaeOutput": "modeling_sae",
-    "ConceptIntervention": "modeling_concepts",
-    "SparseConcepts": "modeling_concepts",
-    "SegCompassForReasoningSegmentation": "modeling_segcompass",
-    "SegCompassOutput": "modeling_segcompass",
-    "SegCompassSegmentationOutput": "modeling_segcompass",
-    "ReasoningSegmentationPipeline": "pipeline_segcompass",
+    "configuration_segcompass": ("SegCompassConfig", "SegCompassSaeConfig"),
+    "processing_segcompass": ("SegCompassProcessor",),
+    "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
+    "interventions_segcompass": ("ConceptIntervention",),
+    "modeling_concepts": ("SparseConcepts",),
+    "modeling_segcompass": ("SegCompassForReasoningSegmentation", "SegCompassOutput", "SegCompassSegmentationOutput"),
+    "pipeline_segcompass": ("ReasoningSegmentationPipeline",),
 }
 _SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")
 
-__all__ = ["bundled_checkpoint", *_EXPORTS]
+__all__ = ["bundled_checkpoint", *(name for names in _EXPORTS.values() for name in names)]
 
 
 def bundled_checkpoint() -> Path:
@@ -76,18 +71,7 @@ def bundled_checkpoint() -> Path:
     return path
 
 
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    if name in _SUBPACKAGES:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS, *_SUBPACKAGES})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS, _SUBPACKAGES)
 
 
 register_when_needed()

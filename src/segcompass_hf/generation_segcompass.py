@@ -271,4 +271,24 @@ def completion_mask_of(completion: torch.Tensor, eos_token_ids: list[int]) -> to
     return (ended_before == 0).long()
 
 
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+def final_norm(base_model: nn.Module) -> nn.Module:
+    """The norm behind the last decoder layer of a VLM's text model.
+
+    Raises:
+        ValueError: where it goes by no known name.
+    """
+    layers = decoder_layers(base_model)
+    text_model = next(module for module in base_model.modules() if getattr(module, "layers", None) is layers)
+    for name in FINAL_NORMS:
+        if isinstance(getattr(text_model, name, None), nn.Module):
+            return getattr(text_model, name)
+    raise ValueError(
+        f"{type(text_model).__name__} has no final norm under a known name {FINAL_NORMS}; train with beta=0, which "
+        "needs no reference policy."
+    )
+
+
 __all__ = ["HiddenStateCapture", "SegCompassFormatLogitsProcessor"]

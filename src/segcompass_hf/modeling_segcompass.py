@@ -16,17 +16,10 @@ from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
+from .interventions_segcompass import Interventions, apply_interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
 from .losses_segcompass import SegmentationLossOutput, segmentation_loss
-from .modeling_concepts import (
-    ConceptCodebook,
-    Interventions,
-    SparseConcepts,
-    apply_interventions,
-    encode_concepts,
-    normalize_interventions,
-    steer_hidden_states,
-)
+from .modeling_concepts import ConceptCodebook, SparseConcepts, encode_concepts
 from .modeling_heatmaps import SlotMapper, SlotMapperOutput
 from .modeling_masks import SamMaskStage
 from .modeling_sae import SegCompassSae
@@ -382,9 +375,7 @@ class SegCompassForReasoningSegmentation(
                 **self._with_positions({k: v for k, v in vlm_inputs.items() if v is not None}),
             )
         language_loss = vlm_output.loss if vlm_labels is not None else None
-        output = SegCompassOutput(
-            logits=vlm_output.logits, language_loss=language_loss, cache=vlm_output.get(CACHE)
-        )
+        output = SegCompassOutput(logits=vlm_output.logits, language_loss=language_loss, cache=vlm_output.get(CACHE))
         if language_loss is not None:
             output.loss = self.config.lm_loss_weight * language_loss
         image_embeddings = self._image_embeddings(sam_pixel_values, image_embeddings, input_ids.shape[0])

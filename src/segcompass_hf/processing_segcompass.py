@@ -2,7 +2,6 @@
 """Image and instruction -> inputs of the VLM and of SAM; the model's maps -> masks at the image's size."""
 
 import copy
-import inspect
 import os
 import re
 import unicodedata
@@ -10,17 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import transformers
 from transformers import (
     AddedToken,
-    AutoConfig,
-    AutoTokenizer,
     BatchFeature,
     ProcessorMixin,
     SamImageProcessorPil,
 )
-from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from .images_segcompass import (
     check_masks,
@@ -29,6 +23,13 @@ from .images_segcompass import (
     restore_map,
     soft_mask_targets,
     to_rgb_image,
+)
+from .vlm_processors_segcompass import (
+    is_own_folder,
+    load_vlm_parts,
+    own_arguments,
+    processor_class,
+    to_sam_image_processor,
 )
 
 REF_TOKEN, THINK_START, THINK_END = "<REF_POS>", "<think>", "</think>"
@@ -48,7 +49,6 @@ MINIMAL_CHAT_TEMPLATE = (
 )
 _SENTINEL = "\u2603"  # stands for a message's content when a chat template is looked through
 _MARKER_SHAPE = re.compile(r"^[<\[]\S+[>\]]$")  # <think>, <|im_start|>, [INST]: control tokens even where not special
-_SUB_PROCESSORS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer")
 
 
 class SegCompassProcessor(ProcessorMixin):
@@ -137,23 +137,23 @@ class SegCompassProcessor(ProcessorMixin):
             kwargs: Further arguments of the constructor.
         """
         own = {}
-        if isinstance(vlm_processor, (str, os.PathLike)) and _is_own_folder(vlm_processor):
+        if isinstance(vlm_processor, (str, os.PathLike)) and is_own_folder(vlm_processor):
             vlm_processor = cls.from_pretrained(vlm_processor)
         if hasattr(vlm_processor, "vlm_processor_class"):  # one of ours, as the warm-up saves with a VLM
             own = {name: getattr(vlm_processor, name) for name in ("instruction_template", "completion_template")}
             vlm_processor = vlm_processor.vlm_processor
         if isinstance(vlm_processor, (str, os.PathLike)):
-            image_processor, tokenizer, class_name, class_kwargs, template = _load_vlm_parts(str(vlm_processor))
+            image_processor, tokenizer, class_name, class_kwargs, template = load_vlm_parts(str(vlm_processor))
         else:
             image_processor, tokenizer = vlm_processor.image_processor, vlm_processor.tokenizer
             class_name, template = (
                 type(vlm_processor).__name__.removesuffix("WithoutVideo"),
                 vlm_processor.chat_template,
             )
-            names = _own_arguments(type(vlm_processor))
+            names = own_arguments(type(vlm_processor))
             class_kwargs = {name: getattr(vlm_processor, name) for name in names if hasattr(vlm_processor, name)}
         fields = {"vlm_processor_class": class_name, "vlm_processor_kwargs": class_kwargs, "chat_template": template}
-        sam_image_processor = _sam_image_processor(sam_processor)
+        sam_image_processor = to_sam_image_processor(sam_processor)
         return cls(image_processor, tokenizer, sam_image_processor, num_slots, **(fields | own | kwargs))
 
     # What the VLM family brings
@@ -163,7 +163,7 @@ class SegCompassProcessor(ProcessorMixin):
         """The family's own processor around our image processor and tokenizer; rebuilt when either is replaced."""
         inner = self._vlm_processor
         if inner is None or inner.tokenizer is not self.tokenizer or inner.image_processor is not self.image_processor:
-            inner = _processor_class(self.vlm_processor_class)(
+            inner = processor_class(self.vlm_processor_class)(
                 image_processor=self.image_processor,
                 tokenizer=self.tokenizer,
                 chat_template=getattr(self, "chat_template", None),
@@ -614,85 +614,6 @@ def _map_images(images: Any) -> Any:
     if isinstance(images, (list, tuple)):
         return [_map_images(image) for image in images]
     return to_rgb_image(images)
-
-
-def _own_arguments(processor_class: type) -> list[str]:
-    """Constructor arguments of a VLM processor besides its parts and chat template."""
-    skipped = ("self", "chat_template", "args", "kwargs", *_SUB_PROCESSORS)
-    return [name for name in inspect.signature(processor_class.__init__).parameters if name not in skipped]
-
-
-def _processor_class(name: str) -> type:
-    """The class of that name in transformers, made to do without a video processor."""
-    base = getattr(transformers, name, None)
-    if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
-        raise ValueError(
-            f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}."
-        )
-    if not any("video" in attribute for attribute in base.get_attributes()):
-        return base
-
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
-        base.__init__(self, image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        if argument is not None or "video" not in argument_name:
-            return base.check_argument_for_proper_class(self, argument_name, argument)
-
-    methods = {"__init__": __init__, "check_argument_for_proper_class": check_argument_for_proper_class}
-    return type(f"{name}WithoutVideo", (base,), methods)
-
-
-def _is_own_folder(path: str | os.PathLike) -> bool:
-    fields, _ = ProcessorMixin.get_processor_dict(str(path))
-    return fields.get("processor_class") == "SegCompassProcessor"
-
-
-def _load_vlm_parts(path: str) -> tuple:
-    """Image processor, tokenizer, processor class and its arguments, chat template of a VLM's id or folder.
-
-    `AutoProcessor` cannot be asked: for the Qwens it insists on a video processor and so on torchvision.
-    """
-    config = AutoConfig.from_pretrained(path)
-    fields, _ = ProcessorMixin.get_processor_dict(path)
-    class_name = fields.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    if class_name is None:
-        raise ValueError(
-            f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead."
-        )
-    arguments = {name: fields[name] for name in _own_arguments(_processor_class(class_name)) if name in fields}
-    if class_name == "LlavaProcessor":  # the first LLaVA repositories leave these to the model
-        arguments.setdefault("patch_size", config.vision_config.patch_size)
-        arguments.setdefault("vision_feature_select_strategy", config.vision_feature_select_strategy)
-        if config.vision_config.model_type == "clip_vision_model":
-            arguments.setdefault("num_additional_image_tokens", 1)  # its class token
-    image_processor, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    return image_processor, tokenizer, class_name, arguments, fields.get("chat_template") or tokenizer.chat_template
-
-
-def _sam_image_processor(source: Any) -> SamImageProcessorPil:
-    """SAM's image processor from a processor, configuration, id or folder, or the side of the canvas."""
-    if isinstance(source, (str, os.PathLike)):
-        source = AutoConfig.from_pretrained(source)
-    if hasattr(source, "image_processor"):
-        source = source.image_processor
-    if hasattr(source, "to_dict") and hasattr(source, "mask_size"):
-        return source
-    if isinstance(source, int):
-        canvas, patch_size = source, 16
-    elif hasattr(source, "vision_config"):
-        canvas, patch_size = source.vision_config.image_size, source.vision_config.patch_size
-    else:
-        raise ValueError(
-            f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size."
-        )
-    side = 4 * (canvas // patch_size)
-    return SamImageProcessorPil(
-        size={"longest_edge": canvas},
-        pad_size={"height": canvas, "width": canvas},
-        mask_size={"longest_edge": side},
-        mask_pad_size={"height": side, "width": side},
-    )
 
 
 SegCompassProcessor.register_for_auto_class("AutoProcessor")

@@ -17,7 +17,8 @@ from .generation_segcompass import (
     reasoning_budget,
     run_last_token,
 )
-from .modeling_concepts import Interventions, SparseConcepts, normalize_interventions
+from .interventions_segcompass import Interventions, normalize_interventions
+from .modeling_concepts import SparseConcepts
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")

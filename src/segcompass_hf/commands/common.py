@@ -4,18 +4,72 @@
 from __future__ import annotations
 
 import argparse
-import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-BUNDLED_DOMAIN = (
-    "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
-    "means nothing. Pass --model for another checkpoint."
-)
+from ..checkpoint import BUNDLED_DOMAIN
+from ..checkpoint import load_checkpoint as _load_checkpoint
+
+FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 
 
 class UserError(Exception):
     """Bad input: shown as one line, exit code 2."""
+
+
+@contextmanager
+def user_errors(
+    start: str = "", kinds: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+) -> Iterator[None]:
+    """What goes wrong inside is bad input.
+
+    Args:
+        start (`str`, *optional*): Put before the error's own words, unless they hold it.
+        kinds (`tuple`, *optional*): The exceptions meant.
+    """
+    try:
+        yield
+    except kinds as error:
+        text = str(error) or type(error).__name__
+        raise UserError(text if not start or start in text else f"{start}: {text}") from error
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the commands that ask one question about one image; see [`ask`]."""
+    parser.add_argument("image", help="image file")
+    parser.add_argument("instruction", help="what to find, in words")
+    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    parser.add_argument(
+        "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
+    )
+
+
+def check_question(args: argparse.Namespace, kinds: tuple[str, ...], expected: str) -> None:
+    """Refuse an empty instruction, and an `--output` whose suffix is none of `kinds`."""
+    if not args.instruction.strip():
+        raise UserError("the instruction is empty; say in words what to find.")
+    if args.output is not None and args.output.suffix.lower() not in kinds:
+        raise UserError(f"--output {args.output} is {expected}.")
+
+
+def ask(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
+    """Image, model, processor and the model's name of a question; says what the model does not know.
+
+    Raises:
+        UserError: image or checkpoint cannot be read.
+    """
+    image = open_image(args.image)
+    model, processor, name = load_checkpoint(args.model)
+    if args.model is None:
+        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
+    unknown = unknown_words(processor.tokenizer, args.instruction)
+    if unknown:
+        print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
+    return image, model, processor, name
 
 
 def positive(text: str) -> int:
@@ -27,60 +81,9 @@ def positive(text: str) -> int:
 
 
 def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, Any, str]:
-    """Model in eval mode, processor, and the name shown to the user.
-
-    Args:
-        model_name (`str`, *optional*): Folder or Hub id; the bundled checkpoint by default.
-        device (`torch.device`, *optional*): The best there is by default.
-
-    Raises:
-        UserError: there is no such checkpoint.
-    """
-    import segcompass_hf
-
-    if model_name is None:
-        try:
-            path = str(segcompass_hf.bundled_checkpoint())
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
-    else:
-        path = model_name
-        looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-        if looks_local and not Path(path).expanduser().is_dir():
-            raise UserError(f"there is no checkpoint folder {path!r}.")
-        path = str(Path(path).expanduser()) if looks_local else path
-
-    _check_base(Path(path))
-    import torch
-    from transformers import AutoModel, AutoProcessor
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        model = AutoModel.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
-    except Exception as error:  # whatever a damaged file makes the readers raise
-        raise UserError(f"cannot load a checkpoint from {path!r}: {error}") from error
-    if not hasattr(model, "segment"):
-        raise UserError(f"{path!r} holds a {type(model).__name__}, which is not a SegCompass checkpoint.")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
-
-
-def _check_base(folder: Path) -> None:
-    """An adapter that was moved here without its base: transformers would take the folder's name for a Hub id."""
-    try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        moved = Path(named).is_absolute() and not Path(named).is_dir()
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # no adapter, or one that loading will complain about
-    if moved:
-        raise UserError(
-            f"{str(folder)!r} is an adapter of the model in {named!r}, which is not on this machine; write the place "
-            "or Hub id of that model into base_model_name_or_path of its adapter_config.json."
-        )
+    """[`~checkpoint.load_checkpoint`], whose errors are bad input here."""
+    with user_errors():
+        return _load_checkpoint(model_name, device)
 
 
 def make_folder(path: Path) -> None:
@@ -95,3 +98,26 @@ def one_line(error: Exception) -> str:
     """The message of an error without line breaks, and not longer than a few lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:398] + " …"
+
+
+def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
+    """Words of an instruction that a tokenizer maps to its unknown token, in order, each once.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): One without an unknown token knows every word.
+        instruction (`str`): The user's words.
+    """
+    if tokenizer.unk_token_id is None:
+        return []
+    words = dict.fromkeys(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", instruction))
+    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
+
+
+def open_image(path: str) -> Any:
+    """An image file as RGB, `PIL.Image.Image`."""
+    if not Path(path).exists():
+        raise UserError(f"there is no file {path!r}; give the path of an image.")
+    from ..images_segcompass import to_rgb_image
+
+    with user_errors(kinds=(Exception,)):  # PIL's readers raise many kinds on damaged files, and on bombs
+        return to_rgb_image(path)

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from .common import UserError, positive, user_errors
 
 _EPILOG = """\
 examples:
@@ -30,9 +30,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("source", help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--back", action="store_true", help="from ours to the original's files")
-    parser.add_argument(
-        "--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)"
-    )
+    parser.add_argument("--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)")
     parser.add_argument("--sae", type=Path, help="ep_N.pt, where refseg_modules.pt holds no SAE")
     parser.add_argument("--llm", type=Path, help="folder of the language model (llm_hf beside)")
     parser.add_argument("--sae-layer", type=int, help="the original's hook_layer (16 LLaVA-1.5, 13 Qwen2.5-VL)")
@@ -49,21 +47,19 @@ def run(args: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     one_way = ("sam", "sae", "llm", "sae_layer", "ref_token_id", "dtype")
-    try:
+    with user_errors(kinds=(ValueError, OSError, ImportError, TypeError)):
         if args.back:
             _refuse_with_back([name for name in one_way if getattr(args, name) is not None], args)
-            from segcompass_hf.hub.conversion_to_original import convert_to_original_checkpoint
+            from ..hub.conversion.to_original import convert_to_original_checkpoint
 
             folder = convert_to_original_checkpoint(args.source, args.output, args.max_shard_size)
         else:
-            from segcompass_hf.hub.conversion import convert_original_checkpoint
+            from ..hub.conversion.from_original import convert_original_checkpoint
 
             given = {name: getattr(args, name) for name in one_way}
             folder = convert_original_checkpoint(
                 args.source, args.output, max_shard_size=args.max_shard_size, **given, **args.config
             )
-    except (ValueError, OSError, ImportError, TypeError) as error:
-        raise UserError(str(error)) from error
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
     if not args.back:

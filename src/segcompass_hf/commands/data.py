@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from .common import UserError, positive, user_errors
 
 _BUILD_EPILOG = """\
 SPEC is what `segcompass evaluate --dataset` takes, such as
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
 def _build(args: argparse.Namespace) -> None:
     import datasets
 
-    from segcompass_hf.data.hosting import write_dataset
+    from ..data.hosting.write import write_dataset
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -59,12 +59,10 @@ def _build(args: argparse.Namespace) -> None:
     if args.output.exists() and (not args.output.is_dir() or any(args.output.iterdir())):
         raise UserError(f"--output {args.output} is there already; remove it or name another.")
     splits, reports, origins = _named_splits(args)
-    try:
+    with user_errors():
         written = write_dataset(
             splits, args.output, reports, args.shard_size, license, args.name, list(dict.fromkeys(origins))
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
     if args.json:
         print(json.dumps(written.to_dict(), indent=1))
         return
@@ -83,17 +81,15 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     """Split -> data set, split -> report, and what they were built from."""
     import datasets
 
-    from segcompass_hf.data.build_report import BuildReport
-    from segcompass_hf.evaluation import datasets_spec
+    from ..data.builders.build_report import BuildReport
+    from ..evaluation import datasets_spec
 
     parts: dict[str, list[Any]] = {}
     reports: dict[str, Any] = {}
     origins = []
     for spec in args.specs:
-        try:
+        with user_errors(spec):
             named = datasets_spec.load_dataset_of(spec, args.limit)
-        except (ValueError, OSError, ImportError) as error:
-            raise UserError(f"{spec}: {error}" if spec not in str(error) else str(error)) from error
         split = args.split or named.split or _split_of_rows(named.dataset)
         joined = reports.setdefault(split, BuildReport())
         if named.report is not None:
@@ -105,11 +101,8 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
             joined.left_out["beyond --limit"] += cut
         parts.setdefault(split, []).append(dataset)
         origins.append(named.name)
-    try:
-        joined_parts = {split: datasets.concatenate_datasets(part) for split, part in parts.items()}
-    except ValueError as error:  # columns of one name and several types
-        raise UserError(f"these data sets cannot be joined: {error}") from error
-    return joined_parts, reports, origins
+    with user_errors("these data sets cannot be joined", (ValueError,)):  # columns of one name and several types
+        return {split: datasets.concatenate_datasets(part) for split, part in parts.items()}, reports, origins
 
 
 def _split_of_rows(dataset: Any) -> str:
@@ -121,15 +114,13 @@ def _split_of_rows(dataset: Any) -> str:
 
 
 def _license(given: str | None) -> str | None:
-    from segcompass_hf.data.dataset_cards import is_license_id
+    from ..data.hosting.card import is_license_id
 
     if given is None:
         return None
     if Path(given).is_file():
-        try:
+        with user_errors(f"cannot read --license {given}"):
             text = Path(given).read_text(encoding="utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read --license {given}: {error}") from error
         if not text:
             raise UserError(f"--license {given} is an empty file.")
         return text + "\n"  # a line break tells a text from an identifier
@@ -139,11 +130,9 @@ def _license(given: str | None) -> str | None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from segcompass_hf.data.publishing import push_dataset
+    from ..data.hosting.publish import push_dataset
 
-    try:
+    with user_errors(kinds=(Exception,)):  # besides bad input whatever the network makes the Hub's client raise
         publication = push_dataset(args.folder, args.repo_id, private=args.private, dry_run=args.dry_run)
-    except Exception as error:  # besides bad input whatever the network makes the Hub's client raise
-        raise UserError(str(error) or type(error).__name__) from error
     print(f"would be published as {args.repo_id}:" if args.dry_run else f"{publication.url}:")
     print(publication.to_text())

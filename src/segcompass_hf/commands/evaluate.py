@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass evaluate`: any checkpoint, masks or baseline on any data set, resumable and on several processes."""
+"""`segcompass evaluate`: a checkpoint, masks, boxes or baseline on any data set, resumable, on several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive
+from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive, user_errors
 
 _EPILOG = """\
 On several GPUs or CPUs: torchrun --nproc_per_node N -m segcompass_hf.cli evaluate ..., or accelerate launch. The same
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "evaluate",
-        help="a checkpoint, a folder of masks or a baseline on a data set, to metrics, tables and a page of samples",
+        help="a checkpoint, masks, boxes of a VLM or a baseline on a data set, to metrics, tables and a page",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -40,6 +40,17 @@ def add_parser(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks of any other model, from a folder")
     what.add_argument("--baseline", metavar="NAME", help="an answer to compare with; a wrong name lists them")
+    what.add_argument("--boxes", metavar="VLM", help="folder or Hub id of a VLM that writes boxes")
+    parser.add_argument("--sam", help="with --boxes: folder or Hub id of the SAM that segments them")
+    parser.add_argument(
+        "--coordinates",
+        choices=("absolute", "resized", "thousand", "unit"),
+        help="with --boxes: what the VLM's numbers are: pixels of the image, pixels of the image as its processor "
+        "resized it, 0 to 1000, or 0 to 1 (absolute)",
+    )
+    parser.add_argument(
+        "--image-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help="with --boxes: of the VLM's image"
+    )
     parser.add_argument("--model", default="bundled", help="checkpoint folder or Hub id, or `bundled` (%(default)s)")
     parser.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
@@ -70,18 +81,16 @@ def run(args: argparse.Namespace) -> None:
             raise UserError("--dataset is missing; name what to evaluate on, such as scenes:val.")
         _print_comparison(args)
         return
+    _check_boxes(args)
     import datasets
 
-    from segcompass_hf.evaluation import ModelPredictor, datasets_spec
+    from ..evaluation import ModelPredictor, datasets_spec
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     processes, kind = _processes(), args.dataset.partition(":")[0]
-    try:
-        with processes.main_first():
-            named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(f"{kind}: {error}" if kind not in str(error) else str(error)) from error
+    with user_errors(kind), processes.main_first():
+        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
     make_folder(args.output)
     predictor = _predictor(args, named, processes.device)
     if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
@@ -96,6 +105,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(summary.figures | extra, indent=1))
         return
     _print_summary(summary)
+    if args.boxes is not None:
+        _print_malformed(args.output)
     if comparison is not None:
         print(comparison.to_text())
 
@@ -115,14 +126,22 @@ def _print_summary(summary: Any) -> None:
     print(f"{summary.output_dir}: {', '.join(figures['files'])}")
 
 
+def _print_malformed(output: Path) -> None:
+    from ..evaluation import is_malformed, read_samples
+
+    number = sum(is_malformed(record["text"]) for record in read_samples(output))
+    if number:
+        print(f"  {number} answers could not be understood and count as empty predictions")
+
+
 def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
     from transformers.utils import logging
 
-    from segcompass_hf.evaluation import evaluate_dataset
+    from ..evaluation import evaluate_dataset
 
     if sys.stderr.isatty():
         logging.enable_progress_bar()  # loading the checkpoint has switched it off
-    try:
+    with user_errors():
         return evaluate_dataset(
             predictor,
             named.dataset,
@@ -134,46 +153,60 @@ def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
             resume=not args.restart,
             notes={"command": shlex.join(["segcompass", *args.argv]), **named.notes()},
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
 
 
 def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
-    from segcompass_hf.evaluation import ModelPredictor, baselines, external
-    from segcompass_hf.evaluation.rows import EvaluationRows
+    from ..evaluation import ModelPredictor
+    from ..evaluation.predictors import baselines, external
+    from ..evaluation.rows import EvaluationRows
 
-    try:
+    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    with user_errors():
         if args.predictions is not None:
             sample_ids = EvaluationRows(named.dataset, args.num_samples).sample_ids()
             return external.FolderPredictor(args.predictions, sample_ids, args.missing)
         if args.baseline is not None and args.baseline not in baselines.SAM_BASELINES:
             return baselines.make_baseline(args.baseline, unknown=args.missing)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
+        if args.boxes is not None:
+            return _box_localizer(args, device, limits)
     model, processor, name = load_checkpoint(None if args.model == "bundled" else args.model, device)
     if args.baseline is not None:
         return baselines.make_baseline(args.baseline, model.sam, processor)
-    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     return ModelPredictor(model, processor, "scenes-tiny" if args.model == "bundled" else Path(name).name, **limits)
 
 
-def _processes() -> Any:
-    from segcompass_hf.evaluation.processes import Processes
+def _check_boxes(args: argparse.Namespace) -> None:
+    """`--boxes` needs a SAM, and what belongs to it nothing else takes."""
+    given = [name for name in ("sam", "coordinates", "image_size") if getattr(args, name) is not None]
+    if args.boxes is None and given:
+        raise UserError(f"--{given[0].replace('_', '-')} belongs to --boxes.")
+    if args.boxes is not None and args.sam is None:
+        raise UserError("--boxes needs --sam, the SAM that segments what the VLM points at.")
 
-    try:
+
+def _box_localizer(args: argparse.Namespace, device: Any, limits: dict[str, int]) -> Any:
+    from ..evaluation import BoxLocalizerPredictor
+
+    image_size = None if args.image_size is None else tuple(args.image_size)
+    coordinates, name = args.coordinates or "absolute", f"{Path(args.boxes).name} with {Path(args.sam).name}"
+    return BoxLocalizerPredictor.from_pretrained(
+        args.boxes, args.sam, device, coordinates=coordinates, image_size=image_size, name=name, **limits
+    )
+
+
+def _processes() -> Any:
+    from ..evaluation.processes import Processes
+
+    with user_errors(kinds=(RuntimeError,)):
         return Processes.current()
-    except RuntimeError as error:
-        raise UserError(str(error)) from error
 
 
 def _compare(args: argparse.Namespace) -> Any:
-    from segcompass_hf.evaluation import compare_runs
-    from segcompass_hf.evaluation.records import write_atomically
+    from ..evaluation import compare_runs
+    from ..evaluation.records import write_atomically
 
-    try:
+    with user_errors():
         comparison = compare_runs(args.output, args.compare)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from error
     write_atomically(args.output / "comparison.json", json.dumps(comparison.to_dict(), indent=1) + "\n")
     return comparison
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive
+from .common import FIGURES, add_question, ask, check_question, make_folder, positive, user_errors
 
-_FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
 _PAGES = (".html", ".htm")
 
 
@@ -20,9 +18,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "explain", help="one image and instruction to the concepts behind every mask, as a page without network"
     )
-    parser.add_argument("image", help="image file")
-    parser.add_argument("instruction", help="what to find, in words")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    add_question(parser)
     parser.add_argument(
         "--output",
         type=Path,
@@ -30,9 +26,6 @@ def add_parser(commands: Any) -> None:
         "unless given)",
     )
     parser.add_argument("--json", action="store_true", help="print the explanation as JSON, masks as run lengths")
-    parser.add_argument(
-        "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
-    )
     parser.add_argument(
         "--target",
         choices=("mask_logit", "slot_logit"),
@@ -55,21 +48,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Explain what the command line names."""
-    if not args.instruction.strip():
-        raise UserError("the instruction is empty; say in words what to find.")
-    if args.output is not None and args.output.suffix.lower() not in (*_PAGES, *_FIGURES):
-        raise UserError(f"--output {args.output} is neither a page (.html) nor a picture ({', '.join(_FIGURES)}).")
-    image = _open_image(args.image)
+    check_question(args, (*_PAGES, *FIGURES), f"neither a page (.html) nor a picture ({', '.join(FIGURES)})")
     dictionary = None if args.dictionary is None else _load_dictionary(args.dictionary)
-    model, processor, name = load_checkpoint(args.model)
-    if args.model is None:
-        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    from segcompass_hf.cli import unknown_words
-
-    unknown = unknown_words(processor.tokenizer, args.instruction)
-    if unknown:
-        print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
-
+    image, model, processor, name = ask(args)
     explanation = _explain(args, model, processor, image, dictionary)
     explanation.model_name = name
     output = args.output
@@ -85,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, dictionary: Any) -> Any:
-    from segcompass_hf.explain import explain
+    from ..explain import explain
 
-    try:
+    with user_errors():
         return explain(
             model,
             processor,
@@ -99,39 +80,22 @@ def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, d
             reasoning=args.reasoning,
             dictionary=dictionary,
         )
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _open_image(path: str) -> Any:
-    if not Path(path).exists():
-        raise UserError(f"there is no file {path!r}; give the path of an image.")
-    from segcompass_hf.images_segcompass import to_rgb_image
-
-    try:
-        return to_rgb_image(path)
-    except Exception as error:  # PIL's readers raise many kinds on damaged files, and on bombs
-        raise UserError(str(error)) from error
 
 
 def _load_dictionary(folder: Path) -> Any:
-    from segcompass_hf.explain.dictionary import ConceptDictionary
+    from ..explain.dictionary.dictionary import ConceptDictionary
 
-    try:
+    with user_errors(f"cannot read a concept dictionary from {folder}"):
         return ConceptDictionary.load(folder)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot read a concept dictionary from {folder}: {error}") from error
 
 
 def _write(explanation: Any, output: Path) -> None:
     make_folder(output.parent)
-    try:
+    with user_errors(f"cannot write {output}"):
         if output.suffix.lower() in _PAGES:
             explanation.to_html(output)
         else:
             explanation.plot().savefig(output)
-    except (ImportError, OSError) as error:
-        raise UserError(f"cannot write {output}: {error}") from error
 
 
 def _print(explanation: Any) -> None:

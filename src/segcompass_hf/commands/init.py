@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from .common import positive, user_errors
 
 _EPILOG = """\
 examples:
@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> None:
     """Compose what the command line asks for."""
     from transformers.utils import logging
 
-    from segcompass_hf.hub.composition import compose_checkpoint
+    from ..hub.composition import compose_checkpoint
 
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     fields = {"d_slot": args.d_slot, "concept_threshold": args.concept_threshold}
-    try:
+    with user_errors():
         made = compose_checkpoint(
             args.vlm,
             args.sam,
@@ -67,8 +67,6 @@ def run(args: argparse.Namespace) -> None:
             max_shard_size=args.max_shard_size,
             **{name: value for name, value in fields.items() if value is not None},
         )
-    except (ValueError, OSError, ImportError) as error:
-        raise UserError(str(error)) from error
     _print(args, made)
 
 

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import UserError
+from .common import user_errors
 
 
 def add_parser(commands: Any) -> None:
@@ -44,11 +44,13 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import segcompass_hf
-    from segcompass_hf.hub import push_to_hub
+
+    from ..hub import push_to_hub
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
+    evaluations, card = [_read_summary(path) for path in args.evaluation], _card(args)
+    with user_errors(kinds=(Exception,)):  # besides bad input whatever the network makes the Hub's client raise
         publication = push_to_hub(
             segcompass_hf.bundled_checkpoint() if str(args.folder) == "bundled" else args.folder,
             args.repo_id,
@@ -56,15 +58,11 @@ def run(args: argparse.Namespace) -> None:
             revision=args.revision,
             dry_run=args.dry_run,
             base_model=args.base_model,
-            evaluations=[_read_summary(path) for path in args.evaluation],
+            evaluations=evaluations,
             collection=args.collection,
             commit_message=args.message,
-            **_card(args),
+            **card,
         )
-    except UserError:
-        raise
-    except Exception as error:  # besides bad input whatever the network makes the Hub's client raise
-        raise UserError(str(error) or type(error).__name__) from error
     print(f"would be published as {args.repo_id}:" if args.dry_run else f"{publication.url}:")
     print(publication.to_text())
     if publication.commit:
@@ -82,19 +80,16 @@ def _card(args: argparse.Namespace) -> dict[str, Any]:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     path = path / "summary.json" if path.is_dir() else path
-    try:
+    kinds = (OSError, ValueError, KeyError, TypeError)
+    with user_errors(f"--evaluation {path} is no summary of `segcompass evaluate`", kinds):
         figures = json.loads(path.read_text(encoding="utf-8"))
         figures["metrics"], figures["counts"], figures["versions"]  # noqa: B018
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--evaluation {path} is no summary of `segcompass evaluate`: {error}") from error
     return figures
 
 
 def _read_training(path: Path | None) -> str | None:
     if path is None:
         return None
-    try:
+    with user_errors(f"cannot read --training {path}"):
         text = path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read --training {path}: {error}") from error
     return f"```yaml\n{text}\n```" if path.suffix in (".yaml", ".yml") else text

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint
+from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, user_errors
 
 
 def add_parser(commands: Any) -> None:
@@ -39,16 +39,14 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.package is not None:
         raise UserError("--package belongs to --space.")
-    try:
-        from segcompass_hf.explain.app import build_app, launch_options
-    except ImportError as error:
-        raise UserError(f"the live page needs gradio: pip install 'segcompass_hf[explain]' ({error})") from error
-    from segcompass_hf.explain.live import LiveModel
+    with user_errors("the live page needs gradio: pip install 'segcompass_hf[explain]'", (ImportError,)):
+        from ..explain.live.app import build_app, launch_options
+    from ..explain.live.model import LiveModel
 
     model, processor, name = load_checkpoint(args.model)
     bundled = args.model is None
     app = build_app(LiveModel(model, processor, name), scenes=bundled, note=BUNDLED_DOMAIN if bundled else "")
-    try:
+    with user_errors(kinds=(OSError,)):  # gradio's, for a port that is taken
         _, local, public = app.launch(
             server_name=args.host,
             server_port=args.port,
@@ -56,19 +54,15 @@ def run(args: argparse.Namespace) -> None:
             prevent_thread_lock=True,
             **launch_options(),
         )
-    except OSError as error:  # gradio's, for a port that is taken
-        raise UserError(str(error)) from error
     print(f"{name}: {local}" + (f" and {public}" if public else ""), flush=True)
     app.block_thread()
 
 
 def _write_space(args: argparse.Namespace) -> None:
-    from segcompass_hf.hub.spaces import write_space
+    from ..hub.space.write import write_space
 
-    try:
+    with user_errors():
         written = write_space(args.space, args.model, args.package)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
     print(f"{args.space}: {', '.join(path.name for path in written)}")
     print(f"upload with: hf upload OWNER/NAME {args.space} . --repo-type space")
 

@@ -7,44 +7,25 @@ could not be used. Each name is loaded when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "BuildReport": "build_report",
-    "EmbeddingCache": "embedding_cache",
-    "SegmentationCollator": "collator",
-    "build_coco": "coco",
-    "build_folder": "folder",
-    "build_folder_splits": "splitting",
-    "split_by_image": "splitting",
-    "build_grefcoco": "refer",
-    "build_reasonseg": "reasonseg",
-    "build_refcoco": "refer",
-    "decode_mask": "schema",
-    "decode_masks": "schema",
-    "encode_mask": "schema",
-    "eval_image_ids": "leakage",
-    "from_hosted_reasonseg": "hosted",
-    "push_dataset": "publishing",
-    "row_features": "schema",
-    "write_dataset": "hosting",
+    "builders.build_report": ("BuildReport",),
+    "embedding_cache": ("EmbeddingCache",),
+    "collator": ("SegmentationCollator",),
+    "builders.coco": ("build_coco",),
+    "builders.folder": ("build_folder",),
+    "builders.splitting": ("build_folder_splits", "split_by_image"),
+    "builders.refer": ("build_grefcoco", "build_refcoco"),
+    "builders.reasonseg": ("build_reasonseg",),
+    "schema": ("decode_mask", "decode_masks", "encode_mask", "row_features"),
+    "builders.leakage": ("eval_image_ids",),
+    "builders.hosted": ("from_hosted_reasonseg",),
+    "hosting.publish": ("push_dataset",),
+    "hosting.write": ("write_dataset",),
 }
 _MODULES = ("scenes",)
-__all__ = [*_EXPORTS, *_MODULES]
+__all__ = [*(name for names in _EXPORTS.values() for name in names), *_MODULES]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f".{name}", __name__)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value  # the next access does not come here
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS, _MODULES)

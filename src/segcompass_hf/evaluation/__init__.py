@@ -7,35 +7,20 @@ schema. Each name is loaded when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "BASELINES": "baselines",
-    "BoxLocalizerPredictor": "box_localizer",
-    "EvaluationSummary": "runner",
-    "FolderPredictor": "external",
-    "ModelPredictor": "predictors",
-    "Prediction": "predictors",
-    "Predictor": "predictors",
-    "compare_runs": "comparison",
-    "evaluate_dataset": "runner",
-    "load_dataset_of": "datasets_spec",
-    "make_baseline": "baselines",
-    "prediction_file_name": "external",
-    "read_samples": "records",
+    "predictors.baselines": ("BASELINES", "make_baseline"),
+    "predictors.box_localizer": ("BoxLocalizerPredictor", "is_malformed"),
+    "runner": ("EvaluationSummary", "evaluate_dataset"),
+    "predictors.external": ("FolderPredictor", "prediction_file_name"),
+    "prediction": ("Prediction", "Predictor"),
+    "predictors.model": ("ModelPredictor",),
+    "comparison": ("compare_runs",),
+    "datasets_spec": ("load_dataset_of",),
+    "records": ("read_samples",),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

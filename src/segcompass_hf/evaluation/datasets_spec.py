@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.build_report import BuildReport
+from ..data.builders.build_report import BuildReport
 
 SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
 MAX_LISTED_PROBLEMS = 100
@@ -94,7 +94,7 @@ def _scenes(kind: str, num_samples: int | None, split: str, seed: str = "0") -> 
 
 
 def _refcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "") -> NamedDataset:
-    from ..data.refer import build_refcoco
+    from ..data.builders.refer import build_refcoco
 
     split_by, report = split_by or ("umd" if kind == "refcocog" else "unc"), BuildReport()
     dataset = build_refcoco(root, images, kind, split_by, split, report=report)
@@ -102,7 +102,7 @@ def _refcoco(kind: str, _: int | None, root: str, images: str, split: str, split
 
 
 def _grefcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "unc") -> NamedDataset:
-    from ..data.refer import build_grefcoco
+    from ..data.builders.refer import build_grefcoco
 
     report = BuildReport()
     dataset = build_grefcoco(root, images, split_by, split, report=report)
@@ -110,14 +110,14 @@ def _grefcoco(kind: str, _: int | None, root: str, images: str, split: str, spli
 
 
 def _reasonseg(kind: str, _: int | None, root: str, split: str = "test") -> NamedDataset:
-    from ..data.reasonseg import build_reasonseg
+    from ..data.builders.reasonseg import build_reasonseg
 
     report = BuildReport()
     return NamedDataset(build_reasonseg(root, split, report=report), f"{kind} {split}", kind, split, report)
 
 
 def _hosted(kind: str, _: int | None, path_or_id: str, split: str = "test") -> NamedDataset:
-    from ..data.hosted import from_hosted_reasonseg
+    from ..data.builders.hosted import from_hosted_reasonseg
 
     report = BuildReport()
     dataset = from_hosted_reasonseg(path_or_id, split, report=report)
@@ -126,7 +126,7 @@ def _hosted(kind: str, _: int | None, path_or_id: str, split: str = "test") -> N
 
 
 def _folder(kind: str, _: int | None, root: str, annotations: str = "", split: str = "") -> NamedDataset:
-    from ..data.folder import build_folder
+    from ..data.builders.folder import build_folder
 
     report = BuildReport()
     dataset = build_folder(root, annotations or None, split=split or "test", report=report)
@@ -134,7 +134,7 @@ def _folder(kind: str, _: int | None, root: str, annotations: str = "", split: s
 
 
 def _coco(kind: str, _: int | None, annotations: str, images: str) -> NamedDataset:
-    from ..data.coco import build_coco
+    from ..data.builders.coco import build_coco
 
     report = BuildReport()
     return NamedDataset(build_coco(annotations, images, report=report), Path(annotations).stem, kind, None, report)

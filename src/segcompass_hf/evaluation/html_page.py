@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.schema import decode_masks
+from ..pages import picture_address
 from .records import score_of
 from .rows import EvaluationRows
 
@@ -121,9 +120,7 @@ def _picture(row: Any, masks: np.ndarray, colour: tuple[int, int, int]) -> str:
         pixels[_edge(mask)] = tint
     picture = Image.fromarray(pixels.astype(np.uint8))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return picture_address(picture, "JPEG", quality=88)
 
 
 def _edge(mask: np.ndarray) -> np.ndarray:

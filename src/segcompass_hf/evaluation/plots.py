@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..figure import INK, error_sizes, new_figure
 from .records import score_of
 
-TARGET_COLOUR, NO_TARGET_COLOUR, INK = "#2A9DF4", "#E8910C", "#1F2430"
+TARGET_COLOUR, NO_TARGET_COLOUR = "#2A9DF4", "#E8910C"
 
 
 def draw_plots(output_dir: Path, figures: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[str]:
@@ -23,16 +24,12 @@ def draw_plots(output_dir: Path, figures: dict[str, Any], records: Sequence[dict
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    figure = Figure(figsize=(6.4, 3.6), dpi=120, layout="constrained")
+    figure = new_figure((6.4, 3.6), dpi=120, layout="constrained")
     _histogram(figure.subplots(), figures, records)
     figure.savefig(output_dir / "iou_histogram.png")
     names = ["iou_histogram.png"]
     if len(figures["by_kind"]) > 1:
-        figure = Figure(figsize=(6.4, 1.2 + 0.36 * len(figures["by_kind"])), dpi=120, layout="constrained")
+        figure = new_figure((6.4, 1.2 + 0.36 * len(figures["by_kind"])), dpi=120, layout="constrained")
         _bars(figure.subplots(), figures)
         figure.savefig(output_dir / "giou_by_kind.png")
         names.append("giou_by_kind.png")
@@ -71,11 +68,8 @@ def _histogram(axes: Any, figures: dict[str, Any], records: Sequence[dict[str, A
 def _bars(axes: Any, figures: dict[str, Any]) -> None:
     kinds = list(figures["by_kind"])[::-1]  # bars are drawn upwards
     giou = [figures["by_kind"][kind]["gIoU"] for kind in kinds]
-    values = np.array([figure["value"] for figure in giou])
-    # The interval of a skewed sample may leave out its own mean.
-    below = np.clip(values - [figure["low"] for figure in giou], 0, None)
-    above = np.clip([figure["high"] for figure in giou] - values, 0, None)
+    values, errors = error_sizes(giou)
     labels = [f"{kind} ({figure['num_samples']})" for kind, figure in zip(kinds, giou, strict=True)]
-    axes.barh(labels, values, xerr=[below, above], color=TARGET_COLOUR, ecolor=INK, capsize=3)
+    axes.barh(labels, values, xerr=errors, color=TARGET_COLOUR, ecolor=INK, capsize=3)
     axes.set(xlim=(0, 1), xlabel="gIoU, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)

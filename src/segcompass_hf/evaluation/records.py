@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..data.schema import encode_mask
 from ..metrics.segmentation import SampleScore, score_sample
-from .predictors import Prediction
+from .prediction import Prediction
 from .rows import EvaluationRow
 
 logger = logging.get_logger(__name__)

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..pages import markdown_table
 from .html_page import samples_page
 from .plots import draw_plots
 from .records import SAMPLES_FILE, write_atomically
@@ -101,17 +102,16 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _table(groups: dict[str, dict[str, dict[str, float]]]) -> str:
     names = list(next(iter(groups.values())))
-    lines = ["| | samples | " + " | ".join(names) + " |", "| --- " * (len(names) + 2) + "|"]
-    for group, metrics in groups.items():
-        cells = [group.replace("|", "\\|"), str(metrics["gIoU"]["num_samples"])]
-        cells += [figure_cell(metrics[name]) for name in names]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines = [
+        [group, metrics["gIoU"]["num_samples"], *(figure_cell(metrics[name]) for name in names)]
+        for group, metrics in groups.items()
+    ]
+    return markdown_table(["", "samples", *names], lines)
 
 
-def figure_cell(figure: dict[str, float]) -> str:
-    """A figure and its interval for a table; a dash where no sample bears on it."""
-    if not figure["num_samples"]:
+def figure_cell(figure: dict[str, float] | None) -> str:
+    """A figure and its interval for a table; a dash where there is none or no sample bears on it."""
+    if not figure or not figure["num_samples"]:
         return "–"
     return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 

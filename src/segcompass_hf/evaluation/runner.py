@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from .figures import summarize
-from .predictors import Predictor
+from .prediction import Predictor
 from .processes import Processes
 from .records import (
     SAMPLES_FILE,

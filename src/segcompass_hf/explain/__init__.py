@@ -6,57 +6,36 @@ Each name is loaded when first used.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "SegmentationRow": "figure",
-    "plot_segmentations": "figure",
-    "explain": "explaining",
-    "Answer": "answer",
-    "mask_iou": "answer",
-    "Attribution": "attribution",
-    "attribute": "attribution",
-    "ablate": "causal",
-    "steer": "causal",
-    "steer_many": "causal",
-    "capture": "replay",
-    "Replay": "replay",
-    "CapturedSegmentation": "replay",
-    "faithfulness_curves": "faithfulness",
-    "feature_orders": "faithfulness",
-    "bootstrap_interval": "faithfulness",
-    "FaithfulnessCurves": "faithfulness",
-    "minimal_sufficient_set": "sufficient",
-    "SufficientSet": "sufficient",
-    "Explanation": "explanation",
-    "MaskExplanation": "explanation",
-    "ConceptAttribution": "explanation",
-    "Ablation": "explanation",
-    "Token": "explanation",
-    "TokenShare": "explanation",
-    "mask_to_rle": "explanation",
-    "token_kinds": "token_kinds",
-    "measure_claims": "claims",
-    "claims_figures": "claims_figures",
-    "claims_markdown": "claims_report",
-    "plot_claims": "claims_report",
-    "ConceptDictionary": "dictionary",
-    "ConceptEntry": "dictionary",
-    "scenes_objects": "dictionary_objects",
-    "target_objects": "dictionary_objects",
+    "..figure": ("SegmentationRow", "plot_segmentations"),
+    "explaining": ("explain",),
+    "answer": ("Answer", "mask_iou"),
+    "attribution": ("Attribution", "attribute"),
+    "causal": ("ablate", "steer", "steer_many"),
+    "replay": ("capture", "Replay", "CapturedSegmentation"),
+    "faithfulness": ("faithfulness_curves", "feature_orders", "FaithfulnessCurves"),
+    "..metrics.intervals": ("bootstrap_interval",),
+    "sufficient": ("minimal_sufficient_set", "SufficientSet"),
+    "explanation": (
+        "Explanation",
+        "MaskExplanation",
+        "ConceptAttribution",
+        "Ablation",
+        "Token",
+        "TokenShare",
+    ),
+    "report.payload": ("mask_to_rle",),
+    "token_kinds": ("token_kinds",),
+    "claims.measure": ("measure_claims",),
+    "claims.figures": ("claims_figures",),
+    "claims.report": ("claims_markdown", "plot_claims"),
+    "dictionary.dictionary": ("ConceptDictionary", "ConceptEntry"),
+    "..data.scenes.names": ("scenes_objects",),
+    "dictionary.objects": ("target_objects",),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

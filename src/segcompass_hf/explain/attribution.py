@@ -267,9 +267,7 @@ def _share_out(scores: torch.Tensor, group: torch.Tensor, totals: torch.Tensor) 
     return scores + (missing / nothing.index_add(0, group, sizes).clamp(min=1e-30))[group] * sizes
 
 
-def _straight(
-    scalars: _Scalars, ends: torch.Tensor, num_nodes: int, tolerance: float
-) -> tuple[torch.Tensor, int]:
+def _straight(scalars: _Scalars, ends: torch.Tensor, num_nodes: int, tolerance: float) -> tuple[torch.Tensor, int]:
     """Integrated gradients from all concepts to faint ones, and the jump from there to none."""
     concepts = scalars.replay.captured.concepts
     per_token = torch.bincount(concepts.token_index)[concepts.token_index]  # (num_active,)

@@ -10,7 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling_concepts import ConceptIntervention, InterventionPlace, InterventionTokens, normalize_interventions
+from ..interventions_segcompass import (
+    ConceptIntervention,
+    InterventionPlace,
+    InterventionTokens,
+    normalize_interventions,
+)
 from .answer import Answer, mask_iou
 from .explanation import Ablation
 

@@ -91,7 +91,7 @@ def explain_answer(
             "model outside of it."
         )
     if dictionary is None:
-        from .dictionary import ConceptDictionary
+        from .dictionary.dictionary import ConceptDictionary
 
         dictionary = ConceptDictionary.find(answer.model)
     else:
@@ -159,15 +159,11 @@ def _ranked(answer: Answer, attribution: Attribution, limit: int, dictionary: An
     return ranked
 
 
-def _ablate_first(
-    answer: Answer, concepts: Sequence[list[ConceptAttribution]], number: int, true_masks: Any
-) -> None:
+def _ablate_first(answer: Answer, concepts: Sequence[list[ConceptAttribution]], number: int, true_masks: Any) -> None:
     """Fill in what the answer becomes without each of the first concepts of every mask; every feature runs once."""
     first = [concept for ranked in concepts for concept in ranked[:number]]
     features = sorted({concept.feature for concept in first})
-    tests = dict(
-        zip(features, steer_many(answer, [{f: 0.0} for f in features], true_masks=true_masks), strict=True)
-    )
+    tests = dict(zip(features, steer_many(answer, [{f: 0.0} for f in features], true_masks=true_masks), strict=True))
     for concept in first:
         concept.ablation = tests[concept.feature]
 

@@ -9,6 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from .report.figure import plot
+from .report.page import to_html
+from .report.payload import mask_to_rle
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -182,33 +186,12 @@ class Explanation:
         return plain
 
     def to_html(self, path: str | os.PathLike) -> None:
-        """Write a self-contained page that needs no network; see `explain.report`."""
-        from .report import to_html
-
+        """Write a self-contained page that needs no network; see [`~report.page.to_html`]."""
         to_html(self, path)
 
     def plot(self) -> Any:
-        """A matplotlib `Figure`; see `explain.report_figure`."""
-        from .report_figure import plot
-
+        """A matplotlib `Figure`; see [`~report.figure.plot`]."""
         return plot(self)
-
-
-def mask_to_rle(mask: np.ndarray) -> dict[str, list[int]]:
-    """Uncompressed COCO RLE of a mask: lengths of the runs of 0 and 1 by turns, down the columns, 0 first.
-
-    Args:
-        mask (`np.ndarray` of shape `(H, W)`): bool.
-
-    ```python
-    >>> mask_to_rle(np.array([[0, 1], [0, 1]], dtype=bool))
-    {'size': [2, 2], 'counts': [2, 2]}
-    ```
-    """
-    flat = np.concatenate([[False], np.asarray(mask, dtype=bool).flatten(order="F")])
-    starts = np.flatnonzero(flat[1:] != flat[:-1])
-    counts = np.diff(np.concatenate([[0], starts, [flat.size - 1]]))
-    return {"size": list(mask.shape), "counts": counts.tolist()}
 
 
 def _plain(value: Any) -> Any:

@@ -122,34 +122,3 @@ def mask_readings(replay: Replay, attribution: Attribution, levels: torch.Tensor
         iou.append(scalar.iou(output.pred_masks[:, 0]))
         value.append(scalar(output.slot_logits, output.pred_masks[:, 0]))
     return torch.cat(iou).cpu().numpy(), torch.cat(value).cpu().numpy()
-
-
-def bootstrap_interval(
-    values: Sequence[float],
-    groups: Sequence[int] | None = None,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean and its bootstrap interval (percentiles).
-
-    Args:
-        values (`Sequence[float]`): One per mask, say.
-        groups (`Sequence[int]`, *optional*): What is drawn together, as the masks of one image are.
-        confidence (`float`, defaults to 0.95): Of the interval.
-        num_resamples (`int`, defaults to 2000): Resamples of the groups.
-        seed (`int`, defaults to 0): Of the resamples.
-
-    Returns:
-        `tuple[float, float, float]`: mean, low, high; NaN where there are no values.
-    """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
-        return (float("nan"),) * 3
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    _, index = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(len(sums), size=(num_resamples, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(values.mean()), float(low), float(high)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..modeling_concepts import SparseConcepts, apply_interventions, normalize_interventions
+from ..interventions_segcompass import apply_interventions, normalize_interventions
+from ..modeling_concepts import SparseConcepts
 from ..modeling_heatmaps import SlotMapperOutput
 
 # Bound on the activations kept of the rows that run together: about 64 per mask value are held for a backward pass.

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-import torch
-from PIL import Image
+from ..token_places import Box, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
-Box = tuple[int, int, int, int]
 
 _MARK = "\u2603"  # stands for the instruction when the prompt is looked through
 
@@ -123,76 +119,4 @@ def _common_prefix(first: list[int], second: list[int]) -> int:
     return length
 
 
-def patch_boxes(image_processor: Any, image_size: tuple[int, int], num_patches: int) -> list[Box | None]:
-    """Which pixels of the original image each image token shows, whatever the image processor does to an image.
-
-    Pictures that hold their own coordinates go through the processor (nearest neighbour), so resizing, cropping,
-    padding and the order of tokens are the family's own; half a resized pixel is added at each side.
-
-    Args:
-        image_processor (`BaseImageProcessor`): The VLM's.
-        image_size (`tuple[int, int]`): (height, width) of the image in pixels.
-        num_patches (`int`): Image tokens of the image.
-
-    Returns:
-        `list` of `(x0, y0, x1, y1)`: in the order of the tokens, ends not included; `None` for padding only.
-
-    Raises:
-        ValueError: the processor cuts the image into tokens in a way that is not known here.
-    """
-    height, width = image_size
-    columns = np.broadcast_to(np.arange(width), (height, width))
-    rows = np.broadcast_to(np.arange(height)[:, None], (height, width))
-    inside = _values_of_tokens(image_processor, np.full((height, width), 255), num_patches)
-    sides = [_coordinates(image_processor, values, num_patches) for values in (columns, rows)]
-    boxes: list[Box | None] = []
-    for seen, x, y in zip(inside, *sides, strict=True):
-        seen = seen == 255
-        if not seen.any():
-            boxes.append(None)
-            continue
-        (x0, x1), (y0, y1) = _extent(x[seen], width), _extent(y[seen], height)
-        boxes.append((x0, y0, x1, y1))
-    return boxes
-
-
-def _coordinates(image_processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
-    """What each token sees of `values` `(H, W)`, which may be larger than a pixel of 8 bits can hold."""
-    low = _values_of_tokens(image_processor, values % 256, num_patches)
-    if values.max() < 256:
-        return low
-    high = _values_of_tokens(image_processor, values // 256, num_patches)
-    return [256 * most + least for most, least in zip(high, low, strict=True)]
-
-
-def _values_of_tokens(image_processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
-    """Pixel values 0..255 that each token sees of a grey picture `values` `(H, W)`; one flat array per token."""
-    picture = Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    nearest = {"do_normalize": False, "resample": Image.Resampling.NEAREST, "return_tensors": "pt"}
-    pixels = image_processor(images=picture, **nearest)["pixel_values"]
-    seen = torch.round(pixels.float() * 255).int().numpy()
-    merged = getattr(image_processor, "merge_size", 1) ** 2  # the Qwens: so many patches in a row make a token
-    if seen.ndim == 2 and len(seen) == num_patches * merged:
-        return list(seen.reshape(num_patches, -1))
-    if seen.ndim == 4 and len(seen) == 1:  # a grid, row by row
-        grid = seen[0, 0]
-        height, width = grid.shape
-        rows = round(math.sqrt(num_patches * height / width))
-        if rows and num_patches % rows == 0:
-            cells = [np.array_split(line, num_patches // rows, axis=1) for line in np.array_split(grid, rows, axis=0)]
-            return [cell.ravel() for line in cells for cell in line]
-    raise ValueError(
-        f"{type(image_processor).__name__} makes pixel_values of shape {tuple(seen.shape)} for an image of "
-        f"{num_patches} tokens, a layout whose places in the image are not known here."
-    )
-
-
-def _extent(seen: np.ndarray, limit: int) -> tuple[int, int]:
-    """First and last pixel (not included) along one side, of the coordinates that a patch was drawn from."""
-    low, high = int(seen.min()), int(seen.max())
-    steps = len(np.unique(seen)) - 1
-    half = (high - low) / steps / 2 if steps else 0.5
-    return max(0, round(low + 0.5 - half)), min(limit, round(high + 0.5 + half))
-
-
-__all__ = ["TokenKind", "TokenKinds", "patch_boxes", "token_kinds"]
+__all__ = ["TokenKind", "TokenKinds", "token_kinds"]

@@ -3,35 +3,19 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "convert_original_checkpoint": "conversion",
-    "convert_to_original_checkpoint": "conversion_to_original",
-    "load_original_sae": "conversion",
-    "load_original_sam": "conversion",
-    "compose_checkpoint": "composition",
-    "write_space": "spaces",
-    "push_to_hub": "publishing",
-    "ModelPublication": "publishing",
-    "stage_checkpoint": "publishing_stage",
-    "check_stage": "publishing_checks",
-    "write_model_card": "model_cards",
-    "render_model_card": "model_cards",
-    "recipe_names": "model_cards",
+    "conversion.from_original": ("convert_original_checkpoint", "load_original_sae", "load_original_sam"),
+    "conversion.to_original": ("convert_to_original_checkpoint",),
+    "composition": ("compose_checkpoint",),
+    "space.write": ("write_space",),
+    "publishing.push": ("push_to_hub", "ModelPublication"),
+    "publishing.stage": ("stage_checkpoint",),
+    "publishing.checks": ("check_stage",),
+    "publishing.card": ("write_model_card", "render_model_card", "recipe_names"),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

@@ -15,10 +15,10 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
 from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer
+from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
-from .conversion_vlm import check_is_vlm
-from .staging import check_new_folder, staged_folder
+from .conversion.vlm import check_is_vlm
 
 logger = logging.get_logger(__name__)
 
@@ -139,7 +139,7 @@ class _Parts:
 
 
 def _read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
-    from .conversion import load_original_sam
+    from .conversion.from_original import load_original_sam
 
     vlm, whole = _source(vlm, "vlm"), None
     vlm_config = _read_config(vlm, "vlm")
@@ -191,8 +191,8 @@ def _check_sam(config: PretrainedConfig, source: str) -> None:
 
 def _load_sae(source: str, layer: int | None) -> SegCompassSae:
     """An SAE of ours, of SAELens or of the original code."""
-    from ..training.sae_lens_format import CONFIG_FILE, load_sae_lens
-    from .conversion import load_original_sae
+    from ..training.sae.sae_lens import CONFIG_FILE, load_sae_lens
+    from .conversion.from_original import load_original_sae
 
     if source.endswith(".pt") and Path(source).is_file():
         return load_original_sae(source, layer)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .intervals import bootstrap_ratios
+
 METRIC_NAMES = ("gIoU", "cIoU", "N-acc", "T-acc")
 PRECISION_NAMES = ("precision@0.5", "precision@0.7", "precision@0.9")
 ALL_METRIC_NAMES = METRIC_NAMES + PRECISION_NAMES
-
-BOOTSTRAP_ENTRIES = 4_000_000  # counts drawn at a time, 32 MB
 
 
 class SampleScore(NamedTuple):
@@ -285,29 +285,10 @@ def bootstrap_intervals(
         ValueError: without samples, for a confidence outside (0, 1), or for a name that is not known.
     """
     counts = np.array(list(scores), dtype=np.int64).reshape(-1, 4)
-    if not len(counts):
-        raise ValueError("got 0 samples; an interval needs at least one")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1 such as 0.95")
     counts = counts[np.lexsort(counts.T)]  # the samples' order must not show
     terms = {name: _terms(name, counts) for name in names}
-    tail = 100 * (1 - confidence) / 2
-    ratios: dict[str, list[np.ndarray]] = {name: [] for name in names}
-    generator = np.random.default_rng(seed)
-    while num_resamples > 0:
-        size = min(num_resamples, max(1, BOOTSTRAP_ENTRIES // len(counts)))
-        draws = generator.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), size)
-        num_resamples -= size
-        for name, (part, whole) in terms.items():
-            numerator, denominator = draws @ part, draws @ whole
-            seen = denominator > 0  # a resample may miss all no-target samples
-            ratios[name].append(numerator[seen] / denominator[seen])
-    intervals = {}
-    for name, chunks in ratios.items():
-        values = np.concatenate(chunks) if chunks else np.empty(0)
-        bounds = np.percentile(values, [tail, 100 - tail]) if len(values) else (0.0, 1.0)
-        intervals[name] = (float(bounds[0]), float(bounds[1]))
-    return intervals
+    intervals = bootstrap_ratios(terms, len(counts), confidence, num_resamples, seed)
+    return {name: bounds or (0.0, 1.0) for name, bounds in intervals.items()}
 
 
 def _terms(name: str, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

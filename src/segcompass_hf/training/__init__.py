@@ -7,48 +7,28 @@ are the recipe that made the bundled checkpoint.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from .._lazy import lazy_names
 
-# Public name -> submodule that defines it.
+# Submodule -> public names that it defines.
 _EXPORTS = {
-    "SegCompassGRPOConfig": "grpo_config",
-    "SegCompassGRPOTrainer": "grpo_trainer",
-    "SaeTrainer": "sae_trainer",
-    "SaeTrainingConfig": "sae_config",
-    "WarmupConfig": "warmup_config",
-    "WarmupTrainer": "warmup",
-    "SegmentationConfig": "segmentation_config",
-    "SegmentationTrainer": "segmentation",
-    "format_reward": "rewards",
-    "mask_reward": "rewards",
-    "is_well_formed": "rewards",
-    "format_problem": "rewards",
-    "original_format_reward": "original_rewards",
-    "original_mask_reward": "original_rewards",
-    "lora_config": "adapters",
-    "check_peft_config": "adapters",
-    "load_adapter": "adapters",
-    "quantization_config": "quantization",
-    "load_sae_lens": "sae_lens_format",
-    "save_sae_lens": "sae_lens_format",
-    "export_for_vllm": "vllm_rollouts",
-    "prepare_fsdp2": "fsdp",
-    "estimate_memory": "memory",
-    "with_own_reasoning": "own_reasoning",
-    "RobustTrainerMixin": "robust",
-    "RobustTrainingArguments": "robust",
+    "grpo.config": ("SegCompassGRPOConfig",),
+    "grpo.trainer": ("SegCompassGRPOTrainer",),
+    "sae.trainer": ("SaeTrainer",),
+    "sae.config": ("SaeTrainingConfig",),
+    "warmup.config": ("WarmupConfig",),
+    "warmup.trainer": ("WarmupTrainer",),
+    "segmentation.config": ("SegmentationConfig",),
+    "segmentation.trainer": ("SegmentationTrainer",),
+    "rewards.rewards": ("format_reward", "mask_reward", "is_well_formed", "format_problem"),
+    "adapters": ("lora_config", "check_peft_config", "load_adapter"),
+    "quantization": ("quantization_config",),
+    "sae.sae_lens": ("load_sae_lens", "save_sae_lens"),
+    "grpo.vllm": ("export_for_vllm",),
+    "fsdp": ("prepare_fsdp2",),
+    "memory.estimate": ("estimate_memory",),
+    "segmentation.own_reasoning": ("with_own_reasoning",),
+    "loop.resume": ("RobustTrainerMixin", "RobustTrainingArguments"),
 }
-__all__ = list(_EXPORTS)
+__all__ = [name for names in _EXPORTS.values() for name in names]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
-        globals()[name] = value  # the next access does not come here
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)

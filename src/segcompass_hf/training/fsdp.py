@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from .reference_policy import final_norm
+from ..generation_segcompass import final_norm
 
 # What is called from outside. Some read weights that belong to no smaller unit than the model, and none could come
 # before the model's own `forward`: FSDP2 takes what runs first for the root.

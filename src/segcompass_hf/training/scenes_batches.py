@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data import scenes
-from ..data.scene_drawing import CELL, COLORS, GRID, SHAPES, SIZES
+from ..data.scenes.drawing import CELL, COLORS, GRID, SHAPES, SIZES
 from .scenes_parts import normalize_pixels
 
 MAX_OBJECTS = 10

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from .sae_pair_buffer import PairBlock
+from .sae.pair_buffer import PairBlock
 from .scenes_batches import ATTRIBUTES, SceneCollator, SceneSamples, patch_labels
 
 

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from ..configuration_segcompass import SegCompassSaeConfig
-from ..data.scene_drawing import GRID, IMAGE_SIZE
-from ..data.scene_instructions import words
+from ..data.scenes.drawing import GRID, IMAGE_SIZE
+from ..data.scenes.instructions import words
 from ..processing_segcompass import SegCompassProcessor
 
 HIDDEN_SIZE = 128

@@ -19,9 +19,9 @@ from transformers.utils import logging
 from ..modeling_sae import SegCompassSae
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
 from ..processing_segcompass import SegCompassProcessor
-from .muon import has_fast_bfloat16
-from .robust_checkpoints import find_last_whole
-from .sae_start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
+from .loop.checkpoints import find_last_whole
+from .loop.muon import has_fast_bfloat16
+from .sae.start import THRESHOLD_TOKENS, fit_thresholds_, spread_directions_
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_concepts import harvest_pairs
 from .scenes_joint import JointCollator, JointTrainer

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainerCallback
 
-from .sae_pair_buffer import PairBlock
-from .sae_pairs import PairLoss, pair_loss
+from .sae.pair_buffer import PairBlock
+from .sae.pair_losses import PairLoss, pair_loss
 from .scenes_batches import SceneCollator, SceneSamples
 from .scenes_trainers import RecipeTrainer
 

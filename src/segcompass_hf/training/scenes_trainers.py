@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from ..modeling_masks import positional_embeddings
-from .muon import MuonWithAdamW
+from .loop.muon import MuonWithAdamW
 from .scenes_batches import ATTRIBUTES, CELLS, patch_labels
 from .scenes_concepts import ConceptWords
 

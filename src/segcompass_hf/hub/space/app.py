@@ -2,9 +2,9 @@
 
 import os
 
-from segcompass_hf.commands.common import BUNDLED_DOMAIN, load_checkpoint
-from segcompass_hf.explain.app import build_app, launch_options
-from segcompass_hf.explain.live import LiveModel
+from segcompass_hf.checkpoint import BUNDLED_DOMAIN, load_checkpoint
+from segcompass_hf.explain.live.app import build_app, launch_options
+from segcompass_hf.explain.live.model import LiveModel
 
 model_id = os.environ.get("SEGCOMPASS_MODEL") or "{{MODEL_ID}}" or None
 model, processor, name = load_checkpoint(model_id)

@@ -1,0 +1,64 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""A checkpoint to answer with: the bundled one, a folder, or one of the Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BUNDLED_DOMAIN = (
+    "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
+    "means nothing. Pass --model for another checkpoint."
+)
+
+
+def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, Any, str]:
+    """Model in eval mode, processor, and the name shown to the user.
+
+    Args:
+        model_name (`str`, *optional*): Folder or Hub id; the bundled checkpoint by default.
+        device (`torch.device`, *optional*): The best there is by default.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no bundled checkpoint.
+        ValueError: it cannot be loaded, or is no SegCompass checkpoint.
+    """
+    from . import bundled_checkpoint
+
+    path = str(bundled_checkpoint()) if model_name is None else model_name
+    if model_name is not None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        path = str(Path(path).expanduser())
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"there is no checkpoint folder {model_name!r}.")
+    _check_base(Path(path))
+    import torch
+    from transformers import AutoModel, AutoProcessor
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModel.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path)
+    except Exception as error:  # whatever a damaged file makes the readers raise
+        raise ValueError(f"cannot load a checkpoint from {path!r}: {error}") from error
+    if not hasattr(model, "segment"):
+        raise ValueError(f"{path!r} holds a {type(model).__name__}, which is not a SegCompass checkpoint.")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
+
+
+def _check_base(folder: Path) -> None:
+    """An adapter that was moved here without its base: transformers would take the folder's name for a Hub id."""
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        moved = Path(named).is_absolute() and not Path(named).is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # no adapter, or one that loading will complain about
+    if moved:
+        raise ValueError(
+            f"{str(folder)!r} is an adapter of the model in {named!r}, which is not on this machine; write the place "
+            "or Hub id of that model into base_model_name_or_path of its adapter_config.json."
+        )

@@ -1,0 +1,119 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass predict`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, user_errors
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    predict = commands.add_parser("predict", help="one image and instruction to reasoning, scores, masks and a figure")
+    add_question(predict)
+    predict.add_argument(
+        "--output", type=Path, help="figure to write (IMAGE.segcompass.png here; with --json none unless given)"
+    )
+    predict.add_argument("--json", action="store_true", help="print JSON with the masks as COCO run-length encodings")
+    predict.set_defaults(run=_predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    check_question(args, FIGURES, "not a picture; name a .png, .jpg, .pdf or .svg file")
+    image, model, processor, name = ask(args)
+    answer = answer_row(model, processor, image, args.instruction, args.reasoning)
+    output = args.output
+    if output is None and not args.json:
+        output = Path(f"{Path(args.image).stem}.segcompass.png")
+    if output is not None:
+        make_folder(output.parent)
+        save_figure([figure_row(image, args.instruction, answer)], output)
+    if args.json:
+        print(json.dumps(_as_json(args, image, name, answer, output), indent=2))
+        return
+    print_answer(answer)
+    print(f"figure: {output}")
+
+
+def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoning: str) -> dict[str, Any]:
+    """Post-processed answer of one image: `kept` (the slots above the model's threshold) and `every` (all slots)."""
+    import torch
+
+    with user_errors(), torch.no_grad():
+        inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
+        segmentation = model.segment(**inputs, reasoning=reasoning)
+    if not (torch.isfinite(segmentation.pred_masks).all() and torch.isfinite(segmentation.slot_logits).all()):
+        raise UserError("the checkpoint computes values that are not finite; its weights are damaged.")
+    sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
+    return {
+        "kept": processor.post_process_segmentation(segmentation, **sizes)[0],
+        "every": processor.post_process_segmentation(segmentation, **sizes, slot_logit_threshold=float("-inf"))[0],
+    }
+
+
+def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
+    import numpy as np
+
+    from ..figure import SegmentationRow
+
+    kept, every = answer["kept"], answer["every"]
+    return SegmentationRow(
+        image=image,
+        instruction=instruction,
+        reasoning=kept["reasoning"],
+        masks=np.asarray(kept["masks"]),
+        scores=np.asarray(kept["scores"]),
+        slots=np.asarray(kept["slots"]),
+        heatmaps=np.asarray(every["heatmaps"]),
+        confidences=np.asarray(every["scores"]),
+    )
+
+
+def save_figure(rows: list[Any], path: Path) -> None:
+    from ..figure import plot_segmentations
+
+    with user_errors(f"cannot write the figure {path}"):
+        plot_segmentations(rows).savefig(path)
+
+
+def print_answer(answer: dict[str, Any], indent: str = "") -> None:
+    kept = answer["kept"]
+    print(f"{indent}reasoning: {kept['reasoning'] or '(none)'}")
+    if len(kept["scores"]) == 0:
+        best = max((float(score) for score in answer["every"]["scores"]), default=0.0)
+        print(f"{indent}nothing found (best slot {best:.2f})")
+    for slot, score, mask in zip(kept["slots"], kept["scores"], kept["masks"], strict=True):
+        print(f"{indent}slot {int(slot)}: score {float(score):.2f}, {int(mask.sum())} pixels")
+
+
+def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, Any], output: Path | None) -> dict:
+    import numpy as np
+
+    from ..data.schema import encode_mask
+
+    kept = answer["kept"]
+    with user_errors():  # the encoding needs pycocotools
+        segments = [
+            {
+                "slot": int(slot),
+                "score": float(score),
+                "area": int(np.asarray(mask).sum()),  # pixels
+                "mask": encode_mask(np.asarray(mask)),
+            }
+            for slot, score, mask in zip(kept["slots"], kept["scores"], kept["masks"], strict=True)
+        ]
+    return {
+        "image": args.image,
+        "size": [image.height, image.width],
+        "instruction": args.instruction,
+        "model": name,
+        "reasoning": kept["reasoning"],
+        "text": kept["text"],
+        "slot_scores": [float(score) for score in answer["every"]["scores"]],
+        "segments": segments,
+        "figure": None if output is None else str(output),
+    }

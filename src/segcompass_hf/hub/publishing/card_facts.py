@@ -1,0 +1,106 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Facts of a model card that are read from files: parts and sizes of a checkpoint, results of evaluations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ...pages import markdown_table
+
+
+def architecture_table(folder: Path) -> str:
+    """The parts of a checkpoint or adapter with their sizes, as a Markdown table."""
+    parameters, size = weight_counts(folder)
+    lines = []
+    if (folder / "adapter_config.json").is_file():
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        method, rank, alpha = (config.get(name) for name in ("peft_type", "r", "lora_alpha"))
+        lines.append(["adapter", f"{method}, rank {rank}, alpha {alpha}"])
+        saved = sorted({name.split(".")[0] for name in config.get("modules_to_save") or []})
+        lines.append(["trained whole", ", ".join(saved) or "nothing"])
+    else:
+        lines += _model_lines(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    lines.append(["weights", f"{parameters / 1e6:,.1f} million, {size / 1e6:,.1f} MB"])
+    return markdown_table(["part", ""], lines)
+
+
+def _model_lines(config: dict[str, Any]) -> list[list[str]]:
+    vlm, sae, sam = config["vlm_config"], config["sae_config"], config["sam_config"]
+    text, vision = vlm.get("text_config") or vlm, sam.get("vision_config") or {}
+    layers, width = text.get("num_hidden_layers"), text.get("hidden_size")
+    sae_text = f"{sae['d_sae']:,} features ({sae['architecture']}) on `hidden_states[{config['sae_layer']}]`, frozen"
+    canvas = vision.get("image_size", 1024)
+    return [
+        ["VLM", f"{vlm['model_type']}, {layers} layers of width {width:,}"],
+        ["SAE", sae_text],
+        ["slots", str(config["num_slots"])],
+        ["SAM", f"{vision.get('num_hidden_layers')} layers, {canvas} x {canvas} pixels"],
+    ]
+
+
+def weight_counts(folder: Path) -> tuple[int, int]:
+    """Numbers and bytes of the weight files of a folder, from their headers."""
+    from safetensors import safe_open
+
+    parameters = size = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name.startswith("concepts"):
+            continue
+        size += path.stat().st_size
+        with safe_open(path, framework="np") as file:
+            parameters += sum(prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
+    return parameters, size
+
+
+def base_of_adapter(folder: Path) -> str | None:
+    """What an adapter names as its base; `None` for a model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError("the adapter does not say which model it was trained on; pass base_model=.")
+    return base
+
+
+def results_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """One line per data set, metrics with their intervals; empty without evaluations."""
+    if not evaluations:
+        return ""
+    from ...evaluation.report import figure_cell
+
+    names = list(evaluations[0]["metrics"])
+    lines = [
+        [run["dataset"], run["counts"]["samples"], *(figure_cell(run["metrics"].get(name)) for name in names)]
+        for run in evaluations
+    ]
+    return markdown_table(["data set", "samples", *names], lines)
+
+
+def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
+    """Commands, versions, precision and machine of the evaluations."""
+    if not evaluations:
+        return ""
+    parts = []
+    commands = list(dict.fromkeys(run["command"] for run in evaluations if run.get("command")))
+    if commands:
+        parts.append("Made by\n\n```\n" + "\n".join(commands) + "\n```")
+    first = evaluations[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    precision = first["settings"]["predictor"].get("dtype", "unknown precision")
+    commits = list(dict.fromkeys((run["commit"] or "unknown")[:8] for run in evaluations))
+    parts.append(
+        f"In {precision}, batch size {first['settings']['batch_size']}, on {first['device']['name']}; "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}; {versions}."
+    )
+    unreadable = sum(run["counts"]["unreadable"] for run in evaluations)
+    if unreadable:
+        parts.append(f"{unreadable} samples could not be read and count as failures.")
+    return "\n\n".join(parts)
+
+
+__all__ = ["architecture_table", "base_of_adapter", "results_how", "results_table", "weight_counts"]

@@ -1,0 +1,130 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Percentile bootstrap intervals: whole samples are drawn again, and a figure is computed of every draw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+COUNTS_AT_ONCE = 4_000_000  # counts drawn at a time, 32 MB
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    groups: Sequence[int] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """A mean with its interval.
+
+    Args:
+        values (`Sequence[float]`): One per mask, say.
+        groups (`Sequence[int]`, *optional*): What is drawn together, as the masks of one image are.
+        confidence (`float`, defaults to 0.95): Share of resamples inside the interval.
+        num_resamples (`int`, defaults to 2000): Resamples of the groups.
+        seed (`int`, defaults to 0): Of the resamples.
+
+    Returns:
+        `tuple[float, float, float]`: mean, low, high; NaN where there are no values.
+    """
+    values = np.asarray(values, dtype=float)
+    if not len(values):
+        return (float("nan"),) * 3
+    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
+    _, index = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(index, weights=values), np.bincount(index)
+    figure = bootstrap_statistic(
+        lambda draw: sums[draw].sum() / counts[draw].sum(), len(sums), confidence, num_resamples, seed
+    )
+    return float(values.mean()), figure["low"], figure["high"]
+
+
+def bootstrap_statistic(
+    statistic: Callable[[np.ndarray], float],
+    num_samples: int,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Any statistic of samples with its interval.
+
+    Statistics asked for with the same number of samples and seed see the same resamples, so that a difference of two
+    is paired.
+
+    Args:
+        statistic (`Callable`): Indices of samples `(num_samples,)`, some more than once -> a number; NaN where these
+            samples do not decide it.
+        num_samples (`int`): 1 or more.
+        confidence (`float`, defaults to 0.95): Share of resamples inside the interval.
+        num_resamples (`int`, defaults to 1000): Resamples drawn.
+        seed (`int`, defaults to 0): Of the draws.
+
+    Returns:
+        `dict`: `value`, `low`, `high`; `None` where the statistic is undefined, also as a bound.
+
+    Raises:
+        ValueError: without samples, or for a confidence outside (0, 1).
+    """
+    _check(num_samples, confidence)
+    draws = np.random.default_rng(seed).integers(num_samples, size=(num_resamples, num_samples))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(statistic(np.arange(num_samples)))
+        values = np.array([statistic(draw) for draw in draws], dtype=float)
+    if not np.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    low, high = _percentiles(values[np.isfinite(values)], confidence) or (None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def bootstrap_ratios(
+    terms: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    num_samples: int,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, tuple[float, float] | None]:
+    """Intervals of ratios of sums over samples, any number of samples in bounded memory.
+
+    Args:
+        terms (`Mapping[str, tuple]`): By name what each sample adds to numerator and denominator, `(num_samples,)`
+            each. Every ratio sees the same resamples.
+        num_samples (`int`): 1 or more.
+        confidence, num_resamples, seed: As for [`bootstrap_statistic`]; the draws of the two differ.
+
+    Returns:
+        `dict[str, tuple[float, float] | None]`: lower and upper bound; `None` where every denominator is 0.
+
+    Raises:
+        ValueError: without samples, or for a confidence outside (0, 1).
+    """
+    _check(num_samples, confidence)
+    ratios: dict[str, list[np.ndarray]] = {name: [np.empty(0)] for name in terms}
+    generator = np.random.default_rng(seed)
+    while num_resamples > 0:
+        size = min(num_resamples, max(1, COUNTS_AT_ONCE // num_samples))
+        draws = generator.multinomial(num_samples, np.full(num_samples, 1 / num_samples), size)
+        num_resamples -= size
+        for name, (part, whole) in terms.items():
+            numerator, denominator = draws @ part, draws @ whole
+            seen = denominator > 0  # a resample may miss all samples that bear on the ratio
+            ratios[name].append(numerator[seen] / denominator[seen])
+    return {name: _percentiles(np.concatenate(chunks), confidence) for name, chunks in ratios.items()}
+
+
+def _check(num_samples: int, confidence: float) -> None:
+    if num_samples < 1:
+        raise ValueError(f"got {num_samples} samples; an interval needs at least one.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a share between 0 and 1 such as 0.95.")
+
+
+def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float] | None:
+    """The bounds that leave out the same share of values on either side; `None` without any."""
+    tail = 100 * (1 - confidence) / 2
+    return tuple(np.percentile(values, [tail, 100 - tail]).tolist()) if len(values) else None
+
+
+__all__ = ["bootstrap_interval", "bootstrap_ratios", "bootstrap_statistic"]

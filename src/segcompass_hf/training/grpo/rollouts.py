@@ -1,0 +1,151 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Masks of sampled completions, for rewards, metrics and pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ...modeling_masks import valid_area
+from ..rewards.rewards import is_well_formed
+from .targets import SegmentationTargets
+
+NO_EXTRAS = {"attentions": False, "concepts": False, "image": False}
+MASK_FIELDS = ("heatmap_logits", "slot_logits", "pred_masks")
+
+
+class RolloutMasks:
+    """States of a batch of sampled completions, and the masks read from them.
+
+    Args:
+        targets ([`SegmentationTargets`]): Of the same rows.
+    """
+
+    def __init__(self, targets: SegmentationTargets):
+        self.targets = targets
+        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def set_states(self, states, sequences: torch.Tensor, prompt_mask: torch.Tensor, written: torch.Tensor) -> None:
+        """Keep what was captured while `sequences` `(batch_size, tokens)` were sampled."""
+        self.states, self.sequences, self.prompt_mask, self.written = states, sequences, prompt_mask, written
+
+    @torch.no_grad()
+    def segment(self, model: Any, batch_size: int) -> dict[str, torch.Tensor]:
+        """Heatmaps, slot logits and masks of all completions, `batch_size` at a time.
+
+        Not for `concept_input="duplicated"`, whose second pass needs the images: [`masks_of_rollouts`].
+        """
+        parts = []
+        for start in range(0, len(self.sequences), batch_size):
+            rows = slice(start, start + batch_size)
+            output = model._segment_sequences(
+                tuple(states[rows] for states in self.states),
+                self.sequences[rows],
+                self.prompt_mask[rows],
+                self.written[rows],
+                torch.stack(self.targets.image_embeddings[rows]),
+                self.targets.reshaped_input_sizes[rows],
+                [],
+                {},
+                NO_EXTRAS,
+            )
+            parts.append({name: output[name] for name in MASK_FIELDS})
+        return {name: torch.cat([part[name] for part in parts]) for name in MASK_FIELDS}
+
+    def columns(self, outputs: dict[str, torch.Tensor], config: Any) -> list[dict[str, Any]]:
+        """What reward functions get, one dict per completion."""
+        targets, canvas = self.targets, config.sam_config.vision_config.image_size
+        areas = valid_area(targets.reshaped_input_sizes, outputs["pred_masks"].shape[-1], canvas)[:, 0]
+        counts = targets.num_objects.tolist()
+        return [
+            {
+                **{name: outputs[name][row] for name in MASK_FIELDS},
+                "mask_labels": targets.mask_labels[row],
+                "num_objects": counts[row],
+                "valid_area": areas[row],
+                "slot_logit_threshold": float(config.slot_logit_threshold),
+                "num_slots": config.num_slots,
+            }
+            for row in range(len(counts))
+        ]
+
+
+@torch.no_grad()
+def masks_of_rollouts(
+    model: Callable,
+    processor: Any,
+    prompts: Sequence[list[dict]],
+    completion_ids: Sequence[list[int]],
+    targets: SegmentationTargets,
+    batch_size: int,
+) -> dict[str, torch.Tensor]:
+    """As [`RolloutMasks.segment`], by a forward over the completions.
+
+    For completions that were sampled elsewhere (vLLM, sharded models), and for `concept_input="duplicated"`.
+
+    Args:
+        model (`Callable`): The model as training calls it, wrapped or not.
+        processor ([`SegCompassProcessor`]): Makes the prompts' inputs.
+        prompts (`Sequence[list[dict]]`): Conversations with their images.
+        completion_ids (`Sequence[list[int]]`): Token ids of the completions.
+        targets ([`SegmentationTargets`]): Of the same rows.
+        batch_size (`int`): Rows at a time.
+
+    Returns:
+        `dict[str, torch.Tensor]`
+    """
+    device, pad = targets.num_objects.device, processor.tokenizer.pad_token_id
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        images = [_images(prompt) for prompt in prompts[rows]]
+        text = [processor.apply_chat_template(p, add_generation_prompt=True, tokenize=False) for p in prompts[rows]]
+        inputs = processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt").to(device)
+        length = max(map(len, completion_ids[rows]))
+        ids = [torch.tensor([*one, *[pad] * (length - len(one))]) for one in completion_ids[rows]]
+        mask = [torch.tensor([*[1] * len(one), *[0] * (length - len(one))]) for one in completion_ids[rows]]
+        ids, mask = torch.stack(ids).to(device), torch.stack(mask).to(device)
+        for name in [name for name in inputs if name.endswith("token_type_ids")]:
+            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)  # 0 marks text
+        prompt_mask = inputs.pop("attention_mask")
+        output = model(
+            input_ids=torch.cat([inputs.pop("input_ids"), ids], dim=1),
+            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            completion_mask=torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
+            image_embeddings=torch.stack(targets.image_embeddings[rows]),
+            reshaped_input_sizes=targets.reshaped_input_sizes[rows],
+            **inputs,
+        )
+        parts.append({name: output[name] for name in MASK_FIELDS})
+    return {name: torch.cat([part[name] for part in parts]) for name in MASK_FIELDS}
+
+
+def _images(prompt: list[dict]) -> list:
+    return [part["image"] for message in prompt for part in message["content"] if part["type"] == "image"]
+
+
+def rollout_metrics(
+    columns: Sequence[dict[str, Any]], completions: Sequence[Any], targets: SegmentationTargets
+) -> dict[str, tuple[float, int]]:
+    """`name -> (sum, count)` of what is worth a curve: gIoU on the low-resolution maps, kept slots, format.
+
+    gIoU is that of the union of the kept slots' masks with the union of the objects; an empty prediction for no object
+    counts 1.
+    """
+    ious, kept_slots = [], 0
+    for column in columns:
+        kept = column["slot_logits"] > column["slot_logit_threshold"]
+        kept_slots += int(kept.sum())
+        predicted = (column["pred_masks"][kept] > 0).any(0) & column["valid_area"]
+        wanted = (column["mask_labels"][: column["num_objects"]] > 0.5).any(0) & column["valid_area"]
+        union = int((predicted | wanted).sum())
+        ious.append(int((predicted & wanted).sum()) / union if union else 1.0)
+    formed = sum(is_well_formed(text, column["num_slots"]) for text, column in zip(completions, columns, strict=True))
+    return {
+        "segmentation/giou": (sum(ious), len(ious)),
+        "segmentation/kept_slots": (float(kept_slots), len(ious)),
+        "segmentation/dropped_objects": (float(sum(targets.num_dropped)), len(ious)),
+        "format_share": (float(formed), len(columns)),
+    }

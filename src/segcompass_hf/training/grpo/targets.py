@@ -1,0 +1,117 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""From rows of a data set to what joint training needs of them: prompt, SAM features, mask targets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...data.schema import decode_masks
+from ...images_segcompass import fit_objects_to_slots, soft_mask_targets, to_rgb_image
+
+IMAGES_AT_A_TIME = 4  # through SAM's encoder
+
+
+@dataclass
+class SegmentationTargets:
+    """Targets of a batch of rows. Rows of one group share their tensors, so lists cost one image per prompt.
+
+    Args:
+        image_embeddings (`list[torch.Tensor]` of shape `(channels, h, w)`): SAM features.
+        mask_labels (`list[torch.Tensor]` of shape `(num_slots, 4h, 4w)`): Soft targets in [0, 1].
+        num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per row.
+        original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(batch_size, 2)`): (height, width).
+        num_dropped (`list[int]`): Objects beyond the number of slots that were left out, per row.
+    """
+
+    image_embeddings: list[torch.Tensor]
+    mask_labels: list[torch.Tensor]
+    num_objects: torch.Tensor
+    original_sizes: torch.Tensor
+    reshaped_input_sizes: torch.Tensor
+    num_dropped: list[int]
+
+    def columns(self) -> dict[str, Any]:
+        """What goes with TRL's own inputs through shuffling and splitting."""
+        names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes")
+        return {name: getattr(self, name) for name in names}
+
+
+def prompt_of(row: dict[str, Any], processor: Any) -> list[dict[str, str]]:
+    """The conversation TRL starts from: the row's own `prompt`, or the template with its `instruction`."""
+    if row.get("prompt") is not None:
+        return row["prompt"]
+    if row.get("instruction") is None:
+        raise ValueError(f"a row has neither `instruction` nor `prompt`; its columns are {sorted(row)}.")
+    _, text = processor.build_messages(row["instruction"])[0]["content"]
+    return [{"role": "user", "content": text["text"]}]
+
+
+@torch.no_grad()
+def segmentation_targets(
+    rows: Sequence[dict[str, Any]], processor: Any, model: Any, device: torch.device, overflow: str = "drop"
+) -> SegmentationTargets:
+    """Encode images and masks of rows in the row schema; equal rows (the completions of a group) only once.
+
+    Args:
+        rows (`Sequence[dict]`): With `image` and `masks` (RLE).
+        processor ([`SegCompassProcessor`]): Canvas and map size.
+        model (`SegCompassForReasoningSegmentation`): Its SAM encodes the images.
+        device (`torch.device`): Where the tensors go.
+        overflow (`str`): `"drop"`, `"merge"` or `"error"`, see `fit_objects_to_slots`.
+
+    Returns:
+        [`SegmentationTargets`], one entry per row.
+
+    Raises:
+        ValueError: a mask does not fit its image, or there are too many and `overflow` is `"error"`.
+    """
+    for row in rows:
+        missing = [name for name in ("image", "masks") if name not in row]
+        if missing:
+            raise ValueError(
+                f"{_name(row)} has no {' and no '.join(missing)}; its columns are {sorted(row)}. Rows are in the row "
+                "schema: bring your data into it with a builder of segcompass_hf.data."
+            )
+    images = [to_rgb_image(row["image"], f"image of {_name(row)}") for row in rows]
+    keys = [_key(row, image) for row, image in zip(rows, images, strict=True)]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}  # key -> first row that has it
+    unique = sorted(first.values())
+    place = {keys[index]: number for number, index in enumerate(unique)}
+
+    sam = processor._sam_inputs([images[index] for index in unique])
+    pixels = sam["sam_pixel_values"].to(device).split(IMAGES_AT_A_TIME)
+    embeddings = torch.cat([model.encode_image(some) for some in pixels])
+    labels, counts, dropped = [], [], []
+    for index in unique:
+        size = (images[index].height, images[index].width)
+        objects = torch.from_numpy(decode_masks(rows[index]["masks"], size))
+        kept = fit_objects_to_slots(objects, processor.num_slots, overflow, _name(rows[index]))
+        target = torch.zeros(processor.num_slots, processor.mask_size, processor.mask_size)
+        target[: len(kept)] = soft_mask_targets(kept, processor.canvas_size, processor.mask_size)
+        labels.append(target.to(device))
+        counts.append(len(kept))
+        dropped.append(len(objects) - len(kept) if overflow == "drop" else 0)
+    order = [place[key] for key in keys]
+    return SegmentationTargets(
+        image_embeddings=[embeddings[number] for number in order],
+        mask_labels=[labels[number] for number in order],
+        num_objects=torch.tensor([counts[number] for number in order], device=device),
+        original_sizes=sam["original_sizes"][order].to(device),
+        reshaped_input_sizes=sam["reshaped_input_sizes"][order].to(device),
+        num_dropped=[dropped[number] for number in order],
+    )
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"sample {row.get('sample_id', '(without sample_id)')}"
+
+
+def _key(row: dict[str, Any], image: Any) -> str:
+    digest = hashlib.sha256(image.tobytes())
+    digest.update(repr((image.size, row["masks"])).encode())
+    return digest.hexdigest()

@@ -1,0 +1,371 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Joint training: GRPO on the reasoning, segmentation losses on the masks, from one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models import prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing
+
+from ...generation_segcompass import HiddenStateCapture, run_last_token
+from ...modeling_segcompass import SegCompassForReasoningSegmentation
+from ...processing_segcompass import SegCompassProcessor
+from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
+from ..fsdp import FinishShardingCallback
+from ..loop.resume import RobustTrainerMixin
+from ..rewards.rewards import format_reward, mask_reward
+from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
+from .forward import JointCall, add_joint_forward
+from .one_cycle import OneCycle
+from .pictures import SamplePictureLogger, picture_sample
+from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
+from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
+from .targets import prompt_of, segmentation_targets
+from .vllm import vllm_rollouts
+
+# Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
+EQUAL_REWARDS = 1e-3
+
+
+class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
+    """GRPO on the reasoning together with the segmentation losses on the masks.
+
+    `loss = L_grpo + lambda_s * L_seg + lambda_c * L_conf`, all from one forward of the trained layers.
+
+    What differs from [`trl.GRPOTrainer`]:
+
+    - The data set is in the row schema (`image`, `instruction`, `masks`, ...); a `prompt` column, where there is one,
+      takes the place of the instruction template.
+    - Masks are read from the states captured while sampling. Reward functions get them, one entry per completion, as
+      `pred_masks`, `heatmap_logits`, `slot_logits`, `mask_labels`, `num_objects`, `valid_area`,
+      `slot_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and `mask_reward` with
+      weights 0.3 and 0.7.
+    - L_seg is a mean over the samples with objects, L_conf over all samples, of the whole accumulation window over all
+      processes.
+    - The reference policy is a copy of the layers that train, fed with the policy's own states at the SAE layer:
+      nothing frozen is stored or computed twice.
+    - Learning rates per module, weight switch, one-cycle schedule, sample pictures: see [`SegCompassGRPOConfig`].
+    - Steps with non-finite losses or gradients are skipped and checkpoints are whole: see [`RobustTrainerMixin`].
+
+    Args:
+        model (`str` or `PreTrainedModel` or `PeftModel`): A SegCompass model or where to load it. Frozen as the method
+            says (`freeze_for_training`), unless PEFT decides what trains.
+        reward_funcs (`Callable` or `list[Callable]`, *optional*): TRL reward functions.
+        args ([`SegCompassGRPOConfig`], *optional*): Settings.
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`): In the row schema.
+        processing_class ([`SegCompassProcessor`], *optional*): Loaded from where the model comes from when left out.
+        quantization_config (`BitsAndBytesConfig`, *optional*): For a model given by name.
+        peft_config (`PeftConfig`, *optional*): See `segcompass_hf.training.lora_config`.
+        kwargs: Everything else goes to [`trl.GRPOTrainer`].
+    """
+
+    _tag_names = ["trl", "grpo", "segcompass"]
+    _name = "SegCompass GRPO"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | nn.Module,
+        reward_funcs: Callable | list[Callable] | None = None,
+        args: SegCompassGRPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        processing_class: SegCompassProcessor | None = None,
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **kwargs,
+    ):
+        unknown = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
+        if unknown:
+            raise ValueError(f"{unknown} make conversations of several turns; masks are read from a single answer.")
+        args = SegCompassGRPOConfig("segcompass-grpo") if args is None else args
+        if not isinstance(args, SegCompassGRPOConfig):
+            raise TypeError(f"args must be a SegCompassGRPOConfig, got {type(args).__name__}.")
+        if isinstance(model, str):
+            loading = dict(args.model_init_kwargs or {})
+            if quantization_config is not None:
+                loading["quantization_config"] = quantization_config
+            model = SegCompassForReasoningSegmentation.from_pretrained(model, **loading)
+            args.model_init_kwargs = None
+        core = _core(model)
+        if not hasattr(core, "slot_mapper"):
+            raise TypeError(
+                f"got a {type(core).__name__}, not a SegCompassForReasoningSegmentation; its from_pretrained_parts "
+                "makes one from a VLM, a SAM and an SAE."
+            )
+        if processing_class is None:
+            processing_class = SegCompassProcessor.from_pretrained(core.config.name_or_path)
+        if peft_config is not None:
+            check_peft_config(core, peft_config)
+        elif core is model:
+            _freeze(core, args)
+        if reward_funcs is None:
+            reward_funcs = [format_reward, mask_reward]
+            args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
+        self._joint_call: JointCall | None = None
+        self._rollouts: RolloutMasks | None = None
+        beta = args.beta
+        if core is model and peft_config is None:
+            args.beta = 0.0  # TRL would load a whole second model as reference; ours shares what is frozen
+        try:
+            with vllm_rollouts(Path(args.output_dir) / "vllm") if args.use_vllm else nullcontext():
+                super().__init__(
+                    model,
+                    reward_funcs,
+                    args=args,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    peft_config=peft_config,
+                    **kwargs,
+                )
+        finally:
+            args.beta = beta
+        self.beta = beta
+        self._check_what_trains()
+        if getattr(core, "is_quantized", False):
+            restore_head_precision(self.model)
+        self.pictures = SamplePictureLogger(
+            Path(args.output_dir) / "samples",
+            args.sample_pictures_steps,
+            args.num_sample_pictures,
+            self.callback_handler.callbacks,
+        )
+        add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            self.add_callback(FinishShardingCallback())
+
+    @property
+    def core(self) -> SegCompassForReasoningSegmentation:
+        """The SegCompass model under whatever wraps it."""
+        return _core(self.accelerator.unwrap_model(self.model))
+
+    def _check_what_trains(self) -> None:
+        core, args = self.core, self.args
+        if trained_token_rows(core) == "both":
+            raise ValueError(
+                "input rows of the added tokens are to train (train_token_rows='both' in the settings, the adapter or "
+                "the model's configuration), but joint training cuts the graph at the SAE's layer, so they would get "
+                "no gradient; pass train_token_rows='head' to SegCompassGRPOConfig, or to lora_config."
+            )
+        if core is not self.model:
+            warn_of_other_settings(core, args.train_token_rows, args.train_heads)
+
+    def _make_reference(self) -> Callable | None:
+        if not self.beta:
+            return None
+        cast = self.args.cast_lm_head_to_fp32
+        if _core(self.model) is not self.model:
+            copy_token_rows_to_reference(self.model)
+            return AdapterFreeReference(self.model, self.temperature, cast, self.args.gradient_checkpointing_kwargs)
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "under DeepSpeed ZeRO-3 the weights are partitioned before a reference policy can be copied; use "
+                "FSDP2, ZeRO-2, LoRA, or train without KL (beta=0)."
+            )
+        reference = ReferencePolicy(self.model, self.temperature, cast)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return reference.to(self.accelerator.device)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            rate, factors = settings.pop("lr", self.args.learning_rate), self.args.learning_rate_factors()
+            core = _core(self.accelerator.unwrap_model(model))
+            groups = core.parameter_groups(rate, self.args.weight_decay, factors)
+            self.optimizer = optimizer_class(groups, lr=rate, **settings)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        if self.args.lr_schedule == "trainer":
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            optimizer = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = OneCycle(optimizer, num_training_steps, self.args.one_cycle_final_factor)
+        return self.lr_scheduler
+
+    # Sampling: targets beside TRL's inputs, masks from the states of the samples.
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
+        device, overflow = self.accelerator.device, self.args.overflow
+        targets = segmentation_targets(inputs, self.processing_class, self.core, device, overflow)
+        self._rollouts = RolloutMasks(targets)
+        # The reference is scored in the training forward, from the policy's own states.
+        beta, self.beta = self.beta, 0.0
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            self.beta, self._rollouts = beta, None
+        columns = targets.columns()
+        if self.model.training and self.args.segmentation_completions == "at_least_mean":
+            columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
+        return output | columns
+
+    def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
+        arguments = (prompt_ids, images, multimodal_fields, num_generations)
+        if not self._captures_states:
+            return super()._generate_single_turn(*arguments, **kwargs)
+        core = self.core
+        # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
+        precision, layer = self.accelerator.autocast(), core.config.sae_layer
+        with precision, HiddenStateCapture(core.base_model, layer) as capture:
+            completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
+            sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
+            as_generated = torch.cat([prompt_mask, torch.ones_like(written)], dim=1)
+            with disable_gradient_checkpointing(core, self.args.gradient_checkpointing_kwargs):
+                run_last_token(capture, sequences, as_generated)
+        self._rollouts.set_states(capture.states(), sequences, prompt_mask, written)
+        return completion_ids, logprobs
+
+    @property
+    def _captures_states(self) -> bool:
+        """Whether masks are read from states captured while sampling.
+
+        They need a forward of their own where another model than this process's own whole one samples, and where
+        concepts are read from a second pass over the sequence.
+        """
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or sharded
+        return not elsewhere and self.core.config.concept_input != "duplicated"
+
+    def _pad_rollouts(self, prompt_ids: list, completion_ids: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sequences, prompt mask, completion mask: `[padding | prompt | completion | padding]` as in `generate`."""
+        width = max(map(len, prompt_ids))
+        if self.pad_to_multiple_of is not None:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        length = max(map(len, completion_ids))
+        sequences = torch.full((len(prompt_ids), width + length), self._tokenizer.pad_token_id)
+        mask = torch.zeros_like(sequences)
+        for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            sequences[row, width - len(prompt) : width] = torch.tensor(prompt)
+            sequences[row, width : width + len(completion)] = torch.tensor(completion)
+            mask[row, width - len(prompt) : width + len(completion)] = 1
+        sequences, mask = sequences.to(self.accelerator.device), mask.to(self.accelerator.device)
+        return sequences, mask[:, :width], mask[:, width:]
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rollouts, batch_size = self._rollouts, self.args.per_device_train_batch_size
+        if rollouts.states is None:
+            model = self.model_wrapped if self.model.training else self.model
+            outputs = masks_of_rollouts(
+                model, self.processing_class, prompts, completion_ids_list, rollouts.targets, batch_size
+            )
+        else:
+            with self.accelerator.autocast():
+                outputs = rollouts.segment(self.core, batch_size)
+        columns = rollouts.columns(outputs, self.core.config)
+        inputs = [{**row, **column} for row, column in zip(inputs, columns, strict=True)]
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._log_rollouts(rollout_metrics(columns, completions, rollouts.targets))
+        self._log_pictures(inputs, completions, rewards)
+        return rewards
+
+    def _log_rollouts(self, sums: dict[str, tuple[float, int]]) -> None:
+        """Log means over all processes of `name -> (sum, count)`."""
+        mode = "train" if self.model.training else "eval"
+        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
+        for name, (total, count) in zip(sums, self.accelerator.reduce(totals, "sum").tolist(), strict=True):
+            self._metrics[mode][name].append(total / count if count else float("nan"))
+
+    def _log_pictures(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
+        """Pictures of this process's first groups, one completion each; `rewards` are those of all processes."""
+        if not self.model.training or not self.pictures.wants(self.state.global_step):
+            return
+        targets, first = self._rollouts.targets, self.accelerator.process_index * len(inputs)
+
+        def samples():
+            for row in range(0, len(inputs), self.num_generations):
+                scores = dict(zip(self.reward_func_names, rewards[first + row].tolist(), strict=True))
+                sizes = targets.original_sizes[row], targets.reshaped_input_sizes[row]
+                yield picture_sample(self.processing_class, inputs[row], completions[row], *sizes, scores)
+
+        self.pictures.log(self.state.global_step, samples())
+
+    # Training: one forward for all losses.
+
+    def _prepare_inputs(self, generation_batch):
+        buffered = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.model.training and self._buffered_inputs is not buffered:
+            self._count_windows(self._buffered_inputs)
+        return inputs
+
+    def _count_windows(self, batches: list[dict[str, Any]]) -> None:
+        """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
+        counts = []
+        for batch in batches:
+            weights = batch.get("segmentation_weights", torch.ones_like(batch["num_objects"], dtype=torch.float32))
+            counts.append([float(weights[batch["num_objects"] > 0].sum()), float(weights.sum())])
+        counts = self.accelerator.reduce(torch.tensor(counts, device=self.accelerator.device), "sum")  # (batches, 2)
+        size = self.args.gradient_accumulation_steps
+        if len(batches) % size:  # windows reach over several samplings: take this one's average
+            windows = (counts.sum(0) * size / len(batches)).expand(len(batches), 2)
+        else:
+            windows = counts.view(-1, size, 2).sum(1).repeat_interleave(size, dim=0)
+        # Plain numbers: FSDP would cast tensors to bf16, which cannot count beyond 256.
+        for batch, (with_objects, samples) in zip(batches, windows.tolist(), strict=True):
+            every = self.core.config.empty_samples == "zero"
+            batch["num_segmentation_items"] = max(samples if every else with_objects, 1)
+            batch["num_samples"] = max(samples, 1)
+
+    def _compute_loss(self, model, inputs):
+        step = self.state.global_step
+        names = ("num_objects", "reshaped_input_sizes", "completion_mask", "num_segmentation_items", "num_samples")
+        targets = {name: inputs.get(name) for name in (*names, "segmentation_weights")}
+        targets |= {name: torch.stack(inputs[name]) for name in ("image_embeddings", "mask_labels")}
+        targets["loss_weights"] = self.args.loss_weights(self.core.config, step)
+        self._joint_call = JointCall(model, inputs, targets)
+        try:
+            loss = super()._compute_loss(model, inputs)
+            output = self._joint_call.output
+        finally:
+            self._joint_call = None
+        # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.
+        share = self.accelerator.num_processes if inputs.get("num_samples") is not None else 1
+        self._log_losses(output.terms, share, inputs)
+        if inputs.get("num_samples") is not None:  # the last window of an epoch may be shorter than those counted
+            share *= self.args.gradient_accumulation_steps / self.current_gradient_accumulation_steps
+        return self.args.policy_loss_weight * loss + share * output.segmentation
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """TRL logs the metrics of several evaluation sets under the same names; here each set has its own."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if metric_key_prefix.startswith("eval_"):
+            metrics, name = self._metrics["eval"], metric_key_prefix.removeprefix("eval_")
+            metrics.update({f"{name}_{key}": metrics.pop(key) for key in list(metrics)})
+        return output
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        model = model if self._joint_call is None else self._joint_call
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    def _log_losses(self, terms: dict[str, torch.Tensor], share: int, inputs: dict[str, Any]) -> None:
+        mode = "train" if self.model.training else "eval"
+        # A micro-batch holds its part of the window's mean; the log shows the mean itself.
+        steps = self.args.gradient_accumulation_steps if inputs.get("num_samples") is not None else 1
+        values = self.accelerator.gather(torch.stack(list(terms.values())).float()[None]).mean(0) * share * steps
+        for name, value in zip(terms, values.tolist(), strict=True):
+            self._metrics[mode][f"segmentation/{name}"].append(value)
+
+
+def _core(model: nn.Module) -> nn.Module:
+    """The model under a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _freeze(model: nn.Module, args: SegCompassGRPOConfig) -> None:
+    model.freeze_for_training(args.train_token_rows)
+    if not args.train_heads:
+        for module in (model.codebook, model.slot_encoder, model.slot_mapper, model.sam):
+            module.requires_grad_(False)

@@ -1,0 +1,270 @@
+"""Checkpoints that are whole or not there: written aside, listed, renamed; and found again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list, is_peft_model
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.utils import logging
+
+from .weights import check_shards_fit, check_weights_fit
+
+logger = logging.get_logger(__name__)
+
+ASIDE = "_unfinished"  # in the output folder; the underscore keeps it out of what Trainer pushes to the Hub
+LIST_OF_FILES = "checkpoint_files.json"
+_CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
+_REPLACED = "replaced-"
+
+
+def list_files(folder: str | Path) -> None:
+    """Write `checkpoint_files.json`: every file of a folder and its size in bytes, flushed to the disk."""
+    folder = Path(folder)
+    sizes = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LIST_OF_FILES):
+        sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+        _flush(file)
+    listing = folder / LIST_OF_FILES
+    listing.write_text(json.dumps(sizes, indent=1))
+    _flush(listing)
+
+
+def _flush(path: Path) -> None:
+    """A rename may reach the disk before the content does, were the machine to stop."""
+    if os.name == "nt":
+        return  # it flushes neither folders nor files opened to read
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def what_is_missing(folder: str | Path) -> str | None:
+    """Why a checkpoint is not whole, or `None` where it is.
+
+    One with a list of its files must hold all of them in the size listed; one without, as a plain Trainer writes it,
+    must hold the trainer state, which is written last.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    listing = folder / LIST_OF_FILES
+    try:
+        if not listing.is_file():
+            json.loads((folder / "trainer_state.json").read_text())
+            return None
+        for name, size in json.loads(listing.read_text()).items():
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if (folder / name).stat().st_size != size:
+                return f"{name} has {(folder / name).stat().st_size} bytes, not {size}"
+    except (OSError, ValueError) as error:
+        return f"{error}"
+    return None
+
+
+def find_last_whole(output_dir: str | Path) -> Path:
+    """The whole checkpoint of the highest step; broken ones after it are named in a warning.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := _CHECKPOINT.match(path.name))]
+    broken = []
+    for _, path in sorted(found, reverse=True):
+        missing = what_is_missing(path)
+        if missing is None:
+            if broken:
+                logger.warning(f"not whole and passed over: {'; '.join(broken)}.")
+            return path
+        broken.append(f"{path.name} ({missing})")
+    raise ValueError(
+        f"No valid checkpoint found in output directory ({output_dir}): "
+        + (f"none of {len(broken)} is whole: {'; '.join(broken)}." if broken else "it holds none.")
+        + " Leave resume_from_checkpoint out to start anew."
+    )
+
+
+def remove_leftovers(output_dir: str | Path) -> list[str]:
+    """Remove what an interrupted save left, and put back a checkpoint that it was about to replace.
+
+    Returns:
+        `list[str]`: names of the unfinished checkpoints.
+    """
+    aside = Path(output_dir) / ASIDE
+    if not aside.is_dir():
+        return []
+    unfinished = []
+    for path in sorted(aside.iterdir()):
+        name = path.name.removeprefix(_REPLACED)
+        if path.name != name and not (Path(output_dir) / name).exists():
+            path.rename(Path(output_dir) / name)
+        elif path.name == name:
+            unfinished.append(name)
+    shutil.rmtree(aside, ignore_errors=True)
+    return unfinished
+
+
+def discard(checkpoint: str | Path) -> None:
+    """Delete a checkpoint in a way that never leaves half of one under its name."""
+    checkpoint = Path(checkpoint)
+    aside = checkpoint.parent / ASIDE / checkpoint.name
+    aside.parent.mkdir(exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Rename a finished checkpoint to its place, over an older one of the same step if there is one."""
+    replaced = aside.parent / f"{_REPLACED}{final.name}"
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    aside.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+class WholeCheckpointsMixin:
+    """Trainer part whose checkpoints are whole at any moment and are resumed from only where they fit the model."""
+
+    _saving_aside = False
+    _delayed_push = False
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        resume_from_checkpoint = self._prepare_output_dir(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _prepare_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        if self.args.should_save:
+            for name in remove_leftovers(self.args.output_dir):
+                logger.warning(f"removed {name} from {self.args.output_dir}: it had not been saved completely.")
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            chosen: list = [None]
+            if self.accelerator.is_main_process:
+                try:
+                    chosen = [str(find_last_whole(self.args.output_dir))]
+                except ValueError as error:
+                    chosen = [error]
+            broadcast_object_list(chosen)
+            if isinstance(chosen[0], ValueError):
+                raise chosen[0]
+            resume_from_checkpoint = chosen[0]
+            logger.warning(f"resuming from {resume_from_checkpoint}, the last whole checkpoint.")
+        elif resume_from_checkpoint:
+            missing = what_is_missing(resume_from_checkpoint)
+            if missing is not None:
+                raise ValueError(
+                    f"{resume_from_checkpoint} is no whole checkpoint: {missing}. Take another one, or "
+                    "resume_from_checkpoint=True for the last whole one of the output folder."
+                )
+        return resume_from_checkpoint or None
+
+    def _get_output_dir(self, trial) -> str:
+        run_dir = super()._get_output_dir(trial)
+        return os.path.join(run_dir, ASIDE) if self._saving_aside else run_dir
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write a checkpoint aside, wait for all processes, then rename it; the oldest ones go afterwards."""
+        self.check_weights_finite(model, f"at the save of step {self.state.global_step}")
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside, final = run_dir / ASIDE / name, run_dir / name
+        self._saving_aside = True
+        try:
+            with self._names_of_the_model():
+                super()._save_checkpoint(model, trial)
+        finally:
+            self._saving_aside = False
+        self._note_best(aside, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            list_files(aside)
+            publish(aside, final)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and aside.exists() and not final.exists():
+            with contextlib.suppress(FileNotFoundError):  # a network disk may show what is gone
+                aside.rename(final)  # random states of a node that does not share the main one's disk
+        if self._delayed_push:
+            self._delayed_push = False
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            self._rotate(run_dir)
+            shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+    def _note_best(self, aside: Path, final: Path) -> None:
+        """The best checkpoint is known by its final name; the state, written before, is corrected."""
+        if self.state.best_model_checkpoint is not None and Path(self.state.best_model_checkpoint) == aside:
+            self.state.best_model_checkpoint = str(final)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / "trainer_state.json"))
+
+    def _rotate(self, run_dir: Path) -> None:
+        limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+        if limit is None or limit <= 0:
+            return
+        checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+        kept = {checkpoints[-1]} | ({str(Path(best))} if best is not None else set())
+        surplus = len(checkpoints) - max(limit, len(kept))
+        for checkpoint in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+            discard(checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._saving_aside:
+            self._delayed_push = True  # the upload runs in the background, from the folder's final name
+        else:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _names_of_the_model(self):
+        """Within it a transformers model saves its weights under the names it loads them by.
+
+        `save_pretrained` writes a VLM's older names by default, which resuming would not find.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not isinstance(model, PreTrainedModel):
+            yield
+            return
+        own = vars(model).get("save_pretrained")
+        save_pretrained = model.save_pretrained
+
+        def save(*args, **kwargs):
+            kwargs.setdefault("save_original_format", False)
+            return save_pretrained(*args, **kwargs)
+
+        model.save_pretrained = save
+        try:
+            yield
+        finally:
+            if own is None:
+                del model.save_pretrained
+            else:
+                model.save_pretrained = own
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        model = self.model if model is None else model
+        if not self.is_fsdp_enabled:
+            check_weights_fit(resume_from_checkpoint, model)
+        elif self.accelerator.is_fsdp2 and not is_peft_model(model):  # of PEFT models it holds the adapters alone
+            check_shards_fit(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Names were compared before: what is missing is tied to something that is there, or left out of saves."""
+        if load_result.missing_keys and hasattr(self.model, "tie_weights"):
+            self.model.tie_weights()
+
+    def _load_best_model(self) -> None:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            check_weights_fit(self.state.best_model_checkpoint, self.model)
+        super()._load_best_model()

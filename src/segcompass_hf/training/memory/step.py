@@ -1,0 +1,211 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""One step of joint training on tensors without values: what its activations occupy at the fullest moment."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...generation_segcompass import decoder_layers
+from ...losses_segcompass import SlotAssignments, segmentation_loss
+from ...modeling_concepts import MAX_CHUNK_ELEMENTS
+from .meter import MemoryMeter
+
+if TYPE_CHECKING:
+    from .setup import TrainingSetup
+
+# Tiles of TRL's fused head: tokens and words of the vocabulary that are projected at a time.
+HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+
+
+def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
+    """Activations kept by the forward pass, and what comes on top at the fullest moment of the step.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): From `memory.fake_model`, in the dtypes of training.
+        setup ([`TrainingSetup`]): Batch size and tokens.
+
+    Returns:
+        `tuple[float, float]`: Bytes.
+    """
+    if setup.gradient_checkpointing:
+        _checkpoint(model)
+    with MemoryMeter(_held(model)) as meter:
+        with _autocast(setup):
+            states = _language_pass(model, setup.batch_size, setup.prompt_tokens + setup.completion_tokens)
+            if setup.stage == "grpo":
+                loss = _log_probs(model, setup, states).sum()
+                if setup.reference:
+                    with torch.no_grad():  # the reference policy repeats the upper layers
+                        _log_probs(model, setup, _language_pass(model, *states.shape[:2]))
+            else:
+                loss = _language_loss(model, setup, states)
+            if setup.stage != "warmup":
+                loss = loss + _segmentation(model, setup, states)
+        kept = meter.live
+        loss.backward()
+    return kept, meter.peak - kept
+
+
+def sae_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
+    """The same for SAE pre-training: a step on `batch_size` tokens, a pass of `rows_per_batch` rows to get them."""
+    sae = model.sae
+    tokens = setup.prompt_tokens + setup.completion_tokens
+    with torch.no_grad(), MemoryMeter(_held(model)) as harvest:
+        _language_pass(model, setup.rows_per_batch, tokens)
+    buffer = setup.buffer_tokens * sae.config.d_in * setup.dtype.itemsize
+    with MemoryMeter(_held(model)) as meter:
+        with _autocast(setup):
+            states = sae.normalize(torch.empty(setup.batch_size, sae.config.d_in))[0].clone()  # tokens that count
+            feature_acts = sae.encode(states)
+            reconstruction = sae.decode(feature_acts)  # returned, so that it lives as long as the activations
+            squared_error = (reconstruction - states).pow(2).sum(-1).mean()
+            sparsity = (feature_acts * sae.W_dec.norm(dim=-1)).sum(-1).mean()
+        kept = meter.live
+        (squared_error + sparsity).backward()
+    return kept + buffer, max(meter.peak, harvest.peak) - kept
+
+
+def sampling_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
+    """Keys, values and captured states of all rollouts, and the pass over their prompts or SAM's over an image."""
+    text = model.config.get_text_config()
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    size = next(decoder_layers(model.base_model).parameters()).dtype.itemsize
+    tokens = setup.rollouts * (setup.prompt_tokens + setup.completion_tokens)
+    cache = tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head_dim * size
+    captured = tokens * 2 * text.hidden_size * size
+    peaks = []
+    if setup.sharding != "none":  # the masks of the rollouts come from another pass, which computes all logits
+        peaks.append(setup.batch_size * tokens / setup.rollouts * text.vocab_size * size)
+    canvas = model.mask_stage.canvas
+    with torch.no_grad():  # generation runs outside autocast
+        with MemoryMeter([*model.parameters(), *model.buffers()]) as meter:
+            _language_pass(model, setup.rollouts, setup.prompt_tokens)
+        peaks.append(meter.peak)
+        with MemoryMeter([*model.parameters(), *model.buffers()]) as meter:
+            model.encode_image(torch.empty(1, 3, canvas, canvas))  # one image at a time
+        peaks.append(meter.peak)
+    return cache + captured, max(peaks)
+
+
+def _held(model: nn.Module) -> list[torch.Tensor]:
+    """Weights, buffers, and gradients as after an earlier micro-batch."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    return [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+
+
+def _language_pass(model: nn.Module, batch_size: int, tokens: int) -> torch.Tensor:
+    """Last states `(batch_size, tokens, hidden)`; the padding mask is passed in full, as with padded batches."""
+    layers = decoder_layers(model.base_model)
+    text_model = next(module for module in model.base_model.modules() if getattr(module, "layers", None) is layers)
+    weight = model.get_input_embeddings().weight
+    embeddings = torch.empty(batch_size, tokens, weight.shape[1], dtype=weight.dtype)
+    embeddings.requires_grad_(weight.requires_grad and torch.is_grad_enabled())
+    mask = torch.ones(batch_size, 1, tokens, tokens, dtype=torch.bool)
+    return text_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) -> torch.Tensor:
+    """Loss of the segmentation path, with `objects` of every sample matched and decoded."""
+    batch_size, tokens, config = *states.shape[:2], model.config
+    with torch.no_grad():
+        chunk = max(1, min(config.concept_chunk_size, MAX_CHUNK_ELEMENTS // config.sae_config.d_sae))
+        feature_acts = model.sae.encode(states.flatten(0, 1)[:chunk])
+        _ = feature_acts < config.concept_threshold
+        del feature_acts, _
+    concepts = _EvenConcepts(batch_size, tokens, setup.active_concepts, states.dtype)
+    slots = model.encode_slots(concepts, torch.ones(batch_size, tokens)).slots
+    side, channels = model.mask_stage.embedding_size, model.config.sam_config.mask_decoder_config.hidden_size
+    if setup.stage == "grpo":  # encoded one by one before the step
+        embeddings = torch.empty(batch_size, channels, side, side, dtype=model.sam.dtype)
+    else:
+        embeddings = model.encode_image(torch.empty(batch_size, 3, model.mask_stage.canvas, model.mask_stage.canvas))
+    labels = torch.empty(batch_size, config.num_slots, 4 * side, 4 * side)
+    area = torch.ones(batch_size, 1, 4 * side, 4 * side, dtype=torch.bool)
+    mapped = model.slot_mapper(states[:, -config.num_slots :], slots, embeddings)
+    objects = min(setup.objects, config.num_slots)
+    samples = torch.arange(batch_size).repeat_interleave(objects)
+    order = torch.arange(objects).repeat(batch_size)
+    return segmentation_loss(
+        mapped.heatmap_logits,
+        lambda matched: model.mask_stage.decode(embeddings, mapped.heatmap_logits, area, pairs=matched.pairs),
+        mapped.slot_logits,
+        labels,
+        torch.full((batch_size,), objects),
+        area,
+        assignments=SlotAssignments(samples, order, order, pairs_per_sample=[objects] * batch_size),
+    ).loss
+
+
+class _EvenConcepts:
+    """Sparse concepts of which every token has the same number; how many there are cannot depend on values here."""
+
+    def __init__(self, batch_size: int, sequence_length: int, per_token: int, dtype: torch.dtype):
+        self.batch_size, self.sequence_length, self.per_token = batch_size, sequence_length, per_token
+        number = batch_size * sequence_length * per_token
+        self.features = torch.zeros(number, dtype=torch.long)
+        self.token_index = torch.zeros(number, dtype=torch.long)
+        self.values = torch.empty(number, dtype=dtype)
+
+    def counts(self) -> torch.Tensor:
+        return torch.full((self.batch_size, self.sequence_length), self.per_token)
+
+
+class _FusedHead(torch.autograd.Function):
+    """Makes the tensors that TRL's fused head makes on a GPU; on a CPU its kernel would make others."""
+
+    @staticmethod
+    def forward(ctx, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(states, weight)
+        _tile(states, weight)
+        return states.new_empty(len(states), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        states, weight = ctx.saved_tensors
+        sums = [torch.zeros_like(states, dtype=torch.float32)]  # gradients are summed over tiles in float32
+        if ctx.needs_input_grad[1]:
+            sums.append(torch.zeros_like(weight, dtype=torch.float32))
+        _tile(states, weight)
+        return sums[0].to(states.dtype), sums[1].to(weight.dtype) if len(sums) > 1 else None
+
+
+def _language_loss(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the reference answers, as `language_loss.language_loss_sums` computes it."""
+    logits = model.get_output_embeddings()(states[:, -setup.completion_tokens - 1 :])
+    targets = torch.zeros(setup.batch_size * setup.completion_tokens, dtype=torch.long)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).clone().float(), targets, reduction="sum")
+
+
+def _tile(states: torch.Tensor, weight: torch.Tensor) -> None:
+    logits = states.new_empty(min(len(states), HEAD_TOKENS), HEAD_WORDS)
+    words = weight[:HEAD_WORDS].to(states.dtype)
+    del logits, words
+
+
+def _log_probs(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities of the completions, from states `(batch_size, tokens, hidden)`."""
+    scored = states[:, -setup.completion_tokens :].flatten(0, 1)
+    dtype = torch.bfloat16 if setup.autocast else states.dtype
+    return _FusedHead.apply(scored.to(dtype), model.get_output_embeddings().weight)
+
+
+def _checkpoint(model: nn.Module) -> None:
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers 5.23 renamed it
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def _autocast(setup: TrainingSetup):
+    # Sharded training computes in bfloat16 weights; elsewhere every use of a float32 weight makes a copy.
+    if not setup.autocast or setup.sharding != "none":
+        return nullcontext()
+    return torch.autocast("cpu", dtype=torch.bfloat16)

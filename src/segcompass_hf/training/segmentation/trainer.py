@@ -1,0 +1,271 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Supervised segmentation: the losses of the core under teacher forcing, on reference answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from ...data.collator import SegmentationCollator
+from ...freezing_segcompass import parameter_groups
+from ..loop.counts import WindowCounts, WindowCountsMixin
+from ..loop.first_rows import FirstRows
+from ..loop.means import MetricMeansMixin
+from ..loop.resume import RobustTrainerMixin
+from ..warmup.language_loss import language_loss_sums, logits_to_keep
+from .config import LOSS_WEIGHTS, SegmentationConfig
+from .evaluation import segment_and_score, segmentation_report
+
+logger = logging.get_logger(__name__)
+
+LOSS_TERMS = ("segmentation_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
+
+
+class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Trainer):
+    r"""[`~transformers.Trainer`] of `SegCompassForReasoningSegmentation` on rows in the row schema.
+
+    Different from its parent: freezes what the method freezes (SAE, decoder layers below it, SAM's image encoder),
+    gives every part its learning rate, averages every loss over the whole accumulation window and all processes
+    (`window_counts`), logs the single losses, gIoU and kept slots, and evaluates by segmenting greedily.
+
+    Logged beside `loss`, as means since the last line: `language_loss`, `token_accuracy`, `segmentation/loss`,
+    `segmentation/heatmap_bce`, `.../heatmap_dice`, `.../mask_dice`, `.../mask_focal`, `.../confidence_loss`,
+    `.../kept_slots`; further `.../giou` (of low-resolution masks, on the logged step, whose unmatched slots are
+    decoded for it), and `dropped_objects` (so far). Evaluation adds `eval_gIoU`, `eval_cIoU`, `eval_N-acc`,
+    `eval_T-acc`, `eval_kept_slots`.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): Trained in place.
+        args ([`SegmentationConfig`]): Settings.
+        train_dataset, eval_dataset: Rows in the row schema.
+        processing_class (`SegCompassProcessor`): The model's processor.
+        peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of the decoder layers, and the heads:
+            `training.adapters.lora_config(model)`. `train_token_rows` is then up to it; a warning names what differs.
+        data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
+        kwargs: For [`~transformers.Trainer`].
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: SegmentationConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        peft_config: Any = None,
+        data_collator: Any = None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("processing_class is None; pass the SegCompassProcessor of the model.")
+        self.eval_collator = data_collator
+        if data_collator is None:
+            options = {"missing_reasoning": args.missing_reasoning}
+            data_collator = SegmentationCollator(processing_class, overflow=args.overflow, **options)
+            self.eval_collator = SegmentationCollator(processing_class, overflow="merge", **options)
+        model_config = model.config
+        if args.codebook_init == "sae_decoder":
+            init_codebook_from_sae(model)
+        if peft_config is None:
+            model.freeze_for_training(args.train_token_rows)
+        else:
+            model = _with_adapters(model, peft_config, args.train_token_rows)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.label_names = ["labels"]  # adapters hide the model's own signature from Trainer
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            from ..fsdp import FinishShardingCallback
+
+            self.add_callback(FinishShardingCallback())
+        self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
+        if args.slots_alone_share or args.drop_references_share:
+            self.segcompass.slot_mapper.register_forward_pre_hook(self._drop_references)
+
+    @property
+    def segcompass(self) -> nn.Module:
+        """The model itself, without wrappers of processes and adapters."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    # Losses
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
+        weights = self._set_loss_weights()
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
+        shows_giou = model.training and self._is_logged_step()
+        output = model(
+            **inputs,
+            **logits_to_keep(self.segcompass.vlm, labels),
+            decode_masks="all" if shows_giou else "auto",
+            num_segmentation_items=counts.segmentation_items,
+            num_samples=counts.samples,
+        )
+        language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
+        loss = output.losses.loss
+        # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
+        loss = loss + weights["lm_loss_weight"] * language_loss / counts.tokens
+        if model.training:
+            self.means.add("language_loss", language_loss, num_tokens)
+            self.means.add("token_accuracy", num_right, num_tokens)
+            self._report(output, inputs, counts)
+        loss = loss * scale
+        return (loss, output) if return_outputs else loss
+
+    def _report(self, output: Any, inputs: Mapping[str, torch.Tensor], counts: WindowCounts) -> None:
+        """Add a micro-batch to the means. Losses are shares of the window's mean; times the count they are sums."""
+        num_samples = len(inputs["input_ids"])
+        everything = self.segcompass.config.empty_samples == "zero"
+        num_items = num_samples if everything else (inputs["num_objects"] > 0).sum()
+        for name in LOSS_TERMS:
+            label = "segmentation/loss" if name == "segmentation_loss" else f"segmentation/{name}"
+            self.means.add(label, getattr(output.losses, name) * counts.segmentation_items, num_items)
+        self.means.add("segmentation/confidence_loss", output.confidence_loss * counts.samples, num_samples)
+        kept = output.slot_logits > self.segcompass.config.slot_logit_threshold  # (batch_size, num_slots)
+        self.means.add("segmentation/kept_slots", kept.sum(), num_samples)
+        if output.pred_masks is not None:
+            threshold = self.segcompass.config.mask_logit_threshold
+            iou = union_iou(output.pred_masks > threshold, kept, inputs["mask_labels"] > 0.5)
+            self.means.add("segmentation/giou", iou.sum(), num_samples)
+
+    def _is_logged_step(self) -> bool:
+        step, every = self.state.global_step + 1, self.state.logging_steps
+        return bool(every) and (step % every == 0 or (step == 1 and self.args.logging_first_step))
+
+    def _set_loss_weights(self) -> dict[str, float]:
+        weights = self.args.loss_weights(self._model_weights, self.state.global_step)
+        for name, value in weights.items():
+            setattr(self.segcompass.config, name, value)
+        return weights
+
+    def _drop_references(self, slot_mapper: nn.Module, inputs: tuple) -> tuple | None:
+        """Zero the reference states of a share of the samples, so that the slots must carry the answer."""
+        if not slot_mapper.training:
+            return None
+        states, *others = inputs
+        alone = self.state.global_step < self.args.slots_alone_share * self.state.max_steps
+        share = 1.0 if alone else self.args.drop_references_share
+        keep = torch.rand(len(states), 1, 1, device=states.device) >= share
+        return states * keep, *others
+
+    def extra_logs(self) -> dict[str, float]:
+        dropped = torch.tensor(getattr(self.data_collator, "dropped_objects", 0), device=self.args.device)
+        dropped = int(self.accelerator.reduce(dropped, reduction="sum"))
+        return {"dropped_objects": dropped} if dropped else {}
+
+    # Optimizer
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is not None:
+            return self.optimizer
+        args, model = self.args, self.model if model is None else model
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        factors = args.learning_rate_factors()
+        if args.optimizer == "muon":
+            from ..loop.muon import muon_with_factors
+
+            named = model.named_parameters()
+            self.optimizer = muon_with_factors(named, args.learning_rate, args.weight_decay, factors)
+        else:
+            groups = parameter_groups(model, args.learning_rate, args.weight_decay, factors)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Evaluation merges surplus objects instead of dropping them."""
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The loss on reference answers, and the metrics of greedy segmentation on the first rows of the data set."""
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.num_eval_segmentations:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                logger.warning_once(
+                    "evaluation does not segment: processes that share weights would have to write answers of one "
+                    "length; evaluate a saved checkpoint instead, and set num_eval_segmentations=0."
+                )
+                return output
+            figures = self.segment_rows(dataloader.dataset, self.args.num_eval_segmentations)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def segment_rows(self, rows: Any, num_rows: int = -1) -> dict[str, float]:
+        """Metrics of greedy segmentation of the first `num_rows` (-1: all) rows, shared among the processes."""
+        from accelerate.utils import gather_object
+
+        limit = self.args.eval_max_new_tokens
+        scored = segment_and_score(
+            self.segcompass,
+            self.processing_class,
+            FirstRows(rows, num_rows, self.accelerator.process_index, self.accelerator.num_processes),
+            self.args.per_device_eval_batch_size,
+            **({} if limit is None else {"max_new_tokens": limit}),
+        )
+        return segmentation_report(gather_object(scored))
+
+
+def _with_adapters(model: nn.Module, peft_config: Any, train_token_rows: str | None) -> nn.Module:
+    from peft import get_peft_model
+
+    from ..adapters import check_peft_config, warn_of_other_settings
+
+    check_peft_config(model, peft_config)
+    adapted = get_peft_model(model, peft_config)
+    warn_of_other_settings(model, train_token_rows)
+    return adapted
+
+
+def union_iou(masks: torch.Tensor, kept: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU of the union of the kept masks with the union of the targets; 1 where both are empty.
+
+    Args:
+        masks (`torch.BoolTensor` of shape `(batch_size, num_slots, h, w)`): Of all slots.
+        kept (`torch.BoolTensor` of shape `(batch_size, num_slots)`): Slots that count.
+        targets (`torch.BoolTensor` of shape `(batch_size, num_masks, h, w)`): Objects; empty ones are filling.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, in [0, 1].
+    """
+    predicted = (masks & kept[..., None, None]).any(1)  # (batch_size, h, w)
+    wanted = targets.any(1)
+    union = (predicted | wanted).sum((1, 2))
+    return torch.where(union > 0, (predicted & wanted).sum((1, 2)) / union.clamp(min=1), 1.0)
+
+
+@torch.no_grad()
+def init_codebook_from_sae(model: nn.Module) -> None:
+    """Start the codebook from the SAE's decoder: `C = W_dec V`, V the leading right singular vectors of `W_dec`.
+
+    With `d_slot = d_in` the decoder itself; with a smaller `d_slot` its best projection of that rank (lengths and
+    angles of concepts are kept as far as they can be); with a larger one the rest is zero.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): Its `codebook` is overwritten.
+    """
+    decoder, codebook = model.sae.W_dec.float(), model.codebook.weight  # (d_sae, d_in), (d_sae, d_slot)
+    d_in, d_slot = decoder.shape[1], codebook.shape[1]
+    if d_slot < d_in:
+        _, vectors = torch.linalg.eigh(decoder.T @ decoder)  # ascending
+        decoder = decoder @ vectors[:, -d_slot:]
+    codebook.zero_()
+    codebook[:, : decoder.shape[1]] = decoder.to(codebook.dtype)

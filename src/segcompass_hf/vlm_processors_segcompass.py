@@ -1,0 +1,97 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Image processors and tokenizers of VLM families and of SAM, loaded without torchvision."""
+
+import inspect
+import os
+from typing import Any
+
+import transformers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    ProcessorMixin,
+    SamImageProcessorPil,
+)
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+SUB_PROCESSORS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer")
+
+
+def own_arguments(processor_class: type) -> list[str]:
+    """Constructor arguments of a VLM processor besides its parts and chat template."""
+    skipped = ("self", "chat_template", "args", "kwargs", *SUB_PROCESSORS)
+    return [name for name in inspect.signature(processor_class.__init__).parameters if name not in skipped]
+
+
+def processor_class(name: str) -> type:
+    """The class of that name in transformers, made to do without a video processor."""
+    base = getattr(transformers, name, None)
+    if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
+        raise ValueError(
+            f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}."
+        )
+    if not any("video" in attribute for attribute in base.get_attributes()):
+        return base
+
+    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
+        base.__init__(self, image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if argument is not None or "video" not in argument_name:
+            return base.check_argument_for_proper_class(self, argument_name, argument)
+
+    methods = {"__init__": __init__, "check_argument_for_proper_class": check_argument_for_proper_class}
+    return type(f"{name}WithoutVideo", (base,), methods)
+
+
+def is_own_folder(path: str | os.PathLike) -> bool:
+    fields, _ = ProcessorMixin.get_processor_dict(str(path))
+    return fields.get("processor_class") == "SegCompassProcessor"
+
+
+def load_vlm_parts(path: str) -> tuple:
+    """Image processor, tokenizer, processor class and its arguments, chat template of a VLM's id or folder.
+
+    `AutoProcessor` cannot be asked: for the Qwens it insists on a video processor and so on torchvision.
+    """
+    config = AutoConfig.from_pretrained(path)
+    fields, _ = ProcessorMixin.get_processor_dict(path)
+    class_name = fields.get("processor_class") or PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    if class_name is None:
+        raise ValueError(
+            f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead."
+        )
+    arguments = {name: fields[name] for name in own_arguments(processor_class(class_name)) if name in fields}
+    if class_name == "LlavaProcessor":  # the first LLaVA repositories leave these to the model
+        arguments.setdefault("patch_size", config.vision_config.patch_size)
+        arguments.setdefault("vision_feature_select_strategy", config.vision_feature_select_strategy)
+        if config.vision_config.model_type == "clip_vision_model":
+            arguments.setdefault("num_additional_image_tokens", 1)  # its class token
+    image_processor, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    return image_processor, tokenizer, class_name, arguments, fields.get("chat_template") or tokenizer.chat_template
+
+
+def to_sam_image_processor(source: Any) -> SamImageProcessorPil:
+    """SAM's image processor from a processor, configuration, id or folder, or the side of the canvas."""
+    if isinstance(source, (str, os.PathLike)):
+        source = AutoConfig.from_pretrained(source)
+    if hasattr(source, "image_processor"):
+        source = source.image_processor
+    if hasattr(source, "to_dict") and hasattr(source, "mask_size"):
+        return source
+    if isinstance(source, int):
+        canvas, patch_size = source, 16
+    elif hasattr(source, "vision_config"):
+        canvas, patch_size = source.vision_config.image_size, source.vision_config.patch_size
+    else:
+        raise ValueError(
+            f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size."
+        )
+    side = 4 * (canvas // patch_size)
+    return SamImageProcessorPil(
+        size={"longest_edge": canvas},
+        pad_size={"height": canvas, "width": canvas},
+        mask_size={"longest_edge": side},
+        mask_pad_size={"height": side, "width": side},
+    )

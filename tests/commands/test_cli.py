@@ -1,0 +1,235 @@
+"""The command `segcompass`: what it prints, the figure it writes, and one clear line with exit code 2 on bad input."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from places import ROOT
+from safetensors.torch import load_file, save_file
+
+import segcompass_hf
+from segcompass_hf import cli
+from segcompass_hf.commands import common, demo
+from segcompass_hf.data.schema import decode_mask
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny-llava")
+    # Random weights rarely pass the threshold: keep every slot.
+    tiny.tiny_model("llava", slot_logit_threshold=-100.0, max_reasoning_tokens=12).save_pretrained(path)
+    tiny.tiny_processor("llava").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def image_file(tmp_path):
+    path = tmp_path / "photo.png"
+    tiny.tiny_image(0, (60, 45)).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path):
+    """A copy of the checkpoint to spoil."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
+
+
+def _fails(capsys, *argv: str) -> str:
+    """Run, expect exit code 2, nothing on stdout and one line on stderr; return that line."""
+    try:
+        code = cli.main(list(argv))
+    except SystemExit as stop:  # argparse leaves this way
+        code = stop.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("segcompass")
+    return lines[0]
+
+
+def test_help_is_quick_and_names_the_commands():
+    start = time.perf_counter()
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, "-m", "segcompass_hf.cli", "--help"], capture_output=True, text=True, env=environment
+    )
+    assert time.perf_counter() - start < 2
+    assert done.returncode == 0
+    assert "demo" in done.stdout and "predict" in done.stdout
+
+
+def test_predict_prints_the_answer_and_writes_a_figure(checkpoint, image_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["predict", image_file, "the red square", "--model", str(checkpoint), "--reasoning", "none"]) == 0
+    out, err = capsys.readouterr()
+    assert "reasoning: (none)" in out
+    assert [f"slot {k}: score" in out for k in range(tiny.NUM_SLOTS)] == [True] * tiny.NUM_SLOTS
+    assert "figure: photo.segcompass.png" in out
+    assert err == ""  # another checkpoint than the bundled one: nothing to warn of
+    with Image.open(tmp_path / "photo.segcompass.png") as figure:
+        pixels = np.asarray(figure.convert("RGB"))
+    assert pixels.shape[1] > 1000 and pixels.std() > 20  # wide, and not blank
+
+
+def test_predict_json_holds_the_masks_of_the_direct_route(checkpoint, image_file, tmp_path, capsys):
+    argv = ["predict", image_file, "the red square", "--model", str(checkpoint), "--reasoning", "short", "--json"]
+    assert cli.main(argv) == 0
+    answer = json.loads(capsys.readouterr().out)
+
+    model = segcompass_hf.SegCompassForReasoningSegmentation.from_pretrained(checkpoint).eval()
+    processor = tiny.tiny_processor("llava")
+    inputs = processor(images=tiny.tiny_image(0, (60, 45)), instruction="the red square", return_tensors="pt")
+    with torch.no_grad():
+        seg = model.segment(**inputs, reasoning="short")
+    expected = processor.post_process_segmentation(
+        seg, inputs["original_sizes"], inputs["reshaped_input_sizes"], slot_logit_threshold=-100.0
+    )[0]
+    assert answer["size"] == [45, 60]
+    assert answer["instruction"] == "the red square"
+    assert answer["reasoning"] == expected["reasoning"]
+    assert answer["figure"] is None and list(tmp_path.glob("*.segcompass.png")) == []
+    assert len(answer["segments"]) == len(answer["slot_scores"]) == tiny.NUM_SLOTS
+    for k, segment in enumerate(answer["segments"]):
+        mask = decode_mask(segment["mask"])
+        assert mask.shape == (45, 60) and mask.sum() == segment["area"]
+        assert (mask != expected["masks"][k].numpy()).mean() < 0.01
+        assert segment["slot"] == k
+        assert segment["score"] == pytest.approx(expected["scores"][k].item(), abs=1e-4)
+
+
+def test_json_and_a_figure_together(checkpoint, image_file, tmp_path, capsys):
+    output = tmp_path / "new" / "answer.jpg"
+    argv = ["predict", image_file, "x", "--model", str(checkpoint), "--reasoning", "none", "--json"]
+    assert cli.main([*argv, "--output", str(output)]) == 0
+    assert json.loads(capsys.readouterr().out)["figure"] == str(output)
+    with Image.open(output) as figure:
+        assert figure.format == "JPEG"
+
+
+def test_the_bundled_checkpoint_warns_outside_its_domain(checkpoint, image_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(segcompass_hf, "bundled_checkpoint", lambda: checkpoint)
+    argv = ["predict", image_file, "x", "--reasoning", "none", "--output", str(tmp_path / "a.png")]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "procedural scenes of coloured shapes" in err and "means nothing" in err
+    assert "procedural" not in out
+
+
+def test_unknown_words_are_named():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert common.unknown_words(tokenizer, "the red zebra, the circle; zebra Gnu") == ["zebra", "Gnu"]
+    assert common.unknown_words(tokenizer, "the circle !") == []
+    # The byte-level tokenizer of a Qwen has no unknown token: it knows every word.
+    assert common.unknown_words(tiny.tiny_tokenizer("qwen2_5_vl"), "zebra") == []
+
+
+def test_bad_images_and_instructions(checkpoint, image_file, tmp_path, capsys):
+    model = ["--model", str(checkpoint)]
+    assert "there is no file 'missing.png'" in _fails(capsys, "predict", "missing.png", "x", *model)
+    text = tmp_path / "text.png"
+    text.write_text("not an image")
+    assert "cannot be read as an image" in _fails(capsys, "predict", str(text), "x", *model)
+    assert "error" in _fails(capsys, "predict", str(tmp_path), "x", *model)  # a folder
+    assert "the instruction is empty" in _fails(capsys, "predict", image_file, "  ", *model)
+    assert "not a picture" in _fails(capsys, "predict", image_file, "x", "--output", "a.txt", *model)
+    truncated = tmp_path / "truncated.png"
+    truncated.write_bytes(Path(image_file).read_bytes()[:200])
+    assert "cannot be read as an image" in _fails(capsys, "predict", str(truncated), "x", *model)
+    assert "words" not in _fails(capsys, "predict", image_file, "red " * 20_000, *model)
+
+
+def test_bad_usage(capsys):
+    assert "required: COMMAND" in _fails(capsys)
+    assert "required: instruction" in _fails(capsys, "predict", "a.png")
+    assert "invalid choice: 'frob'" in _fails(capsys, "frob")
+    assert "'0' is not a positive number" in _fails(capsys, "demo", "--samples", "0")
+    assert "invalid choice: 'loud'" in _fails(capsys, "predict", "a.png", "x", "--reasoning", "loud")
+
+
+def test_a_missing_checkpoint(image_file, capsys, monkeypatch, tmp_path):
+    assert "no checkpoint folder './nowhere'" in _fails(capsys, "predict", image_file, "x", "--model", "./nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "cannot load a checkpoint" in _fails(capsys, "predict", image_file, "x", "--model", str(tmp_path / "empty"))
+    monkeypatch.setattr(segcompass_hf, "__file__", str(tmp_path / "__init__.py"))
+    assert "no bundled checkpoint" in _fails(capsys, "predict", image_file, "x")
+
+
+def test_damaged_checkpoints(damaged, image_file, capsys):
+    argv = ["predict", image_file, "x", "--reasoning", "none", "--model", str(damaged)]
+    weights = load_file(damaged / "model.safetensors")
+
+    name = next(key for key in sorted(weights) if key.startswith("slot_mapper"))
+    rest = {key: value for key, value in weights.items() if key != name}
+    save_file(rest, damaged / "model.safetensors", {"format": "pt"})
+    line = _fails(capsys, *argv)
+    assert "cannot load a checkpoint" in line and name in line
+
+    poisoned = weights | {name: torch.full_like(weights[name], float("nan"))}
+    save_file(poisoned, damaged / "model.safetensors", {"format": "pt"})
+    assert "finite" in _fails(capsys, *argv).lower()
+
+    (damaged / "model.safetensors").write_bytes(b"\0" * 100)
+    assert "cannot load a checkpoint" in _fails(capsys, *argv)
+    (damaged / "config.json").write_text("{")
+    assert "cannot load a checkpoint" in _fails(capsys, *argv)
+
+
+def test_a_missing_shard(damaged, image_file, capsys):
+    weights = load_file(damaged / "model.safetensors")
+    names = sorted(weights)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    index = {"metadata": {}, "weight_map": {name: shard for shard, held in shards.items() for name in held}}
+    (damaged / "model.safetensors.index.json").write_text(json.dumps(index))
+    (damaged / "model.safetensors").unlink()
+    first, held = next(iter(shards.items()))
+    save_file({name: weights[name].clone() for name in held}, damaged / first, {"format": "pt"})
+    line = _fails(capsys, "predict", image_file, "x", "--model", str(damaged))
+    assert "cannot load a checkpoint" in line and "model-00002-of-00002.safetensors" in line
+
+
+def test_demo_shows_every_kind_once_and_writes_its_pictures(checkpoint, tmp_path, capsys):
+    output = tmp_path / "demo"
+    assert cli.main(["demo", "--model", str(checkpoint), "--output", str(output), "--samples", "3"]) == 0
+    out = capsys.readouterr().out
+    pictures = sorted(path.name for path in output.iterdir())
+    assert len(pictures) == 4 and pictures[0] == "overview.png"
+    kinds = [name.removesuffix(".png").split("_", 2)[2] for name in pictures[1:]]
+    assert len(set(kinds)) == 3
+    assert out.count("reasoning:") == 3 and out.count("IoU with the truth") == 3
+    with Image.open(output / "overview.png") as overview, Image.open(output / pictures[1]) as one:
+        assert overview.width == one.width and overview.height > 2.5 * one.height
+
+
+def test_demo_scenes_are_the_first_of_each_kind_in_order():
+    from segcompass_hf.data import scenes
+
+    rows = list(scenes.iterate("val", 60, 0))
+    shown = demo._demo_rows("val", 10, 0)
+    firsts = {}
+    for row in rows:
+        firsts.setdefault(row["kind"], row["sample_id"])
+    ids = [row["sample_id"] for row in shown]
+    assert ids[: len(firsts)] == sorted(firsts.values())  # sample ids are numbered in order
+    rest = [row["sample_id"] for row in rows if row["sample_id"] not in firsts.values()]
+    assert ids[len(firsts) :] == rest[: 10 - len(firsts)]
+
+
+def test_demo_refuses_an_unknown_split(capsys):
+    assert "no split 'vall'" in _fails(capsys, "demo", "--split", "vall")

@@ -1,0 +1,207 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""COCO-style annotations: categories as instructions, crowd regions, absent categories, broken files."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image
+from places import SAMPLES
+from refer_files import annotation, image, square
+
+from segcompass_hf.data import BuildReport, build_coco
+from segcompass_hf.data.readable_rows import check_row
+from segcompass_hf.data.schema import decode_mask, row_features
+
+CROWD = {"size": [30, 40], "counts": [600, 10, 590]}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def content() -> dict:
+    """Two images, of which the first has two dogs, a cat and a crowd of cats, and the second only a crowd of dogs."""
+    return {
+        "images": [image(9), image(25)],
+        "annotations": [
+            annotation(901, 9, square(2, 3, 5), category_id=1),
+            annotation(902, 9, square(20, 3, 6), category_id=1),
+            annotation(903, 9, square(30, 15, 4), category_id=2),
+            annotation(904, 9, CROWD, category_id=2, iscrowd=1),
+            annotation(2500, 25, CROWD, category_id=1, iscrowd=1),
+        ],
+        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "cat"}, {"id": 5, "name": "traffic light"}],
+    }
+
+
+def build(root: Path, content: dict, **kwargs):
+    (root / "images").mkdir(exist_ok=True)
+    for entry in content["images"]:
+        if isinstance(entry, dict) and "file_name" in entry:
+            path = root / "images" / entry["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 30)).save(path)
+    (root / "instances.json").write_text(json.dumps(content))
+    report = BuildReport()
+    return build_coco(root / "instances.json", root / "images", report=report, **kwargs), report
+
+
+def test_one_sample_per_image_and_category(tmp_path):
+    dataset, report = build(tmp_path, content(), instruction="every {category}", split="val")
+    assert dataset.features == row_features() and report.counts == {}
+    dogs, cat = dataset
+    assert dataset["instruction"][:] == ["every dog", "every cat"]
+    assert dataset["sample_id"][:] == ["coco-val-9-1", "coco-val-9-2"]
+    assert [decode_mask(rle).sum() for rle in dogs["masks"]] == [25, 36] and dogs["instance_ids"] == [901, 902]
+    assert [decode_mask(rle).sum() for rle in dogs["distractor_masks"]] == [16] and dogs["ignore"] is None
+    assert [decode_mask(rle).sum() for rle in cat["masks"]] == [16] and len(cat["distractor_masks"]) == 2
+    assert decode_mask(cat["ignore"]).sum() == 10  # the crowd of cats
+    assert dict(report.left_out) == {"crowd regions only": 1}
+    assert dataset["kind"][:] == ["multi", "single"] and set(dataset["source"]) == {"coco"}
+    assert dogs["image"].size == (40, 30) and dogs["image_id"] == "9" and not dogs["is_reasoning"]
+    check_row(cat)
+
+
+def test_absent_categories(tmp_path):
+    dataset, report = build(tmp_path, content(), num_absent=1)
+    absent = [row for row in dataset if row["kind"] == "none"]
+    assert absent[0]["instruction"] == "traffic light" and absent[0]["masks"] == []
+    assert len(absent[0]["distractor_masks"]) == 3 and absent[0]["sample_id"] == "coco-train-9-5"
+    assert absent[1]["image_id"] == "25" and absent[1]["instruction"] in ("cat", "traffic light")  # a dog is there
+    more, _ = build(tmp_path, content(), num_absent=10)
+    assert sorted(row["instruction"] for row in more if row["kind"] == "none") == [
+        "cat", "traffic light", "traffic light"
+    ]  # fmt: skip
+    shuffled = content()
+    shuffled["images"].reverse()
+    again, _ = build(tmp_path, shuffled, num_absent=1)
+    assert set(again["sample_id"]) == set(dataset["sample_id"])  # chosen for every image on its own
+    twins = content()
+    twins["categories"].append({"id": 6, "name": "cat"})
+    dataset, _ = build(tmp_path, twins, num_absent=10)
+    assert "coco-train-9-6" not in dataset["sample_id"]
+
+
+def test_chosen_categories(tmp_path):
+    dataset, _ = build(tmp_path, content(), categories=["cat"], num_absent=1)
+    assert dataset["sample_id"][:] == ["coco-train-9-2", "coco-train-25-2"]
+    with pytest.raises(ValueError, match="no category bird; there are dog, cat, traffic light"):
+        build(tmp_path, content(), categories=["cat", "bird"])
+    with pytest.raises(ValueError, match="expected a collection of names"):
+        build(tmp_path, content(), categories="cat")
+
+
+def test_images_in_folders(tmp_path):
+    folders = content()
+    folders["images"][0]["file_name"] = "day/0001.jpg"
+    folders["images"][1] = image(25) | {"file_name": "night/0001.jpg"}
+    dataset, _ = build(tmp_path, folders, num_absent=1)
+    images = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    assert {os.path.relpath(entry["path"], tmp_path) for entry in images} == {
+        "images/day/0001.jpg", "images/night/0001.jpg"
+    }  # fmt: skip
+    (tmp_path / "secret.jpg").write_bytes((tmp_path / "images" / "day" / "0001.jpg").read_bytes())
+    folders["images"][0]["file_name"] = "../secret.jpg"
+    folders["images"].pop()
+    with pytest.raises(ValueError, match="missing_image x 2 .*there is no secret.jpg or COCO_train2014_0000000"):
+        build(tmp_path, folders)
+
+
+def changed(key: str, place: int, **fields) -> dict:
+    files = content()
+    files[key][place] |= fields
+    return files
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "lost", "message"),
+    [
+        (changed("annotations", 0, segmentation=[]), "empty_mask", 1, "annotation 901: there is no polygon"),
+        (changed("annotations", 0, segmentation={"size": [3, 4], "counts": [12]}), "wrong_size", 1, "RLE is .3, 4."),
+        (changed("annotations", 0, category_id=7), "bad_annotation", 1, "category 7, which is not in categories"),
+        (changed("annotations", 0, category_id=[7]), "bad_annotation", 1, r"category \[7\], which is not in"),
+        (changed("annotations", 0, id=2**64), "bad_annotation", 1, "is not an integer of 64 bits"),
+        (changed("annotations", 0, image_id=77), "bad_annotation", 0, "there is no image 77"),
+        (changed("annotations", 1, id=901), "duplicate_id", 0, "the id appears again at 1"),
+        (changed("images", 0, height=None), "bad_annotation", 2, "height None and width 40"),
+        (changed("images", 0, height=31), "wrong_size", 2, r"is \(30, 40\) but its annotations are for \(31, 40\)"),
+        (changed("categories", 2, id=1), "duplicate_id", 0, "the id appears again at 2"),
+        (changed("categories", 2, name=None), "bad_annotation", 0, "no integer id or no name"),
+    ],
+)  # fmt: skip
+def test_broken_entries_are_counted_and_named(tmp_path, files, kind, lost, message):
+    files["annotations"].append(annotation(2501, 25, square(1, 1, 3), category_id=2))
+    dataset, report = build(tmp_path, files)
+    assert dataset["sample_id"][-1] == "coco-train-25-2" and report.num_lost == lost
+    assert report.problems[0]["kind"] == kind
+    assert any(re.search(message, problem["detail"]) for problem in report.problems)
+
+
+@pytest.mark.parametrize(
+    ("files", "kwargs", "message"),
+    [
+        (content(), {"instruction": "the {name}"}, "must have {category}"),
+        (content(), {"num_absent": -1}, "num_absent is -1"),
+        (content() | {"categories": []}, {}, "no list categories with an id and a name"),
+        (content() | {"annotations": None}, {}, "is no COCO annotation file"),
+        (content() | {"annotations": []}, {}, "coco-train has no row that can be used: 0 rows"),
+    ],
+)
+def test_wrong_arguments_and_files(tmp_path, files, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, files, **kwargs)
+
+
+def test_missing_files(tmp_path):
+    build(tmp_path, content())
+    with pytest.raises(FileNotFoundError, match="no file .*none.json.* holds cache/, images/, instances.json"):
+        build_coco(tmp_path / "none.json", tmp_path / "images")
+    with pytest.raises(FileNotFoundError, match="images_dir: there is no folder"):
+        build_coco(tmp_path / "instances.json", tmp_path / "nowhere")
+    text = (tmp_path / "instances.json").read_text()
+    (tmp_path / "instances.json").write_text(text[:-9])
+    with pytest.raises(ValueError, match="is no complete json .* cut short"):
+        build_coco(tmp_path / "instances.json", tmp_path / "images")
+
+
+@pytest.mark.skipif(not (SAMPLES / "refcoco").is_dir(), reason="no real samples; set SEGCOMPASS_SAMPLES_DIR")
+def test_real_annotations():
+    """Eight photographs; every annotated object is a target in exactly one sample."""
+    path = SAMPLES / "refcoco" / "instances.json"
+    entries = json.loads(path.read_text())
+    report = BuildReport()
+    dataset = build_coco(path, SAMPLES / "images", report=report)
+    targets = [number for numbers in dataset["instance_ids"] for number in numbers]
+    assert report.counts == {} and sorted(targets) == sorted(entry["id"] for entry in entries["annotations"])
+    pairs = {(entry["image_id"], entry["category_id"]) for entry in entries["annotations"]}
+    assert len(dataset) == len(pairs) and set(dataset["kind"]) == {"single", "multi"}
+    for row in dataset:
+        check_row(row)
+
+
+def test_objects_are_not_lost_for_their_ids(tmp_path):
+    """Home-made files count from 1 in every image, or leave ids out; nothing refers to them."""
+    files = content()
+    one, two = files["annotations"][:2]
+    nameless = annotation(0, 25, square(2, 3, 5), category_id=1)
+    del nameless["id"]
+    one, two, cat = one | {"id": 1}, two | {"id": 1}, annotation(1, 25, square(9, 9, 5), category_id=2)
+    files["annotations"] = [one, two, nameless, cat, dict(one)]  # the same once more is the same
+    dataset, report = build(tmp_path, files, num_absent=3)
+    rows = {(row["image_id"], row["instruction"]): row for row in dataset}
+    assert {key: len(row["masks"]) for key, row in rows.items()} == {
+        ("9", "dog"): 2,
+        ("9", "cat"): 0,
+        ("9", "traffic light"): 0,
+        ("25", "dog"): 1,
+        ("25", "cat"): 1,
+        ("25", "traffic light"): 0,
+    }
+    numbers = [number for row in dataset for number in row["instance_ids"]]
+    assert len(set(numbers)) == len(numbers) == 4
+    assert report.counts == {"duplicate_id": 3, "bad_annotation": 1} and report.num_lost == 0

@@ -1,0 +1,111 @@
+"""Kinds of tokens and places of patches: every family, padding, and values by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, tiny_image, tiny_processor
+
+from segcompass_hf.explain.token_kinds import token_kinds
+from segcompass_hf.token_places import patch_boxes
+
+QUESTIONS = ["the red one", "all the small blue squares but not the ring"]
+REASONINGS = ["a red circle at b3", "two"]
+SIZES = [(30, 40), (60, 60)]  # (height, width)
+
+
+@dataclasses.dataclass
+class Row:
+    sequences: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_mask: torch.Tensor
+
+
+def answers(processor, rows=(0, 1)):
+    batch = processor(
+        images=[tiny_image(size=SIZES[i][::-1]) for i in rows],
+        instruction=[QUESTIONS[i] for i in rows],
+        reasoning=[REASONINGS[i] for i in rows],
+    )
+    return Row(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kinds_in_every_family(family):
+    processor = tiny_processor(family)
+    output = answers(processor)
+    for row in (0, 1):
+        found = token_kinds(processor, output, QUESTIONS[row], row=row, image_size=SIZES[row])
+
+        def text_of(kind, found=found, row=row):
+            return processor.tokenizer.decode([int(output.sequences[row, i]) for i in found.positions(kind)])
+
+        assert text_of("question").strip() == QUESTIONS[row]
+        assert text_of("reasoning").strip() == REASONINGS[row]
+        assert text_of("reference") == "<REF_POS>" * 4
+        assert "Think first" in text_of("special") and processor.end_of_turn_token in text_of("special")
+        padding = [i for i, kind in enumerate(found.kinds) if kind is None]
+        assert padding == (output.attention_mask[row] == 0).nonzero()[:, 0].tolist()
+        is_image = output.sequences[row] == processor.image_token_id
+        assert found.positions("image") == is_image.nonzero()[:, 0].tolist()
+        assert [i for i, box in enumerate(found.patches) if box] == found.positions("image")
+    # alone, the first row has no padding: the same kinds and boxes, in the same order
+    alone = token_kinds(processor, answers(processor, rows=(0,)), QUESTIONS[0], image_size=SIZES[0])
+    batched = token_kinds(processor, output, QUESTIONS[0], row=0, image_size=SIZES[0])
+    kept = [i for i, kind in enumerate(batched.kinds) if kind is not None]
+    assert [batched.kinds[i] for i in kept] == alone.kinds
+    assert [batched.patches[i] for i in kept] == alone.patches
+
+
+def test_patch_boxes_by_hand():
+    # LLaVA: 60 x 60 -> 28 x 28 pixels in 2 x 2 patches of 14: quarters of the image.
+    llava = tiny_processor("llava").image_processor
+    assert patch_boxes(llava, (60, 60), 4) == [(0, 0, 30, 30), (30, 0, 60, 30), (0, 30, 30, 60), (30, 30, 60, 60)]
+    # 300 high, 600 wide: the centre square, columns 150 to 450, is all that the model sees.
+    assert patch_boxes(llava, (300, 600), 4) == [
+        (150, 0, 300, 150),
+        (300, 0, 450, 150),
+        (150, 150, 300, 300),
+        (300, 150, 450, 300),
+    ]
+    # Qwen: 300 x 600 -> 28 x 70 pixels, tokens of 14 x 14: 2 rows of 5, each 150 high and 120 wide.
+    boxes = patch_boxes(tiny_processor("qwen3_vl").image_processor, (300, 600), 10)
+    for index, box in enumerate(boxes):
+        row, column = divmod(index, 5)
+        expected = (120 * column, 150 * row, 120 * column + 120, 150 * row + 150)
+        assert np.abs(np.subtract(box, expected)).max() <= 2, (index, box, expected)
+
+
+class Padding:
+    """An image processor that puts the image into the upper left quarter of a picture of its fourfold size."""
+
+    def __call__(self, images, **kwargs):
+        seen = np.asarray(images)[..., 0] / 255.0
+        canvas = np.full((2 * seen.shape[0], 2 * seen.shape[1]), 0.5)
+        canvas[: seen.shape[0], : seen.shape[1]] = seen
+        return {"pixel_values": torch.tensor(canvas)[None, None]}
+
+
+def test_a_patch_of_padding_has_no_place():
+    assert patch_boxes(Padding(), (8, 8), 4) == [(0, 0, 8, 8), None, None, None]
+
+
+def test_what_does_not_fit_is_refused():
+    processor = tiny_processor("llava")
+    output = answers(processor)
+    with pytest.raises(ValueError, match="does not hold the instruction 'the green one'"):
+        token_kinds(processor, output, "the green one")
+    with pytest.raises(ValueError, match="for an image of 7 tokens"):
+        patch_boxes(tiny_processor("qwen2_5_vl").image_processor, (60, 60), 7)
+
+
+def test_what_the_model_wrote_out_of_form_is_reasoning():
+    processor = tiny_processor("llava")
+    prompt = processor(images=tiny_image(), instruction="the red one")["input_ids"][0].tolist()
+    words = processor.tokenizer("a ring", add_special_tokens=False)["input_ids"]
+    written = [*words, processor.think_end_token_id, processor.ref_token_id, processor.end_of_turn_token_id]
+    ids = torch.tensor([[*prompt, *written]])
+    mask = torch.tensor([[0] * len(prompt) + [1] * len(written)])
+    found = token_kinds(processor, Row(ids, torch.ones_like(ids), mask), "the red one").kinds[len(prompt) :]
+    assert found == ["reasoning"] * len(words) + ["special", "reference", "special"]
