@@ -21,7 +21,7 @@ from trainers import MaskTrainer, VisionTrainer
 from transformers import TrainingArguments, set_seed
 
 from segcompass_hf.training.loop.checkpoints import find_last_whole
-from segcompass_hf.training.segmentation.muon import has_fast_bfloat16
+from segcompass_hf.training.loop.muon import has_fast_bfloat16
 
 STAGES = {"vision": (700, 64), "masks": (1000, 16)}  # steps, batch size
 DONE = "preprocessor_config.json"  # written last

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Trainer
 
 from segcompass_hf.modeling_masks import positional_embeddings
+from segcompass_hf.training.loop.muon import MuonWithAdamW
 from segcompass_hf.training.loop.resume import RobustTrainerMixin
-from segcompass_hf.training.segmentation.muon import MuonWithAdamW
 
 ADAMW_RATIO = 0.33  # AdamW's learning rate over Muon's, which is `learning_rate`
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, ends not included
@@ -37,49 +36,13 @@ def instruction_words(row: dict[str, Any]) -> list[str]:
     return [word for word in words if word.lower() not in _NO_CONTENT]
 
 
-def patch_coverage(image_processor: Any, mask: np.ndarray, num_patches: int) -> torch.Tensor:
-    """How much of every image token a mask covers, whatever the VLM's image processor does to an image.
-
-    The mask goes through that processor as a black and white picture, so resizing, cropping and the order of tokens
-    are the family's own: `(1, C, H, W)` pixels (LLaVA, Gemma: a grid, row by row) or flat patches (the Qwens:
-    `merge_size^2` patches in a row make a token).
-
-    Args:
-        image_processor (`BaseImageProcessor`): The VLM's.
-        mask (`np.ndarray` of shape `(H, W)`): Bool, at the image's size.
-        num_patches (`int`): Image tokens of the image.
-
-    Returns:
-        `torch.Tensor` of shape `(num_patches,)`: in [0, 1].
-
-    Raises:
-        ValueError: the processor cuts the image into tokens in a way that is not known here.
-    """
-    shown = Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).convert("RGB")
-    made = image_processor(images=shown, do_normalize=False, resample=Image.Resampling.BILINEAR, return_tensors="pt")
-    pixels = made["pixel_values"].float()
-    if pixels.ndim == 2 and len(pixels) % num_patches == 0:
-        return pixels.mean(1).view(num_patches, -1).mean(1).clamp(0, 1)
-    if pixels.ndim == 4 and len(pixels) == 1:
-        height, width = pixels.shape[-2:]
-        rows = round(math.sqrt(num_patches * height / width))
-        if rows and num_patches % rows == 0:
-            grid = F.adaptive_avg_pool2d(pixels.mean(1), (rows, num_patches // rows))
-            return grid.flatten().clamp(0, 1)
-    raise ValueError(
-        f"{type(image_processor).__name__} makes pixel_values of shape {tuple(pixels.shape)} for an image of "
-        f"{num_patches} tokens, a layout that word-patch alignment does not know; set alignment_weight=0."
-    )
-
-
 def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple[int, int]]:
     """(start, length) of a word among token ids, written with or without a space before it."""
-    found = set()
-    for spelling in (f" {word}", word):
-        pattern = tokenizer(spelling, add_special_tokens=False)["input_ids"]
+    found, spellings = set(), tokenizer([f" {word}", word], add_special_tokens=False)["input_ids"]
+    for pattern in spellings if spellings[0] != spellings[1] else spellings[:1]:
         length = len(pattern)
         for start in range(len(tokens) - length + 1):
-            if length and tokens[start : start + length] == pattern:
+            if length and tokens[start] == pattern[0] and tokens[start : start + length] == pattern:
                 found.add((start, length))
     return sorted(found)
 

@@ -102,7 +102,7 @@ def one_step(stage: str, family: str, output_dir, **settings) -> tuple[float, di
 
 
 def make_trainer(stage: str, family: str, output_dir, rows, eval_rows=None, callbacks=None, model=None, **settings):
-    """A trainer of a stage, `"segmentation"` or `"warmup"` (with alignment), on a tiny model."""
+    """A trainer of a stage, `"segmentation"` or `"warmup"` (with alignment and reading), on a tiny model."""
     if stage == "segmentation":
         from segcompass_hf.training.segmentation.config import SegmentationConfig as Config
         from segcompass_hf.training.segmentation.trainer import SegmentationTrainer as Trainer
@@ -110,7 +110,8 @@ def make_trainer(stage: str, family: str, output_dir, rows, eval_rows=None, call
         from segcompass_hf.training.warmup.config import WarmupConfig as Config
         from segcompass_hf.training.warmup.trainer import WarmupTrainer as Trainer
 
-        settings = {"alignment_weight": 0.5} | settings
+        weights = {"alignment_weight": 0.5, "embedding_alignment_weight": 0.25, "reading_weight": 0.25}
+        settings = weights | settings
     ordered = type("Ordered", (InOrder, Trainer), {})
     return ordered(
         model=tiny_model(family) if model is None else model,

@@ -11,7 +11,7 @@ from tiny import tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.data.scenes.dataset import sample, to_row
-from segcompass_hf.data.scenes.names import listed_names
+from segcompass_hf.data.scenes.names import listed_names, placed_names
 from segcompass_hf.data.schema import decode_masks, encode_mask
 from segcompass_hf.token_places import Name, target_names
 from segcompass_hf.training.alignment.names import TokenPairs
@@ -35,6 +35,13 @@ def test_listed_names_by_hand():
         Name("blue", (2,)),
     ]
     assert listed_names({"reasoning": None, "instance_ids": []}) == []
+    placed = placed_names(row | {"instance_ids": [2]})
+    assert [name for name in placed if name not in listed_names(row | {"instance_ids": [2]})] == [
+        Name("c2", (1,)),
+        Name("e4", (0,)),
+        Name("a7", (2,)),
+    ]
+    assert len(placed) == 9 and placed_names({"reasoning": None, "instance_ids": []}) == []
 
 
 def test_listed_names_are_true_of_the_pixels_of_scenes():

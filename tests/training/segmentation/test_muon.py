@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from segcompass_hf.training.segmentation.muon import Float32Muon, MuonWithAdamW
+from segcompass_hf.training.loop.muon import Float32Muon, MuonWithAdamW
 
 
 def _two_layers():

@@ -30,9 +30,12 @@ def warmup(tmp_path, model, rows=None, family="llava", **settings):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_alignment_gradient_reaches_embeddings_and_projector(family, tmp_path):
+@pytest.mark.parametrize(
+    "option", [{"alignment_weight": 1.0, "alignment_layer": 0}, {"embedding_alignment_weight": 1.0}]
+)
+def test_alignment_gradient_reaches_embeddings_and_projector(option, family, tmp_path):
     gradients = Gradients()
-    settings = {"alignment_weight": 1.0, "alignment_layer": 0, "missing_reasoning": "skip"}
+    settings = {"missing_reasoning": "skip"} | option
     rows = [tiny_row(0, 1, None), tiny_row(1, 2, None)]  # no language loss: all gradients are the alignment's
     trainer = warmup(tmp_path, bare_vlm(family), rows, family, callbacks=[gradients], **settings)
     trainer.train()
@@ -255,15 +258,17 @@ def test_padding_changes_nothing(tmp_path):
         batch = trainer.data_collator(part)
         with torch.no_grad():
             loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
-        trainer.args.alignment_weight, weight = 0.0, trainer.args.alignment_weight
+        names = ("alignment_weight", "embedding_alignment_weight", "reading_weight")
+        weights = {name: getattr(trainer.args, name) for name in names}
+        vars(trainer.args).update(dict.fromkeys(names, 0.0))
         with torch.no_grad():
             language = trainer.compute_loss(trainer.model, dict(batch))
-        trainer.args.alignment_weight = weight
+        vars(trainer.args).update(weights)
         sums.append((language, loss - language, (batch["labels"] != -100).sum()))
-    (both, both_aligned, total), (first, first_aligned, n), (second, second_aligned, m) = sums
-    assert total == n + m
+    (both, both_others, total), (first, first_others, n), (second, second_others, m) = sums
+    assert total == n + m and first_others > 0
     torch.testing.assert_close(both, (n * first + m * second) / total, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both_aligned, (first_aligned + second_aligned) / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(both_others, (first_others + second_others) / 2, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole", [False, True])

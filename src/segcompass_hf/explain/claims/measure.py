@@ -23,7 +23,7 @@ from ...images_segcompass import fit_objects_to_slots
 from ...losses_segcompass import segmentation_loss
 from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
-from ...token_places import patch_coverage
+from ...patch_coverage import patch_coverage
 from ..token_kinds import token_kinds
 
 TOP_PERCENT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)  # of the image tokens

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ...data.collator import language_inputs
 from ...images_segcompass import to_rgb_image
-from ...token_places import Box, patch_boxes, patch_coverage
+from ...patch_coverage import patch_coverage
+from ...token_places import Box, patch_boxes
 from ...training.sae.activations import layer_states
 from .objects import NamedObjects, normalize_word
 

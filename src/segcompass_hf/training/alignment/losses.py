@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ...data.schema import decode_masks
-from ...token_places import instruction_words, patch_coverage, word_occurrences
+from ...patch_coverage import PatchCoverage
+from ...token_places import instruction_words, word_occurrences
 
 
 @dataclass
@@ -38,6 +39,7 @@ class AlignmentTargets:
     def __post_init__(self):
         if self.text not in ("instruction", "reasoning"):
             raise ValueError(f'text={self.text!r} is not known; expected "instruction" or "reasoning".')
+        self._coverage = PatchCoverage(self.processor.image_processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Targets of a batch, one place per token.
@@ -60,9 +62,7 @@ class AlignmentTargets:
             masks = decode_masks(row["masks"], (image.height, image.width))
             if len(masks) and bool(is_image[index].any()):
                 places = is_image[index].nonzero()[:, 0]
-                coverage[index, places] = patch_coverage(
-                    self.processor.image_processor, masks.any(0), num_patches=len(places)
-                )
+                coverage[index, places] = self._coverage(masks.any(0)[None], len(places))[0]
             self._mark_words(row, ids[index], readable[index], words[index])
         return {"alignment_words": words, "alignment_text": readable, "alignment_coverage": coverage}
 
@@ -153,18 +153,15 @@ def pair_alignment_loss(
     Returns:
         `tuple`: the sum over samples that have a name, and their number.
     """
-    total, count = states.new_zeros((), dtype=torch.float32), 0
     named = pair_words.any(1) & pair_patches.any(1)  # (batch_size, num_names)
-    for index in named.any(1).nonzero()[:, 0].tolist():
-        directions = F.normalize(states[index].float(), dim=-1)
-        words = pair_words[index][:, named[index]].float()  # (sequence_length, names)
-        shows = pair_patches[index][is_image[index]][:, named[index]].T  # (names, patches)
-        with torch.autocast(states.device.type, enabled=False):
-            names = F.normalize(words.T @ directions, dim=-1)
-            scores = names @ directions[is_image[index]].T / temperature  # (names, patches)
-            among = scores.masked_fill(shows, -1e4)  # finite: all patches may show it
-            to_patches = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
-            to_names = scores - torch.logaddexp(scores, among.logsumexp(0, keepdim=True))
-        share = shows / shows.sum(1, keepdim=True) / len(shows)
-        total, count = total - (share * (to_patches + to_names)).sum() / 2, count + 1
-    return total, count
+    directions = F.normalize(states.float(), dim=-1)
+    with torch.autocast(states.device.type, enabled=False):
+        names = F.normalize(pair_words.float().mT @ directions, dim=-1)  # (batch_size, num_names, hidden_size)
+        scores = names @ directions.mT / temperature  # (batch_size, num_names, sequence_length)
+        shows = pair_patches.mT & named[..., None] & is_image[:, None]
+        others = named[..., None] & is_image[:, None] & ~shows  # what a name, or a patch, is told from
+        among = scores.masked_fill(~others, -1e4)  # finite: all patches may show it
+        to_patches = scores - torch.logaddexp(scores, among.logsumexp(2, keepdim=True))
+        to_names = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
+    share = shows / shows.sum(2, keepdim=True).clamp(min=1) / named.sum(1).clamp(min=1)[:, None, None]
+    return -(share * (to_patches + to_names)).sum() / 2, int(named.any(1).sum())

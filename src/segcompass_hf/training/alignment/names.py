@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from ...data.schema import decode_masks
-from ...token_places import Name, patch_coverage, target_names, word_occurrences
+from ...patch_coverage import PatchCoverage
+from ...token_places import Name, target_names, word_occurrences
 
 MIN_COVERAGE = 0.5  # of a patch by an object that it shows; of small objects the patch that shows most
 
@@ -49,6 +50,9 @@ class TokenPairs:
 
     processor: Any
     names: Callable[[dict[str, Any]], list[Name]] = target_names
+
+    def __post_init__(self):
+        self._coverage = PatchCoverage(self.processor.image_processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Marks of a batch.
@@ -101,8 +105,7 @@ class TokenPairs:
 
     def _shown(self, masks: np.ndarray, num_patches: int) -> torch.Tensor:
         """Which patches show which object, `(objects, num_patches)` bool."""
-        coverage = [patch_coverage(self.processor.image_processor, mask, num_patches) for mask in masks]
-        coverage = torch.stack(coverage) if coverage else torch.zeros(0, num_patches)
+        coverage = self._coverage(masks, num_patches)
         most = coverage.amax(1, keepdim=True) if len(coverage) else coverage
         return (coverage >= MIN_COVERAGE) | ((coverage == most) & (coverage > 0))
 

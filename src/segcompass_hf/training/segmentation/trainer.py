@@ -28,7 +28,6 @@ from .evaluation import segment_and_score, segmentation_report
 logger = logging.get_logger(__name__)
 
 LOSS_TERMS = ("segmentation_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
-ADAMW_RATIO = 0.5  # AdamW's learning rate over Muon's, as in the recipe of the bundled checkpoint
 
 
 class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Trainer):
@@ -198,7 +197,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         factors = args.learning_rate_factors()
         if args.optimizer == "muon":
-            self.optimizer = _muon(model, args.learning_rate, args.weight_decay, factors)
+            from ..loop.muon import muon_with_factors
+
+            named = model.named_parameters()
+            self.optimizer = muon_with_factors(named, args.learning_rate, args.weight_decay, factors)
         else:
             groups = parameter_groups(model, args.learning_rate, args.weight_decay, factors)
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
@@ -289,23 +291,3 @@ def init_codebook_from_sae(model: nn.Module) -> None:
         decoder = decoder @ vectors[:, -d_slot:]
     codebook.zero_()
     codebook[:, : decoder.shape[1]] = decoder.to(codebook.dtype)
-
-
-def _muon(model: nn.Module, learning_rate: float, weight_decay: float, factors: dict[str, float]):
-    from .muon import MuonWithAdamW
-
-    groups: dict[float, list] = {}
-    for name, parameter in model.named_parameters():
-        prefix = max((p for p in factors if name.startswith(p)), key=len, default=None)
-        groups.setdefault(factors.get(prefix, 1.0), []).append((name, parameter))
-    return MuonWithAdamW(
-        (
-            {
-                "named_parameters": named,
-                "muon_lr": learning_rate * factor,
-                "adamw_lr": learning_rate * factor * ADAMW_RATIO,
-            }
-            for factor, named in groups.items()
-        ),
-        weight_decay=weight_decay,
-    )

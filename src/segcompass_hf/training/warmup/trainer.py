@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ...configuration_segcompass import default_sae_layer
@@ -20,6 +20,7 @@ from ...processing_segcompass import SegCompassProcessor
 from ...token_places import Name, instruction_words, target_names
 from ..alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 from ..alignment.names import TokenPairs
+from ..alignment.object_patches import ObjectPatches
 from ..inputs import load_model, load_processor
 from ..loop.counts import WindowCountsMixin
 from ..loop.first_rows import FirstRows
@@ -29,11 +30,14 @@ from ..rewards.rewards import format_reward
 from .config import WarmupConfig
 from .language_loss import language_loss_sums, logits_to_keep
 from .parts import add_adapters_to_vlm, choose_trainable
+from .reading import ReadingHead, reading_loss
 
 logger = logging.get_logger(__name__)
 
 ALIGNMENT_INPUTS = ("alignment_words", "alignment_text", "alignment_coverage")  # alignment_pairs="target"
 PAIR_INPUTS = ("pair_words", "pair_patches")  # alignment_pairs="names"
+READING_INPUTS = ("object_patches",)
+READING_HEAD = "reading_head."  # before the names of its parameters
 SAM_INPUTS = ("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels", "num_objects")
 
 
@@ -41,11 +45,13 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
     r"""[`~transformers.Trainer`] of a VLM on reference answers, before its SAE is trained.
 
     Different from its parent: reads rows in the row schema, averages the language loss over the tokens of the whole
-    accumulation window and all processes, can align words with patches, and at evaluation writes answers freely to
-    see how many are well-formed. Of a `SegCompassForReasoningSegmentation` the inner VLM is trained, in place: an SAE
-    it already has then reads states that have changed, and needs training again.
+    accumulation window and all processes, can align words with patches, can make the answer readable at the layer of
+    the SAE, and at evaluation writes answers freely to see how many are well-formed. Of a
+    `SegCompassForReasoningSegmentation` the inner VLM is trained, in place: an SAE it already has then reads states
+    that have changed, and needs training again.
 
-    Logged beside `loss`: `language_loss`, `token_accuracy` and `alignment_loss`. Evaluation adds `eval_format_share`
+    Logged beside `loss`: `language_loss`, `token_accuracy`, `alignment_loss`, `embedding_alignment_loss`,
+    `reading_loss` and `reading_accuracy` (of objects, those pointed at). Evaluation adds `eval_format_share`
     (of free greedy answers, those that `format_reward` gives 1.0).
 
     Args:
@@ -89,15 +95,19 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             if args.trainable == "all" and args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = True  # LLaVA reads its vision encoder before the last layer
         if data_collator is None:
-            targets = AlignmentTargets(processing_class, target_words, args.alignment_text)
-            if args.alignment_pairs == "names":
-                targets = TokenPairs(processing_class, names)
+            extras: list[Callable] = []
+            if args.alignment_weights:
+                pairs = args.alignment_pairs == "names"
+                targets = TokenPairs(processing_class, names) if pairs else None
+                extras.append(targets or AlignmentTargets(processing_class, target_words, args.alignment_text))
+            if args.reading_weight:
+                extras.append(ObjectPatches(processing_class))
             data_collator = SegmentationCollator(
                 processing_class,
                 missing_reasoning=args.missing_reasoning,
                 inputs="language",
                 with_masks=False,
-                extra=targets if args.alignment_weight else None,
+                extra=_Extras(extras) if extras else None,
             )
         super().__init__(
             model=self.vlm if peft_config is None else add_adapters_to_vlm(self.vlm, peft_config, token_ids),
@@ -109,40 +119,86 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             **kwargs,
         )
         self.label_names = ["labels"]  # adapters hide the VLM's own signature from Trainer
+        self.reading_head: ReadingHead | None = None
+        if args.reading_weight:
+            self._add_reading_head()
+
+    def _add_reading_head(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "reading_weight is not 0 and FSDP or DeepSpeed shares the weights: the reading head is no part of the "
+                "model that they step; train without them, or set reading_weight=0."
+            )
+        hidden_size = self.vlm.config.get_text_config().hidden_size
+        head = ReadingHead(hidden_size, self.processing_class.num_slots, self.args.seed)
+        self.reading_head = head.to(self.args.device)
+        self.add_callback(_StepReadingHead(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         inputs = {name: value for name, value in inputs.items() if name not in SAM_INPUTS}
         labels, _ = inputs.pop("labels"), inputs.pop("completion_mask", None)
-        targets = {name: inputs.pop(name) for name in (*ALIGNMENT_INPUTS, *PAIR_INPUTS) if name in inputs}
-        aligns = bool(targets) and self.args.alignment_weight > 0
+        names = (*ALIGNMENT_INPUTS, *PAIR_INPUTS, *READING_INPUTS)
+        targets = {name: inputs.pop(name) for name in names if name in inputs}
         output = model(
             **_with_positions(self.vlm, inputs),
             **logits_to_keep(self.vlm, labels),
             use_cache=False,
-            output_hidden_states=aligns,
+            output_hidden_states=bool(targets),
         )
         language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
         loss = language_loss / counts.tokens
         if model.training:
             self.means.add("language_loss", language_loss, num_tokens)
             self.means.add("token_accuracy", num_right, num_tokens)
-        if aligns:
-            is_image = inputs["input_ids"] == self.processing_class.image_token_id
-            states = output.hidden_states[self.alignment_layer]
-            align = pair_alignment_loss if "pair_words" in targets else alignment_loss
-            aligned, num_aligned = align(states, *targets.values(), is_image, self.args.alignment_temperature)
-            loss = loss + self.args.alignment_weight * aligned / counts.alignment_items
-            if model.training:
-                self.means.add("alignment_loss", aligned, num_aligned)
+        if targets:
+            loss = loss + self._state_losses(output.hidden_states, inputs, targets, counts, model.training)
         loss = loss * scale
         return (loss, output) if return_outputs else loss
 
+    def _state_losses(
+        self, hidden_states: Any, inputs: Mapping[str, Any], targets: dict[str, Any], counts: Any, training: bool
+    ) -> torch.Tensor:
+        """What is asked of the states at `alignment_layer` and before the first layer, weighted."""
+        is_image = inputs["input_ids"] == self.processing_class.image_token_id
+        patches, total = targets.pop("object_patches", None), 0.0
+        for place, weight in self.args.alignment_weights.items() if targets else ():
+            layer, label = (self.alignment_layer, "") if place == "layer" else (0, "embedding_")
+            align = pair_alignment_loss if "pair_words" in targets else alignment_loss
+            states = hidden_states[layer]
+            aligned, num_aligned = align(states, *targets.values(), is_image, self.args.alignment_temperature)
+            total = total + weight * aligned / counts.alignment_items
+            if training:
+                self.means.add(f"{label}alignment_loss", aligned, num_aligned)
+        if patches is not None and self.reading_head is not None:
+            reading = self.reading_head(hidden_states[self.alignment_layer], inputs["attention_mask"], is_image)
+            missed, num_objects, num_found = reading_loss(reading, patches)
+            total = total + self.args.reading_weight * missed / counts.samples
+            if training:
+                self.means.add("reading_loss", missed, len(patches))
+                self.means.add("reading_accuracy", num_found, num_objects)
+        return total
+
     def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            factors = self.args.learning_rate_factors
-            groups = parameter_groups(self.vlm, self.args.learning_rate, self.args.weight_decay, factors)
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.vlm)
+        if self.optimizer is not None:
+            return self.optimizer
+        args, head = self.args, self.reading_head
+        factors = dict(args.learning_rate_factors or {})
+        head_factor = factors.pop(READING_HEAD.rstrip("."), 1.0)
+        if args.optimizer == "muon":
+            from ..loop.muon import muon_with_factors
+
+            named = list(self.vlm.named_parameters())
+            if head is not None:
+                factors[READING_HEAD] = head_factor
+                named += [(READING_HEAD + name, parameter) for name, parameter in head.named_parameters()]
+            self.optimizer = muon_with_factors(named, args.learning_rate, args.weight_decay, factors)
+        else:
+            groups = parameter_groups(self.vlm, args.learning_rate, args.weight_decay, factors)
+            if head is not None:
+                rate = args.learning_rate * head_factor
+                groups.append({"params": list(head.parameters()), "lr": rate, "weight_decay": 0.0})
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, self.vlm)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
 
@@ -200,6 +256,15 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
 
     # Saving
 
+    def loop_state(self) -> dict[str, Any]:
+        head = None if self.reading_head is None else self.reading_head.state_dict()
+        return super().loop_state() | {"reading_head": head}
+
+    def load_loop_state(self, state: dict[str, Any]) -> None:
+        super().load_loop_state(state)
+        if self.reading_head is not None and state.get("reading_head") is not None:
+            self.reading_head.load_state_dict(state["reading_head"])
+
     def merge_adapters(self) -> nn.Module:
         """Put trained adapters into the weights. Returns the model that the trainer was given."""
         if hasattr(self.model, "merge_and_unload"):
@@ -221,6 +286,34 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             output_dir = output_dir or self.args.output_dir
             self.segcompass.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
+
+
+class _Extras:
+    """Several further entries of a batch, for [`SegmentationCollator`]."""
+
+    def __init__(self, extras: list[Callable]):
+        self.extras = extras
+
+    def __call__(self, *args) -> dict[str, Any]:
+        return {name: value for extra in self.extras for name, value in extra(*args).items()}
+
+
+class _StepReadingHead(TrainerCallback):
+    """What Trainer does for its model's gradients, for those of the reading head."""
+
+    def __init__(self, trainer: WarmupTrainer):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parameters = list(self.trainer.reading_head.parameters())
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.trainer.accelerator.reduce(gradient, reduction="mean")
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.reading_head.zero_grad()
 
 
 def _with_positions(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:

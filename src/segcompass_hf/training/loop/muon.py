@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
+ADAMW_RATIO = 0.5  # AdamW's learning rate over Muon's, as in the recipe of the bundled checkpoint
 _NOT_HIDDEN = ("embed", "lm_head", "slot_queries", "codebook", "position")
 
 
@@ -119,3 +120,39 @@ class MuonWithAdamW(torch.optim.Optimizer):
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+
+def muon_with_factors(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+    factors: Mapping[str, float] | None = None,
+) -> MuonWithAdamW:
+    """[`MuonWithAdamW`] with a learning rate per part of a model, as `parameter_groups` does for other optimisers.
+
+    Args:
+        named_parameters (`Iterable[tuple[str, nn.Parameter]]`): Of the model; frozen ones are left out.
+        learning_rate (`float`): Muon's, of everything no factor names; AdamW's is `ADAMW_RATIO` of it.
+        weight_decay (`float`): See [`MuonWithAdamW`].
+        factors (`Mapping[str, float]`, *optional*): Prefix of parameter names -> factor on both learning rates; the
+            longest prefix that fits wins.
+
+    Raises:
+        ValueError: no parameter starts with one of the prefixes.
+    """
+    named, factors = list(named_parameters), dict(factors or {})
+    unknown = [prefix for prefix in factors if not any(name.startswith(prefix) for name, _ in named)]
+    if unknown:
+        raise ValueError(f"no parameter starts with {unknown}; prefixes are the model's own, such as {named[0][0]!r}.")
+    groups: dict[float, list] = {}
+    for name, parameter in named:
+        prefix = max((p for p in factors if name.startswith(p)), key=len, default=None)
+        groups.setdefault(factors.get(prefix, 1.0), []).append((name, parameter))
+    rates = {factor: learning_rate * factor for factor in groups}
+    return MuonWithAdamW(
+        (
+            {"named_parameters": groups[factor], "muon_lr": rate, "adamw_lr": rate * ADAMW_RATIO}
+            for factor, rate in rates.items()
+        ),
+        weight_decay=weight_decay,
+    )
