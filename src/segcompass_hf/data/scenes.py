@@ -1,6 +1,6 @@
 """Scenes: procedural reasoning segmentation with reference chains of thought; seeded, no downloads.
 
-`scenes.build("val", 500)` gives a `datasets.Dataset` in the row schema, `scenes.iterate` yields the same rows alone and
+`scenes.build("val", 500)` gives a `datasets.Dataset` in the row schema, `scenes.iterate` the same rows alone, and
 `scenes.SceneRows` makes each when it is asked for.
 Sample `i` of a split depends on the split, the seed and `i` only, so any subset can be made anywhere.
 """
