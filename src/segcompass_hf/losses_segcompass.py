@@ -128,15 +128,34 @@ def match_slots(
     Returns:
         [`SlotAssignments`], on the device of the heatmaps.
     """
+    _check_targets(heatmap_logits, mask_labels, num_objects)
+    cost = 1 - pairwise_soft_iou(heatmap_logits.float().sigmoid(), mask_labels, valid_area)
+    if slot_logits is not None and confidence_weight:
+        cost = cost - confidence_weight * slot_logits.float().sigmoid()[..., None]
+    return assign_slots(cost, num_objects, on_nonfinite)
+
+
+@torch.no_grad()
+def assign_slots(
+    cost: torch.Tensor, num_objects: torch.Tensor, on_nonfinite: Literal["error", "match"] = "error"
+) -> SlotAssignments:
+    """
+    Assign slots to objects, one to one, at the least total cost (Hungarian algorithm).
+
+    Args:
+        cost (`torch.Tensor` of shape `(batch_size, num_slots, num_masks)`): Of every slot for every object.
+        num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per sample; costs beyond them do not count.
+        on_nonfinite (`"error"` or `"match"`): See [`match_slots`].
+
+    Returns:
+        [`SlotAssignments`], on the device of the costs.
+    """
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("Matching slots to objects needs scipy; install it with `pip install scipy`.") from error
 
-    _check_targets(heatmap_logits, mask_labels, num_objects)
-    cost = 1 - pairwise_soft_iou(heatmap_logits.float().sigmoid(), mask_labels, valid_area)
-    if slot_logits is not None and confidence_weight:
-        cost = cost - confidence_weight * slot_logits.float().sigmoid()[..., None]
+    device = cost.device
     if on_nonfinite == "match":
         cost = cost.nan_to_num()
     cost = torch.cat([cost, num_objects.to(cost)[:, None, None].expand(-1, cost.shape[1], 1)], dim=-1)
@@ -159,7 +178,7 @@ def match_slots(
         samples += [sample] * len(rows)
         slots += rows.tolist()
         objects += columns.tolist()
-    index = torch.tensor([samples, slots, objects], dtype=torch.long).to(heatmap_logits.device)
+    index = torch.tensor([samples, slots, objects], dtype=torch.long).to(device)
     return SlotAssignments(*index, pairs_per_sample=[min(count, cost.shape[1]) for count in counts])
 
 

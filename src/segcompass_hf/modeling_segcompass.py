@@ -37,7 +37,8 @@ from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
 
 @dataclass
 class SegCompassOutput(ModelOutput):
-    """Output of [`SegCompassForReasoningSegmentation`]. Without an image for SAM only the language fields are set.
+    """Output of [`SegCompassForReasoningSegmentation`]. Without an image for SAM only the language fields are set, and
+    with `slots_alone` only those of the slots.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): `lm_loss_weight * language_loss` (given `labels`) plus the
@@ -330,6 +331,7 @@ class SegCompassForReasoningSegmentation(
         output_concepts: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
+        slots_alone: bool = False,
         decode_masks: Literal["auto", "all", "matched"] = "auto",
         num_segmentation_items: int | torch.Tensor | None = None,
         num_samples: int | torch.Tensor | None = None,
@@ -356,6 +358,9 @@ class SegCompassForReasoningSegmentation(
             slots, reference_states (`torch.Tensor`, *optional*): Replace the computed ones (ablations).
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
+            slots_alone (`bool`, defaults to `False`): Leave everything to the slots, as the start of training may: the
+                VLM's pass ends at the SAE's layer, without gradient, and reference states are zeros, so that there are
+                no logits and no language loss. Without an image the output ends with slots and their confidences.
             decode_masks (`str`, defaults to `"auto"`): Whether `all` slots or only `matched` ones go through SAM's
                 decoder; `auto` is `matched` in training with `mask_labels`.
             num_segmentation_items, num_samples (*optional*): Size of the larger batch this one is part of; see
@@ -372,40 +377,48 @@ class SegCompassForReasoningSegmentation(
             completion_mask = labels != -100
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
         modality_ids = self.modality_ids(input_ids)
-        # The language loss is left to the VLM; a weight of 0 saves its cost.
-        vlm_labels = labels if self.config.lm_loss_weight else None
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
-        with self._capture(interventions, attention_mask, modality_ids) as capture:
-            vlm_output = self.vlm(
-                input_ids=input_ids,
-                labels=vlm_labels,
-                **self._with_positions({k: v for k, v in vlm_inputs.items() if v is not None}),
-            )
-        language_loss = vlm_output.loss if vlm_labels is not None else None
-        output = SegCompassOutput(
-            logits=vlm_output.logits, language_loss=language_loss, cache=vlm_output.get(CACHE)
-        )
-        if language_loss is not None:
-            output.loss = self.config.lm_loss_weight * language_loss
+        output = SegCompassOutput()
+        if slots_alone:
+            capture = self._run_to_sae(input_ids, vlm_inputs, interventions, modality_ids)
+        else:
+            # The language loss is left to the VLM; a weight of 0 saves its cost.
+            vlm_labels = labels if self.config.lm_loss_weight else None
+            with self._capture(interventions, attention_mask, modality_ids) as capture:
+                vlm_output = self.vlm(
+                    input_ids=input_ids,
+                    labels=vlm_labels,
+                    **self._with_positions({k: v for k, v in vlm_inputs.items() if v is not None}),
+                )
+            output.logits, output.cache = vlm_output.logits, vlm_output.get(CACHE)
+            if vlm_labels is not None:
+                output.language_loss = vlm_output.loss
+                output.loss = self.config.lm_loss_weight * output.language_loss
         image_embeddings = self._image_embeddings(sam_pixel_values, image_embeddings, input_ids.shape[0])
         if image_embeddings is None and mask_labels is not None:
             raise ValueError("mask_labels need an image for SAM: pass sam_pixel_values or image_embeddings.")
-        if image_embeddings is None and not output_concepts:
+        wants_slots = image_embeddings is not None or slots_alone
+        if not wants_slots and not output_concepts:
             return output
 
-        layer_states, last_states = capture.states()
-        if reference_states is None and image_embeddings is not None:
+        layer_states, last_states = (capture.layer_states[0], None) if slots_alone else capture.states()
+        if reference_states is None and slots_alone:
+            reference_states = layer_states.new_zeros(len(input_ids), self.config.num_slots, self.config.hidden_size)
+        elif reference_states is None and wants_slots:
             reference_states = self.find_reference_states(last_states, input_ids, attention_mask, completion_mask)
         concept_inputs = layer_states, attention_mask, modality_ids
         if self.config.concept_input == "duplicated":
             concept_inputs = self._duplicated_states(input_ids, completion_mask, interventions, vlm_inputs)
         concepts = self.encode_concepts(*concept_inputs, interventions)
         output.concepts = concepts if output_concepts else None
-        if image_embeddings is None:
+        if not wants_slots:
             return output
         encoded = self.encode_slots(concepts, concept_inputs[1], output_slot_attentions)
         output.slots = encoded.slots if slots is None else slots
         output.reference_states, output.slot_attentions = reference_states, encoded.attentions
+        if image_embeddings is None:
+            output.slot_logits = self.slot_mapper(reference_states, output.slots).slot_logits
+            return output
         output.image_embeddings = image_embeddings if output_image_embeddings else None
 
         mapped = self.slot_mapper(reference_states, output.slots, image_embeddings)
@@ -454,12 +467,22 @@ class SegCompassForReasoningSegmentation(
             **counts,
         )
 
+    @torch.no_grad()
+    def _run_to_sae(
+        self, input_ids: torch.Tensor, vlm_inputs: dict, interventions: list, modality_ids: torch.Tensor
+    ) -> HiddenStateCapture:
+        """Pass a whole sequence through the layers below the SAE; what lies above is not computed."""
+        inputs = {k: v for k, v in vlm_inputs.items() if v is not None and k != "logits_to_keep"}
+        with self._capture(interventions, inputs["attention_mask"], modality_ids, stop=True) as capture:
+            self.base_model(input_ids=input_ids, **self._with_positions(inputs))
+        return capture
+
     def _capture(
-        self, interventions: list, attention_mask: torch.Tensor, modality_ids: torch.Tensor
+        self, interventions: list, attention_mask: torch.Tensor, modality_ids: torch.Tensor, stop: bool = False
     ) -> HiddenStateCapture:
         """Context that reads the VLM's states and steers them where an intervention acts on the residual stream.
 
-        Tokens after those of `attention_mask` (generated ones) are text.
+        Tokens after those of `attention_mask` (generated ones) are text. `stop` ends the pass at the SAE's layer.
         """
         edit = None
         if any(intervention.where == "residual" for intervention in interventions):
@@ -474,7 +497,7 @@ class SegCompassForReasoningSegmentation(
                 mask, modality = (x[:, span].repeat_interleave(copies, 0) for x in (attention_mask, modality_ids))
                 return steer_hidden_states(self.sae, states, interventions, mask, modality)
 
-        return HiddenStateCapture(self.base_model, self.config.sae_layer, edit)
+        return HiddenStateCapture(self.base_model, self.config.sae_layer, edit, stop)
 
     def _with_positions(self, vlm_inputs: dict) -> dict:
         """Count positions from the first token, as generation does, so that left padding changes nothing.
