@@ -305,7 +305,9 @@ def segmentation_loss(
     )
     if num_samples is None:
         num_samples = _total(sample_weights)
-    conf_loss = _confidence_loss(slot_logits, assignments, sample_weights / num_samples, seg_loss)
+    conf_loss = torch.zeros_like(seg_loss)
+    if slot_logits is not None:
+        conf_loss = confidence_loss(slot_logits, assignments, sample_weights / num_samples)
     return SegmentationLossOutput(
         loss=seg_loss_weight * seg_loss + conf_loss_weight * conf_loss,
         segmentation_loss=seg_loss,
@@ -321,14 +323,19 @@ def _total(weights: torch.Tensor) -> torch.Tensor:
     return total + (total == 0)
 
 
-def _confidence_loss(
-    slot_logits: torch.Tensor | None,
-    assignments: SlotAssignments,
-    sample_weights: torch.Tensor,
-    like: torch.Tensor,
+def confidence_loss(
+    slot_logits: torch.Tensor, assignments: SlotAssignments, sample_weights: torch.Tensor
 ) -> torch.Tensor:
-    if slot_logits is None:
-        return torch.zeros_like(like)
+    """L_conf: binary cross-entropy of "slot k is matched", mean over slots, sum over samples with their weights.
+
+    Args:
+        slot_logits (`torch.Tensor` of shape `(batch_size, num_slots)`): Confidences, logits.
+        assignments (`SlotAssignments`): The matched pairs.
+        sample_weights (`torch.Tensor` of shape `(batch_size,)`): 1 over the number of samples, for their mean.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
     matched = torch.zeros_like(slot_logits, dtype=torch.float32)
     matched[assignments.pairs] = 1.0
     per_slot = F.binary_cross_entropy_with_logits(slot_logits.float(), matched, reduction="none")
