@@ -2,6 +2,7 @@
 """The composition: VLM, sparse concepts, slots, heatmaps and SAM masks in one model, with one VLM pass."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from .delegation_segcompass import VlmDelegationMixin
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .loading_segcompass import LoadingMixin
-from .losses_segcompass import SegmentationLossOutput, segmentation_loss
+from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import (
     ConceptCodebook,
     Interventions,
@@ -333,6 +334,7 @@ class SegCompassForReasoningSegmentation(
         output_image_embeddings: bool = False,
         slots_alone: bool = False,
         decode_masks: Literal["auto", "all", "matched"] = "auto",
+        match_slots: Callable[[SegCompassOutput], SlotAssignments] | None = None,
         num_segmentation_items: int | torch.Tensor | None = None,
         num_samples: int | torch.Tensor | None = None,
         **vlm_kwargs,
@@ -363,6 +365,8 @@ class SegCompassForReasoningSegmentation(
                 no logits and no language loss. Without an image the output ends with slots and their confidences.
             decode_masks (`str`, defaults to `"auto"`): Whether `all` slots or only `matched` ones go through SAM's
                 decoder; `auto` is `matched` in training with `mask_labels`.
+            match_slots (`Callable`, *optional*): Matches slots to the objects of `mask_labels`, in place of their
+                heatmaps; called with the output as it is before any loss.
             num_segmentation_items, num_samples (*optional*): Size of the larger batch this one is part of; see
                 [`segmentation_loss`].
             vlm_kwargs: Everything else goes to the VLM.
@@ -431,6 +435,8 @@ class SegCompassForReasoningSegmentation(
         if mask_labels is not None:
             masks = (lambda a: decode(pairs=a.pairs)) if output.pred_masks is None else output.pred_masks
             counts = {"num_items": num_segmentation_items, "num_samples": num_samples}
+            if match_slots is not None:
+                counts["assignments"] = match_slots(output)
             output.losses = self.segmentation_loss(mapped, masks, mask_labels, num_objects, area, **counts)
             output.segmentation_loss = output.losses.segmentation_loss
             output.confidence_loss = output.losses.confidence_loss
@@ -444,7 +450,7 @@ class SegCompassForReasoningSegmentation(
         mask_labels: torch.Tensor,
         num_objects: torch.Tensor | None,
         valid_area: torch.Tensor | None,
-        **counts,
+        **kwargs,
     ) -> SegmentationLossOutput:
         """[`segmentation_loss`] with this model's weights."""
         config = self.config
@@ -464,7 +470,7 @@ class SegCompassForReasoningSegmentation(
             match_confidence_weight=config.match_confidence_weight,
             match_valid_area_only=config.valid_area_only,
             empty_samples=config.empty_samples,
-            **counts,
+            **kwargs,
         )
 
     @torch.no_grad()

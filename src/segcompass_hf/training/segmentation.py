@@ -135,18 +135,25 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         if stage == "slots":
             loss, output = self._slots_loss(model, inputs, targets, counts)
         else:
+            pulled: list[torch.Tensor] = []
+
+            def match_by_pull(output: Any) -> SlotAssignments:
+                loss, assignments = self._pull(output, inputs, targets, counts)
+                pulled.append(loss)
+                return assignments
+
             shows_giou = model.training and self._is_logged_step()
+            with_pull = targets["object_patches"] is not None
             output = model(
                 **inputs,
                 **({"slots_alone": True} if stage == "heads" else logits_to_keep(self.segcompass.vlm, labels)),
-                output_concepts=targets["object_patches"] is not None,
+                output_concepts=with_pull,
+                match_slots=match_by_pull if with_pull else None,
                 decode_masks="all" if shows_giou else "auto",
                 num_segmentation_items=counts.segmentation_items,
                 num_samples=counts.samples,
             )
-            loss = output.losses.loss
-            if targets["object_patches"] is not None:
-                loss = loss + self._pull(output, inputs, targets, counts, output.losses.assignments)[0]
+            loss = output.losses.loss + sum(pulled)
             if model.training:
                 self._report(output, inputs, counts)
         if stage == "all":
@@ -184,13 +191,12 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         inputs: dict[str, torch.Tensor],
         targets: dict[str, torch.Tensor],
         counts: WindowCounts,
-        assignments: SlotAssignments | None = None,
     ) -> tuple[torch.Tensor, SlotAssignments]:
-        """The weighted slot pull as a share of the window's mean, and the pairs it is of."""
+        """The weighted slot pull as a share of the window's mean, and the slots it matches to objects."""
         embeddings = self.segcompass.codebook(output.concepts)  # (batch_size, sequence_length, d_slot)
         is_image = self.segcompass.modality_ids(inputs["input_ids"]).bool()
         scores = self.slot_pull(output.slots.float(), embeddings.float(), targets["patch_places"], is_image)
-        pull = slot_pull_loss(scores, targets["object_patches"], inputs["num_objects"], assignments)
+        pull = slot_pull_loss(scores, targets["object_patches"], inputs["num_objects"])
         if self.model.training:
             self.means.add("segmentation/slot_pull", pull.loss, (inputs["num_objects"] > 0).sum())
             self.means.add("segmentation/slot_pull_right", pull.right, pull.num_pairs)

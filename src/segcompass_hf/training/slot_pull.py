@@ -84,7 +84,6 @@ def slot_pull_loss(
     scores: torch.Tensor,
     coverage: torch.Tensor,
     num_objects: torch.Tensor,
-    assignments: SlotAssignments | None = None,
 ) -> PullLoss:
     r"""Divergence of what a slot points at from what its object covers.
 
@@ -92,15 +91,14 @@ def slot_pull_loss(
 
         L_kj = sum_t w_jt log(w_jt / p_kt)
 
-    which is 0 where slot k points at the tokens of object j in proportion to their coverage. Without assignments the
-    first n slots share a sample's n objects out among themselves at the least total loss: how many slots hold an
-    object is then known from the start, and the order in which a data set lists its objects does not matter.
+    which is 0 where slot k points at the tokens of object j in proportion to their coverage. The first n slots share a
+    sample's n objects out among themselves at the least total loss: how many slots hold an object is then known from
+    the start, and the order in which a data set lists its objects does not matter.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_slots, sequence_length)`): From [`SlotPull`].
         coverage (`torch.Tensor` of shape `(batch_size, num_masks, sequence_length)`): From [`ObjectPatches`].
         num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per sample.
-        assignments ([`SlotAssignments`], *optional*): Made elsewhere.
 
     Returns:
         [`PullLoss`]
@@ -110,9 +108,8 @@ def slot_pull_loss(
     log_odds = F.log_softmax(scores, dim=-1)
     entropy = torch.special.entr(weights).sum(-1)  # (batch_size, num_masks)
     losses = -log_odds @ weights.mT - entropy[:, None]  # (batch_size, num_slots, num_masks)
-    if assignments is None:
-        later = torch.arange(scores.shape[1], device=scores.device) >= num_objects[:, None]
-        assignments = assign_slots(losses.detach() + 1e4 * later[..., None], num_objects, on_nonfinite="match")
+    later = torch.arange(scores.shape[1], device=scores.device) >= num_objects[:, None]  # (batch_size, num_slots)
+    assignments = assign_slots(losses.detach() + 1e5 * later[..., None], num_objects, on_nonfinite="match")
     samples, slots = assignments.pairs
     objects = assignments.object_index
     seen = (coverage[samples, objects] > 0).any(-1)  # an object may be cropped away, or smaller than a pixel
