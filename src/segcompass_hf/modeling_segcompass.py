@@ -54,6 +54,8 @@ class SegCompassOutput(ModelOutput):
         reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): Last hidden states at the
             `<REF_POS>` tokens, zeros where there are fewer than slots.
         concepts ([`SparseConcepts`], *optional*): Active concepts per token, with `output_concepts=True`.
+        concept_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`, *optional*): What slots
+            read, with `output_concept_embeddings=True`.
         slot_attentions (`tuple[torch.Tensor]`, *optional*): One per slot encoder layer, of shape
             `(batch_size, num_heads, num_slots, num_slots + sequence_length)`, with `output_slot_attentions=True`.
         image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM's, with
@@ -71,6 +73,7 @@ class SegCompassOutput(ModelOutput):
     slots: torch.Tensor | None = None
     reference_states: torch.Tensor | None = None
     concepts: SparseConcepts | None = None
+    concept_embeddings: torch.Tensor | None = None
     slot_attentions: tuple[torch.Tensor, ...] | None = None
     image_embeddings: torch.Tensor | None = None
     language_loss: torch.Tensor | None = None
@@ -330,6 +333,7 @@ class SegCompassForReasoningSegmentation(
         reference_states: torch.Tensor | None = None,
         interventions: Interventions = None,
         output_concepts: bool = False,
+        output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
         slots_alone: bool = False,
@@ -359,7 +363,8 @@ class SegCompassForReasoningSegmentation(
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
             slots, reference_states (`torch.Tensor`, *optional*): Replace the computed ones (ablations).
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
-            output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
+            output_concepts, output_concept_embeddings, output_slot_attentions, output_image_embeddings (`bool`):
+                Return these too.
             slots_alone (`bool`, defaults to `False`): Leave everything to the slots, as the start of training may: the
                 VLM's pass ends at the SAE's layer, without gradient, and reference states are zeros, so that there are
                 no logits and no language loss. Without an image the output ends with slots and their confidences.
@@ -417,7 +422,9 @@ class SegCompassForReasoningSegmentation(
         output.concepts = concepts if output_concepts else None
         if not wants_slots:
             return output
-        encoded = self.encode_slots(concepts, concept_inputs[1], output_slot_attentions)
+        embeddings = self.codebook(concepts)  # (batch_size, sequence_length, d_slot)
+        encoded = self.slot_encoder(embeddings, concept_inputs[1], output_attentions=output_slot_attentions)
+        output.concept_embeddings = embeddings if output_concept_embeddings else None
         output.slots = encoded.slots if slots is None else slots
         output.reference_states, output.slot_attentions = reference_states, encoded.attentions
         if image_embeddings is None:

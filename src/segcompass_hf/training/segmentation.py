@@ -109,8 +109,6 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
                 "slot_pull_weight and heads_only_share break off the VLM's pass and train a head beside the model, "
                 "which sharded weights do not allow; train the heads without FSDP and DeepSpeed first."
             )
-        if self.args.ddp_find_unused_parameters is None:
-            self.args.ddp_find_unused_parameters = True  # the first stages leave most of the model alone
         if self.args.slot_pull_weight:
             with torch.random.fork_rng():
                 torch.manual_seed(self.args.seed)  # the same on every process
@@ -147,7 +145,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             output = model(
                 **inputs,
                 **({"slots_alone": True} if stage == "heads" else logits_to_keep(self.segcompass.vlm, labels)),
-                output_concepts=with_pull,
+                output_concept_embeddings=with_pull,
                 match_slots=match_by_pull if with_pull else None,
                 decode_masks="all" if shows_giou else "auto",
                 num_segmentation_items=counts.segmentation_items,
@@ -178,7 +176,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
     ) -> tuple[torch.Tensor, Any]:
         """Slot pull and confidence, of a pass without SAM and without the layers above the SAE."""
         seen = {name: value for name, value in inputs.items() if name not in _OF_MASKS}
-        output = model(**seen, slots_alone=True, output_concepts=True)
+        output = model(**seen, slots_alone=True, output_concept_embeddings=True)
         loss, assignments = self._pull(output, inputs, targets, counts)
         shares = torch.full_like(output.slot_logits[:, 0], 1 / counts.samples, dtype=torch.float32)
         confidence = confidence_loss(output.slot_logits, assignments, shares)
@@ -193,9 +191,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         counts: WindowCounts,
     ) -> tuple[torch.Tensor, SlotAssignments]:
         """The weighted slot pull as a share of the window's mean, and the slots it matches to objects."""
-        embeddings = self.segcompass.codebook(output.concepts)  # (batch_size, sequence_length, d_slot)
         is_image = self.segcompass.modality_ids(inputs["input_ids"]).bool()
-        scores = self.slot_pull(output.slots.float(), embeddings.float(), targets["patch_places"], is_image)
+        scores = self.slot_pull(
+            output.slots.float(), output.concept_embeddings.float(), targets["patch_places"], is_image
+        )
         pull = slot_pull_loss(scores, targets["object_patches"], inputs["num_objects"])
         if self.model.training:
             self.means.add("segmentation/slot_pull", pull.loss, (inputs["num_objects"] > 0).sum())

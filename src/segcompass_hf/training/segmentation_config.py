@@ -130,6 +130,8 @@ class SegmentationConfig(RobustTrainingArguments, TrainingArguments):
         for name in ("slots_alone_share", "drop_references_share", "slots_first_share", "heads_only_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if (self.slots_first_share or self.heads_only_share) and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # these stages leave most of the model alone
         if self.slots_first_share and not self.slot_pull_weight:
             raise ValueError(
                 f"slots_first_share={self.slots_first_share} leaves the slots to the slot pull, which "
