@@ -168,3 +168,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             arguments(SegmentationConfig, tmp_path, **settings)
+    trainer = make_trainer("segmentation", "llava", tmp_path, uneven_rows(), **stages())
+    trainer.data_collator = trainer.eval_collator
+    with pytest.raises(ValueError, match="extra=ObjectPatches"):
+        trainer.train()

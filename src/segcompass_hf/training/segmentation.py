@@ -129,7 +129,12 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
         targets = {name: inputs.pop(name, None) for name in ("object_patches", "patch_places")}
-        stage = self._stage(model.training)
+        stage, with_pull = self._stage(model.training), model.training and self.slot_pull is not None
+        if with_pull and targets["object_patches"] is None:
+            raise ValueError(
+                f"slot_pull_weight={self.args.slot_pull_weight} needs `object_patches` in every batch; give your data "
+                "collator `extra=ObjectPatches(processor, overflow)`."
+            )
         if stage == "slots":
             loss, output = self._slots_loss(model, inputs, targets, counts)
         else:
@@ -141,7 +146,6 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
                 return assignments
 
             shows_giou = model.training and self._is_logged_step()
-            with_pull = targets["object_patches"] is not None
             output = model(
                 **inputs,
                 **({"slots_alone": True} if stage == "heads" else logits_to_keep(self.segcompass.vlm, labels)),
