@@ -48,8 +48,6 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
         num_eval_segmentations (`int`, defaults to 64): First rows of the evaluation set that are segmented greedily at
             each evaluation; 0 for none, -1 for all.
         eval_max_new_tokens (`int`, *optional*): Of those answers; the model's own limit when left out.
-        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
-            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "switched_loss_weights"]
@@ -82,7 +80,6 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     )
     num_eval_segmentations: int = field(default=64, metadata={"help": "Rows segmented per evaluation; -1: all."})
     eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Of the answers in evaluation."})
-    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         super().__post_init__()
