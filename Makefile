@@ -1,17 +1,19 @@
 # `make demo` and `make test` do everything on a machine that has only Python 3.10 or newer with venv and pip.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
+OLDEST ?= .venv-oldest
 BIN := $(VENV)/bin
 OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow lint checkpoint clean
+.PHONY: help demo test slow test-oldest lint checkpoint clean
 
 help:
 	@echo "make demo        environment, then pictures, reasoning and scores of the bundled checkpoint in $(OUT)"
 	@echo "make test        environment, then every test that is not marked slow"
 	@echo "make slow        the slow tests"
+	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"
 	@echo "make lint        ruff"
 	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
 
@@ -39,11 +41,23 @@ test: $(VENV)/.dev-stamp
 slow: $(VENV)/.dev-stamp
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
 
+$(OLDEST)/.stamp: setup.py pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[data]" \
+		torchvision pytest hypothesis
+	@touch $@
+
+test-oldest: export OMP_NUM_THREADS ?= 1
+
+test-oldest: $(OLDEST)/.stamp
+	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_*.py tests/metrics tests/data
+
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .
 
 checkpoint: $(VENV)/.dev-stamp
-	$(BIN)/python examples/train_scenes_tiny.py
+	$(BIN)/python examples/scenes_tiny/pretrain.py --output runs/scenes-tiny
+	$(BIN)/segcompass train examples/scenes_tiny/recipe.yaml
 
 clean:
 	rm -rf out build dist src/*.egg-info .pytest_cache .ruff_cache

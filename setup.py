@@ -17,9 +17,17 @@ CORE = [
     "pillow>=10",
 ]
 EXTRAS = {
-    # The GRPO trainer overrides private methods of TRL: one minor version only.
-    "train": ["trl>=1.16,<1.17", "peft>=0.18", "datasets>=4", "accelerate>=1.10", "bitsandbytes>=0.48", "scipy>=1.11"],
-    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.11"],
+    # The trainers override private methods of transformers' Trainer, that of GRPO some of TRL's: tested versions only.
+    "train": [
+        "transformers>=5.24,<5.25",
+        "trl>=1.16,<1.17",
+        "peft>=0.18",
+        "datasets>=4",
+        "accelerate>=1.10",
+        "bitsandbytes>=0.48",
+        "scipy>=1.13",
+    ],
+    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.13"],
     "demo": ["matplotlib>=3.8"],
     "explain": ["matplotlib>=3.8", "gradio>=6", "pycocotools>=2.0.8", "pyarrow>=15"],
 }

@@ -25,13 +25,13 @@ from segcompass_hf.data import scenes
 from segcompass_hf.explain.attribution import attribute
 from segcompass_hf.explain.faithfulness import (
     FRACTIONS,
-    bootstrap_interval,
     faithfulness_curves,
     feature_orders,
     mask_readings,
 )
 from segcompass_hf.explain.replay import Replay, capture
 from segcompass_hf.explain.sufficient import minimal_sufficient_set
+from segcompass_hf.metrics.intervals import bootstrap_interval
 
 ORDERS = ("attribution", "activation", "random")
 TOP = 5  # concepts ablated for the specificity

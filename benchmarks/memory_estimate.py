@@ -8,24 +8,18 @@ prompt) is given by flags. `docs/training.md` says how far the figures were chec
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 import yaml
 from trl import TrlParser
 
 import segcompass_hf
-from segcompass_hf import SegCompassConfig, SegCompassForReasoningSegmentation
-from segcompass_hf.training.memory.estimate import GIB, MemoryEstimate, estimate_memory
-from segcompass_hf.training.memory.setup import TrainingSetup
+from segcompass_hf import SegCompassConfig
+from segcompass_hf.training.memory.estimate import MemoryEstimate, readable_memory
 from segcompass_hf.training.memory.shapes import composite_config
-
-# Stage -> class of its trainer's arguments.
-STAGES = {
-    "warmup": ("warmup_config", "WarmupConfig"),
-    "sae": ("sae_config", "SaeTrainingConfig"),
-    "segmentation": ("segmentation_config", "SegmentationConfig"),
-    "grpo": ("grpo_config", "SegCompassGRPOConfig"),
-}
+from segcompass_hf.training.memory.stages import estimate_stage
+from segcompass_hf.training.recipe.settings import STAGES
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -45,7 +39,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def training_arguments(stage: str, path: str):
     """The trainer's arguments in a yaml file, parsed as the scripts do; keys of the script itself are skipped."""
     module, name = STAGES[stage]
-    config_class = getattr(__import__(f"segcompass_hf.training.{module}", fromlist=[name]), name)
+    config_class = getattr(import_module(f"segcompass_hf.training.{module}"), name)
     flags = ["--config", path] + ([] if torch.cuda.is_available() else ["--use_cpu", "true"])
     return TrlParser(config_class).parse_args_and_config(flags, fail_with_unknown_args=False)[0]
 
@@ -63,36 +57,23 @@ def estimate(options: argparse.Namespace) -> MemoryEstimate:
     with open(options.config) as file:
         script = yaml.safe_load(file)
     config = model_config(options, script)
-    adapter = None
-    if script.get("lora_r"):
-        from segcompass_hf.training.adapters import lora_config
-
-        with torch.device("meta"):
-            model = SegCompassForReasoningSegmentation(config)
-        adapter = lora_config(model, r=script["lora_r"], alpha=2 * script["lora_r"])
-    dtype = getattr(torch, script.get("dtype", script.get("vlm_dtype", "float32")))
     others = {name: getattr(options, name) for name in ("gpus", "sharding", "prompt_tokens", "active_concepts")}
-    if options.stage != "grpo":
-        others["completion_tokens"] = options.completion_tokens
-    setup = TrainingSetup.from_arguments(
+    return estimate_stage(
         options.stage,
         training_arguments(options.stage, options.config),
-        dtype=dtype,
-        trainable_dtype=torch.float32 if script.get("lora_r") else dtype,
+        config,
+        lora_r=script.get("lora_r", 0),
+        dtype=getattr(torch, script.get("dtype", script.get("vlm_dtype", "float32"))),
         load_in_4bit=bool(script.get("load_in_4bit")),
+        completion_tokens=options.completion_tokens,
         **others,
     )
-    return estimate_memory(config, setup, adapter)
-
-
-def readable(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def main() -> None:
     result = estimate(parse())
     print(result.table())
-    print(f"\nExpected memory: {readable(result.peak)}")
+    print(f"\nExpected memory: {readable_memory(result.peak)}")
 
 
 if __name__ == "__main__":

@@ -119,12 +119,12 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.only:
             args = settings(arguments, folder, architecture=name, **ARCHITECTURES[name])
-            trainer = SaeTrainer(None, model, processor, args, *data)
+            trainer = SaeTrainer(model, args, *data, processor)
             row, weight = measure(trainer), trainer.model.config.l1_coefficient
             rows[name] = {"weight": f"k = {L0}" if name.endswith("topk") else f"{weight:.2g}"} | row
             print(name, rows[name], flush=True)
         args = settings(arguments, folder)
-        row = measure(SaeTrainer(model.sae, model, processor, args, *data), train=False)
+        row = measure(SaeTrainer(model, args, *data, processor, model.sae), train=False)
         rows["bundled (standard, own recipe)"] = {"weight": f"{model.config.sae_config.l1_coefficient:g}"}
         rows["bundled (standard, own recipe)"] |= row | {"seconds": 0.0}
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import platform
 import shlex
 import sys
@@ -29,6 +28,7 @@ from scenes_evaluation_report import markdown_report, summarize  # the sibling f
 import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.data.schema import decode_masks
+from segcompass_hf.files import write_whole
 from segcompass_hf.metrics import SampleScore, score_sample
 
 logger = logging.getLogger("scenes_evaluation")
@@ -147,8 +147,10 @@ class ScenesEvaluator:
         states, slots = own.reference_states, own.slots
 
         def from_states(reference_states: torch.Tensor, slots: torch.Tensor) -> Any:
-            heatmap_logits, slot_logits, pred_masks = self.model.predict_masks(reference_states, slots, emb, area)
-            return replace(own, heatmap_logits=heatmap_logits, slot_logits=slot_logits, pred_masks=pred_masks)
+            out = self.model.predict_masks(reference_states, slots, emb, area)
+            return replace(
+                own, heatmap_logits=out.heatmap_logits, slot_logits=out.slot_logits, pred_masks=out.pred_masks
+            )
 
         # Another sample's slots, from half a batch away.
         yield "slots shuffled", from_states(states, slots.roll(max(1, len(rows) // 2), dims=0))
@@ -220,14 +222,6 @@ def finished_splits(output: Path, checkpoint: str) -> dict[str, Any]:
     return report["splits"] if report["checkpoint"] == checkpoint else {}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="bundled", help="folder of a checkpoint, or `bundled` for scenes-tiny")
@@ -277,11 +271,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         figures = evaluator.evaluate(rows, options.batch_size)
         figures |= {"settings": settings, "digest": key, "seconds": round(time.perf_counter() - start, 1)}
         report["splits"][split] = figures
-        write_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_whole(options.output, json.dumps(report, indent=1) + "\n")
         giou = figures["metrics"]["own reasoning"]["gIoU"]
         logger.info("%s: gIoU %.3f [%.3f, %.3f]", split, giou["value"], giou["low"], giou["high"])
-    write_atomically(options.output, json.dumps(report, indent=1) + "\n")
-    write_atomically(options.output.with_suffix(".md"), markdown_report(report))
+    write_whole(options.output, json.dumps(report, indent=1) + "\n")
+    write_whole(options.output.with_suffix(".md"), markdown_report(report))
     return report
 
 

@@ -1,6 +1,6 @@
 r"""A run of the recipe of scenes-tiny beside the bundled checkpoint, on the same held-out samples:
 
-    python examples/train_scenes_tiny.py --output runs/scenes-tiny
+    make checkpoint                                     # into runs/scenes-tiny
     python examples/evaluate.py --model runs/scenes-tiny/checkpoint --baselines --output runs/scenes-tiny/evaluation \
         --num-samples 500 --batch-size 32 --datasets scenes:val scenes:test_combinations scenes:test_pairs \
         scenes:test_compositions scenes:test_crowded
@@ -12,7 +12,6 @@ Writes `scenes_recipe.md` and `.json` to `benchmarks/results`, and the curve of 
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,8 @@ from segcompass_hf.data.scenes.dataset import SPLITS
 from segcompass_hf.evaluation import read_samples
 from segcompass_hf.evaluation.records import score_of
 from segcompass_hf.metrics.intervals import bootstrap_statistic
-from segcompass_hf.training.scenes_recipe import LOG, STAGES
+from segcompass_hf.training.recipe.record import DONE
+from segcompass_hf.training.recipe.settings import STAGES
 
 RESULTS = Path(__file__).parent / "results"
 COMMANDS = [line[4:] for line in __doc__.split("\n\n")[1].splitlines()]
@@ -48,19 +48,29 @@ def compared(run: Path, bundled: Path, split: str) -> dict:
     return {"samples": len(ours), "commit": commit, **figures}
 
 
+def curves_of(run: Path) -> dict[str, list[dict]]:
+    """Stage -> what its trainer logged, of the recipe and of the two stages before it."""
+    before = {name: run / name / "trainer_state.json" for name in ("vision", "masks")}
+    curves = {name: json.loads(path.read_text())["log_history"] for name, path in before.items()}
+    return curves | {
+        name: json.loads((run / name / DONE).read_text())["log"] for name in STAGES if (run / name).exists()
+    }
+
+
 def _shown(figure: dict, form: str) -> str:
     return f"{figure['value']:{form}} [{figure['low']:{form}}, {figure['high']:{form}}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/scenes-tiny"), help="output of train_scenes_tiny.py")
+    parser.add_argument("--run", type=Path, default=Path("runs/scenes-tiny"), help="output of make checkpoint")
     parser.add_argument("--bundled", type=Path, default=Path("out/evaluation"), help="evaluation of the bundled one")
     given = parser.parse_args()
     figures = {split: compared(given.run, given.bundled, split) for split in SPLITS if split != "train"}
     (RESULTS / "scenes_recipe").mkdir(exist_ok=True)
-    for stage in STAGES:
-        shutil.copy(given.run / stage / LOG, RESULTS / "scenes_recipe" / f"{stage}.jsonl")
+    for name, log in curves_of(given.run).items():
+        lines = "".join(json.dumps(line) + "\n" for line in log)
+        (RESULTS / "scenes_recipe" / f"{name}.jsonl").write_text(lines)
     (RESULTS / "scenes_recipe.json").write_text(json.dumps(figures, indent=1) + "\n")
     lines = ["# The recipe of scenes-tiny, run from nothing", "", "```", *COMMANDS, "```", ""]
     samples = " and ".join(sorted({str(of["samples"]) for of in figures.values()}))

@@ -13,15 +13,14 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
-from segcompass_hf.losses_segcompass import SegmentationLossOutput, segmentation_loss
-from segcompass_hf.training.grpo.config import LOSS_WEIGHTS
-from segcompass_hf.training.grpo.forward import add_joint_forward
+from segcompass_hf.training.grpo.forward import JointTargets, add_joint_forward
 from segcompass_hf.training.grpo.reference import FusedHead, LayerTrace, ReferencePolicy
+from segcompass_hf.training.objective import SEGMENTATION_LOSS_WEIGHTS
 
 BETA, CLIP = 0.2, 0.2  # KL coefficient and clipping of the policy's ratio
 
@@ -74,14 +73,14 @@ class StepInputs:
         second (`dict`): The same of the pass that yields layer L.
         completion_mask (`torch.Tensor` of shape `(batch_size, completion_width)`): 1 on completion tokens.
         advantages (`torch.Tensor` of shape `(batch_size,)`): Of the completions.
-        targets (`dict`): Of the segmentation losses, as the trainer passes them.
+        targets ([`JointTargets`]): Of the segmentation losses, as the trainer passes them.
     """
 
     vlm: dict[str, torch.Tensor]
     second: dict[str, torch.Tensor]
     completion_mask: torch.Tensor
     advantages: torch.Tensor
-    targets: dict[str, Any]
+    targets: JointTargets
 
 
 @dataclass
@@ -141,8 +140,7 @@ def package_forward(
     """As `SegCompassGRPOTrainer` calls the model."""
     model.__dict__.pop("forward", None)  # from an earlier call, perhaps with another reference
     add_joint_forward(model, temperature=1.0, cast_to_fp32=False, reference=reference)
-    segmentation = {**inputs.targets, "completion_mask": inputs.completion_mask}
-    output = model(**inputs.vlm, labels=_labels(inputs), fused_lm_head=True, segmentation=segmentation)
+    output = model(**inputs.vlm, labels=_labels(inputs), fused_lm_head=True, segmentation=inputs.targets)
     return StepOutput(output.log_probs, output.ref_log_probs, output.segmentation)
 
 
@@ -187,33 +185,13 @@ def composed_forward(
     else:
         concepts = model.encode_concepts(states.detach(), mask, model.modality_ids(inputs.vlm["input_ids"]))
         slots = model.encode_slots(concepts, mask).slots
-    losses = _segmentation(model, formulation, references, slots, inputs.targets)
+    targets = inputs.targets
+    masks = replace(targets.masks, decode=formulation.decode)
+    output = model.predict_masks(references, slots, targets.image_embeddings, targets.reshaped_input_sizes, masks)
     second = feature_acts = reconstruction = None  # noqa: F841
     if formulation.head == "full":
         log_probs = _log_probs(logits, inputs, with_entropy=True)
-    return StepOutput(log_probs, ref_log_probs, losses.loss)
-
-
-def _segmentation(
-    model: nn.Module, formulation: Formulation, references: torch.Tensor, slots: torch.Tensor, targets: dict[str, Any]
-) -> SegmentationLossOutput:
-    """From reference states and slots to the losses; all slots or the matched ones are decoded to masks."""
-    embeddings = targets["image_embeddings"]
-    mapped = model.slot_mapper(references, slots, embeddings)
-    area = model.mask_stage.valid_area(targets["reshaped_input_sizes"])
-
-    def decode(pairs=None):
-        return model.mask_stage.decode(embeddings, mapped.heatmap_logits, area, pairs=pairs)
-
-    return segmentation_loss(
-        mapped.heatmap_logits,
-        (lambda found: decode(found.pairs)) if formulation.decode == "matched" else decode(),
-        mapped.slot_logits,
-        targets["mask_labels"],
-        targets["num_objects"],
-        area,
-        **targets["loss_weights"],
-    )
+    return StepOutput(log_probs, ref_log_probs, output.loss)
 
 
 def _reference_states(model: nn.Module, last_states: torch.Tensor, inputs: StepInputs) -> torch.Tensor:
@@ -244,4 +222,4 @@ def _log_probs(logits: torch.Tensor, inputs: StepInputs, with_entropy: bool = Fa
 
 def loss_weights(model: nn.Module) -> dict[str, float]:
     """The weights of the model's configuration, as arguments of `segmentation_loss`."""
-    return {name: getattr(model.config, name) for name in LOSS_WEIGHTS}
+    return {name: getattr(model.config, name) for name in SEGMENTATION_LOSS_WEIGHTS}

@@ -14,6 +14,8 @@ from train_step_formulations import StepInputs, loss_weights
 
 from segcompass_hf import SegCompassConfig, SegCompassForReasoningSegmentation
 from segcompass_hf.original_inputs_segcompass import duplicate_completion
+from segcompass_hf.reading_segcompass import MaskTargets
+from segcompass_hf.training.grpo.forward import JointTargets
 
 PAD, IMAGE, REF, THINK, END_THINK, FIRST_WORD = 0, 1, 2, 3, 4, 5
 POLICY_DRIFT = 0.05  # noise on the trained VLM layers, as a share of their spread: policy and reference differ
@@ -187,19 +189,16 @@ def make_inputs(
         second = dict(zip(names, duplicate_completion(ids, mask, ids[:, widths[0] :], PAD), strict=True))
     side = 4 * preset.sam_side
     objects = torch.tensor([1, 2, 1, 2])[: len(rows)]  # of 4 slots
-    targets = {
-        "image_embeddings": noise(preset.sam_width, preset.sam_side, preset.sam_side),
-        "mask_labels": (noise(model.config.num_slots, side, side) > 0).to(weight),
-        "num_objects": objects.to(device),
-        "reshaped_input_sizes": torch.tensor([[16 * preset.sam_side, 12 * preset.sam_side]] * len(rows)).to(device),
-        "loss_weights": loss_weights(model),
-    }
+    embeddings = noise(preset.sam_width, preset.sam_side, preset.sam_side)
+    labels = (noise(model.config.num_slots, side, side) > 0).to(weight)
+    sizes = torch.tensor([[16 * preset.sam_side, 12 * preset.sam_side]] * len(rows)).to(device)
+    masks = MaskTargets(labels, objects.to(device), loss_weights=loss_weights(model), decode="matched")
     return StepInputs(
         vlm=model._with_positions({"input_ids": ids, "attention_mask": mask, "pixel_values": image}),
         second=model._with_positions({**second, "pixel_values": image}),
         completion_mask=mask[:, widths[0] :],
         advantages=torch.tensor([1.0, -0.5, 0.5, -1.0])[: len(rows)].to(device),
-        targets=targets,
+        targets=JointTargets(mask[:, widths[0] :], embeddings, sizes, masks),
     )
 
 

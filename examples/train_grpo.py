@@ -68,9 +68,7 @@ def main() -> None:
         heads, rows_that_train = "full" if arguments.train_heads else "none", arguments.train_token_rows
         size = {"r": script.lora_r, "alpha": 2 * script.lora_r}
         adapter = lora_config(model, **size, heads=heads, train_token_rows=rows_that_train)
-    trainer = SegCompassGRPOTrainer(
-        model, args=arguments, train_dataset=rows, processing_class=processor, peft_config=adapter
-    )
+    trainer = SegCompassGRPOTrainer(model, arguments, rows, None, processor, adapter)
     trainer.train(resume_from_checkpoint=script.resume)
     trainer.save_model()
     Processes.current().finish()

@@ -58,7 +58,7 @@ def main():
         from datasets import load_dataset
 
         rows = load_dataset(data.dataset, data.dataset_config, split=data.split, streaming=data.streaming)
-    trainer = SaeTrainer(None, vlm, processor, args, train_dataset=rows)
+    trainer = SaeTrainer(vlm, args, rows, processing_class=processor)
     begun = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)  # the first process makes it
     trainer.train(resume_from_checkpoint=bool(begun))
     trainer.save_model()

@@ -80,14 +80,14 @@ def test_segments_held_out_scenes(processor, segmented, inputs, rows):
 def test_the_concepts_carry_the_answer(model, processor, segmented, inputs, rows):
     """With another sample's slots the masks are those of another answer."""
     _, own = _metrics(processor, segmented, inputs, rows)
-    heatmaps, slot_logits, masks = model.predict_masks(
+    changed = model.predict_masks(
         segmented.reference_states,
         segmented.slots.roll(NUM_SCENES // 2, dims=0),
         segmented.image_embeddings,
         inputs["reshaped_input_sizes"],
     )
     segmented_otherwise = type(segmented)(
-        **dict(segmented) | {"heatmap_logits": heatmaps, "slot_logits": slot_logits, "pred_masks": masks}
+        **dict(segmented) | {name: changed[name] for name in ("heatmap_logits", "slot_logits", "pred_masks")}
     )
     _, shuffled = _metrics(processor, segmented_otherwise, inputs, rows)
     assert shuffled["gIoU"] < own["gIoU"] / 2, (shuffled, own)

@@ -11,7 +11,8 @@ from transformers import AutoModelForImageTextToText, SamModel
 
 from segcompass_hf.interventions_segcompass import ConceptIntervention
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation, gather_reference_states
+from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
+from segcompass_hf.reading_segcompass import MaskTargets, gather_reference_states
 
 
 class TestReferenceStates:
@@ -96,7 +97,8 @@ class TestForward:
         assert decoded == [2 * 4, 3]  # all slots of both; one matched of the first, two of the second
         assert in_training.pred_masks is None and in_eval.pred_masks.shape == (2, 4, 32, 32)
         torch.testing.assert_close(in_training.loss, in_eval.loss)
-        assert model(**inputs, decode_masks="all").pred_masks is not None
+        targets = MaskTargets(inputs["mask_labels"], inputs["num_objects"], decode="all")
+        assert model(**inputs, targets=targets).pred_masks is not None
 
     def test_image_embeddings_in_place_of_pixels(self):
         model = tiny.tiny_model()
@@ -154,20 +156,15 @@ class TestAblations:
         model = tiny.tiny_model()
         inputs = inputs_of(training=True)
         plain = model(**inputs)
-        shuffled = model(
-            **inputs, slots=plain.slots.flip(0), reference_states=torch.zeros_like(plain.reference_states)
-        )
-        assert torch.equal(shuffled.slots, plain.slots.flip(0))
-        assert (shuffled.heatmap_logits - plain.heatmap_logits).abs().max() > 1e-2
         embeddings = model.encode_image(inputs["sam_pixel_values"])
         sizes = inputs["reshaped_input_sizes"]
-        heatmaps, confidence, masks = model.predict_masks(plain.reference_states, plain.slots, embeddings, sizes)
-        assert torch.equal(masks, plain.pred_masks) and torch.equal(confidence, plain.slot_logits)
+        same = model.predict_masks(plain.reference_states, plain.slots, embeddings, sizes)
+        assert torch.equal(same.pred_masks, plain.pred_masks) and torch.equal(same.slot_logits, plain.slot_logits)
+        assert torch.equal(same.heatmap_logits, plain.heatmap_logits)
         zeroed = torch.zeros_like(plain.reference_states)
-        assert torch.equal(
-            model.predict_masks(zeroed, plain.slots.flip(0), embeddings, sizes)[0], shuffled.heatmap_logits
-        )
-        assert torch.equal(heatmaps, plain.heatmap_logits)
+        shuffled = model.predict_masks(zeroed, plain.slots.flip(0), embeddings, sizes)
+        assert torch.equal(shuffled.slots, plain.slots.flip(0)) and torch.equal(shuffled.reference_states, zeroed)
+        assert (shuffled.heatmap_logits - plain.heatmap_logits).abs().max() > 1e-2
 
 
 class TestInterventions:

@@ -494,3 +494,21 @@ class TestSaving:
         assert processor.vlm_processor is before
         processor.tokenizer = copy.deepcopy(processor.tokenizer)
         assert processor.vlm_processor is not before and processor.vlm_processor.tokenizer is processor.tokenizer
+
+
+def test_image_processors_are_on_the_pil_backend():
+    """Where torchvision is installed, loading makes the class without `Pil` in its name: played here by a copy."""
+    import transformers
+
+    from segcompass_hf.vlm_processors_segcompass import on_pil_backend
+
+    processor = processor_of("llava")
+    assert on_pil_backend(processor.image_processor) is processor.image_processor
+    pil_class = type(processor.image_processor)
+    assert pil_class.__name__ == "CLIPImageProcessorPil" and pil_class is transformers.CLIPImageProcessorPil
+    for name in ("CLIPImageProcessor", "CLIPImageProcessorFast"):
+        other = type(name, (pil_class,), {})(**processor.image_processor.to_dict())
+        pinned = on_pil_backend(other)
+        assert type(pinned) is pil_class and pinned.to_dict() == processor.image_processor.to_dict()
+    unknown = type("OwnImageProcessor", (pil_class,), {})()
+    assert on_pil_backend(unknown) is unknown

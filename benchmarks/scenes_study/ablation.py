@@ -47,7 +47,7 @@ HEADS = ("codebook", "slot_mapper", "prompt_encoder", "mask_decoder")
 
 def start_of(start: str, arm: str) -> Path:
     """Folder of the checkpoint that an arm starts from."""
-    return (latent_folder(start) if arm == "latent" else folder_of(start)) / "joint"
+    return (latent_folder(start) if arm == "latent" else folder_of(start)) / "segmentation"
 
 
 def load(arm: str, folder: str | Path) -> SegCompassForReasoningSegmentation:

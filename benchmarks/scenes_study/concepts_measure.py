@@ -15,14 +15,15 @@ from concept_metrics import (
 )
 from torch import nn
 
+from segcompass_hf.data.scenes.drawing import COLORS, SHAPES, SIZES
 from segcompass_hf.data.scenes.names import listed_names
 from segcompass_hf.images_segcompass import to_rgb_image
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.training.alignment.names import TokenPairs
 from segcompass_hf.training.sae.activations import ActivationHarvester, layer_states
 from segcompass_hf.training.sae.rows import RowEncoder
-from segcompass_hf.training.scenes_batches import ATTRIBUTES
 
+ATTRIBUTES = {"color": tuple(COLORS), "shape": SHAPES, "size": tuple(SIZES)}
 LEFT_OUT = -1
 
 

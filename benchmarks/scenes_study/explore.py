@@ -1,7 +1,8 @@
-"""What reinforcement could learn from: how far the samples of one prompt differ, per kind and temperature.
+r"""What reinforcement could learn from: how far the samples of one prompt differ, per kind and temperature.
 
-    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --temperatures 1 1.5 2
-    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/joint --num-prompts 96 --output FILE
+    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/segmentation --temperatures 1 1.5 2
+    python benchmarks/scenes_study/explore.py --model runs/scenes-study/start-cold/segmentation --num-prompts 96 \
+        --output FILE
 
 `flat`: share of the prompts whose samples all have the same IoU (standard deviation below 0.02), which teach nothing.
 `right`: share of the samples whose written answer is the reference's; `mixed`: share of the prompts with right and

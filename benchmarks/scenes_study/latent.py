@@ -5,32 +5,27 @@ gives takes the place of the concept slots in the slot mapper. Everything else i
 
     python benchmarks/scenes_study/latent.py --start cold
 
-makes the baseline's start: the shared warm-up with its own slot and joint stages of the shared start's lengths.
+makes the baseline's start: the shared warm-up and SAE with a segmentation stage of its own, of the same length.
 """
 
 import argparse
-import dataclasses
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from runs import counted
 from settings import RUNS, STARTS
-from start import folder_of
+from start import folder_of, recipe_of, rows_of
 from torch import nn
 from transformers import set_seed
 
 from segcompass_hf import SegCompassForReasoningSegmentation
-from segcompass_hf.training import scenes_recipe as recipe
-from segcompass_hf.training.scenes_batches import SceneCollator
-from segcompass_hf.training.scenes_joint import JointCollator, JointTrainer
-from segcompass_hf.training.scenes_slots import SlotTrainer
+from segcompass_hf.training import SegmentationTrainer
+from segcompass_hf.training.loop.checkpoints import find_last_whole
+from segcompass_hf.training.recipe.parts import PartLoader, Parts
 
-STAGES = ("slots", "joint")
+# Options that teach the slots of concepts, which are not there.
+OFF = {"codebook_init": "keep", "slots_alone_share": 0.0, "drop_references_share": 0.0}
 
 
 class LatentQueries(nn.Module):
@@ -66,82 +61,41 @@ class LatentQuerySegmentation(SegCompassForReasoningSegmentation):
         return self
 
 
-class LatentSlotTrainer(SlotTrainer):
-    """The slot stage with latent queries: what is taught is the same."""
-
-    def slots_of(self, model, inputs):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        with torch.no_grad():
-            last = model.base_model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])[0]
-        return model.slot_mapper.slots(model.find_reference_states(last, ids, mask, inputs["completion_mask"]))
-
-
 def latent_folder(start: str) -> Path:
     return RUNS / f"start-{start}-latent"
 
 
-def _slots(start, stage, arguments):
-    """The shared start's model before its slot stage, with latent queries."""
-    concepts, trainer = recipe._slots(folder_of(start), stage, arguments)
-    model = LatentQuerySegmentation(concepts.config, concepts.vlm, concepts.sam, concepts.sae)
-    model.slot_words = concepts.slot_words
-    model.requires_grad_(False)
-    for part in (model.slot_mapper.norm, model.slot_mapper.up, model.slot_mapper.down, model.slot_words):
-        part.requires_grad_(True)
-    collator = SceneCollator(recipe.build_processor().tokenizer)
-    trainer = LatentSlotTrainer(
-        model=model, args=arguments, train_dataset=trainer.train_dataset, data_collator=collator, adamw_ratio=0.5
-    )
-    return model, trainer
-
-
-def _joint(start, stage, arguments):
-    model = LatentQuerySegmentation.from_pretrained(latent_folder(start) / "slots", dtype=torch.float32)
-    model.vlm.set_attn_implementation("eager")
-    model.freeze_for_training()
-    return model, JointTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=recipe._scenes(stage),
-        data_collator=JointCollator(recipe.build_processor().tokenizer),
-        part_learning_rates={"vlm": 0.2, "sam": 0.1},
-        adamw_ratio=0.5,
-        slots_alone=0.0,  # the reference states are all that this model has
-        drop_references=0.0,
-    )
-
-
-def run_stage(start: str, name: str) -> None:
-    """One of the two stages, from its last checkpoint where there is one."""
-    folder, stage = latent_folder(start) / name, STARTS[start][name]
-    if (folder / recipe.LOG).exists():
+def run(start: str) -> None:
+    """The segmentation stage with latent queries, from its last checkpoint where there is one."""
+    folder, recipe = latent_folder(start) / "segmentation", recipe_of(start)
+    if (folder / "config.json").exists():
         return
-    set_seed(stage.seed)
-    arguments = recipe._arguments(name, stage, folder)
-    model, trainer = {"slots": _slots, "joint": _joint}[name](start, stage, arguments)
-    trainer.train(resume_from_checkpoint=recipe.last_checkpoint(folder))
-    if name == "slots":
-        del model.slot_words
-    else:
-        recipe.build_processor().save_pretrained(folder)
-    model.save_pretrained(folder)
-    (folder / recipe.LOG).write_text("".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+    stage = next(stage for stage in recipe.stages if stage.name == "segmentation")
+    rows = rows_of(STARTS[start], recipe)["segmentation"]
+    stage.folder, stage.written = folder, stage.written | OFF
+    arguments = stage.arguments()
+    set_seed(arguments.seed)
+    parts = Parts(vlm=str(folder_of(start) / "warmup"), sam=recipe.settings.sam, sae=str(folder_of(start) / "sae"))
+    loader = PartLoader(recipe.settings)
+    processor = loader.processor(parts)
+    concepts = loader.model(parts, processor)
+    model = LatentQuerySegmentation(concepts.config, concepts.vlm, concepts.sam, concepts.sae)
+    trainer = SegmentationTrainer(model, arguments, rows.train, None, processor)
+    try:
+        last = str(find_last_whole(folder))
+    except ValueError:
+        last = None
+    trainer.train(resume_from_checkpoint=last)
+    processor.save_pretrained(folder)
+    trainer.save_model()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", choices=STARTS, default="cold")
-    parser.add_argument("--stage", choices=STAGES, help="only this stage, in this process")
     given = parser.parse_args()
-    if given.stage:
-        with counted(latent_folder(given.start) / given.stage, dataclasses.asdict(STARTS[given.start][given.stage])):
-            run_stage(given.start, given.stage)
-        return
-    environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in STAGES:
-        if not (latent_folder(given.start) / name / recipe.LOG).exists():
-            if subprocess.call([sys.executable, __file__, "--start", given.start, "--stage", name], env=environment):
-                sys.exit(f"stage {name} failed; fix what its log says and run the same command again.")
+    with counted(latent_folder(given.start), {"start": given.start, **OFF}):
+        run(given.start)
 
 
 if __name__ == "__main__":

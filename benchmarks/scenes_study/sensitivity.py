@@ -1,61 +1,58 @@
 """What the result is sensitive to: concept threshold, d_sae, K, L, l1 and the SAE's family, one factor at a time.
 
-    mkdir -p runs/previous && git archive 34115bb src/segcompass_hf/checkpoints/scenes-tiny |
-        tar -x -C runs/previous --strip-components=4
-    python benchmarks/scenes_study/sensitivity.py --model runs/previous   # run what is not done yet, then --report
-    python benchmarks/scenes_study/sensitivity.py --report                # table and plot from the records
+    python benchmarks/scenes_study/sensitivity.py            # run what is not done yet, then --report
+    python benchmarks/scenes_study/sensitivity.py --report   # table and plot from the records
 
-Every setting is the same shortened recipe (the paper's SAE, slots, joint stage) from VLM and SAM of one checkpoint,
-with one thing changed. That checkpoint is the last one without concept words, behind which slots learn fast enough
-for a shortened recipe. Resumable. The same command in a second terminal shares the work: a setting is run by one
-process at a time. With more objects than K slots the smallest are united in training; gIoU compares unions, so that
-no answer is out of reach. Top-k families choose by themselves and get no threshold. One seed. Layers above the SAE
-and the mask decoder were trained with the checkpoint's concepts before, which may favour the default; with L = 3 the
-SAE reads one of those layers.
+Every setting is `examples/scenes_tiny/recipe.yaml`, shortened (SAE and segmentation), from VLM and SAM of one
+checkpoint, with one key changed. Resumable. The same command in a second terminal shares the work: a setting is run by
+one process at a time. With more objects than K slots the smallest are united in training; gIoU compares unions, so
+that no answer is out of reach. Top-k families choose by themselves and get no threshold. One seed. Layers above the
+SAE and the mask decoder were trained with the checkpoint's concepts before, which may favour the default; with L = 3
+the SAE reads one of those layers.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from concepts_settings import STAGES
+from concepts_settings import SHORT
 from runs import commit, counted, cpu_minutes, write_json
 from sensitivity_report import report
-from settings import EVALUATION_SEED, RUNS
+from settings import EVALUATION_SEED, RECIPE, RUNS
 from transformers import AutoModel, AutoProcessor
 
-from segcompass_hf import bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain.claims.measure import IMAGE_PLACES, TEXT_PLACES, measure_claims
 from segcompass_hf.metrics.intervals import bootstrap_statistic
-from segcompass_hf.training.scenes_recipe import LOG, Stage, run_stage, split_checkpoint
+from segcompass_hf.training import read_recipe, run_recipe
+from segcompass_hf.training.recipe.record import DONE
+from segcompass_hf.training.recipe.settings import Recipe
 
 FOLDER = RUNS / "sensitivity"
 EVALUATED = 300  # scenes
 DEFAULT = "default"
-NO_THRESHOLD = {"concept_threshold": 0.0}
-# factor -> value -> options of stages; what is not named is the default's. The families' sparsity weights are those
+NO_THRESHOLD = "config.concept_threshold=0.0"
+# factor -> value -> keys of the recipe; what is not named is the default's. The families' sparsity weights are those
 # with which benchmarks/sae_architectures.py came to about the default's L0.
-FACTORS: dict[str, dict[Any, dict[str, dict]]] = {
-    "d_sae": {size: {"sae": {"d_sae": size}} for size in (256, 4096)},
-    "K (slots)": {number: {"slots": {"num_slots": number}} for number in (2, 6)},
-    "L (SAE layer)": {layer: {"sae": {"layer": layer}} for layer in (1, 3)},
-    "l1": {weight: {"sae": {"l1_coefficient": weight}} for weight in (0.25, 4.0)},
+FACTORS: dict[str, dict[Any, tuple[str, ...]]] = {
+    "d_sae": {size: (f"sae.d_sae={size}",) for size in (256, 4096)},
+    "K (slots)": {number: (f"config.num_slots={number}",) for number in (2, 6)},
+    "L (SAE layer)": {layer: (f"sae.sae_layer={layer}",) for layer in (1, 3)},
+    "l1": {weight: (f"sae.l1_coefficient={weight}",) for weight in (0.25, 4.0)},
     "SAE family": {
-        "gated": {"sae": {"architecture": "gated", "l1_coefficient": 1.4}},
-        "jumprelu": {"sae": {"architecture": "jumprelu", "l1_coefficient": 0.1, "k": 26}},
-        "topk": {"sae": {"architecture": "topk", "k": 13}, "slots": NO_THRESHOLD},
-        "batchtopk": {"sae": {"architecture": "batchtopk", "k": 13}, "slots": NO_THRESHOLD},
+        "gated": ("sae.architecture=gated", "sae.l1_coefficient=1.4"),
+        "jumprelu": ("sae.architecture=jumprelu", "sae.l1_coefficient=0.1", "sae.k=26"),
+        "topk": ("sae.architecture=topk", "sae.k=13", NO_THRESHOLD),
+        "batchtopk": ("sae.architecture=batchtopk", "sae.k=13", NO_THRESHOLD),
     },
-    "threshold, trained with": {tau: {"slots": {"concept_threshold": tau}} for tau in (0.0, 1.0)},
+    "threshold, trained with": {tau: (f"config.concept_threshold={tau}",) for tau in (0.0, 1.0)},
 }
 DEFAULTS = {
     "d_sae": 1024,
@@ -69,12 +66,12 @@ DEFAULTS = {
 THRESHOLDS = (0.0, 0.1, 0.5, 1.0, 2.0)  # set afterwards, on the default's model
 
 
-def settings() -> Iterator[tuple[str, str | None, Any, dict[str, dict]]]:
-    """Name, factor, value and stages' options of every setting that is trained, the default first."""
-    yield DEFAULT, None, None, {}
+def settings() -> Iterator[tuple[str, str | None, Any, tuple[str, ...]]]:
+    """Name, factor, value and changed keys of every setting that is trained, the default first."""
+    yield DEFAULT, None, None, ()
     for factor, values in FACTORS.items():
-        for value, options in values.items():
-            yield _name(factor, value), factor, value, options
+        for value, changes in values.items():
+            yield _name(factor, value), factor, value, changes
 
 
 def _name(factor: str, value: Any) -> str:
@@ -94,27 +91,20 @@ def claimed(folder: Path) -> Iterator[bool]:
         yield not (folder / "record.json").exists()
 
 
-def train(folder: Path, options: dict[str, dict], start: dict[str, Path], scale: float) -> dict[str, Stage]:
-    """The three stages of a setting, from their last checkpoints where there are some."""
-    for name, source in start.items():
-        if not (folder / name).exists():
-            (folder / name).symlink_to(source.resolve())
-    stages = {
-        name: dataclasses.replace(
-            stage, steps=max(2, round(scale * stage.steps)), options=(stage.options or {}) | options.get(name, {})
-        )
-        for name, stage in STAGES.items()
-    }
-    for name, stage in stages.items():
-        run_stage(name, folder, stage)
-    return stages
+def recipe_of(folder: Path, model: str, changes: Sequence[str], scale: float = 1.0) -> Recipe:
+    """The shortened recipe of a setting."""
+    start = (f"output_dir={folder}", f"model={model}", "vlm=null", "sam=null", "sae.pair_loss=none")
+    recipe = read_recipe(RECIPE, (*start, *SHORT, *changes))
+    for stage in recipe.stages:
+        stage.written["max_steps"] = max(2, round(scale * stage.written["max_steps"]))
+    return recipe
 
 
 def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> dict[str, Any]:
     """Held-out figures of a setting's model, reasoning by itself, greedily."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModel.from_pretrained(folder / "joint", dtype=torch.float32).to(device).eval()
-    processor = AutoProcessor.from_pretrained(folder / "joint")
+    model = AutoModel.from_pretrained(folder / "segmentation", dtype=torch.float32).to(device).eval()
+    processor = AutoProcessor.from_pretrained(folder / "segmentation")
     if threshold is not None:
         model.config.concept_threshold = threshold
     rows = scenes.iterate("val", num_samples, seed=EVALUATION_SEED)
@@ -124,7 +114,7 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
     tokens, features = (
         sum(getattr(record, name)[place] for record in records for place in places) for name in ("tokens", "features")
     )
-    log = [json.loads(line) for line in (folder / "sae" / LOG).read_text().splitlines()]
+    log = json.loads((folder / "sae" / DONE).read_text())["log"]
     return {
         "giou": bootstrap_statistic(lambda draw: ious[draw].mean(), len(ious)),
         "ious": ious.tolist(),
@@ -134,13 +124,6 @@ def evaluate(folder: Path, num_samples: int, threshold: float | None = None) -> 
 
 
 def run(options: argparse.Namespace) -> None:
-    base = options.runs / "base"
-    base.mkdir(parents=True, exist_ok=True)
-    with open(base / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits until the start of all settings is there
-        split_checkpoint(bundled_checkpoint() if options.model == "bundled" else options.model, base)
-    start = {name: base / name for name in ("warmup", "masks")}
-    sae = options.runs / DEFAULT / "sae"
     for name, factor, value, changes in settings():
         if name not in (options.only or [name]):
             continue
@@ -148,17 +131,16 @@ def run(options: argparse.Namespace) -> None:
         with claimed(folder) as ours:
             if not ours:
                 continue
-            print(f"{name}: {changes or 'no change'}", flush=True)
-            with counted(folder, changes):
-                # where nothing of the SAE is changed it would be trained to the same weights again
-                shared = {"sae": sae} if changes and "sae" not in changes and (sae / LOG).exists() else {}
-                stages = train(folder, changes, start | shared, options.scale)
+            print(f"{name}: {', '.join(changes) or 'no change'}", flush=True)
+            recipe = recipe_of(folder, options.model, changes, options.scale)
+            with counted(folder, {"changes": changes}):
+                run_recipe(recipe, f"sensitivity.py {name}")
                 figures = evaluate(folder, options.num_samples)
-            stages = {stage: dataclasses.asdict(of) for stage, of in stages.items()}
+            stages = {stage.name: {"steps": stage.written["max_steps"]} for stage in recipe.stages}
             record = {"factor": factor, "value": value, "stages": stages, "commit": commit(), **figures}
             write_json(folder / "record.json", record | {"cpu_minutes": cpu_minutes(folder)})
-            for stage in STAGES:
-                shutil.rmtree(folder / stage / "state", ignore_errors=True)
+            for checkpoint in folder.glob("*/checkpoint-*"):
+                shutil.rmtree(checkpoint, ignore_errors=True)
     if not (options.runs / DEFAULT / "record.json").exists():
         print("thresholds set afterwards wait for the default's model: run this again when it is done.")
         return

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segcompass_hf.training.scenes_recipe import STAGES, Stage
-
+RECIPE = Path("examples/scenes_tiny/recipe.yaml")  # whose keys the study changes
+PRETRAINED = Path("runs/scenes-tiny")  # VLM and SAM, by examples/scenes_tiny/pretrain.py
 RUNS = Path("runs/scenes-study")
 RESULTS = Path("benchmarks/results/scenes_study")
 
@@ -14,31 +14,34 @@ TAUGHT = ("attribute", "superlative", "set")
 OTHERS = ("relation", "same-as", "ordinal", "count", "no-target")
 
 
-# Three starts. Of the kinds that are not taught, "strict" has seen nothing; "cold" has seen every 32nd scene of its
-# warm-up with reference reasoning of any kind; "practised" goes on from the warm-up of "cold" with all kinds for a
-# while (PROTOCOL.md says why there are three).
-def _start(seed: int, any_kind_every: int | None) -> dict[str, Stage]:
-    return {
-        "vision": STAGES["vision"],
-        "warmup": Stage(1500, 32, 3e-3, seed=seed + 2, kinds=TAUGHT, any_kind_every=any_kind_every),
-        "sae": Stage(steps=1500, batch_size=2048, learning_rate=2e-3, seed=seed + 3, kinds=TAUGHT),
-        "slots": Stage(steps=300, batch_size=32, learning_rate=6e-3, seed=seed + 5, kinds=TAUGHT),
-        "joint": Stage(steps=400, batch_size=32, learning_rate=4e-3, seed=seed + 4, kinds=TAUGHT),
-    }
+@dataclass(frozen=True)
+class Start:
+    """A short run of the recipe whose rows are of some kinds; each stage draws scenes of its own, from `seed` on.
+
+    Args:
+        seed (`int`): Of the run.
+        warmup_steps (`int`): The other stages have the same number in every start.
+        kinds (`tuple[str, ...]`, *optional*): Of the instructions; all when left out.
+        any_kind_every (`int`, *optional*): Every so manieth row of the warm-up is of any kind.
+        goes_on_from (`str`, *optional*): Start whose warm-up comes before its own.
+    """
+
+    seed: int
+    warmup_steps: int = 1500
+    kinds: tuple[str, ...] | None = TAUGHT
+    any_kind_every: int | None = None
+    goes_on_from: str | None = None
 
 
-def _practised(seed: int) -> dict[str, Stage]:
-    """Stages after `vision` and `warmup` of "cold"."""
-    return {
-        "words": Stage(steps=400, batch_size=32, learning_rate=2e-3, seed=seed + 2),
-        "sae": Stage(steps=1500, batch_size=2048, learning_rate=2e-3, seed=seed + 3),
-        "slots": Stage(steps=300, batch_size=32, learning_rate=6e-3, seed=seed + 5),
-        "joint": Stage(steps=400, batch_size=32, learning_rate=4e-3, seed=seed + 4),
-    }
-
-
-GOES_ON_FROM = {"practised": "cold"}  # start -> whose `vision` and `warmup` it uses
-STARTS = {"strict": _start(10, None), "cold": _start(20, 32), "practised": _practised(30)}
+# Of the kinds that are not taught, "strict" has seen nothing; "cold" has seen every 32nd scene of its warm-up with
+# reference reasoning of any kind; "practised" goes on from the warm-up of "cold" with all kinds for a while
+# (PROTOCOL.md says why there are three).
+STARTS = {
+    "strict": Start(10),
+    "cold": Start(20, any_kind_every=32),
+    "practised": Start(30, warmup_steps=400, kinds=None, goes_on_from="cold"),
+}
+START_STEPS = {"sae": 1500, "segmentation": 700}
 
 # The ablation's arms: what of `policy_loss_weight * L_grpo + L_seg + L_conf` trains what.
 ARMS = {

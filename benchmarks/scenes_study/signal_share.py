@@ -25,20 +25,24 @@ from settings import ARMS, GRPO, OTHERS, RESULTS, RUNS, STARTS, TAUGHT
 
 from segcompass_hf import SegCompassProcessor
 from segcompass_hf.data import scenes
+from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.data.schema import row_features
 from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer
-from segcompass_hf.training.scenes_batches import SceneCollator, SceneSamples
 
 PROMPTS = 8
 SEED = 900
 KINDS = {"all kinds": None, "taught kinds": TAUGHT, "other kinds": OTHERS}
 
 
+def _rows(kinds, count: int) -> list[dict]:
+    every = scenes.iterate("train", 10 * count, seed=SEED)
+    return list(islice((row for row in every if not kinds or row["kind"] in kinds), count))
+
+
 def of_policy(path: Path, kinds, batches: int, scale_rewards: str) -> torch.Tensor:
     """Policy gradients, `(batches, parameters)`: one step of the arm "RL only" each, at a learning rate of 0."""
     model, processor = load("rl_only", path), SegCompassProcessor.from_pretrained(path)
-    every = scenes.iterate("train", 10 * PROMPTS * batches, seed=SEED)
-    rows = list(islice((row for row in every if not kinds or row["kind"] in kinds), PROMPTS * batches))
+    rows = _rows(kinds, PROMPTS * batches)
     with tempfile.TemporaryDirectory() as folder:
         settings = {**GRPO, **ARMS["rl_only"], "learning_rate": 0.0, "beta": 0.0, "max_grad_norm": 1e9}
         settings["scale_rewards"] = scale_rewards
@@ -69,11 +73,10 @@ def of_reference(path: Path, kinds, batches: int) -> torch.Tensor:
     """Gradients of the language loss on reference reasoning, `(batches, parameters)`, for as many prompts."""
     model, processor = load("rl_only", path), SegCompassProcessor.from_pretrained(path)
     model.freeze_for_training()
-    collate = SceneCollator(processor.tokenizer)
-    samples = SceneSamples(PROMPTS * batches, seed=SEED, kinds=kinds)
-    found = []
-    for first in range(0, len(samples), PROMPTS):
-        batch = collate([samples[index] for index in range(first, first + PROMPTS)])
+    collate = SegmentationCollator(processor, inputs="language", with_masks=False)
+    rows, found = _rows(kinds, PROMPTS * batches), []
+    for first in range(0, len(rows), PROMPTS):
+        batch = collate(rows[first : first + PROMPTS])
         names = ("input_ids", "attention_mask", "pixel_values", "labels")
         model.zero_grad()
         model.vlm(**{name: batch[name] for name in names}).loss.backward()

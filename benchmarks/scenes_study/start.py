@@ -1,74 +1,87 @@
 """The start that all arms of the ablation share: reference reasoning for three of the eight kinds of instruction.
 
+    python examples/scenes_tiny/pretrain.py                      # VLM and SAM, which see no instruction
     python benchmarks/scenes_study/start.py strict
     python benchmarks/scenes_study/start.py cold
     python benchmarks/scenes_study/start.py practised    # goes on from the warm-up of `cold`, which must be there
 
-Stages of `examples/train_scenes_tiny.py` with fewer steps; after `vision`, which sees no instruction, only kinds of
-`TAUGHT` are seen (but for what `STARTS` says). SAM, which never sees one either, is the bundled checkpoint's.
-Resumable; `runs/scenes-study/start-cold` holds one folder per stage, `joint` is the start.
+`examples/scenes_tiny/recipe.yaml` with fewer steps and rows of the kinds that `STARTS` says. Resumable;
+`runs/scenes-study/start-cold` holds one folder per stage, `segmentation` is the start.
 """
 
 import argparse
 import dataclasses
-import os
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
 from runs import counted
-from settings import GOES_ON_FROM, RUNS, STARTS
+from settings import PRETRAINED, RECIPE, RUNS, START_STEPS, STARTS, Start
 
-from segcompass_hf import bundled_checkpoint
-from segcompass_hf.evaluation.processes import Processes
-from segcompass_hf.training.scenes_recipe import LOG, run_stage, split_checkpoint
+from segcompass_hf.data import scenes
+from segcompass_hf.data.scenes.dataset import to_row
+from segcompass_hf.training import read_recipe, run_recipe
+from segcompass_hf.training.recipe.record import DONE
+from segcompass_hf.training.recipe.rows import StageRows
+from segcompass_hf.training.recipe.settings import Recipe
 
-IN_TWO = ("warmup", "joint")  # worth two processes on CPU
+
+class RowsOfKinds(Sequence):
+    """Training scenes whose instructions are of some kinds, but for every `any_kind_every`-th; made when asked for."""
+
+    def __init__(self, count: int, seed: int, kinds: tuple[str, ...] | None, any_kind_every: int | None = None):
+        self.count, self.seed, self.kinds, self.any_kind_every = count, seed, kinds, any_kind_every
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        free = self.any_kind_every is not None and index % self.any_kind_every == 0
+        scene = scenes.sample("train", index, self.seed, None if free else self.kinds)
+        return to_row(scene, f"scenes-train-{self.seed}-{index:06d}", "train")
 
 
 def folder_of(start: str) -> Path:
     return RUNS / f"start-{start}"
 
 
-def borrow(start: str) -> None:
-    """Lay down the warm-up that a start goes on from."""
-    folder, source = folder_of(start), folder_of(GOES_ON_FROM[start])
-    for stage in ("vision", "warmup"):
-        if not (source / stage / LOG).exists():
-            sys.exit(f"{source} holds no finished {stage}; run start.py {GOES_ON_FROM[start]} first.")
-        if not (folder / stage).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / stage).symlink_to((source / stage).resolve())
+def recipe_of(start: str) -> Recipe:
+    """The recipe with a start's steps and seeds, from the VLM that it goes on from."""
+    its, vlm = STARTS[start], PRETRAINED / "vision"
+    if its.goes_on_from is not None:
+        vlm = folder_of(its.goes_on_from) / "warmup"
+        if not (vlm / DONE).exists():
+            sys.exit(f"{vlm} is not finished; run start.py {its.goes_on_from} first.")
+    steps = {"warmup": its.warmup_steps, **START_STEPS}
+    changes = [f"output_dir={folder_of(start)}", f"vlm={vlm}", f"sam={PRETRAINED / 'masks'}", f"seed={its.seed}"]
+    changes += [f"{stage}.max_steps={count}" for stage, count in steps.items()]
+    changes += [f"{stage}.lr_scheduler_kwargs.num_decay_steps={int(0.6 * steps[stage])}" for stage in DECAYING]
+    return read_recipe(RECIPE, changes)
 
 
-def launch(start: str, stage: str) -> None:
-    """Run one stage in processes of its own."""
-    launcher = [sys.executable]
-    if stage in IN_TWO and not torch.cuda.is_available():
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    if subprocess.call([*launcher, __file__, start, "--stage", stage], env=environment):
-        sys.exit(f"stage {stage} failed; fix what its log says and run the same command again.")
+DECAYING = ("warmup", "segmentation")
+
+
+def rows_of(its: Start, recipe: Recipe) -> dict[str, StageRows]:
+    """Rows of every stage, each of its own scenes."""
+    rows = {}
+    for number, stage in enumerate(recipe.stages):
+        count = stage.own.num_samples or stage.written["max_steps"] * stage.own.batch_size
+        every = its.any_kind_every if stage.name == "warmup" else None
+        rows[stage.name] = StageRows(RowsOfKinds(count, its.seed + number, its.kinds, every))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("start", nargs="?", choices=STARTS, default="cold")  # torchrun takes `--start` for its own
-    parser.add_argument("--stage", help="only this stage, in this process")
+    parser.add_argument("start", nargs="?", choices=STARTS, default="cold")
     given = parser.parse_args()
-    stages, folder = STARTS[given.start], folder_of(given.start)
-    if given.stage:
-        with counted(folder / given.stage, dataclasses.asdict(stages[given.stage])):
-            run_stage(given.stage, folder, stages[given.stage])
-        Processes.current().finish()
-        return
-    if given.start in GOES_ON_FROM:
-        borrow(given.start)
-    split_checkpoint(bundled_checkpoint(), folder, ("masks",))
-    for stage in stages:
-        if not (folder / stage / LOG).exists():
-            launch(given.start, stage)
+    its, recipe = STARTS[given.start], recipe_of(given.start)
+    with counted(folder_of(given.start), dataclasses.asdict(its)):
+        run_recipe(recipe, f"start.py {given.start}", print, rows=rows_of(its, recipe))
 
 
 if __name__ == "__main__":

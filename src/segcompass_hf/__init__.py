@@ -22,9 +22,10 @@ An image and an instruction go in; reasoning and one mask per object come out. E
         v
     processing_segcompass   masks at image size, scores, reasoning
 
-`modeling_segcompass` composes the stages, `losses_segcompass` trains them, `pipeline_segcompass` wraps them for
-`pipeline("reasoning-segmentation")`. Importing this package is cheap: classes are loaded when first used, and
-`AutoModel`, `AutoProcessor` and `pipeline` learn about them the same way.
+`reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and SAM,
+`losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`.
+Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
+learn about them the same way.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ _EXPORTS = {
     "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
     "interventions_segcompass": ("ConceptIntervention",),
     "modeling_concepts": ("SparseConcepts",),
-    "modeling_segcompass": ("SegCompassForReasoningSegmentation", "SegCompassOutput", "SegCompassSegmentationOutput"),
+    "reading_segcompass": ("MaskTargets", "SegCompassOutput", "SequenceStates"),
+    "segmenting_segcompass": ("SegCompassSegmentationOutput",),
+    "modeling_segcompass": ("SegCompassForReasoningSegmentation",),
     "pipeline_segcompass": ("ReasoningSegmentationPipeline",),
 }
 _SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")

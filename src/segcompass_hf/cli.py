@@ -7,10 +7,10 @@ import argparse
 import os
 import sys
 
-from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve
+from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 
-_COMMANDS = (demo, predict, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
+_COMMANDS = (demo, predict, train, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,10 +4,19 @@
 import copy
 
 from torch import nn
+from transformers import PreTrainedModel
+
+from .configuration_segcompass import SegCompassConfig
 
 
 class VlmDelegationMixin:
-    """Delegates to `self.vlm`: a composite with a `generate` of its own would have to know every family's inputs."""
+    """Delegates to `self.vlm`: a composite with a `generate` of its own would have to know every family's inputs.
+
+    Its heir is a `PreTrainedModel` whose configuration holds the VLM's as `vlm_config`.
+    """
+
+    vlm: PreTrainedModel
+    config: SegCompassConfig
 
     @property
     def base_model(self) -> nn.Module:

@@ -1,15 +1,124 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all; free space, sizes to read, and digests."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-STAGED_SUFFIX = ".unfinished"
+from filelock import FileLock, Timeout
+
+STAGED_SUFFIX = ".unfinished"  # of a folder that is being written
+PART_SUFFIX = ".part"  # of a file that is being written
+_BLOCK = 1 << 20  # bytes read at a time for a digest
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
+    """A name beside `path` to write to; the file becomes `path` when the block ends, and goes when it fails.
+
+    A reader meets the old file or the new one, never half of one, and of two processes that write one file the last
+    one counts. What a kill leaves is removed by the next one on this machine that writes the same file. Modes follow
+    the umask, also where the writer makes private files, as safetensors does.
+
+    Args:
+        path (`str` or `os.PathLike`): What the file is called in the end; its folder is made where it is missing.
+        durable (`bool`, *optional*, defaults to `False`): Wait until the file and its name would survive a power cut.
+
+    Raises:
+        OSError: The file cannot be written; what was there before stays.
+
+    Example:
+
+    ```python
+    >>> with whole_file("model.safetensors") as unfinished:  # doctest: +SKIP
+    ...     save_file(weights, unfinished)
+    ```
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_dead_parts(path)
+    part = path.with_name(f"{path.name[:120]}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+    try:
+        with open(part, "xb"):  # as the umask has it
+            mode = part.stat().st_mode
+        yield part
+        if part.stat().st_mode != mode:
+            with suppress(OSError):  # some mounted disks have one mode for all
+                part.chmod(mode)
+        if durable:
+            flush_to_disk(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    if durable:
+        flush_to_disk(path.parent)
+
+
+def write_whole(path: str | os.PathLike, content: str | bytes, durable: bool = False) -> None:
+    """Write a file so that a kill leaves the old one or the new one; see [`whole_file`]. Text is written as UTF-8."""
+    with whole_file(path, durable) as part:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _machine() -> str:
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+
+
+def _remove_dead_parts(path: Path) -> None:
+    """What processes of this machine left that were killed while they wrote this file."""
+    start = f"{path.name[:120]}.{_machine()}-"
+    for name in os.listdir(path.parent):
+        if not (name.startswith(start) and name.endswith(PART_SUFFIX)):
+            continue
+        process = name[len(start) :].split("-")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    if os.name == "nt":
+        return True  # where signal 0 would end it
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # it is another user's
+    return True
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Wait until a file, or the names in a folder, would survive a power cut: a rename may else come before them."""
+    if os.name == "nt":
+        return  # it flushes neither folders nor files opened to read
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def follow_umask(folder: str | os.PathLike) -> None:
+    """Give files that are their owner's alone the modes of the folder they lie in.
+
+    safetensors makes private files whatever the umask, so that others on a shared disk could not read a checkpoint.
+    """
+    for path in Path(folder).rglob("*"):
+        if path.is_symlink() or not path.is_file():
+            continue
+        mode = path.stat().st_mode
+        if not mode & 0o077:
+            with suppress(OSError):  # some mounted disks have one mode for all
+                path.chmod(mode | (path.parent.stat().st_mode & 0o666))
 
 
 def check_new_folder(output: str | os.PathLike) -> Path:
@@ -31,26 +140,52 @@ def check_new_folder(output: str | os.PathLike) -> Path:
 def staged_folder(output: str | os.PathLike) -> Iterator[Path]:
     """A folder beside `output` to write into; it becomes `output` when the block ends, and goes when it fails.
 
-    A kill leaves `<output>.unfinished` behind, which the next start replaces.
+    A kill leaves `<output>.unfinished` behind, which the next start replaces. Of two processes that write one folder
+    the second is refused.
 
     Args:
         output (`str` or `os.PathLike`): What the folder is called in the end; must not exist, or be empty.
 
     Raises:
-        FileExistsError: Something is there already.
+        FileExistsError: Something is there already, has appeared meanwhile, or another process is writing it.
     """
     output = check_new_folder(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     staged = output.with_name(output.name + STAGED_SUFFIX)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
     try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise FileExistsError(f"another build is writing {output}; wait for it, or name another folder.") from error
+    except NotImplementedError:
+        pass  # a disk without locks: who comes second is refused at the end
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
         yield staged
+        follow_umask(staged)
+        _take_place(staged, output)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _take_place(staged: Path, output: Path) -> None:
+    check_new_folder(output)
+    try:
         if output.is_dir():
             output.rmdir()
         os.replace(staged, output)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
+    except OSError as error:
+        check_new_folder(output)  # which says so where another process was faster
+        raise error
+
+
+def free_space(path: str | os.PathLike) -> int:
+    """Bytes that are free on the disk of a file or folder, which need not be there yet."""
+    path = Path(path).absolute()
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def check_disk_space(folder: Path, num_bytes: int) -> None:
@@ -59,8 +194,11 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
     Args:
         folder (`Path`): Where to write; it exists.
         num_bytes (`int`): What will be written.
+
+    Raises:
+        OSError: There is less space.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if num_bytes > free:
         raise OSError(
             f"{folder.parent} has {free / 1e9:.1f} GB free and {num_bytes / 1e9:.1f} GB are to be written; make room, "
@@ -68,4 +206,64 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-__all__ = ["check_disk_space", "check_new_folder", "staged_folder"]
+def readable_size(num_bytes: float) -> str:
+    """A number of bytes for people, in steps of 1000.
+
+    Example:
+
+    >>> readable_size(999), readable_size(1_500_000), readable_size(2_000_000_000_000)
+    ('999 B', '1.5 MB', '2000.0 GB')
+    """
+    if num_bytes < 1000:
+        return f"{num_bytes:.0f} B"
+    for unit in ("kB", "MB"):
+        num_bytes /= 1000
+        if num_bytes < 1000:
+            return f"{num_bytes:.1f} {unit}"
+    return f"{num_bytes / 1000:.1f} GB"
+
+
+def file_digest(path: str | os.PathLike, digest: Any = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Args:
+        path: of the file; a block of it is in memory at a time.
+        digest (*optional*): A `hashlib` object to go on with instead, of whatever kind.
+    """
+    digest = hashlib.sha256() if digest is None else digest
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_digest(folder: str | os.PathLike) -> str:
+    """SHA-256 of the names and contents of all files in a folder and its folders, in hexadecimal."""
+    folder = Path(folder)
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return json_digest({name: file_digest(folder / name) for name in names})
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value as json, in hexadecimal: the order of keys does not count.
+
+    Raises:
+        TypeError: It holds something else than what json does.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = [
+    "check_disk_space",
+    "check_new_folder",
+    "file_digest",
+    "flush_to_disk",
+    "folder_digest",
+    "follow_umask",
+    "free_space",
+    "json_digest",
+    "readable_size",
+    "staged_folder",
+    "whole_file",
+    "write_whole",
+]

@@ -2,7 +2,8 @@
 """What trains and what does not: freezing by SAE layer, and training only the rows of the added tokens."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,8 +11,10 @@ from torch import nn
 from .generation_segcompass import decoder_layers
 
 
-def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
-    """Leave trainable what the method trains, freeze everything else.
+def freeze_for_training(
+    model: nn.Module, train_token_rows: Literal["head", "none", "both"] | None = None
+) -> nn.Module:
+    """Leave trainable what the method trains, freeze everything else. Returns the model.
 
     Trainable: decoder layers with index >= `sae_layer`, codebook, slot encoder, slot mapper, SAM's mask prompt path
     and mask decoder, and the rows of the added tokens as `train_token_rows` says. The rest is frozen, SAM's parts
@@ -19,7 +22,7 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
 
     Args:
         model (`SegCompassForReasoningSegmentation`): Changed in place.
-        train_token_rows (`str`): `"head"`, `"none"` or `"both"`.
+        train_token_rows (`str`, *optional*): `"head"`, `"none"` or `"both"`; the configuration's when left out.
 
     Raises:
         ValueError: An adapter is attached, or the decoder layers to train are quantised.
@@ -36,7 +39,8 @@ def freeze_for_training(model: nn.Module, train_token_rows: str) -> None:
         parameter.requires_grad_(False)
     config = model.config
     ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
-    train_rows(model, train_token_rows, ids)
+    train_rows(model, train_token_rows or config.train_token_rows, ids)
+    return model
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -85,7 +89,12 @@ def train_rows(model: nn.Module, train_token_rows: str, ids: list[int]) -> None:
 
 
 class TokenRowsMixin:
-    """Keeps the rule of [`train_rows`], which lives in hooks of tensors, where copies take their place."""
+    """Keeps the rule of [`train_rows`], which lives in hooks of tensors, where copies take their place.
+
+    Its heir is a `PreTrainedModel`.
+    """
+
+    get_output_embeddings: Callable[[], nn.Module]
 
     def __deepcopy__(self, memo: dict):
         twin = memo[id(self)] = self.__class__.__new__(self.__class__)

@@ -33,7 +33,17 @@ _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "s
 
 
 class LoadingMixin:
-    """Composing, loading and saving of [`SegCompassForReasoningSegmentation`]."""
+    """Composing, loading and saving of [`SegCompassForReasoningSegmentation`].
+
+    Its heir is a `PreTrainedModel` that is made as `cls(config, vlm=..., sam=..., sae=...)` and adds the heads.
+    """
+
+    config: SegCompassConfig
+    sam: PreTrainedModel
+    sae: PreTrainedModel
+    codebook: nn.Module
+    slot_encoder: nn.Module
+    slot_mapper: nn.Module
 
     @classmethod
     def from_pretrained_parts(

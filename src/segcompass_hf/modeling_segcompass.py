@@ -2,103 +2,26 @@
 """The composition: VLM, sparse concepts, slots, heatmaps and SAM masks in one model, with one VLM pass."""
 
 import math
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, SamModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
-from .interventions_segcompass import Interventions, apply_interventions, normalize_interventions, steer_hidden_states
+from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
-from .losses_segcompass import SegmentationLossOutput, segmentation_loss
-from .modeling_concepts import ConceptCodebook, SparseConcepts, encode_concepts
-from .modeling_heatmaps import SlotMapper, SlotMapperOutput
-from .modeling_masks import SamMaskStage
+from .modeling_concepts import ConceptCodebook
+from .modeling_heatmaps import SlotMapper
 from .modeling_sae import SegCompassSae
-from .modeling_slots import SlotEncoder, SlotEncoderOutput
-from .original_inputs_segcompass import duplicate_completion, limit_image_tokens
+from .modeling_slots import SlotEncoder
+from .original_inputs_segcompass import duplicated_inputs
+from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
-
-
-@dataclass
-class SegCompassOutput(ModelOutput):
-    """Output of [`SegCompassForReasoningSegmentation`]. Without an image for SAM only the language fields are set.
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): `lm_loss_weight * language_loss` (given `labels`) plus the
-            weighted segmentation losses (given `mask_labels`).
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Of the VLM.
-        heatmap_logits (`torch.Tensor` of shape `(batch_size, num_slots, 4h, 4w)`): Slot maps before SAM, padding not
-            masked; `h`, `w` are the sides of SAM's image embedding.
-        slot_logits (`torch.Tensor` of shape `(batch_size, num_slots)`): Confidence that a slot holds an object.
-        pred_masks (`torch.Tensor` of shape `(batch_size, num_slots, 4h, 4w)`, *optional*): Mask logits; `None` where
-            only matched slots were decoded (training).
-        slots (`torch.Tensor` of shape `(batch_size, num_slots, d_slot)`): Concept slots.
-        reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): Last hidden states at the
-            `<REF_POS>` tokens, zeros where there are fewer than slots.
-        concepts ([`SparseConcepts`], *optional*): Active concepts per token, with `output_concepts=True`.
-        slot_attentions (`tuple[torch.Tensor]`, *optional*): One per slot encoder layer, of shape
-            `(batch_size, num_heads, num_slots, num_slots + sequence_length)`, with `output_slot_attentions=True`.
-        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM's, with
-            `output_image_embeddings=True`.
-        language_loss, segmentation_loss, confidence_loss (`torch.Tensor` of shape `()`, *optional*): Before weights.
-        losses ([`SegmentationLossOutput`], *optional*): The single terms and the matched pairs.
-        cache (`Cache`, *optional*): Of the VLM, with `use_cache=True`.
-    """
-
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    heatmap_logits: torch.Tensor | None = None
-    slot_logits: torch.Tensor | None = None
-    pred_masks: torch.Tensor | None = None
-    slots: torch.Tensor | None = None
-    reference_states: torch.Tensor | None = None
-    concepts: SparseConcepts | None = None
-    slot_attentions: tuple[torch.Tensor, ...] | None = None
-    image_embeddings: torch.Tensor | None = None
-    language_loss: torch.Tensor | None = None
-    segmentation_loss: torch.Tensor | None = None
-    confidence_loss: torch.Tensor | None = None
-    losses: SegmentationLossOutput | None = None
-    cache: Any | None = None
-
-    @property
-    def past_key_values(self) -> Any | None:
-        """`cache`, by the name it has had before transformers 5.24."""
-        return self.cache
-
-
-def gather_reference_states(
-    last_states: torch.Tensor,
-    is_reference: torch.Tensor,
-    num_slots: int,
-    order: Literal["earliest_first", "latest_first"] = "earliest_first",
-) -> torch.Tensor:
-    """States at the last `num_slots` reference tokens of each row; zeros for slots that have none.
-
-    Args:
-        last_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Last hidden states.
-        is_reference (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Where the reference tokens are.
-        num_slots (`int`): K.
-        order (`str`): Which of them slot 0 gets.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`.
-    """
-    rank_from_end = is_reference.long().flip(1).cumsum(1).flip(1)  # 1 for the last reference token
-    kept = is_reference & (rank_from_end <= num_slots)
-    slot = rank_from_end - 1 if order == "latest_first" else kept.long().cumsum(1) - 1
-    rows, columns = kept.nonzero(as_tuple=True)
-    states = last_states.new_zeros(last_states.shape[0], num_slots, last_states.shape[-1])
-    return states.index_put((rows, slot[rows, columns]), last_states[rows, columns])
 
 
 class SegCompassPreTrainedModel(PreTrainedModel):
@@ -178,131 +101,9 @@ class SegCompassForReasoningSegmentation(
         # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
         self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
-    @property
-    def mask_stage(self) -> SamMaskStage:
-        """The mask decoder's interface: image -> embeddings; embeddings and heatmaps -> masks."""
-        return SamMaskStage(self.sam)
-
-    def freeze_for_training(self, train_token_rows: Literal["head", "none", "both"] | None = None):
-        """Leave trainable what the method trains; see `freezing_segcompass`. Returns the model.
-
-        Args:
-            train_token_rows (`str`, *optional*): `config.train_token_rows` when left out.
-        """
-        freeze_for_training(self, train_token_rows or self.config.train_token_rows)
-        return self
-
-    def parameter_groups(
-        self, learning_rate: float, weight_decay: float = 0.0, factors: dict[str, float] | None = None
-    ) -> list[dict]:
-        """Optimizer groups: learning rates by part, no decay where rows are frozen. See `freezing_segcompass`."""
-        return parameter_groups(self, learning_rate, weight_decay, factors)
-
-    # The stages, each of use on its own (ablations, attribution, trainers).
-
-    def encode_image(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """SAM features `(batch_size, channels, h, w)` of `sam_pixel_values` `(batch_size, 3, canvas, canvas)`."""
-        return self.mask_stage.encode_image(sam_pixel_values)
-
-    def modality_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """1 on image (and video) tokens, 0 on text; `(batch_size, sequence_length)`."""
-        ids = [i for i in (self.config.image_token_id, self.config.video_token_id) if i is not None]
-        return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).long()
-
-    def encode_concepts(
-        self,
-        layer_states: torch.Tensor,
-        attention_mask: torch.Tensor,
-        modality_ids: torch.Tensor,
-        interventions: Interventions = None,
-    ) -> SparseConcepts:
-        """Active concepts of states `(batch_size, sequence_length, hidden_size)`, interventions applied; no grad."""
-        concepts = encode_concepts(
-            self.sae,
-            layer_states,
-            attention_mask,
-            self.config.concept_threshold,
-            modality_ids,
-            chunk_size=self.config.concept_chunk_size,
-        )
-        return apply_interventions(concepts, interventions, attention_mask, modality_ids, self.config.sae_config.d_sae)
-
-    def encode_slots(
-        self, concepts: SparseConcepts, attention_mask: torch.Tensor, output_attentions: bool = False
-    ) -> SlotEncoderOutput:
-        """Slots `(batch_size, num_slots, d_slot)` of sparse concepts; differentiable in `concepts.values`."""
-        return self.slot_encoder(self.codebook(concepts), attention_mask, output_attentions=output_attentions)
-
-    def find_reference_states(
-        self,
-        last_states: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        completion_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Last states at the last K `<REF_POS>`, searched and ordered as the configuration says.
-
-        Without a `completion_mask` there is no completion to search: all zeros (the prompt may name the token).
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`.
-        """
-        if self.config.ref_token_id is None:
-            raise ValueError(
-                "config.ref_token_id is None, so no <REF_POS> can be found; set it to the tokenizer's id of <REF_POS>."
-            )
-        where = attention_mask.bool()
-        if self.config.reference_search == "completion":
-            where = where & (completion_mask.bool() if completion_mask is not None else False)
-        is_reference = (input_ids == self.config.ref_token_id) & where
-        return gather_reference_states(last_states, is_reference, self.config.num_slots, self.config.reference_order)
-
-    def predict_masks(
-        self,
-        reference_states: torch.Tensor,
-        slots: torch.Tensor,
-        image_embeddings: torch.Tensor,
-        reshaped_input_sizes: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """From reference states and slots (perhaps changed by the caller) to masks.
-
-        Args:
-            reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): At the `<REF_POS>`.
-            slots (`torch.Tensor` of shape `(batch_size, num_slots, d_slot)`): Concept slots.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): SAM features.
-            reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
-                the image on SAM's canvas; the whole canvas counts as image when left out.
-
-        Returns:
-            `tuple`: `heatmap_logits` `(batch_size, num_slots, 4h, 4w)`, `slot_logits` `(batch_size, num_slots)`,
-            `pred_masks` `(batch_size, num_slots, 4h, 4w)`.
-        """
-        mapped = self.slot_mapper(reference_states, slots, image_embeddings)
-        area = self._valid_area(reshaped_input_sizes, image_embeddings)
-        pred_masks = self.mask_stage.decode(image_embeddings, mapped.heatmap_logits, area)
-        return mapped.heatmap_logits, mapped.slot_logits, pred_masks
-
-    def _valid_area(self, sizes: torch.Tensor | None, image_embeddings: torch.Tensor) -> torch.Tensor | None:
-        return None if sizes is None else self.mask_stage.valid_area(sizes.to(image_embeddings.device))
-
-    def _image_embeddings(
-        self, sam_pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, batch_size: int
-    ) -> torch.Tensor | None:
-        """SAM features, given or computed, checked against the number of rows."""
-        if image_embeddings is None and sam_pixel_values is None:
-            return None
-        if image_embeddings is not None and sam_pixel_values is not None:
-            raise ValueError("got both sam_pixel_values and image_embeddings; pass one of them.")
-        if image_embeddings is None:
-            image_embeddings = self.encode_image(sam_pixel_values)
-        if image_embeddings.shape[0] != batch_size:
-            raise ValueError(
-                f"got SAM features of {image_embeddings.shape[0]} images for {batch_size} sequences; pass one image "
-                "per sequence."
-            )
-        return image_embeddings
-
-    # Training and inference.
+    # Functions of `freezing_segcompass`, which take the model first.
+    freeze_for_training = freeze_for_training
+    parameter_groups = parameter_groups
 
     def forward(
         self,
@@ -317,15 +118,11 @@ class SegCompassForReasoningSegmentation(
         num_objects: torch.LongTensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
-        slots: torch.Tensor | None = None,
-        reference_states: torch.Tensor | None = None,
         interventions: Interventions = None,
         output_concepts: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
-        decode_masks: Literal["auto", "all", "matched"] = "auto",
-        num_segmentation_items: int | torch.Tensor | None = None,
-        num_samples: int | torch.Tensor | None = None,
+        targets: MaskTargets | None = None,
         **vlm_kwargs,
     ) -> SegCompassOutput:
         r"""Read a whole sequence (prompt and completion) once and segment.
@@ -346,13 +143,10 @@ class SegCompassForReasoningSegmentation(
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
-            slots, reference_states (`torch.Tensor`, *optional*): Replace the computed ones (ablations).
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
-            decode_masks (`str`, defaults to `"auto"`): Whether `all` slots or only `matched` ones go through SAM's
-                decoder; `auto` is `matched` in training with `mask_labels`.
-            num_segmentation_items, num_samples (*optional*): Size of the larger batch this one is part of; see
-                [`segmentation_loss`].
+            targets ([`MaskTargets`], *optional*): In place of `mask_labels` and `num_objects`, by trainers whose batch
+                is part of a larger one.
             vlm_kwargs: Everything else goes to the VLM.
 
         Returns:
@@ -363,97 +157,75 @@ class SegCompassForReasoningSegmentation(
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if completion_mask is None and labels is not None:
             completion_mask = labels != -100
+        if targets is None and mask_labels is not None:
+            targets = MaskTargets(mask_labels, num_objects)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
-        modality_ids = self.modality_ids(input_ids)
         # The language loss is left to the VLM; a weight of 0 saves its cost.
         vlm_labels = labels if self.config.lm_loss_weight else None
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
-        with self._capture(interventions, attention_mask, modality_ids) as capture:
+        with self.capture_states(input_ids, attention_mask, interventions) as capture:
             vlm_output = self.vlm(
                 input_ids=input_ids,
                 labels=vlm_labels,
                 **self._with_positions({k: v for k, v in vlm_inputs.items() if v is not None}),
             )
         language_loss = vlm_output.loss if vlm_labels is not None else None
-        output = SegCompassOutput(logits=vlm_output.logits, language_loss=language_loss, cache=vlm_output.get(CACHE))
-        if language_loss is not None:
-            output.loss = self.config.lm_loss_weight * language_loss
-        image_embeddings = self._image_embeddings(sam_pixel_values, image_embeddings, input_ids.shape[0])
-        if image_embeddings is None and mask_labels is not None:
+        loss = None if language_loss is None else self.config.lm_loss_weight * language_loss
+        image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, input_ids.shape[0])
+        if image_embeddings is None and targets is not None:
             raise ValueError("mask_labels need an image for SAM: pass sam_pixel_values or image_embeddings.")
-        if image_embeddings is None and not output_concepts:
-            return output
-
-        layer_states, last_states = capture.states()
-        if reference_states is None and image_embeddings is not None:
-            reference_states = self.find_reference_states(last_states, input_ids, attention_mask, completion_mask)
-        concept_inputs = layer_states, attention_mask, modality_ids
-        if self.config.concept_input == "duplicated":
-            concept_inputs = self._duplicated_states(input_ids, completion_mask, interventions, vlm_inputs)
-        concepts = self.encode_concepts(*concept_inputs, interventions)
-        output.concepts = concepts if output_concepts else None
-        if image_embeddings is None:
-            return output
-        encoded = self.encode_slots(concepts, concept_inputs[1], output_slot_attentions)
-        output.slots = encoded.slots if slots is None else slots
-        output.reference_states, output.slot_attentions = reference_states, encoded.attentions
-        output.image_embeddings = image_embeddings if output_image_embeddings else None
-
-        mapped = self.slot_mapper(reference_states, output.slots, image_embeddings)
-        output.heatmap_logits, output.slot_logits = mapped.heatmap_logits, mapped.slot_logits
-        area = self._valid_area(reshaped_input_sizes, image_embeddings)
-        decode = partial(self.mask_stage.decode, image_embeddings, mapped.heatmap_logits, area)
-        only_matched = decode_masks == "matched" or (decode_masks == "auto" and self.training)
-        if mask_labels is None or not only_matched:
-            output.pred_masks = decode()
-        if mask_labels is not None:
-            masks = (lambda a: decode(pairs=a.pairs)) if output.pred_masks is None else output.pred_masks
-            counts = {"num_items": num_segmentation_items, "num_samples": num_samples}
-            output.losses = self.segmentation_loss(mapped, masks, mask_labels, num_objects, area, **counts)
-            output.segmentation_loss = output.losses.segmentation_loss
-            output.confidence_loss = output.losses.confidence_loss
-            output.loss = output.losses.loss if output.loss is None else output.loss + output.losses.loss
-        return output
-
-    def segmentation_loss(
-        self,
-        mapped: SlotMapperOutput,
-        pred_masks,
-        mask_labels: torch.Tensor,
-        num_objects: torch.Tensor | None,
-        valid_area: torch.Tensor | None,
-        **counts,
-    ) -> SegmentationLossOutput:
-        """[`segmentation_loss`] with this model's weights."""
-        config = self.config
-        return segmentation_loss(
-            mapped.heatmap_logits,
-            pred_masks,
-            mapped.slot_logits,
-            mask_labels,
-            num_objects,
-            valid_area,
-            seg_loss_weight=config.seg_loss_weight,
-            conf_loss_weight=config.conf_loss_weight,
-            heatmap_bce_weight=config.heatmap_bce_weight,
-            heatmap_dice_weight=config.heatmap_dice_weight,
-            mask_dice_weight=config.mask_dice_weight,
-            mask_focal_weight=config.mask_focal_weight,
-            match_confidence_weight=config.match_confidence_weight,
-            match_valid_area_only=config.valid_area_only,
-            empty_samples=config.empty_samples,
-            **counts,
+        output = SegCompassOutput()
+        if image_embeddings is not None or output_concepts:
+            states = SequenceStates(*capture.states(), input_ids, attention_mask, completion_mask)
+            states = self.with_concept_states(states, interventions, **vlm_inputs)
+        if image_embeddings is not None:
+            sizes, switches = reshaped_input_sizes, (output_concepts, output_slot_attentions)
+            output = self.read_masks(states, image_embeddings, sizes, targets, interventions, *switches)
+        elif output_concepts:
+            output.concepts = self.read_concepts(states, interventions)
+        if output.loss is not None:
+            loss = output.loss if loss is None else loss + output.loss
+        return replace(
+            output,
+            loss=loss,
+            logits=vlm_output.logits,
+            image_embeddings=image_embeddings if output_image_embeddings else None,
+            language_loss=language_loss,
+            cache=vlm_output.get(CACHE),
         )
 
-    def _capture(
-        self, interventions: list, attention_mask: torch.Tensor, modality_ids: torch.Tensor
+    def image_embeddings_of(
+        self, sam_pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, batch_size: int
+    ) -> torch.Tensor | None:
+        """SAM features `(batch_size, channels, h, w)`, given or computed; `None` where there is neither.
+
+        Raises:
+            ValueError: There are both, or not one image per sequence.
+        """
+        if image_embeddings is None and sam_pixel_values is None:
+            return None
+        if image_embeddings is not None and sam_pixel_values is not None:
+            raise ValueError("got both sam_pixel_values and image_embeddings; pass one of them.")
+        if image_embeddings is None:
+            image_embeddings = self.encode_image(sam_pixel_values)
+        if image_embeddings.shape[0] != batch_size:
+            raise ValueError(
+                f"got SAM features of {image_embeddings.shape[0]} images for {batch_size} sequences; pass one image "
+                "per sequence."
+            )
+        return image_embeddings
+
+    def capture_states(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, interventions: Interventions = None
     ) -> HiddenStateCapture:
         """Context that reads the VLM's states and steers them where an intervention acts on the residual stream.
 
-        Tokens after those of `attention_mask` (generated ones) are text.
+        Tokens after those of `input_ids` and `attention_mask`, both `(batch_size, sequence_length)`, are generated
+        ones, and so text.
         """
-        edit = None
+        edit, interventions = None, normalize_interventions(interventions)
         if any(intervention.where == "residual" for intervention in interventions):
+            modality_ids = self.modality_ids(input_ids)
 
             def edit(states: torch.Tensor, passed: int) -> torch.Tensor:
                 span = slice(passed, passed + states.shape[1])
@@ -478,38 +250,33 @@ class SegCompassForReasoningSegmentation(
         return {**vlm_inputs, "position_ids": positions}
 
     @torch.no_grad()
-    def _duplicated_states(
-        self,
-        input_ids: torch.Tensor,
-        completion_mask: torch.Tensor | None,
-        interventions: list,
-        vlm_inputs: dict,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """States, mask and modality of the SAE input of the original code: a second pass, for its checkpoints only."""
-        if completion_mask is None:
-            raise ValueError(
-                'concept_input="duplicated" repeats the completion and needs a completion_mask, got None; for prompts '
-                'alone use concept_input="once".'
-            )
-        pad = self.config.get_text_config().pad_token_id or 0
-        starts = completion_mask.long().argmax(dim=1)
-        start = int(starts[completion_mask.bool().any(dim=1)].min()) if bool(completion_mask.any()) else None
-        ids = input_ids.masked_fill(~vlm_inputs["attention_mask"].bool(), pad)
-        completion = ids[:, start:] if start is not None else ids[:, :0]
-        ids, mask, positions = duplicate_completion(input_ids, vlm_inputs["attention_mask"], completion, pad)
-        if self.config.image_token_id is not None:
-            per_row = int((input_ids[:, :start] == self.config.image_token_id).sum(1).max())
-            ids = limit_image_tokens(ids, self.config.image_token_id, per_row, pad)
-        modality_ids = self.modality_ids(ids)
-        vlm_inputs = {k: v for k, v in vlm_inputs.items() if v is not None and k not in ("position_ids", "use_cache")}
-        vlm_inputs["attention_mask"] = mask
-        if "mm_token_type_ids" in vlm_inputs:
-            vlm_inputs["mm_token_type_ids"] = modality_ids
+    def with_concept_states(
+        self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs
+    ) -> SequenceStates:
+        """The states with those that concepts are read from: the same, but with `concept_input="duplicated"`, where a
+        second pass of the VLM (its other inputs: `vlm_inputs`) reads what the original code lets its SAE read.
+
+        Raises:
+            ValueError: The completion is to be duplicated, but there is no `completion_mask`.
+        """
+        if self.config.concept_input != "duplicated":
+            return states
+        ids, mask, positions = duplicated_inputs(
+            states.input_ids,
+            states.attention_mask,
+            states.completion_mask,
+            self.config.get_text_config().pad_token_id or 0,
+            self.config.image_token_id,
+        )
+        ours = ("attention_mask", "position_ids", "use_cache")
+        inputs = {name: value for name, value in vlm_inputs.items() if value is not None and name not in ours}
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = self.modality_ids(ids)
         if not hasattr(self.base_model, "get_rope_index"):
-            vlm_inputs["position_ids"] = positions
-        with self._capture(interventions, mask, modality_ids) as capture:
-            self.base_model(input_ids=ids, use_cache=False, **vlm_inputs)
-        return capture.states()[0], mask, modality_ids
+            inputs["position_ids"] = positions
+        with self.capture_states(ids, mask, interventions) as capture:
+            self.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
+        return replace(states, layer_states=capture.states()[0], concept_ids=ids, concept_mask=mask)
 
 
 SegCompassForReasoningSegmentation.register_for_auto_class("AutoModel")

@@ -34,6 +34,35 @@ def duplicate_completion(
     return ids, mask, (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def duplicated_inputs(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor | None,
+    pad_token_id: int,
+    image_token_id: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The pass that the SAE reads: [`duplicate_completion`] from where the first completion of the batch begins, and
+    [`limit_image_tokens`]. Arguments and what it returns (ids, mask, positions) have the shape of `input_ids`.
+
+    Raises:
+        ValueError: `completion_mask` is `None`.
+    """
+    if completion_mask is None:
+        raise ValueError(
+            'concept_input="duplicated" repeats the completion and needs a completion_mask, got None; for prompts '
+            'alone use concept_input="once".'
+        )
+    starts = completion_mask.long().argmax(dim=1)
+    start = int(starts[completion_mask.bool().any(dim=1)].min()) if bool(completion_mask.any()) else None
+    ids = input_ids.masked_fill(~attention_mask.bool(), pad_token_id)
+    completion = ids[:, start:] if start is not None else ids[:, :0]
+    ids, mask, positions = duplicate_completion(input_ids, attention_mask, completion, pad_token_id)
+    if image_token_id is not None:
+        per_row = int((input_ids[:, :start] == image_token_id).sum(1).max())
+        ids = limit_image_tokens(ids, image_token_id, per_row, pad_token_id)
+    return ids, mask, positions
+
+
 def limit_image_tokens(
     input_ids: torch.Tensor, image_token_id: int, max_tokens: int, replacement_id: int
 ) -> torch.Tensor:

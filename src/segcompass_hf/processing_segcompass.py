@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from transformers import (
-    AddedToken,
-    BatchFeature,
-    ProcessorMixin,
-    SamImageProcessorPil,
-)
+from transformers import AddedToken, BatchFeature, ProcessorMixin
 
 from .images_segcompass import (
     check_masks,
@@ -27,6 +22,7 @@ from .images_segcompass import (
 from .vlm_processors_segcompass import (
     is_own_folder,
     load_vlm_parts,
+    on_pil_backend,
     own_arguments,
     processor_class,
     to_sam_image_processor,
@@ -97,9 +93,7 @@ class SegCompassProcessor(ProcessorMixin):
             raise ValueError(
                 f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}."
             )
-        if not isinstance(sam_image_processor, SamImageProcessorPil) and hasattr(sam_image_processor, "to_dict"):
-            # the torchvision backend, which loading picks where torchvision is installed, resizes differently
-            sam_image_processor = SamImageProcessorPil.from_dict(sam_image_processor.to_dict())
+        image_processor, sam_image_processor = on_pil_backend(image_processor), on_pil_backend(sam_image_processor)
         known = tokenizer.get_vocab()
         needed = (REF_TOKEN, THINK_START, THINK_END) if think_tags == "tokens" else (REF_TOKEN,)
         missing = [token for token in needed if token not in known]

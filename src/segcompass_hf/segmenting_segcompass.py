@@ -1,16 +1,19 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """`segment`: write the reasoning and segment from the states seen while writing, without a second pass."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .generation_segcompass import (
     ADDED_TOKENS,
+    HiddenStateCapture,
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
     completion_mask_of,
@@ -19,6 +22,7 @@ from .generation_segcompass import (
 )
 from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
+from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
@@ -54,8 +58,18 @@ class SegCompassSegmentationOutput(ModelOutput):
     image_embeddings: torch.Tensor | None = None
 
 
-class SegmentingMixin:
-    """Inference of [`SegCompassForReasoningSegmentation`]."""
+class SegmentingMixin(ReadingMixin):
+    """Inference of [`SegCompassForReasoningSegmentation`].
+
+    Beside what [`ReadingMixin`] reads it needs a VLM that writes, and of its heir the methods named below.
+    """
+
+    vlm: PreTrainedModel
+    generation_config: GenerationConfig
+    vision_token_ids: list[int]  # never written
+    image_embeddings_of: Callable[..., torch.Tensor | None]
+    capture_states: Callable[..., HiddenStateCapture]
+    with_concept_states: Callable[..., SequenceStates]
 
     @torch.no_grad()
     def segment(
@@ -106,107 +120,74 @@ class SegmentingMixin:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check_segment_inputs(attention_mask, kwargs)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
-        image_embeddings = self._image_embeddings(sam_pixel_values, image_embeddings, batch_size)
+        image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, batch_size)
         if image_embeddings is None:
             raise ValueError("segmenting needs an image for SAM: pass sam_pixel_values or image_embeddings.")
         self._check_finite("sam.vision_encoder", image_embeddings)
-        if max_new_tokens is None:
-            max_new_tokens = getattr(kwargs.get("generation_config"), "max_new_tokens", None)
-        if max_new_tokens is None:
-            max_new_tokens = self.config.max_reasoning_tokens + self.config.num_slots + 3
         end_ids = self._end_token_ids(kwargs)
-        if constrain_format is None:  # a converted checkpoint of the original spells its think tags
-            constrain_format = (self.config.ref_token_id is None) or self.config.think_start_token_id is not None
+        budget = self._max_new_tokens(max_new_tokens, kwargs)
+        processors = self._logits_processors(prompt_length, reasoning, constrain_format, budget, end_ids)
+        arguments = self._generate_arguments(kwargs, processors, end_ids)
         training = [module for module in self.modules() if module.training]
-        generator_inputs = dict(kwargs)
-        processors = self._logits_processors(prompt_length, reasoning, constrain_format, max_new_tokens, end_ids)
-        generator_inputs["logits_processor"] = [*processors, *(kwargs.get("logits_processor") or [])]
-        if end_ids:
-            generator_inputs["eos_token_id"] = end_ids
-        cache = self._generation_setting(kwargs, "cache_implementation")
-        cache = {} if cache in (None, *_GROWING_CACHES) else {"cache_implementation": "dynamic"}  # the model's own
-        sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
         self.eval()  # in training mode gradient checkpointing would silently drop the cache
         try:
-            with self._capture(interventions, attention_mask, self.modality_ids(input_ids)) as capture:
+            with self.capture_states(input_ids, attention_mask, interventions) as capture:
                 sequences = self.vlm.generate(
-                    input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    max_new_tokens=max_new_tokens,
-                    **{"do_sample": sampling, "use_cache": True, **cache, **generator_inputs},
+                    input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=budget, **arguments
                 )
                 sequences = getattr(sequences, "sequences", sequences)
                 copies = sequences.shape[0] // batch_size
                 prompt_mask = attention_mask.repeat_interleave(copies, 0)
                 seen = torch.cat([prompt_mask, torch.ones_like(sequences[:, prompt_length:])], dim=1)
                 run_last_token(capture, sequences, seen)
-            return self._segment_sequences(
-                capture.states(),
-                sequences,
-                prompt_mask,
-                completion_mask_of(sequences[:, prompt_length:], end_ids),
+            written = completion_mask_of(sequences[:, prompt_length:], end_ids)
+            states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
+            if copies > 1 and self.config.concept_input == "duplicated":
+                raise ValueError(
+                    f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'
+                )
+            image_inputs = {name: kwargs[name] for name in _VLM_IMAGE_INPUTS if name in kwargs}
+            states = self.with_concept_states(states, interventions, **image_inputs)
+            output = self.read_finite_masks(
+                states,
                 image_embeddings.repeat_interleave(copies, 0),
                 None if reshaped_input_sizes is None else reshaped_input_sizes.repeat_interleave(copies, 0),
-                interventions,
-                {**kwargs, "copies": copies},
-                {"concepts": output_concepts, "attentions": output_slot_attentions, "image": output_image_embeddings},
+                interventions=interventions,
+                output_concepts=output_concepts,
+                output_slot_attentions=output_slot_attentions,
             )
         finally:
             for module in training:
                 module.training = True
-
-    def _segment_sequences(
-        self,
-        states: tuple[torch.Tensor, torch.Tensor],
-        sequences: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        written_mask: torch.Tensor,
-        image_embeddings: torch.Tensor,
-        reshaped_input_sizes: torch.Tensor | None,
-        interventions: list,
-        vlm_inputs: dict,
-        returns: dict[str, bool],
-    ) -> SegCompassSegmentationOutput:
-        """Masks from the states of generated sequences."""
-        layer_states, last_states = states
-        attention_mask = torch.cat([prompt_mask, written_mask.to(prompt_mask.dtype)], dim=1)
-        completion_mask = torch.cat([torch.zeros_like(prompt_mask), written_mask.to(prompt_mask.dtype)], dim=1)
-        present = attention_mask.bool()
-        self._check_finite("vlm", layer_states[present], last_states[present])
-        concept_inputs = layer_states, attention_mask, self.modality_ids(sequences)
-        if self.config.concept_input == "duplicated":
-            copies = vlm_inputs.pop("copies")
-            if copies > 1:
-                raise ValueError(
-                    f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'
-                )
-            inputs = {k: v for k, v in vlm_inputs.items() if k in _VLM_IMAGE_INPUTS}
-            inputs["attention_mask"] = attention_mask
-            concept_inputs = self._duplicated_states(sequences, completion_mask, interventions, inputs)
-        concepts = self.encode_concepts(*concept_inputs, interventions)
-        encoded = self.encode_slots(concepts, concept_inputs[1], returns["attentions"])
-        self._check_finite("slot_encoder", encoded.slots)
-        reference_states = self.find_reference_states(last_states, sequences, attention_mask, completion_mask)
-        heatmap_logits, slot_logits, pred_masks = self.predict_masks(
-            reference_states, encoded.slots, image_embeddings, reshaped_input_sizes
-        )
-        self._check_finite("slot_mapper", heatmap_logits, slot_logits)
-        self._check_finite("sam.mask_decoder", pred_masks)
+        shared = set(SegCompassSegmentationOutput.__dataclass_fields__) & set(output)
+        fields = {name: output[name] for name in shared}
+        if output_image_embeddings:
+            fields["image_embeddings"] = image_embeddings.repeat_interleave(copies, 0)
         return SegCompassSegmentationOutput(
             sequences=sequences,
-            attention_mask=attention_mask,
-            completion_mask=completion_mask,
+            attention_mask=states.attention_mask,
+            completion_mask=states.completion_mask,
             slot_logit_threshold=float(self.config.slot_logit_threshold),
             mask_logit_threshold=float(self.config.mask_logit_threshold),
-            heatmap_logits=heatmap_logits,
-            slot_logits=slot_logits,
-            pred_masks=pred_masks,
-            slots=encoded.slots,
-            reference_states=reference_states,
-            concepts=concepts if returns["concepts"] else None,
-            slot_attentions=encoded.attentions,
-            image_embeddings=image_embeddings if returns["image"] else None,
+            **fields,
         )
+
+    def read_finite_masks(self, states: SequenceStates, *args, **kwargs) -> SegCompassOutput:
+        """`read_masks`, with an error where a stage's output is not a number, for masks that someone will look at.
+
+        Args:
+            states ([`SequenceStates`]): See `read_masks`, and there for the other arguments.
+
+        Raises:
+            ValueError: NaN or infinities; the message names the stage, and the weights that hold them.
+        """
+        layer_states = states.layer_states[states.concept_mask.bool()]
+        self._check_finite("vlm", layer_states, states.last_states[states.attention_mask.bool()])
+        output = self.read_masks(states, *args, **kwargs)
+        self._check_finite("slot_encoder", output.slots)
+        self._check_finite("slot_mapper", output.heatmap_logits, output.slot_logits)
+        self._check_finite("sam.mask_decoder", output.pred_masks)
+        return output
 
     def _check_segment_inputs(self, attention_mask: torch.Tensor, kwargs: dict) -> None:
         """Refuse what would give wrong masks without a word; drop what `generate` does not know."""
@@ -240,6 +221,20 @@ class SegmentingMixin:
                 f"one of {', '.join(_GROWING_CACHES)}."
             )
 
+    def _max_new_tokens(self, max_new_tokens: int | None, kwargs: dict) -> int:
+        given = (max_new_tokens, getattr(kwargs.get("generation_config"), "max_new_tokens", None))
+        default = self.config.max_reasoning_tokens + self.config.num_slots + 3
+        return next((number for number in given if number is not None), default)
+
+    def _generate_arguments(self, kwargs: dict, processors: list, end_ids: list[int]) -> dict:
+        """What `generate` gets beside the prompt: the caller's arguments, greedy decoding, a cache that can grow."""
+        cache = self._generation_setting(kwargs, "cache_implementation")
+        cache = {} if cache in (None, *_GROWING_CACHES) else {"cache_implementation": "dynamic"}  # the model's own
+        sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
+        processors = [*processors, *(kwargs.get("logits_processor") or [])]
+        ends = {"eos_token_id": end_ids} if end_ids else {}
+        return {"do_sample": sampling, "use_cache": True, **cache, **kwargs, "logits_processor": processors, **ends}
+
     def _generation_setting(self, kwargs: dict, name: str):
         """A setting as `generate` finds it: an argument, the caller's configuration, the model's own."""
         configs = (kwargs.get("generation_config"), self.generation_config)
@@ -257,10 +252,17 @@ class SegmentingMixin:
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
     def _logits_processors(
-        self, prompt_length: int, reasoning: str, constrain_format: bool, max_new_tokens: int, end_ids: list[int]
+        self,
+        prompt_length: int,
+        reasoning: str,
+        constrain_format: bool | None,
+        max_new_tokens: int,
+        end_ids: list[int],
     ) -> list:
         """Processors that forbid vision tokens and, if asked, guarantee the format."""
         config = self.config
+        if constrain_format is None:  # a converted checkpoint of the original spells its think tags
+            constrain_format = config.ref_token_id is None or config.think_start_token_id is not None
         suppress = SuppressTokensLogitsProcessor(
             self.vision_token_ids, partial(_non_finite_parameters, self.vlm, "vlm")
         )
@@ -276,7 +278,7 @@ class SegmentingMixin:
                 f"the format needs token ids that are not set: {', '.join(missing) or 'eos_token_id'}; set them on "
                 "the config (eos_token_id on generation_config), or pass constrain_format=False."
             )
-        budget = reasoning_budget(
+        reasoning_tokens = reasoning_budget(
             reasoning, config.num_slots, max_new_tokens, config.max_reasoning_tokens, config.short_reasoning_tokens
         )
         pad = self.generation_config.pad_token_id
@@ -287,7 +289,7 @@ class SegmentingMixin:
             think_start_token_id=config.think_start_token_id,
             think_end_token_id=config.think_end_token_id,
             eos_token_id=end_ids[0],
-            max_reasoning_tokens=budget,
+            max_reasoning_tokens=reasoning_tokens,
             forbidden_token_ids=[*self.vision_token_ids, *end_ids, *([] if pad is None else [pad])],
         )
         return [suppress, form]

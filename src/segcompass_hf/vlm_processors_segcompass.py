@@ -18,6 +18,16 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 SUB_PROCESSORS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer")
 
 
+def on_pil_backend(image_processor: Any) -> Any:
+    """An image processor of transformers on its PIL backend, whose pixels are the same wherever it is loaded.
+
+    Loading chooses the torchvision backend where torchvision is installed, which resizes differently.
+    """
+    name = type(image_processor).__name__.removesuffix("Fast")
+    pil_class = getattr(transformers, f"{name}Pil", None)
+    return image_processor if pil_class is None else pil_class.from_dict(image_processor.to_dict())
+
+
 def own_arguments(processor_class: type) -> list[str]:
     """Constructor arguments of a VLM processor besides its parts and chat template."""
     skipped = ("self", "chat_template", "args", "kwargs", *SUB_PROCESSORS)

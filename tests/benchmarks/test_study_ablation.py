@@ -36,15 +36,27 @@ def test_every_arm_of_the_study_is_named_and_shares_its_sampling():
 
 def test_a_start_takes_the_warm_up_it_goes_on_from(tmp_path, monkeypatch):
     monkeypatch.setattr(start, "RUNS", tmp_path)
-    assert {*settings.GOES_ON_FROM, *settings.GOES_ON_FROM.values()} <= set(settings.STARTS)
-    with pytest.raises(SystemExit, match="start-cold holds no finished vision; run start.py cold first"):
-        start.borrow("practised")
-    for stage in ("vision", "warmup"):
-        (tmp_path / "start-cold" / stage).mkdir(parents=True)
-        (tmp_path / "start-cold" / stage / start.LOG).write_text("{}")
-    for _ in range(2):
-        start.borrow("practised")
-        assert (tmp_path / "start-practised" / "warmup").resolve() == tmp_path / "start-cold" / "warmup"
+    monkeypatch.chdir(ROOT)  # where the recipe is named from
+    assert {its.goes_on_from for its in settings.STARTS.values()} <= {None, *settings.STARTS}
+    with pytest.raises(SystemExit, match="start-cold/warmup is not finished; run start.py cold first"):
+        start.recipe_of("practised")
+    warmup = tmp_path / "start-cold" / "warmup"
+    warmup.mkdir(parents=True)
+    (warmup / start.DONE).write_text("{}")
+    assert start.recipe_of("practised").settings.vlm == str(warmup)
+
+
+def test_rows_of_a_start_are_of_its_kinds_but_for_every_so_manieth(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = start.recipe_of("cold")
+    rows = start.rows_of(settings.STARTS["cold"], recipe)
+    assert list(rows) == ["warmup", "sae", "segmentation"] and len(rows["warmup"].train) == 1500 * 32
+    kinds = [rows["warmup"].train[index]["kind"] for index in range(1, 32)]
+    assert set(kinds) == set(settings.TAUGHT)
+    free = {rows["warmup"].train[index]["kind"] for index in range(0, 32 * 40, 32)}
+    assert free & set(settings.OTHERS)
+    seeds = {stage: of.train.seed for stage, of in rows.items()}
+    assert len(set(seeds.values())) == 3, "each stage has scenes of its own"
 
 
 def test_prompts_of_some_kinds_are_the_stream_without_the_others():

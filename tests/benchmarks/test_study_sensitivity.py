@@ -10,9 +10,9 @@ from places import ROOT
 pytest.importorskip("accelerate")
 pytest.importorskip("matplotlib")
 
-from segcompass_hf import SegCompassConfig  # noqa: E402
-from segcompass_hf.training.scenes_parts import build_sae_config  # noqa: E402
-from segcompass_hf.training.scenes_recipe import SLOT_SETTINGS  # noqa: E402
+pytest.importorskip("trl")
+
+from segcompass_hf.training.recipe.parts import PartLoader, Parts  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "benchmarks" / "scenes_study"))
 import sensitivity  # noqa: E402
@@ -20,20 +20,22 @@ import sensitivity_report  # noqa: E402
 import speed  # noqa: E402
 
 
-def test_every_setting_changes_one_thing_and_can_be_built():
+def test_every_setting_changes_one_thing_and_can_be_built(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the recipe is named from
     settings = list(sensitivity.settings())
     names = [name for name, *_ in settings]
     assert names[0] == "default" and len(set(names)) == len(names)
     assert not any(set(name) & set(' ()/,"') for name in names), "names of folders"
-    for _, factor, value, options in settings[1:]:
-        assert value != sensitivity.DEFAULTS[factor]
-        sae = build_sae_config(**{"layer": 2} | options.get("sae", {}))
-        slots = SLOT_SETTINGS | options.get("slots", {})
-        assert set(slots) == set(SLOT_SETTINGS), "nothing that the recipe does not set"
-        SegCompassConfig(sae_config=sae.to_dict() | {"d_in": 4096}, **{k: v for k, v in slots.items() if k in FIELDS})
-
-
-FIELDS = ("num_slots", "concept_threshold", "d_slot", "slot_encoder_heads")
+    made = {}
+    for name, factor, value, changes in settings:
+        assert factor is None or value != sensitivity.DEFAULTS[factor]
+        recipe = sensitivity.recipe_of(tmp_path / name, "bundled", changes)
+        assert [stage.name for stage in recipe.stages] == ["sae", "segmentation"]
+        arguments = recipe.stages[0].arguments()
+        config = PartLoader(recipe.settings).configuration(Parts.of(recipe.settings), arguments)
+        made[name] = config.to_dict()
+    for name in names[1:]:
+        assert made[name] != made["default"], name
 
 
 def test_a_setting_is_run_by_one_process_and_once(tmp_path):

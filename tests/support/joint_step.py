@@ -3,6 +3,8 @@
 
 import torch
 
+from segcompass_hf.reading_segcompass import MaskTargets
+from segcompass_hf.training.grpo.forward import JointTargets
 from segcompass_hf.training.memory.setup import TrainingSetup
 
 
@@ -20,13 +22,11 @@ def joint_inputs(model, setup: TrainingSetup) -> dict:
         embeddings = model.encode_image(torch.randn(batch_size, 3, 256, 256))
     masks = torch.zeros(batch_size, 4, model.mask_stage.map_size, model.mask_stage.map_size)
     masks[:, 0, :9, :9] = masks[:, 1, 20:, 20:] = 1
-    segmentation = {
-        "completion_mask": torch.ones(batch_size, completion, dtype=torch.long),
-        "image_embeddings": embeddings,
-        "mask_labels": masks,
-        "num_objects": torch.full((batch_size,), 2),
-        "reshaped_input_sizes": torch.full((batch_size, 2), 256),
-        "loss_weights": {},
-    }
+    segmentation = JointTargets(
+        completion_mask=torch.ones(batch_size, completion, dtype=torch.long),
+        image_embeddings=embeddings,
+        reshaped_input_sizes=torch.full((batch_size, 2), 256),
+        masks=MaskTargets(masks, torch.full((batch_size,), 2), decode="matched"),
+    )
     vlm = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch_size, 3, 28, 28)}
     return {**vlm, "labels": labels, "segmentation": segmentation}

@@ -4,7 +4,8 @@ import tiny
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
-from segcompass_hf.training.grpo.forward import add_joint_forward
+from segcompass_hf.reading_segcompass import MaskTargets
+from segcompass_hf.training.grpo.forward import JointTargets, add_joint_forward
 from segcompass_hf.training.grpo.reference import ReferencePolicy
 from segcompass_hf.training.grpo.vllm import vllm_weights
 
@@ -57,8 +58,7 @@ def loss_of(model, inputs, num_tokens=None):
     labels = inputs["labels"]
     output = model(
         **{name: value for name, value in inputs.items() if name != "labels"},
-        num_segmentation_items=2,  # NUM_OBJECTS
-        num_samples=4,
+        targets=MaskTargets(inputs["mask_labels"], inputs["num_objects"], num_items=2, num_samples=4),  # NUM_OBJECTS
     )
     targets = labels[:, 1:]
     language = torch.nn.functional.cross_entropy(
@@ -88,14 +88,13 @@ def joint_loss(model, inputs):
     inputs = dict(inputs)
     core = getattr(model, "module", model)
     start = int(inputs["completion_mask"].any(0).int().argmax())  # prompts end together
-    segmentation = {name: inputs.pop(name) for name in ("mask_labels", "num_objects", "reshaped_input_sizes")}
-    segmentation["image_embeddings"] = core.encode_image(inputs.pop("sam_pixel_values"))
-    segmentation |= {"num_segmentation_items": 2, "num_samples": 4, "loss_weights": {}}
-    segmentation["completion_mask"] = inputs.pop("completion_mask")[:, start:]
+    masks = MaskTargets(inputs.pop("mask_labels"), inputs.pop("num_objects"), 2, 4, decode="matched")
+    embeddings = core.encode_image(inputs.pop("sam_pixel_values"))
+    mask = inputs.pop("completion_mask")[:, start:]
+    segmentation = JointTargets(mask, embeddings, inputs.pop("reshaped_input_sizes"), masks)
     inputs.pop("original_sizes")
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     output = model(**inputs, fused_lm_head=True, segmentation=segmentation)
-    mask = segmentation["completion_mask"]
     reference = 0.0 if output.ref_log_probs is None else output.ref_log_probs
     distance = ((output.log_probs - reference) ** 2 - output.log_probs) * mask
     return (distance.sum(1) / mask.sum(1)).sum() / 4 + output.segmentation
@@ -136,7 +135,7 @@ def outside_forward(model, family, rows):
         "image_embeddings": embeddings,
         "pred_masks": segmented.pred_masks,
         "slots": model.encode_slots(concepts, torch.ones(1, 3)).slots,
-        "masks_alone": model.predict_masks(segmented.reference_states, segmented.slots, embeddings)[2],
+        "masks_alone": model.predict_masks(segmented.reference_states, segmented.slots, embeddings).pred_masks,
     }
     model.train()
     return result

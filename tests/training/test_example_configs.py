@@ -8,8 +8,9 @@ import yaml
 from places import ROOT
 from scripts import module
 
+RECIPES = ["examples/configs/your_vlm_your_folder.yaml", "examples/scenes_tiny/recipe.yaml"]  # of `segcompass train`
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
-NAMES = [path.stem for path in CONFIGS]
+NAMES = [path.stem for path in CONFIGS if f"examples/configs/{path.name}" not in RECIPES]
 # End of the file's name -> script, its own arguments, those of its trainer.
 SCRIPTS = {
     "_warmup": ("train_warmup", "ScriptArguments", "WarmupConfig"),
@@ -45,6 +46,21 @@ def test_every_key_is_a_field_and_arrives_as_written(name):
             assert arrived == value and not isinstance(arrived, str), key  # YAML reads 2e-6 as a string
         else:
             assert getattr(arrived, "value", arrived) == value, key
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_every_key_of_a_recipe_is_a_field_and_arrives_as_written(path):
+    from segcompass_hf.training import read_recipe
+
+    content, recipe = yaml.safe_load((ROOT / path).read_text()), read_recipe(ROOT / path)
+    for stage in recipe.stages:
+        section, arguments = content.pop(stage.name), stage.arguments(num_processes=2)
+        for key, value in section.items():
+            arrived = getattr(stage.own, key) if hasattr(stage.own, key) else getattr(arguments, key)
+            assert getattr(arrived, "value", arrived) == value, key
+    assert content == {name: getattr(recipe.settings, name) for name in content}
+    named = re.findall(r"examples/[\w./]+", (ROOT / path).read_text().split("\n\n")[0])
+    assert path in named and all((ROOT / name).is_file() for name in named)
 
 
 # lambda_s, lambda_c, heatmap Dice, mask Dice, focal, learning rate, factors of codebook, slot mapper, prompt encoder
@@ -102,7 +118,7 @@ def _memory(name: str) -> tuple[str, str]:
     stated = MEMORY.search((ROOT / "examples" / "configs" / f"{name}.yaml").read_text())
     flags = shlex.split(stated["flags"])
     flags[flags.index("--config") + 1] = str(ROOT / "examples" / "configs" / f"{name}.yaml")
-    return stated["figure"], estimator.readable(estimator.estimate(estimator.parse(flags)).peak)
+    return stated["figure"], estimator.readable_memory(estimator.estimate(estimator.parse(flags)).peak)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("scenes_tiny")])

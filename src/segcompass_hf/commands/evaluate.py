@@ -203,11 +203,11 @@ def _processes() -> Any:
 
 def _compare(args: argparse.Namespace) -> Any:
     from ..evaluation import compare_runs
-    from ..evaluation.records import write_atomically
+    from ..files import write_whole
 
     with user_errors():
         comparison = compare_runs(args.output, args.compare)
-    write_atomically(args.output / "comparison.json", json.dumps(comparison.to_dict(), indent=1) + "\n")
+    write_whole(args.output / "comparison.json", json.dumps(comparison.to_dict(), indent=1) + "\n")
     return comparison
 
 

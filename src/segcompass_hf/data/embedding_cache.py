@@ -7,7 +7,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,13 +17,13 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
+from ..files import free_space, json_digest, write_whole
 from ..images_segcompass import resized_size, to_rgb_image
-from .embedding_shards import EmbeddingShards
+from .tensor_shards import DTYPES, TensorShards, check_dtype, gib
 
 logger = logging.get_logger(__name__)
 
 FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class CacheSize(NamedTuple):
@@ -39,6 +38,10 @@ class CacheSize(NamedTuple):
     per_image: int
     total: int
     free: int
+
+
+class MissingEmbeddingsError(ValueError):
+    """Images are not in the cache, and who asks can only read."""
 
 
 class EmbeddingCache:
@@ -62,6 +65,8 @@ class EmbeddingCache:
         batch_size (`int`, *optional*, defaults to 4): Images through the encoder at a time.
         shard_bytes (`int`, *optional*, defaults to 256 MiB): Size of a file; a kill loses at most so much.
         min_free_bytes (`int`, *optional*, defaults to 1 GiB): Space on the disk that is left alone.
+        missing (`str`, *optional*, defaults to `"error"`): What `sam_inputs` does where an image is missing and only
+            reading is possible: `"pixels"` gives `sam_pixel_values` of the whole batch, which the model then encodes.
 
     Example:
 
@@ -81,13 +86,13 @@ class EmbeddingCache:
         batch_size: int = 4,
         shard_bytes: int = 256 * 2**20,
         min_free_bytes: int = 2**30,
+        missing: Literal["error", "pixels"] = "error",
     ):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype={dtype!r} is not known; expected one of {tuple(DTYPES)}.")
+        check_dtype(dtype)
         if min(batch_size, shard_bytes) < 1:
             raise ValueError(f"batch_size={batch_size} and shard_bytes={shard_bytes} must be at least 1.")
         self.folder, self.dtype, self.batch_size = Path(folder), dtype, batch_size
-        self.model, self.processor = model, processor
+        self.model, self.processor, self.missing = model, processor, missing
         self._limits = {"shard_bytes": shard_bytes, "min_free_bytes": min_free_bytes}
         vision = model.sam.config.vision_config
         side = vision.image_size // vision.patch_size
@@ -95,8 +100,6 @@ class EmbeddingCache:
         self.num_encoded = 0  # images that went through the encoder
         self._stores_new, self._state, self.shards = True, None, None
         self._check_key()
-
-    # Keys
 
     def refresh_key(self) -> str:
         """Read the encoder's weights anew; returns the key of the encoder, which is the name of the shards' folder."""
@@ -112,30 +115,21 @@ class EmbeddingCache:
         if state == self._state:
             return
         description = _describe(self.model, self.processor) | {"stored": self.dtype}
-        key = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+        key = json_digest(description)[:32]
         if self.shards is not None and key != self.encoder_key:
             logger.warning("embedding cache: SAM's image encoder or its input changed; earlier entries do not fit.")
             self.flush()
         if self.shards is None or key != self.encoder_key:
             self.encoder_key = key
-            self.shards = EmbeddingShards(self.folder / key, identity=key, **self._limits)
+            self.shards = TensorShards(self.folder / key, identity=key, **self._limits)
             weakref.finalize(self, _flush_at_exit, self.shards, os.getpid())
-            self._write_description(description)
+            path = self.folder / key / "encoder.json"  # for those who wonder what a folder is
+            if not path.exists():
+                write_whole(path, json.dumps(description, indent=2, sort_keys=True))
         self._state = state
-
-    def _write_description(self, description: dict[str, Any]) -> None:
-        """For those who wonder what a folder is."""
-        path = self.folder / self.encoder_key / "encoder.json"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(f".{os.getpid()}.part")
-            unfinished.write_text(json.dumps(description, indent=2, sort_keys=True), encoding="utf-8")
-            os.replace(unfinished, path)
 
     def __len__(self) -> int:
         return len(self.shards)
-
-    # Use
 
     def get(self, images: Sequence[Any]) -> torch.Tensor:
         """Embeddings of images; what is missing is encoded and kept.
@@ -147,7 +141,8 @@ class EmbeddingCache:
             `torch.Tensor` of shape `(num_images, channels, height, width)`: on the CPU, in the cache's dtype.
 
         Raises:
-            ValueError: an image is missing and this copy cannot encode it, or an embedding does not fit the dtype.
+            MissingEmbeddingsError: (a `ValueError`) An image is missing and this copy cannot encode it.
+            ValueError: An embedding does not fit the dtype.
         """
         self._check_key()
         images = [to_rgb_image(image) for image in images]
@@ -159,9 +154,15 @@ class EmbeddingCache:
 
     def sam_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What the model takes in place of `sam_pixel_values`: `image_embeddings`, and the images' sizes."""
+        try:
+            embeddings = self.get(images)
+        except MissingEmbeddingsError:
+            if self.missing == "error":
+                raise
+            return self.processor._sam_inputs(images)
         sizes = [(image.height, image.width) for image in images]
         return {
-            "image_embeddings": self.get(images),
+            "image_embeddings": embeddings,
             "original_sizes": torch.tensor(sizes),
             "reshaped_input_sizes": torch.tensor([resized_size(size, self.processor.canvas_size) for size in sizes]),
         }
@@ -175,8 +176,7 @@ class EmbeddingCache:
     def size(self, num_images: int) -> CacheSize:
         """Space that so many different images take, and what is free."""
         per_image = self._bytes_per_image
-        existing = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
-        return CacheSize(per_image, per_image * num_images, shutil.disk_usage(existing).free)
+        return CacheSize(per_image, per_image * num_images, free_space(self.folder))
 
     def fill(self, rows: Iterable[Any], process_index: int = 0, num_processes: int = 1) -> int:
         """Encode the images of a data set beforehand. The size is announced, and must fit, before anything is encoded.
@@ -214,12 +214,12 @@ class EmbeddingCache:
         size = self.size(max(0, num_images - len(self)))
         free_after = size.free - size.total - self._limits["min_free_bytes"]
         text = (
-            f"embedding cache: up to {_gib(size.total)} for {num_images:,} images ({_gib(size.per_image)} each, "
-            f"{len(self):,} are there), {_gib(size.free)} free in {os.fspath(self.folder)!r}"
+            f"embedding cache: up to {gib(size.total)} for {num_images:,} images ({gib(size.per_image)} each, "
+            f"{len(self):,} are there), {gib(size.free)} free in {os.fspath(self.folder)!r}"
         )
         if free_after < 0:
             raise OSError(
-                f"{text}: {_gib(-free_after)} too little, with {_gib(self._limits['min_free_bytes'])} left free. Use "
+                f"{text}: {gib(-free_after)} too little, with {gib(self._limits['min_free_bytes'])} left free. Use "
                 "another folder, a smaller dtype, or fewer images."
             )
         logger.warning(text)
@@ -242,8 +242,6 @@ class EmbeddingCache:
         self.flush()
         return self.__dict__ | {"model": None, "_state": None}
 
-    # Encoding
-
     def _encode_missing(self, images: dict[str, Image.Image], must_store: bool = False) -> dict[str, torch.Tensor]:
         """Embeddings of images whose keys were not there. Those that no other process has added are encoded."""
         if images:
@@ -251,7 +249,7 @@ class EmbeddingCache:
         found = {key: self.shards.get(key) for key in images if key in self.shards}
         missing = [key for key in images if key not in found]
         if missing and (self.model is None or get_worker_info() is not None):
-            raise ValueError(
+            raise MissingEmbeddingsError(
                 f"{len(missing)} images of a batch are not in the embedding cache {os.fspath(self.folder)!r}, and "
                 "data loader workers and copies of a cache only read: call cache.fill(rows) before, or no workers."
             )
@@ -259,8 +257,13 @@ class EmbeddingCache:
             keys = missing[start : start + self.batch_size]
             for key, embedding in zip(keys, self._encode([images[key] for key in keys]), strict=True):
                 found[key] = embedding
-                if must_store or self._stores_new:
-                    self._store(key, embedding, must_store)
+                try:
+                    if must_store or self._stores_new:
+                        self.shards.put(key, embedding)
+                except OSError as error:
+                    if must_store:
+                        raise
+                    self._stop_storing(error)
         return found
 
     @torch.no_grad()
@@ -278,21 +281,13 @@ class EmbeddingCache:
         self.num_encoded += len(images)
         return [embedding.clone() for embedding in embeddings]
 
-    def _store(self, key: str, embedding: torch.Tensor, must_store: bool) -> None:
-        try:
-            self.shards.put(key, embedding)
-        except OSError as error:
-            if must_store:
-                raise
-            self._stop_storing(error)
-
     def _stop_storing(self, error: OSError) -> None:
         self._stores_new = False
         self.shards.discard_pending()
         logger.warning(f"embedding cache: nothing more is stored, work goes on without ({error}).")
 
 
-def _flush_at_exit(shards: EmbeddingShards, process: int) -> None:
+def _flush_at_exit(shards: TensorShards, process: int) -> None:
     try:
         if os.getpid() == process:  # a fork's memory is a copy
             shards.flush()
@@ -353,7 +348,3 @@ def _count_images(rows: Any) -> int:
     ids = [row.get("image_id") for row in rows if isinstance(row, dict)] if isinstance(rows, (list, tuple)) else []
     named = {name for name in ids if name is not None}
     return len(named) + len(rows) - sum(name is not None for name in ids)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**28 else f"{num_bytes / 2**20:.2f} MiB"

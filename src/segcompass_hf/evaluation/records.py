@@ -13,6 +13,7 @@ import numpy as np
 from transformers.utils import logging
 
 from ..data.schema import encode_mask
+from ..files import write_whole
 from ..metrics.segmentation import SampleScore, score_sample
 from .prediction import Prediction
 from .rows import EvaluationRow
@@ -144,7 +145,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 def write_samples(output_dir: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write the records of a finished run, without times: equal runs give equal files."""
     kept = ({name: value for name, value in record.items() if name != "seconds"} for record in records)
-    write_atomically(output_dir / SAMPLES_FILE, "".join(map(_line, kept)))
+    write_whole(output_dir / SAMPLES_FILE, "".join(map(_line, kept)))
 
 
 def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -158,14 +159,6 @@ def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
         raise FileNotFoundError(f"{os.fspath(output_dir)!r} holds no finished evaluation: there is no {SAMPLES_FILE}.")
     with open(path, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files import write_whole
 from ..pages import markdown_table
 from .html_page import samples_page
 from .plots import draw_plots
-from .records import SAMPLES_FILE, write_atomically
+from .records import SAMPLES_FILE
 from .rows import EvaluationRows
 
 logger = logging.get_logger(__name__)
@@ -58,12 +59,12 @@ def write_reports(
         figures["plots_skipped"] = str(error)
         logger.warning(f"no plots: {error}")
     if page_samples:
-        write_atomically(output_dir / "samples.html", samples_page(figures, records, rows, page_samples))
+        write_whole(output_dir / "samples.html", samples_page(figures, records, rows, page_samples))
         files.append("samples.html")
     figures["files"] = files
-    write_atomically(output_dir / "model_index.yml", model_index_yaml(figures))
-    write_atomically(output_dir / "summary.md", markdown(figures))
-    write_atomically(output_dir / SUMMARY_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
+    write_whole(output_dir / "model_index.yml", model_index_yaml(figures))
+    write_whole(output_dir / "summary.md", markdown(figures))
+    write_whole(output_dir / SUMMARY_FILE, json.dumps(figures, indent=1, ensure_ascii=False) + "\n")
 
 
 def markdown(figures: dict[str, Any]) -> str:

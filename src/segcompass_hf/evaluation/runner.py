@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
+from ..files import write_whole
 from .figures import summarize
 from .prediction import Predictor
 from .processes import Processes
@@ -23,7 +24,6 @@ from .records import (
     record_files,
     record_of,
     repair_records,
-    write_atomically,
     write_samples,
 )
 from .report import SUMMARY_FILE, write_reports
@@ -143,7 +143,7 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
-        write_atomically(run_file, json.dumps(settings, indent=1) + "\n")
+        write_whole(run_file, json.dumps(settings, indent=1) + "\n")
     repair_records(output_dir)
     known = set(read_records(output_dir))
     if known:

@@ -33,7 +33,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from ..modeling_heatmaps import SlotMapperOutput
+from ..reading_segcompass import SegCompassOutput
 from .explanation import Target
 from .replay import Replay
 from .scalars import MaskScalar
@@ -86,7 +86,7 @@ class _Scalars:
         self.activations = replay.captured.concepts.values
         self.scalars = [MaskScalar(replay, slot, target) for slot in slots]
 
-    def _scalar(self, mask: int, maps: SlotMapperOutput) -> torch.Tensor:
+    def _scalar(self, mask: int, maps: SegCompassOutput) -> torch.Tensor:
         """The scalar of one mask, `(rows,)`."""
         scalar, logits = self.scalars[mask], None
         if scalar.target != "slot_logit":

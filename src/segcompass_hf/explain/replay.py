@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from ..interventions_segcompass import apply_interventions, normalize_interventions
 from ..modeling_concepts import SparseConcepts
-from ..modeling_heatmaps import SlotMapperOutput
+from ..reading_segcompass import SegCompassOutput
 
 # Bound on the activations kept of the rows that run together: about 64 per mask value are held for a backward pass.
 MAX_ROW_ELEMENTS = 2**24
@@ -108,21 +109,6 @@ def _captured_row(model: Any, output: Any, row: int, sizes: dict[str, Any]) -> C
     )
 
 
-@dataclass
-class ReplayOutput:
-    """Masks of changed concepts, one row per change.
-
-    Args:
-        heatmap_logits (`torch.Tensor` of shape `(rows, K, 4h, 4w)`): Of every slot.
-        slot_logits (`torch.Tensor` of shape `(rows, K)`): Of every slot.
-        pred_masks (`torch.Tensor` of shape `(rows, len(slots), 4h, 4w)`): Of the slots asked for.
-    """
-
-    heatmap_logits: torch.Tensor
-    slot_logits: torch.Tensor
-    pred_masks: torch.Tensor
-
-
 class Replay:
     """Runs concept embeddings -> slots -> heatmaps -> masks for one captured segmentation.
 
@@ -138,9 +124,9 @@ class Replay:
     def __init__(self, model: Any, captured: CapturedSegmentation):
         self.model, self.captured = model, captured
         self.codes = model.codebook.weight.detach()[captured.concepts.features]  # (num_active, d_slot)
-        self.valid_area = None  # (1, 1, 4h, 4w)
-        if captured.reshaped_input_sizes is not None:
-            self.valid_area = model.mask_stage.valid_area(captured.reshaped_input_sizes.to(self.codes.device))
+        self.sizes, self.valid_area = captured.reshaped_input_sizes, None  # (1, 2), (1, 1, 4h, 4w)
+        if self.sizes is not None:
+            self.valid_area = model.mask_stage.valid_area(self.sizes.to(self.codes.device))
 
     @property
     def chunk_size(self) -> int:
@@ -172,16 +158,21 @@ class Replay:
         concepts = apply_interventions(captured.concepts, items, captured.attention_mask, modality_ids, d_sae)
         return self.model.codebook(concepts).detach()
 
-    def maps(self, embeddings: torch.Tensor) -> SlotMapperOutput:
-        """Heatmaps `(rows, K, 4h, 4w)` and slot logits `(rows, K)` of concept embeddings; differentiable.
+    def maps(self, embeddings: torch.Tensor, decode_slots: Sequence[int] = ()) -> SegCompassOutput:
+        """Heatmaps `(rows, K, 4h, 4w)`, slot logits `(rows, K)` and some masks of concept embeddings; differentiable.
 
         Args:
             embeddings (`torch.Tensor` of shape `(rows, T, d_slot)`): From [`~Replay.embed`].
+            decode_slots (`Sequence[int]`): Whose masks are decoded, `(rows, len(decode_slots), 4h, 4w)`.
         """
         captured, rows = self.captured, len(embeddings)
-        encoded = self.model.slot_encoder(embeddings).slots  # (rows, K, d_slot)
-        states = captured.reference_states.expand(rows, -1, -1)
-        return self.model.slot_mapper(states, encoded, captured.image_embeddings.expand(rows, -1, -1, -1))
+        return self.model.predict_masks(
+            captured.reference_states.expand(rows, -1, -1),
+            self.model.slot_encoder(embeddings).slots,  # (rows, K, d_slot)
+            captured.image_embeddings.expand(rows, -1, -1, -1),
+            self.sizes if self.sizes is None else self.sizes.expand(rows, -1),
+            decode_slots=decode_slots,
+        )
 
     def decode(self, heatmap_logits: torch.Tensor) -> torch.Tensor:
         """Mask logits of heatmaps, both `(rows, slots, 4h, 4w)`, of any slots; differentiable."""
@@ -189,16 +180,13 @@ class Replay:
         return self.model.mask_stage.decode(images, heatmap_logits, self.valid_area)
 
     @torch.no_grad()
-    def run(self, embeddings: torch.Tensor, slots: list[int]) -> ReplayOutput:
-        """Heatmaps of all slots and masks of some, `chunk_size` rows at a time and without gradients.
+    def run(self, embeddings: torch.Tensor, slots: Sequence[int]) -> SegCompassOutput:
+        """As [`~Replay.maps`], `chunk_size` rows at a time and without gradients: heatmaps, slot logits and masks.
 
         Args:
             embeddings (`torch.Tensor` of shape `(rows, T, d_slot)`): From [`~Replay.embed`].
-            slots (`list[int]`): Whose masks are decoded.
+            slots (`Sequence[int]`): Whose masks are decoded.
         """
-        parts = []
-        for chunk in embeddings.split(self.chunk_size):
-            mapped = self.maps(chunk)
-            masks = self.decode(mapped.heatmap_logits[:, slots])
-            parts.append((mapped.heatmap_logits, mapped.slot_logits, masks))
-        return ReplayOutput(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        parts = [self.maps(chunk, slots) for chunk in embeddings.split(self.chunk_size)]
+        names = ("heatmap_logits", "slot_logits", "pred_masks")
+        return SegCompassOutput(**{name: torch.cat([part[name] for part in parts]) for name in names})

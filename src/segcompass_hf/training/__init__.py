@@ -1,8 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Training, stage by stage: warm-up, SAE, supervised segmentation, joint training with reinforcement.
 
-Each name is loaded when first used, so that an SAE can be trained where TRL is not installed. The modules `scenes_*`
-are the recipe that made the bundled checkpoint.
+Each name is loaded when first used, so that an SAE can be trained where TRL is not installed. `recipe` runs the
+stages one after the other, as `segcompass train` does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _EXPORTS = {
     "grpo.vllm": ("export_for_vllm",),
     "fsdp": ("prepare_fsdp2",),
     "memory.estimate": ("estimate_memory",),
+    "recipe.settings": ("read_recipe",),
+    "recipe.check": ("check_recipe",),
+    "recipe.running": ("run_recipe",),
     "segmentation.own_reasoning": ("with_own_reasoning",),
     "loop.resume": ("RobustTrainerMixin", "RobustTrainingArguments"),
 }

@@ -15,7 +15,9 @@ from ..generation_segcompass import final_norm
 
 # What is called from outside. Some read weights that belong to no smaller unit than the model, and none could come
 # before the model's own `forward`: FSDP2 takes what runs first for the root.
-FORWARD_METHODS = ("generate", "segment", "encode_image", "encode_concepts", "encode_slots", "predict_masks")
+FORWARD_METHODS = (
+    *("generate", "segment", "encode_image", "encode_concepts", "encode_slots", "predict_masks", "read_masks"),
+)
 
 
 def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:

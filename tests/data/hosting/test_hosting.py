@@ -25,7 +25,8 @@ from segcompass_hf.data.builders.build_report import BuildReport
 from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
 from segcompass_hf.data.hosting import figure, publish, write
 from segcompass_hf.data.hosting import shards as parquet_shards
-from segcompass_hf.data.hosting.write import push_dataset, without_folders, write_dataset
+from segcompass_hf.data.hosting.publish import push_dataset
+from segcompass_hf.data.hosting.write import without_folders, write_dataset
 from segcompass_hf.data.schema import encode_mask, row_features
 from segcompass_hf.images_segcompass import to_rgb_image
 
@@ -238,7 +239,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
     def rows():
         yield from (row(0), row(1))
-        assert list(tmp_path.glob(".out.part/data/*"))  # shards are there, aside
+        assert list(tmp_path.glob("out.unfinished/data/*"))  # shards are there, aside
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -257,7 +258,7 @@ def test_a_killed_build_leaves_nothing_in_place_and_the_next_starts_afresh(tmp_p
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=environment, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".out.part/data/*"))
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob("out.unfinished/data/*"))
     folder = write_dataset([row(7)], tmp_path / "out").folder
     assert load(folder, tmp_path, split="train")["sample_id"][:] == ["s7"]
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -454,5 +455,5 @@ def test_real_photographs_are_their_files(tmp_path):
         assert got["image"]["bytes"] == (SAMPLES / "images" / got["image"]["path"]).read_bytes()
     distinct = {got["image"]["path"]: len(got["image"]["bytes"]) for got in rows}
     assert len(distinct) < len(rows) and written.statistics["train"].bytes_on_disk < 1.2 * sum(distinct.values())
-    assert write.push_dataset is publish.push_dataset
+    assert push_dataset is publish.push_dataset
     assert publish.check_written_dataset(written.folder).rows == {"train": len(rows)}

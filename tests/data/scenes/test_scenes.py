@@ -245,6 +245,18 @@ def test_iterate_and_build_give_the_same_rows(tmp_path, monkeypatch):
     ]
 
 
+def test_rows_made_when_asked_for():
+    rows = scenes.SceneRows("train", 10**6, seed=3, without_reasoning=("relation",))
+    assert len(rows) == 10**6
+    expected = list(scenes.iterate("train", 3, seed=3, start=4, without_reasoning=("relation",)))
+    assert rows[4:7] == expected and rows[5 - 10**6] == expected[1]
+    assert rows[999_999]["sample_id"] == "scenes-train-3-999999"
+    with pytest.raises(IndexError, match="row 1000000 of 1000000"):
+        rows[10**6]
+    with pytest.raises(ValueError, match="riddle"):
+        scenes.SceneRows("train", 1, without_reasoning=("riddle",))
+
+
 def test_reference_reasoning_can_be_left_out_by_kind():
     rows = list(scenes.iterate("train", 40, without_reasoning=("relation", "count")))
     without = {row["kind"] for row in rows if row["reasoning"] is None}

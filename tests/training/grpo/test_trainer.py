@@ -677,8 +677,7 @@ def test_private_methods_of_trl_have_the_arguments_we_override():
     expected = {
         "_generate_and_score_completions": ["self", "inputs"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "_prepare_inputs": ["self", "generation_batch"],
-        "_compute_loss": ["self", "model", "inputs"],
+        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     }
     for name, arguments in expected.items():
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == arguments, name
@@ -699,6 +698,6 @@ def test_a_model_given_by_folder_is_loaded_with_its_processor(tmp_path):
         bf16=False,
         report_to="none",
     )
-    trainer = SegCompassGRPOTrainer(str(tmp_path / "model"), by_length, args=args, train_dataset=tiny_rows())
+    trainer = SegCompassGRPOTrainer(str(tmp_path / "model"), args, tiny_rows(), reward_funcs=by_length)
     assert torch.equal(trainer.model.codebook.weight, tiny_model().codebook.weight)
     assert trainer.processing_class.num_slots == 4

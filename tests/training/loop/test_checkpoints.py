@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, the last whole one found, and refused where they do not fit the model."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from segcompass_hf.training.loop.checkpoints import (
     remove_leftovers,
     what_is_missing,
 )
-from segcompass_hf.training.loop.weights import check_shards_fit, check_weights_fit, stored_shapes
+from segcompass_hf.training.loop.weights import check_shards_fit, check_weights_fit, forget_tied_names, stored_shapes
 
 # Checkpoints.
 
@@ -62,8 +63,7 @@ def test_publish_replaces_and_leftovers_are_put_back(tmp_path):
 
 
 def test_last_whole_checkpoint(tmp_path, caplog):
-    with pytest.raises(ValueError, match="it holds none"):
-        find_last_whole(tmp_path)
+    assert find_last_whole(tmp_path) is None
     for step in (2, 10, 9):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
@@ -91,6 +91,80 @@ def test_resume_refuses_or_passes_over_a_damaged_checkpoint(tmp_path, caplog):
     assert trainer._initial_global_step == 4
     assert trainer.model.w.item() == pytest.approx(1 - 0.6, abs=1e-6)
     assert what_is_missing(tmp_path / "checkpoint-6") is None  # written anew
+
+
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640)])
+def test_weights_follow_the_umask(tmp_path, mask, expected):
+    """safetensors makes private files, which others on a shared disk could not read."""
+    before = os.umask(mask)
+    try:
+        trainer = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=2)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "end"))
+    finally:
+        os.umask(before)
+    for folder in ("checkpoint-2", "end"):
+        assert (tmp_path / folder / "model.safetensors").stat().st_mode & 0o777 == expected
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
+
+
+def test_one_command_starts_goes_on_and_ends(tmp_path, caplog):
+    """Steps 2 and 4 of 5 are saved, and the last."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
+
+    def run(rows=(1, 1, 1, 1, 1), **changed):
+        trainer = make_trainer(tmp_path, rows, **settings | changed)
+        trainer.train(resume_from_checkpoint=True)
+        return trainer
+
+    whole = run(max_steps=5)
+    assert "holds no checkpoint: training starts anew" in caplog.text
+    assert (whole.resumed_from, whole.state.global_step) == (None, 5)
+    kept = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    for steps in ({"max_steps": 5}, {"max_steps": 3}, {"num_train_epochs": 1}):  # an epoch has 5 steps
+        caplog.clear()
+        again = run(**steps)
+        assert again.resumed_from == str(tmp_path / "checkpoint-5") and again.state.global_step == 5
+        assert "checkpoint-5 is the end of a run of" in caplog.text and "nothing is left to train" in caplog.text
+        assert torch.equal(again.model.w, whole.model.w) and again.state.num_train_epochs == 1
+        assert [line for line in again.state.log_history if "loss" in line] == whole.state.log_history[:5]
+        assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == kept
+    longer = run(max_steps=7)  # steps 6 and 7
+    assert longer.state.global_step == 7 and longer.model.w.item() == pytest.approx(1 - 0.7, abs=1e-6)
+    steps = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert steps == [2, 4, 5, 6, 7]
+
+
+def test_a_run_killed_behind_its_last_checkpoint_ends_there(tmp_path):
+    """Seven steps of which the second epoch has two: Trainer would go on in that epoch."""
+    settings = {"save_strategy": "steps", "save_steps": 7, "max_steps": 7}
+    make_trainer(tmp_path, [1] * 5, **settings).train(resume_from_checkpoint=True)
+    again = make_trainer(tmp_path, [1] * 5, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 7 and again.model.w.item() == pytest.approx(1 - 0.7, abs=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_before_a_step(tmp_path):
+    make_trainer(tmp_path, [1], save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(tmp_path, [1, 1])
+    trainer.model.new = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match="2 of the model's weights are missing: new.weight, new.bias"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_tied_names_are_not_reported_as_missing():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+            self.b.weight = self.a.weight
+
+    tied = Tied()
+    tied.register_load_state_dict_post_hook(forget_tied_names)
+    state = {"a.weight": torch.zeros(2, 2), "a.bias": torch.zeros(2), "b.bias": torch.zeros(2)}
+    assert tied.load_state_dict(state, strict=False).missing_keys == ["c.weight", "c.bias"]
+    assert tied.b.weight.abs().sum() == 0
 
 
 def test_rotation_keeps_the_best_and_it_is_loaded(tmp_path):

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import HfArgumentParser, TrainerCallback
 
 from segcompass_hf.training.loop.checkpoints import what_is_missing
-from segcompass_hf.training.loop.resume import RewindableSampler, RobustTrainingArguments
+from segcompass_hf.training.loop.resume import RobustTrainingArguments, sampler_of_rows, skip_permutations
 from segcompass_hf.training.loop.steps import has_nonfinite_norm, nonfinite_names
 
 NAN, INF = float("nan"), float("inf")
@@ -232,26 +232,37 @@ def test_deepspeed_steps_by_itself(tmp_path):
     class Engine:
         step_was_skipped = True
 
+        def get_global_grad_norm(self):
+            return INF
+
     trainer = make_trainer(tmp_path, [1])
     trainer.is_deepspeed_enabled, trainer.optimizer = True, Engine()
-    trainer._judge_step(trainer.model, INF)
+    trainer.accelerator.deepspeed_engine_wrapped = trainer.optimizer
+    trainer.judge_step(trainer.model)
     assert (trainer.nonfinite_steps, trainer.nonfinite_in_row) == (1, 0)
     Engine.step_was_skipped = False
     with pytest.raises(RuntimeError, match="step 1 was not finite and DeepSpeed has applied it.*check_grad_overflow"):
-        trainer._judge_step(trainer.model, INF)
+        trainer.judge_step(trainer.model)
 
 
-def test_rewound_sampler_draws_the_permutations_of_each_epoch():
+def test_a_new_sampler_goes_on_with_the_permutation_of_its_epoch():
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler, DataLoader
     from trl.trainer.utils import RepeatSampler
 
-    plain = RepeatSampler(range(5), mini_repeat_count=2, batch_size=2, repeat_count=2, seed=3)
+    def sampler():
+        return RepeatSampler(range(5), mini_repeat_count=2, batch_size=2, repeat_count=2, seed=3)
+
+    plain = sampler()
     epochs = [list(plain) for _ in range(3)]
     assert epochs[0] != epochs[1] != epochs[2]
-    sampler = RewindableSampler(RepeatSampler(range(5), mini_repeat_count=2, batch_size=2, repeat_count=2, seed=3))
     for epoch in (2, 0, 1):
-        sampler.set_epoch(epoch)
-        assert list(sampler) == epochs[epoch]
-    assert len(sampler) == len(plain)
+        new = sampler()
+        skip_permutations(new, epoch)
+        assert [list(new) for _ in range(3 - epoch)] == epochs[epoch:]
+        batches = BatchSamplerShard(BatchSampler(new, 2, False), 2, 0)  # as on the first of two processes
+        assert sampler_of_rows(DataLoader(range(5), batch_sampler=batches)) is new
+    skip_permutations(None, 3)
 
 
 def test_completions_of_another_cycle_are_not_used(tmp_path, caplog):

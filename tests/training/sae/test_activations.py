@@ -434,7 +434,7 @@ class TestCache:
         ActivationCache(tmp_path / "a", cache_key(source), "float32").fill(source, d_in=32)
         assert f"about {estimate_tokens(source):,} tokens of 32 x float32" in announced[0]
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(sae_cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
         with pytest.raises(OSError, match="still needs about .* and .* has 0.00 GiB"):
             ActivationCache(tmp_path / "b", cache_key(source), "float32").fill(source, d_in=32)
         assert not (tmp_path / "b").exists()

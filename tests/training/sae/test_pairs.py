@@ -164,7 +164,7 @@ def test_rows_without_names_are_said(model, processor):
 def trainer_of(model, processor, folder, **overrides) -> SaeTrainer:
     overrides = {"pair_loss": "shared_topk", "pair_k": 2, "pair_batch": 16, "pair_rows": 4} | overrides
     args = settings(folder, **overrides)
-    return SaeTrainer(None, model, processor, args, rows_with_masks())
+    return SaeTrainer(model, args, rows_with_masks(), None, processor)
 
 
 @pytest.mark.parametrize("kind", ["shared_topk", "contrastive"])

@@ -40,7 +40,7 @@ def processor():
 
 
 def trainer_of(model, processor, folder, train_dataset=None, **overrides) -> SaeTrainer:
-    return SaeTrainer(None, model, processor, settings(folder, **overrides), train_dataset or rows(8))
+    return SaeTrainer(model, settings(folder, **overrides), train_dataset or rows(8), processing_class=processor)
 
 
 class TestDeadFeatureLoss:
@@ -168,7 +168,7 @@ def zero_sae(width=32) -> SegCompassSae:
 
 class TestEvaluation:
     def metrics(self, sae, model, processor, folder, **overrides):
-        trainer = SaeTrainer(sae, model, processor, settings(folder, **overrides), rows(8), eval_dataset=rows(3))
+        trainer = SaeTrainer(model, settings(folder, **overrides), rows(8), rows(3), processor, sae)
         return trainer.evaluate()
 
     def test_a_perfect_sae(self, model, processor, tmp_path):
@@ -401,7 +401,7 @@ class TestTraining:
     def test_going_on_from_an_sae(self, model, processor, tmp_path):
         sae = perfect_sae()
         b_dec = sae.b_dec.detach().clone()
-        trainer = SaeTrainer(sae, model, processor, settings(tmp_path, max_steps=1, learning_rate=0.0), rows(8))
+        trainer = SaeTrainer(model, settings(tmp_path, max_steps=1, learning_rate=0.0), rows(8), None, processor, sae)
         trainer.train()
         assert torch.equal(sae.b_dec, b_dec)  # not started anew
 
@@ -419,7 +419,7 @@ class TestTraining:
         before, threshold = sae(states).reconstruction, getattr(sae, "topk_threshold", torch.zeros(())).clone()
         still = {"max_steps": 1, "learning_rate": 1e-12, "decoder_norm": decoder_norm}
         caplog.clear()
-        again = SaeTrainer(sae, model, processor, settings(tmp_path / "second", **still), rows(8))
+        again = SaeTrainer(model, settings(tmp_path / "second", **still), rows(8), None, processor, sae)
         again.train()
         ranks, kept = architecture in ("topk", "batchtopk"), sae.W_dec.norm(dim=-1)
         unit = decoder_norm == "unit" or architecture in ("gated", "jumprelu")
@@ -433,13 +433,13 @@ class TestTraining:
     def test_a_top_k_sae_of_unit_rows_keeps_them(self, model, processor, tmp_path):
         trainer = trainer_of(model, processor, tmp_path, architecture="topk")
         trainer.train()
-        again = SaeTrainer(trainer.model, model, processor, settings(tmp_path / "again"), rows(8))
+        again = SaeTrainer(model, settings(tmp_path / "again"), rows(8), None, processor, trainer.model)
         assert again.unit_decoder
 
     def test_resampling_is_refused_for_a_given_sae_of_another_architecture(self, model, processor, tmp_path):
         sae = SegCompassSae(SegCompassSaeConfig(d_in=32, d_sae=64, architecture="gated", layer=2))
         with pytest.raises(ValueError, match="resample_every is for architecture='standard', got an SAE of .*'gated'"):
-            SaeTrainer(sae, model, processor, settings(tmp_path, resample_every=2), rows(8))
+            SaeTrainer(model, settings(tmp_path, resample_every=2), rows(8), None, processor, sae)
 
     @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3"])
     def test_other_families_and_interleaved_streams(self, family, tmp_path):
@@ -515,11 +515,16 @@ class TestTraining:
         trainer = trainer_of(model, processor, tmp_path, sae_layer=3)
         assert trainer.harvester.layer == trainer.model.config.layer == 3
         with pytest.raises(ValueError, match="trained on layer 2 and sae_layer is 1"):
-            SaeTrainer(perfect_sae(), vlm, processor, settings(tmp_path, sae_layer=1), rows(4))
+            SaeTrainer(vlm, settings(tmp_path, sae_layer=1), rows(4), None, processor, perfect_sae())
         with pytest.raises(ValueError, match="0 to 4 for this VLM, got 7"):
             trainer_of(model, processor, tmp_path, sae_layer=7)
-        with pytest.raises(ValueError, match="needs vlm"):
-            SaeTrainer(None, None, processor, settings(tmp_path), rows(4))
+        with pytest.raises(ValueError, match="needs the model whose states it reads"):
+            SaeTrainer(perfect_sae(), settings(tmp_path), rows(4), None, processor)
+        with pytest.raises(ValueError, match="and train_dataset, got .* and NoneType"):
+            SaeTrainer(vlm, settings(tmp_path), None, rows(4), processor)
+        given = {"args": settings(tmp_path), "train_dataset": rows(4), "processing_class": processor}
+        by_its_old_name = SaeTrainer(model=None, vlm=vlm, **given)
+        assert by_its_old_name.is_new_sae and by_its_old_name.vlm is getattr(vlm, "vlm", vlm)
 
     def test_a_stream_needs_steps(self, model, processor, tmp_path):
         with pytest.raises(ValueError, match="max_steps has to be specified"):
@@ -605,7 +610,7 @@ from segcompass_hf.training.sae.trainer import SaeTrainer
 
 args = settings({folder!r}, architecture={architecture!r}, **{overrides!r})
 assert args.world_size == 2
-trainer = SaeTrainer(None, tiny_model("llava"), tiny_processor("llava"), args, rows(7))
+trainer = SaeTrainer(tiny_model("llava"), args, rows(7), None, tiny_processor("llava"))
 trainer.train(resume_from_checkpoint={resume!r})
 metrics = trainer.evaluate()
 held = dict(steps=trainer.state.global_step, weights=trainer.model.state_dict(), metrics=metrics,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,13 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:
         ValueError: The file cannot be read on: it is no UTF-8 (CSV), or has no header.
     """
     return _csv_lines(path) if path.suffix.lower() == ".csv" else _jsonl_lines(path)
+
+
+def named_splits(path: Path) -> Counter[str]:
+    """Values of the column `split`, and how often each comes; lines without one do not count."""
+    lines = (fields for _, fields in read_lines(path) if not isinstance(fields, RowProblem))
+    names = (str(fields["split"]).strip() for fields in lines if fields.get("split") is not None)
+    return Counter(name for name in names if name)
 
 
 def _jsonl_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowProblem]]:

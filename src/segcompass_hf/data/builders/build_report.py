@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...files import write_whole
+
 logger = logging.get_logger(__name__)
 
 
@@ -105,6 +107,5 @@ class BuildReport:
 
     def save(self, path: str | Path) -> None:
         """Write everything as json."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_whole(path, text.encode(errors="backslashreplace"))

@@ -11,7 +11,7 @@ from typing import Any
 from .build_report import BuildReport, RowProblem
 from .coco_instances import CocoInstances, Photographs
 from .own_masks import union_of
-from .rows import dataset_from_rows, make_row
+from .rows import dataset_from_rows, kind_by_number, make_row, usable_rows
 
 
 def build_coco(
@@ -63,7 +63,8 @@ def build_coco(
     report = BuildReport() if report is None else report
     rows = _CocoRows(CocoInstances(annotations, report, renumber=True), images_dir, split, report)
     rows.choose(categories)
-    return dataset_from_rows(rows.rows(instruction, num_absent, seed), f"coco-{split}", report)
+    samples = usable_rows(rows.samples(num_absent, seed), lambda sample: rows.row(*sample, instruction), report)
+    return dataset_from_rows(samples, f"coco-{split}", report)
 
 
 class _CocoRows:
@@ -105,7 +106,8 @@ class _CocoRows:
             raise ValueError(f"there is no category {', '.join(missing)}; there are {', '.join(self.names.values())}.")
         self.chosen = {number for number, name in self.names.items() if name in set(categories)}
 
-    def rows(self, instruction: str, num_absent: int, seed: int) -> Iterator[dict[str, Any]]:
+    def samples(self, num_absent: int, seed: int) -> Iterator[tuple[str, tuple[int, Any, list[int]]]]:
+        """Sample id, and image, category and annotations, of every image and category that is asked for."""
         for image_id in self.instances.images:
             present: dict[Any, list[int]] = {}
             for number in self.instances.of_image.get(image_id, ()):
@@ -118,18 +120,10 @@ class _CocoRows:
             for category, numbers in [*present.items(), *((category, []) for category in absent)]:
                 if category in self.names and category not in self.chosen:
                     continue
-                sample_id = f"coco-{self.split}-{image_id}-{category}"
-                try:
-                    row = self._row(image_id, category, numbers, instruction, sample_id)
-                except RowProblem as problem:
-                    self.report.add(problem.kind, sample_id, str(problem))
-                    continue
-                if row is not None:
-                    yield row
+                yield f"coco-{self.split}-{image_id}-{category}", (image_id, category, numbers)
 
-    def _row(
-        self, image_id: int, category: Any, numbers: list[int], instruction: str, sample_id: str
-    ) -> dict[str, Any] | None:
+    def row(self, image_id: int, category: Any, numbers: list[int], instruction: str) -> dict[str, Any] | None:
+        """The row of an image and a category; `None` where there are crowd regions only."""
         if category not in self.names:
             detail = f"annotation {numbers[0]} has the category {category}, which is not in categories."
             raise RowProblem("bad_annotation", detail)
@@ -146,9 +140,9 @@ class _CocoRows:
             distractor_masks=self.instances.others(image_id, targets),
             ignore=union_of([self.instances.rle(number, image_id) for number in crowds], size),
             instance_ids=targets,
-            sample_id=sample_id,
+            sample_id=f"coco-{self.split}-{image_id}-{category}",
             image_id=str(image_id),
             source="coco",
             split=self.split,
-            kind=("none", "single", "multi")[min(len(targets), 2)],
+            kind=kind_by_number(len(targets)),
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,18 @@ def describe_folder(folder: str | os.PathLike, shown: int = 8) -> str:
     names = sorted(name + "/" * os.path.isdir(os.path.join(folder, name)) for name in os.listdir(folder))
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return f"{os.fspath(folder)!r} holds {', '.join(names[:shown]) or 'nothing'}{more}."
+
+
+def _once(known: dict[int, Any], key: int, make: Callable[[], Any]) -> Any:
+    """What `make` returned, or the problem that it met, when it was first asked."""
+    if key not in known:
+        try:
+            known[key] = make()
+        except RowProblem as problem:
+            known[key] = problem
+    if isinstance(known[key], RowProblem):
+        raise RowProblem(known[key].kind, str(known[key]))
+    return known[key]
 
 
 class CocoInstances:
@@ -154,16 +166,15 @@ class CocoInstances:
             raise RowProblem(
                 "missing_annotation", f"image {image_id} has no annotation {annotation_id} in {self.name}."
             )
-        if annotation_id not in self._rles:
-            try:
-                self._rles[annotation_id] = polygons_to_rle(annotation.get("segmentation"), *self.size(image_id))
-            except RowProblem as problem:
-                self._rles[annotation_id] = RowProblem(problem.kind, f"annotation {annotation_id}: {problem}")
+        return _once(self._rles, annotation_id, lambda: self._draw(annotation_id, annotation))
+
+    def _draw(self, annotation_id: int, annotation: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return polygons_to_rle(annotation.get("segmentation"), *self.size(annotation["image_id"]))
+        except RowProblem as problem:
+            raise RowProblem(problem.kind, f"annotation {annotation_id}: {problem}") from problem
+        finally:
             annotation["segmentation"] = None  # its polygons are the bulk of the memory
-        found = self._rles[annotation_id]
-        if isinstance(found, RowProblem):
-            raise RowProblem(found.kind, str(found))
-        return found
 
     def others(self, image_id: int, targets: Collection[int]) -> list[dict[str, Any]]:
         """Masks of the image's objects that are not meant; broken ones are named once and left out.
@@ -214,15 +225,7 @@ class Photographs:
         Raises:
             RowProblem: `"missing_image"`, `"unreadable_image"` or `"wrong_size"`.
         """
-        if image_id not in self._paths:
-            try:
-                self._paths[image_id] = self._find(image_id, size, file_names)
-            except RowProblem as problem:
-                self._paths[image_id] = problem
-        found = self._paths[image_id]
-        if isinstance(found, RowProblem):
-            raise RowProblem(found.kind, str(found))
-        return found
+        return _once(self._paths, image_id, lambda: self._find(image_id, size, file_names))
 
     def _find(self, image_id: int, size: tuple[int, int], file_names: Collection[str | None]) -> str:
         plain = f"{image_id:012d}.jpg"

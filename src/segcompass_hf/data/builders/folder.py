@@ -13,10 +13,10 @@ from typing import Any
 from PIL import Image
 from transformers.utils import logging
 
-from .annotation_files import find_annotations, read_lines
+from .annotation_files import find_annotations, named_splits, read_lines
 from .build_report import BuildReport, RowProblem
 from .own_masks import FORMS, objects_of, union_of
-from .rows import EXIF_ORIENTATION, SampleIds, dataset_from_rows, image_size, make_row
+from .rows import EXIF_ORIENTATION, SampleIds, dataset_from_rows, image_size, kind_by_number, make_row, usable_rows
 
 logger = logging.get_logger(__name__)
 
@@ -122,11 +122,7 @@ class _FolderRows:
 
     def _check_splits(self) -> bool:
         """Whether lines say their split."""
-        found: Counter[str | None] = Counter()
-        for _, fields in read_lines(self.path):
-            if not isinstance(fields, RowProblem):
-                found[_text(fields.get("split")) or None] += 1
-        named = {name: count for name, count in found.items() if name is not None}
+        named = named_splits(self.path)
         if not named:
             if self.split != "train" and self.path.stem != self.split and self.path.parent.name != self.split:
                 logger.warning(
@@ -140,17 +136,9 @@ class _FolderRows:
         return True
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        for number, fields in read_lines(self.path):
-            where = f"{self.path.name} line {number}"
-            try:
-                if isinstance(fields, RowProblem):
-                    raise fields
-                row = self._row(self._known(fields, where))
-            except RowProblem as problem:
-                self.report.add(problem.kind, where, str(problem))
-                continue
-            if row is not None:
-                yield row
+        lines = ((f"{self.path.name} line {number}", fields) for number, fields in read_lines(self.path))
+        lines = ((where, f if isinstance(f, RowProblem) else (f, where)) for where, f in lines)
+        yield from usable_rows(lines, lambda line: self._row(self._known(*line)), self.report)
         if self.num_lines and not self.has_masks:
             raise ValueError(
                 f'no line of {str(self.path)!r} has "masks": {FORMS}. If indeed nothing is meant in any image, write '
@@ -207,7 +195,7 @@ class _FolderRows:
             image_id=image_id,
             source=self.source,
             split=self.split,
-            kind=_text(fields["kind"]) or ("none", "single", "multi")[min(len(masks), 2)],
+            kind=_text(fields["kind"]) or kind_by_number(len(masks)),
             is_reasoning=_boolean(fields["is_reasoning"], "is_reasoning"),
             reasoning=_text(fields["reasoning"]) or None,
         )

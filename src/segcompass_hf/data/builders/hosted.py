@@ -16,7 +16,7 @@ from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
 from .mask_files import read_mask_file
 from .polygons import polygons_to_rle
-from .rows import SampleIds, dataset_from_rows, image_size, make_row
+from .rows import SampleIds, dataset_from_rows, image_size, make_row, usable_rows
 
 COLUMNS = ("image", "text", "mask", "image_id", "ann_id")  # img_height and img_width are used where they are there
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
@@ -183,13 +183,11 @@ class HostedRows:
         index, self.count = self.count, self.count + 1
         values = {name: table.column(name)[0].as_py() for name in table.column_names if name not in ("mask", "image")}
         sample_id = f"reasonseg-{self.split}-{values.get('image_id')}-{values.get('ann_id')}"
-        try:
-            return [self._row(table, values, sample_id)]
-        except RowProblem as problem:
-            self._name(problem.kind, f"{sample_id} (row {index})", str(problem))
-            return []
+        entry = f"{sample_id} (row {index})", (table, values, sample_id)
+        return list(usable_rows([entry], lambda fields: self._row(*fields), self))
 
-    def _name(self, kind: str, where: str, detail: str, lost: bool = True) -> None:
+    def add(self, kind: str, where: str, detail: str, lost: bool = True) -> None:
+        """As that of the report, which names a row once."""
         if where not in self._named:
             self._named.add(where)
             self.report.add(kind, where, detail, lost)
@@ -206,7 +204,7 @@ class HostedRows:
         stated = (values.get("img_height"), values.get("img_width"))
         if None not in stated and stated != size:
             detail = f"img_height and img_width are {stated} but the image is {size} (height, width); the image counts"
-            self._name("wrong_size", sample_id, detail, lost=False)
+            self.add("wrong_size", sample_id, detail, lost=False)
         rle = hosted_mask(table.column("mask").combine_chunks(), size)
         return make_row(
             image={"bytes": encoded, "path": image.get("path") if isinstance(image, dict) else None},

@@ -15,7 +15,7 @@ from ..schema import encode_mask
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
 from .polygons import _checked_polygon
-from .rows import dataset_from_rows, image_size, make_row
+from .rows import dataset_from_rows, image_size, make_row, usable_rows
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -55,7 +55,8 @@ def build_reasonseg(
     if texts not in ("all", "first"):
         raise ValueError(f"texts is {texts!r}; it must be 'all' or 'first'.")
     report = BuildReport() if report is None else report
-    rows = _rows(_split_folder(root, split), split, report, texts)
+    files = _Files(_split_folder(root, split), split, report, texts)
+    rows = usable_rows(files.texts(), lambda fields: make_row(**fields), report)
     return dataset_from_rows(rows, f"reasonseg-{split}", report)
 
 
@@ -74,49 +75,50 @@ def _split_folder(root: str | os.PathLike, split: str) -> Path:
     )
 
 
-def _rows(folder: Path, split: str, report: BuildReport, texts: str) -> Iterator[dict[str, Any]]:
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    images: dict[str, str] = {}
-    for name in names:
-        if name.lower().endswith(IMAGE_SUFFIXES):
-            images.setdefault(os.path.splitext(name)[0], os.path.join(os.path.abspath(folder), name))
-    annotated = [name[: -len(".json")] for name in names if name.endswith(".json")]
-    for stem in sorted(set(images) - set(annotated)):
-        detail = f"there is no {stem}.json beside the photograph."
-        report.add("missing_annotation", f"reasonseg-{split}-{stem}", detail)
-    for stem in annotated:
-        yield from _rows_of_file(folder, stem, images.get(stem), split, report, texts)
+class _Files:
+    """The photographs and json files of a split."""
 
+    def __init__(self, folder: Path, split: str, report: BuildReport, texts: str):
+        self.folder, self.split, self.report, self.first_only = folder, split, report, texts == "first"
 
-def _rows_of_file(
-    folder: Path, stem: str, image: str | None, split: str, report: BuildReport, texts: str
-) -> Iterator[dict[str, Any]]:
-    name = f"reasonseg-{split}-{stem}"
-    try:
-        content = _read(folder / f"{stem}.json")
-        instructions = _texts(content)
-    except RowProblem as problem:
-        report.add(problem.kind, name, str(problem))
-        return
-    if texts == "first" and len(instructions) > 1:
-        report.left_out["further texts"] += len(instructions) - 1
-        instructions = instructions[:1]
-    try:
-        fields = _fields(content, stem, image, name, report)
-    except RowProblem as problem:
-        fields = problem
-    for position, text in enumerate(instructions):
-        sample_id = f"{name}-{position}"
-        if isinstance(fields, RowProblem):
-            report.add(fields.kind, sample_id, str(fields))
-        elif not isinstance(text, str) or not text.strip():
-            report.add("empty_text", sample_id, f"the text is {text!r}.")
-        else:
-            row = {"instruction": text.strip(), "sample_id": sample_id, "split": split, "source": "reasonseg"}
-            try:
-                yield make_row(**row, is_reasoning=True, **fields)
-            except RowProblem as problem:
-                report.add(problem.kind, sample_id, str(problem))
+    def texts(self) -> Iterator[tuple[str, Any]]:
+        """Sample id, and the fields of the row of every text; or what is wrong with it, its file or its photograph."""
+        names = sorted(name for name in os.listdir(self.folder) if not name.startswith("."))
+        images: dict[str, str] = {}
+        for name in names:
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                images.setdefault(os.path.splitext(name)[0], os.path.join(os.path.abspath(self.folder), name))
+        annotated = [name[: -len(".json")] for name in names if name.endswith(".json")]
+        for stem in sorted(set(images) - set(annotated)):
+            problem = RowProblem("missing_annotation", f"there is no {stem}.json beside the photograph.")
+            yield f"reasonseg-{self.split}-{stem}", problem
+        for stem in annotated:
+            yield from self._texts_of(stem, images.get(stem))
+
+    def _texts_of(self, stem: str, image: str | None) -> Iterator[tuple[str, Any]]:
+        name = f"reasonseg-{self.split}-{stem}"
+        try:
+            content = _read(self.folder / f"{stem}.json")
+            instructions = _texts(content)
+        except RowProblem as problem:
+            yield name, problem
+            return
+        if self.first_only and len(instructions) > 1:
+            self.report.left_out["further texts"] += len(instructions) - 1
+            instructions = instructions[:1]
+        try:
+            fields = _fields(content, stem, image, name, self.report)
+        except RowProblem as problem:
+            fields = problem
+        for position, text in enumerate(instructions):
+            sample_id = f"{name}-{position}"
+            if isinstance(fields, RowProblem):
+                yield sample_id, fields
+            elif not isinstance(text, str) or not text.strip():
+                yield sample_id, RowProblem("empty_text", f"the text is {text!r}.")
+            else:
+                own = {"instruction": text.strip(), "sample_id": sample_id, "split": self.split}
+                yield sample_id, {**own, "source": "reasonseg", "is_reasoning": True, **fields}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .build_report import BuildReport, RowProblem
 from .coco_instances import CocoInstances, Photographs, describe_folder, image_key, read_json
-from .rows import SampleIds, dataset_from_rows, make_row
+from .rows import SampleIds, dataset_from_rows, kind_by_number, make_row, usable_rows
 from .safe_pickle import load_plain_pickle
 
 UNC = ("train", "val", "testA", "testB")
@@ -78,7 +78,8 @@ def build_grefcoco(
 def _build(name, root, images_dir, split_by, split, exclude_images, report) -> Any:
     report = BuildReport() if report is None else report
     samples = _Samples(name, root, images_dir, split_by, split, exclude_images, report)
-    return dataset_from_rows(samples.rows(), f"{name}-{split_by}-{split}", report)
+    rows = usable_rows(samples.sentences(), samples.row, report)
+    return dataset_from_rows(rows, f"{name}-{split_by}-{split}", report)
 
 
 def find_folder(root: str | os.PathLike, name: str) -> Path:
@@ -160,7 +161,8 @@ class _Samples:
         self.instances = CocoInstances(folder / "instances.json", report, wanted)
         self.ids = SampleIds(report)
 
-    def rows(self) -> Iterator[dict[str, Any]]:
+    def sentences(self) -> Iterator[tuple[str, Any]]:
+        """Sample id, and the sentence with what it shares with the other ones of its ref."""
         for ref in self.refs:
             if str(ref["image_id"]) in self.excluded:
                 self.report.left_out["excluded images"] += len(ref["sentences"])
@@ -175,15 +177,14 @@ class _Samples:
             for position, sentence in enumerate(ref["sentences"]):
                 number = sentence.get("sent_id", position) if isinstance(sentence, dict) else position
                 sample_id = f"{stem}-{number}"
-                try:
-                    if isinstance(fields, RowProblem):
-                        raise RowProblem(fields.kind, str(fields))
-                    text = _text(sentence)
-                    content = (text, fields["image_id"], fields["instance_ids"])
-                    sample_id = self.ids.unique(sample_id, content)
-                    yield make_row(instruction=text, sample_id=sample_id, **fields)
-                except RowProblem as problem:
-                    self.report.add(problem.kind, sample_id, str(problem))
+                yield sample_id, fields if isinstance(fields, RowProblem) else (sample_id, sentence, fields)
+
+    def row(self, entry: tuple[str, Any, dict[str, Any]]) -> dict[str, Any]:
+        """The row of a sentence."""
+        sample_id, sentence, fields = entry
+        text = _text(sentence)
+        sample_id = self.ids.unique(sample_id, (text, fields["image_id"], fields["instance_ids"]))
+        return make_row(instruction=text, sample_id=sample_id, **fields)
 
     def _fields(self, ref: dict[str, Any], stem: str) -> dict[str, Any]:
         """The columns that all sentences of a ref share."""
@@ -199,7 +200,7 @@ class _Samples:
             "image_id": str(image_id),
             "source": self.name,
             "split": self.split,
-            "kind": ("none", "single", "multi")[min(len(targets), 2)],
+            "kind": kind_by_number(len(targets)),
         }
 
     def _targets(self, ref: dict[str, Any], stem: str) -> list[int]:

@@ -7,13 +7,14 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
 
+from ...files import file_digest, whole_file
 from ..schema import row_features
 from .build_report import BuildReport, RowProblem
 
@@ -110,6 +111,35 @@ def encode_image(feature: Any, image: Any) -> dict[str, Any]:
     return feature.encode_example(image)
 
 
+def usable_rows(
+    entries: Iterable[tuple[str, Any]], to_row: Callable[[Any], dict[str, Any] | None], report: BuildReport
+) -> Iterator[dict[str, Any]]:
+    """The loop under every builder: entries of a source become rows, or are named in the report.
+
+    Args:
+        entries (`Iterable[tuple[str, Any]]`): What the report calls an entry, and the entry; or a `RowProblem` in its
+            place.
+        to_row (`Callable`): Makes its row with `make_row`; `None` where the entry is left out on purpose. Raises
+            `RowProblem` where it cannot be used.
+        report (`BuildReport`): Gets the problems; only its `add` is called.
+    """
+    for where, entry in entries:
+        try:
+            if isinstance(entry, RowProblem):
+                raise entry
+            row = to_row(entry)
+        except RowProblem as problem:
+            report.add(problem.kind, where, str(problem))
+            continue
+        if row is not None:
+            yield row
+
+
+def kind_by_number(num_objects: int) -> str:
+    """`none`, `single` or `multi`: the kind of an instruction that means so many objects."""
+    return ("none", "single", "multi")[min(num_objects, 2)]
+
+
 class SampleIds:
     """Keeps the sample ids of a data set apart.
 
@@ -189,21 +219,11 @@ def dataset_from_rows(
         if not count:
             raise ValueError(f"{name} has no row that can be used: {report.summary()}")
         report.log(name)
-        with open(unfinished, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
-        path = folder / f"{name}-{digest.hexdigest()[:24]}.arrow"
+        path = folder / f"{name}-{file_digest(unfinished)[:24]}.arrow"
         if not path.exists():  # else keep the time of the file, which is part of the data set's fingerprint
-            os.chmod(unfinished, 0o644)  # temporary files are private
-            os.replace(unfinished, path)
+            with whole_file(path) as part:
+                os.replace(unfinished, part)
     finally:
         if os.path.exists(unfinished):
             os.unlink(unfinished)
     return datasets.Dataset.from_file(str(path))
-
-
-def _digest(file: Any) -> Any:
-    """`hashlib.file_digest` of Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest

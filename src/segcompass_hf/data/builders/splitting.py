@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from .annotation_files import find_annotations, read_lines
-from .build_report import BuildReport, RowProblem
+from .annotation_files import find_annotations, named_splits
+from .build_report import BuildReport
 from .folder import build_folder
 
 logger = logging.get_logger(__name__)
@@ -76,7 +75,7 @@ def build_folder_splits(
     """
     report = BuildReport() if report is None else report
     path = find_annotations(root, annotations, "train")
-    named = _named_splits(path)
+    named = named_splits(path)
     held_out = next((name for name in HELD_OUT_SPLITS if name in named), None)
     if held_out is None and annotations is None:
         held_out = next((name for name in HELD_OUT_SPLITS if _has_own_file(root, name, path)), None)
@@ -96,13 +95,6 @@ def build_folder_splits(
             "them says little about new images."
         )
     return train, evaluation
-
-
-def _named_splits(path: Path) -> Counter[str]:
-    """Values of the column `split`, and how often each comes."""
-    lines = (fields for _, fields in read_lines(path) if not isinstance(fields, RowProblem))
-    names = (str(fields.get("split") or "").strip() for fields in lines)
-    return Counter(name for name in names if name)
 
 
 def _has_own_file(root: str | os.PathLike, split: str, train_file: Path) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files import readable_size
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -37,8 +38,8 @@ class Publication:
     def to_text(self) -> str:
         """The tree with sizes, and the rows."""
         width = max(map(len, self.files))
-        lines = [f"  {path:{width}}  {_size(number)}" for path, number in self.files.items()]
-        lines.append(f"  {'in all':{width}}  {_size(sum(self.files.values()))}")
+        lines = [f"  {path:{width}}  {readable_size(number)}" for path, number in self.files.items()]
+        lines.append(f"  {'in all':{width}}  {readable_size(sum(self.files.values()))}")
         lines.append("rows: " + ", ".join(f"{split} {number:,}" for split, number in self.rows.items()))
         if self.left_behind:
             lines.append(f"not part of the data set: {', '.join(self.left_behind)}")
@@ -210,11 +211,3 @@ def _check_loading(folder: Path, shards: dict[str, list[Path]]) -> None:
             f"load_dataset reads other files or columns than the shards have, in the splits {wrong}. Is the header of "
             "README.md changed? Build the data set again."
         )
-
-
-def _size(number: int) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"

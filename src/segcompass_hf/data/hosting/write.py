@@ -6,21 +6,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from transformers.utils import logging
 
+from ...files import staged_folder
 from ..builders.build_report import BuildReport
 from ..schema import row_features
 from .card import is_license_id, render_card
 from .figure import save_contact_sheet
-from .publish import push_dataset
 from .shards import SHOWN_ROWS, SplitWriter
 from .statistics import SplitStatistics
 
@@ -28,7 +26,7 @@ logger = logging.get_logger(__name__)
 
 REPORT_FILE, FIGURE_FILE = "build_report.json", "samples.png"
 
-__all__ = ["WrittenDataset", "push_dataset", "write_dataset"]
+__all__ = ["WrittenDataset", "write_dataset"]
 
 
 @dataclass
@@ -99,23 +97,9 @@ def write_dataset(
     if set("[]") & set(folder.name):
         raise ValueError(f"the folder is called {folder.name!r}; datasets would take the brackets for a pattern.")
     _check_free(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.parent / f".{folder.name}.lock"
-    part = folder.parent / f".{folder.name}.part"
-    try:
-        with FileLock(lock, timeout=0):
-            shutil.rmtree(part, ignore_errors=True)  # of a build that was killed
-            try:
-                part.mkdir()
-                statistics = _write_parts(splits, part, reports, shard_bytes)
-                _write_card(part, statistics, reports, license, name or folder.name, origins)
-                _check_free(folder)
-                os.replace(part, folder)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-                lock.unlink(missing_ok=True)
-    except Timeout as error:
-        raise FileExistsError(f"another build is writing {str(folder)!r}; wait for it, or name another.") from error
+    with staged_folder(folder) as part:
+        statistics = _write_parts(splits, part, reports, shard_bytes)
+        _write_card(part, statistics, reports, license, name or folder.name, origins)
     return WrittenDataset(folder, statistics, reports)
 
 

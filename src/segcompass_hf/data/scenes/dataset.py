@@ -1,12 +1,14 @@
 """Scenes: procedural reasoning segmentation with reference chains of thought; seeded, no downloads.
 
-`scenes.build("val", 500)` gives a `datasets.Dataset` in the row schema; `scenes.iterate` yields the same rows alone.
+`scenes.build("val", 500)` gives a `datasets.Dataset` in the row schema; `scenes.iterate` yields the same rows alone,
+and `scenes.SceneRows` makes each when it is asked for.
 Sample `i` of a split depends on the split, the seed and `i` only, so any subset can be made anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import operator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,10 +112,10 @@ def to_row(scene: Scene, sample_id: str, split: str, reasoning: bool = True) -> 
     }
 
 
-def iterate(
-    split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = (), start: int = 0
-) -> Iterator[dict[str, Any]]:
-    """Yield rows `start` to `start + num_samples` of a split.
+class SceneRows(Sequence):
+    """Rows of a split in the row schema, each made when it is asked for: hundreds of thousands need no memory.
+
+    Row `i` is the same whenever and wherever it is made, so a resumed training sees the rows it would have seen.
 
     Args:
         split (`str`): one of `SPLITS`.
@@ -121,13 +123,40 @@ def iterate(
         seed (`int`): another seed is another data set of the same distribution.
         without_reasoning (`Collection[str]`): kinds of instruction whose reference reasoning is left out (`None`), as
             in real referring data.
+    """
+
+    def __init__(self, split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = ()):
+        _check_kinds(without_reasoning)
+        self.split, self.num_samples, self.seed = split, num_samples, seed
+        self.without_reasoning = frozenset(without_reasoning)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}.")
+        index %= len(self)
+        scene = sample(self.split, index, self.seed)
+        keep = scene.instruction.kind not in self.without_reasoning
+        return to_row(scene, f"scenes-{self.split}-{self.seed}-{index:06d}", self.split, reasoning=keep)
+
+
+def iterate(
+    split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = (), start: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Yield rows `start` to `start + num_samples` of a split, see [`SceneRows`].
+
+    Args:
+        split, num_samples, seed, without_reasoning: as of [`SceneRows`].
         start (`int`): index of the first row.
     """
-    _check_kinds(without_reasoning)
+    rows = SceneRows(split, start + num_samples, seed, without_reasoning)
     for index in range(start, start + num_samples):
-        scene = sample(split, index, seed)
-        keep = scene.instruction.kind not in without_reasoning
-        yield to_row(scene, f"scenes-{split}-{seed}-{index:06d}", split, reasoning=keep)
+        yield rows[index]
 
 
 def build(split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = ()):

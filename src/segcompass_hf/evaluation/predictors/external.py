@@ -30,6 +30,7 @@ from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
 from ...data.builders.polygons import polygons_to_rle
 from ...data.schema import decode_mask
+from ...files import file_digest
 from ..prediction import Prediction
 
 logger = logging.get_logger(__name__)
@@ -97,7 +98,7 @@ class FolderPredictor:
         hasher = hashlib.sha256()
         jsonls = {path for path, _ in self._lines.values()}
         for path in sorted({*self._files.values(), *jsonls}):
-            hasher.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+            hasher.update(path.name.encode() + b"\0" + bytes.fromhex(file_digest(path)))
         settings = {"predictions": hasher.hexdigest()[:16], "missing": self.missing}
         return settings | {"num_missing": len(self.missing_ids)} if self._checked else settings
 

@@ -6,20 +6,17 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...files import write_whole
 from ...pages import data_address, fill_page
 
 
 def write_page(dictionary: Any, path: str | os.PathLike, max_features: int = 2000) -> None:
     """Write the page in one step; see `ConceptDictionary.to_html`."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(page(dictionary, max_features), encoding="utf-8", errors="replace")
-    os.replace(unfinished, path)
+    write_whole(path, page(dictionary, max_features).encode(errors="replace"))
 
 
 def page(dictionary: Any, max_features: int = 2000) -> str:

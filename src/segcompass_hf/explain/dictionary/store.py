@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
+from ...files import write_whole
+
 NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
 FORMAT = "segcompass-concepts-1"
 _SKETCH_SIZE = 512
@@ -70,7 +72,6 @@ def write_files(
     """Write both files, each in one step; a reader never sees half a file, nor files that do not belong together."""
     _, parquet = _pyarrow()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     parquet.write_table(_table(columns), file, compression="zstd")
     table = file.getvalue()
@@ -78,9 +79,7 @@ def write_files(
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     numbers = save(contiguous, metadata=header)
     for name, data in ((TABLE_FILE, table), (NUMBERS_FILE, numbers)):
-        unfinished = folder / f"{name}.part"
-        unfinished.write_bytes(data)
-        os.replace(unfinished, folder / name)
+        write_whole(folder / name, data)
 
 
 def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, dict[str, Any]]:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from ...files import write_whole
 from ...pages import fill_page
 from .payload import payload
 
@@ -37,15 +37,7 @@ def to_html(explanation: Any, path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     page = to_page(explanation).encode("utf-8", errors="replace")  # half of a surrogate pair has no bytes
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(page)
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp gives it to its owner alone
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_whole(path, page)
     return path
 
 
@@ -71,9 +63,3 @@ def to_page(explanation: Any) -> str:
         "VERSION": __version__,
     }
     return fill_page("segcompass_hf.explain", "report.html", "report.css", _SCRIPTS, content, values)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ...files import file_digest, readable_size
 from .stage import Stage, is_owned, stage_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -41,8 +42,8 @@ class ModelPublication:
     def to_text(self) -> str:
         """The tree with sizes, and what was checked."""
         width = max(map(len, self.files))
-        lines = [f"  {path:{width}}  {_size(number)}" for path, number in sorted(self.files.items())]
-        lines.append(f"  {'in all':{width}}  {_size(sum(self.files.values()))}")
+        lines = [f"  {path:{width}}  {readable_size(number)}" for path, number in sorted(self.files.items())]
+        lines.append(f"  {'in all':{width}}  {readable_size(sum(self.files.values()))}")
         lines += [f"checked: {line}" for line in self.checks]
         if self.left_behind:
             lines.append(f"not part of it: {', '.join(self.left_behind)}")
@@ -199,15 +200,8 @@ def _compare_hashes(api: Any, repo_id: str, commit: str, paths: dict[str, Path])
 
 def _same(entry: Any, path: Path) -> bool:
     if entry.lfs is not None:
-        return entry.lfs.sha256 == _digest(path, hashlib.sha256())
-    return entry.blob_id == _digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))  # as git does
-
-
-def _digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return entry.lfs.sha256 == file_digest(path)
+    return entry.blob_id == file_digest(path, hashlib.sha1(b"blob %d\0" % path.stat().st_size))  # as git does
 
 
 def _collect(publication: ModelPublication, collection: str, private: bool, token: str | None) -> str:
@@ -220,14 +214,6 @@ def _collect(publication: ModelPublication, collection: str, private: bool, toke
         owner = repo_id.split("/")[0]
         collection = api.create_collection(collection, namespace=owner, private=private, exists_ok=True).slug
     return api.add_collection_item(collection, repo_id, "model", exists_ok=True).url
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} GB"
 
 
 __all__ = ["ModelPublication", "push_to_hub"]

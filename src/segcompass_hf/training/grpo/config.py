@@ -4,58 +4,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from trl import GRPOConfig
 
 from ..loop.resume import RobustTrainingArguments
+from ..objective import SegmentationObjective
 
-LOSS_WEIGHTS = (
-    "seg_loss_weight",
-    "conf_loss_weight",
-    "heatmap_bce_weight",
-    "heatmap_dice_weight",
-    "mask_dice_weight",
-    "mask_focal_weight",
-    "match_confidence_weight",
-)
 DEFAULT_REWARD_WEIGHTS = [0.3, 0.7]  # format, mask
 
 
 @dataclass
-class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
-    r"""Settings of [`SegCompassGRPOTrainer`]: those of [`trl.GRPOConfig`] with the method's defaults, and its own.
+class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOConfig):
+    r"""Settings of [`SegCompassGRPOTrainer`]: those of [`trl.GRPOConfig`] with the method's defaults, of
+    [`SegmentationObjective`], and its own.
 
     The objective is `policy_loss_weight * L_grpo + seg_loss_weight * L_seg + conf_loss_weight * L_conf`.
 
     Args:
         policy_loss_weight (`float`, defaults to 1.0): Of L_grpo; 0 trains on the segmentation losses alone, still on
             the model's own completions.
-        seg_loss_weight, conf_loss_weight (`float`, *optional*): lambda_s and lambda_c; the model configuration's when
-            left out.
-        heatmap_bce_weight, heatmap_dice_weight, mask_dice_weight, mask_focal_weight (`float`, *optional*): Weights
-            within L_seg; the model configuration's when left out.
-        match_confidence_weight (`float`, *optional*): How much matching prefers confident slots; as above.
-        loss_weight_switch_step (`int`, *optional*): From this optimizer step on, `switched_loss_weights` count.
-        switched_loss_weights (`dict[str, float]`, *optional*): Names as above -> weights after the switch.
         segmentation_completions (`str`, defaults to `"all"`): Which completions L_seg and L_conf learn from: `"all"`
             (the method), or those rewarded `"at_least_mean"` of their group. Masks asked for behind reasoning that
             means other objects teach the heads not to follow the reasoning.
         train_heads (`bool`, defaults to `True`): Whether codebook, slot encoder, slot mapper and SAM's decoder train.
-            This and the next are up to the adapter where there is one; a warning names what it does otherwise.
-        train_token_rows (`str`, *optional*): `"head"` or `"none"`, see [`SegCompassConfig`]; its value when left out.
-            `"both"` is refused unless embeddings are tied: joint training sends no gradient below the SAE.
-        codebook_lr_factor, slot_mapper_lr_factor, prompt_encoder_lr_factor, mask_decoder_lr_factor (`float`): Factors
-            on `learning_rate` of codebook and slot encoder, slot mapper, SAM's prompt encoder, SAM's mask decoder.
+            This and `train_token_rows` are up to the adapter where there is one; a warning names what it does
+            otherwise. `train_token_rows="both"` is refused unless embeddings are tied: joint training sends no
+            gradient below the SAE.
         lr_schedule (`str`, defaults to `"trainer"`): `"trainer"` follows `lr_scheduler_type`; `"one_cycle"` falls from
             the learning rate along a cosine to a `one_cycle_final_factor`-th of it, without warm-up (the paper's).
         one_cycle_final_factor (`float`, defaults to 6.7): First learning rate over last.
-        overflow (`str`, defaults to `"drop"`): What happens to objects beyond the number of slots; dropped ones are
-            counted in `segmentation/dropped_objects`.
         sample_pictures_steps (`int`, defaults to 0): Every so many optimizer steps, pictures with masks and reasoning
             are written to `output_dir/samples` and to the trackers; 0 writes none.
         num_sample_pictures (`int`, defaults to 4): Pictures each time.
+        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
+            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "switched_loss_weights"]
@@ -71,51 +55,22 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
     loss_type: str = field(default="bnpo", metadata={"help": "GRPO loss: mean over the tokens of a micro-batch."})
 
     policy_loss_weight: float = field(default=1.0, metadata={"help": "Weight of the GRPO loss."})
-    seg_loss_weight: float | None = field(default=None, metadata={"help": "lambda_s."})
-    conf_loss_weight: float | None = field(default=None, metadata={"help": "lambda_c."})
-    heatmap_bce_weight: float | None = field(default=None, metadata={"help": "Of the heatmaps' cross-entropy."})
-    heatmap_dice_weight: float | None = field(default=None, metadata={"help": "Of the heatmaps' Dice loss."})
-    mask_dice_weight: float | None = field(default=None, metadata={"help": "Of the masks' Dice loss."})
-    mask_focal_weight: float | None = field(default=None, metadata={"help": "Of the masks' focal loss."})
-    match_confidence_weight: float | None = field(default=None, metadata={"help": "Confidence in the matching cost."})
-    loss_weight_switch_step: int | None = field(default=None, metadata={"help": "Step of the weight switch."})
-    switched_loss_weights: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Loss weights after the switch."}
-    )
     segmentation_completions: Literal["all", "at_least_mean"] = field(
         default="all", metadata={"help": "Completions that the segmentation losses learn from."}
     )
     train_heads: bool = field(default=True, metadata={"help": "Whether the segmentation heads train."})
-    train_token_rows: Literal["head", "none", "both"] | None = field(
-        default=None, metadata={"help": "Which rows of the added tokens train."}
-    )
-    codebook_lr_factor: float = field(default=25.0, metadata={"help": "On the learning rate of codebook and slots."})
-    slot_mapper_lr_factor: float = field(default=80.0, metadata={"help": "On that of the slot mapper."})
-    prompt_encoder_lr_factor: float = field(default=10.0, metadata={"help": "On that of SAM's prompt encoder."})
-    mask_decoder_lr_factor: float = field(default=10.0, metadata={"help": "On that of SAM's mask decoder."})
     lr_schedule: Literal["trainer", "one_cycle"] = field(
         default="trainer", metadata={"help": "transformers' schedule, or the paper's."}
     )
     one_cycle_final_factor: float = field(default=6.7, metadata={"help": "First learning rate over last."})
-    overflow: Literal["drop", "merge", "error"] = field(
-        default="drop", metadata={"help": "What happens to more objects than slots."}
-    )
     sample_pictures_steps: int = field(default=0, metadata={"help": "Steps between sample pictures; 0: none."})
     num_sample_pictures: int = field(default=4, metadata={"help": "Sample pictures each time."})
+    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():
             self.bf16 = False  # TRL's default is True, which transformers refuses without a GPU
         super().__post_init__()
-        switched = self.switched_loss_weights or {}
-        unknown = sorted(set(switched) - set(LOSS_WEIGHTS))
-        if unknown:
-            raise ValueError(f"switched_loss_weights names {unknown}; known are {list(LOSS_WEIGHTS)}.")
-        if bool(switched) != (self.loss_weight_switch_step is not None):
-            raise ValueError(
-                "loss_weight_switch_step and switched_loss_weights go together, got "
-                f"{self.loss_weight_switch_step} and {self.switched_loss_weights}."
-            )
         if self.segmentation_completions not in ("all", "at_least_mean"):
             raise ValueError(
                 f"segmentation_completions is 'all' or 'at_least_mean', got {self.segmentation_completions!r}."
@@ -127,21 +82,3 @@ class SegCompassGRPOConfig(RobustTrainingArguments, GRPOConfig):
                 "sync_ref_model=True is not supported: the reference policy is the model as it was given to the "
                 "trainer. For a newer reference start a new run from the newer checkpoint."
             )
-
-    def loss_weights(self, model_config: Any, step: int) -> dict[str, float]:
-        """The weights that count at optimizer step `step`, as arguments of `segmentation_loss`."""
-        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
-        weights = {name: getattr(model_config, name) if value is None else value for name, value in weights.items()}
-        if self.loss_weight_switch_step is not None and step >= self.loss_weight_switch_step:
-            weights |= {name: float(value) for name, value in self.switched_loss_weights.items()}
-        return weights
-
-    def learning_rate_factors(self) -> dict[str, float]:
-        """Prefix of parameter names -> factor on the learning rate."""
-        return {
-            "codebook": self.codebook_lr_factor,
-            "slot_encoder": self.codebook_lr_factor,
-            "slot_mapper": self.slot_mapper_lr_factor,
-            "sam.prompt_encoder": self.prompt_encoder_lr_factor,
-            "sam.mask_decoder": self.mask_decoder_lr_factor,
-        }

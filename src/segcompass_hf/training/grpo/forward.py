@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ...generation_segcompass import HiddenStateCapture
-from ...losses_segcompass import segmentation_loss
+from ...reading_segcompass import MaskTargets, SequenceStates
 from .reference import FusedHead, LayerTrace
 
 LOSS_TERMS = ("segmentation_loss", "confidence_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
@@ -37,12 +36,30 @@ class JointOutput(FusedCausalLMOutput):
     terms: dict[str, torch.Tensor] | None = None
 
 
+@dataclass
+class JointTargets:
+    """What a micro-batch of joint training is compared with, and the image that its masks are of.
+
+    Args:
+        completion_mask (`torch.Tensor` of shape `(batch_size, completion_length)`): 1 on tokens of the completions,
+            which stand at the end of the sequences.
+        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): SAM features.
+        reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`): (height, width) on SAM's canvas.
+        masks ([`MaskTargets`]): Of the segmentation losses.
+    """
+
+    completion_mask: torch.Tensor
+    image_embeddings: torch.Tensor
+    reshaped_input_sizes: torch.Tensor
+    masks: MaskTargets
+
+
 def add_joint_forward(
     model: nn.Module, temperature: float, cast_to_fp32: bool, reference: Callable | None = None
 ) -> None:
     """Let `model(..., labels=..., fused_lm_head=True)` return a [`JointOutput`]; other calls stay as they were.
 
-    With `segmentation=` (targets, see `SegCompassGRPOTrainer._compute_loss`) it holds the segmentation losses and the
+    With `segmentation=` ([`JointTargets`]) it holds the segmentation losses and the
     reference's log-probabilities; without, the policy's log-probabilities alone.
 
     Call it after TRL's `add_fused_lm_head`. The outputs are returned, not kept on the module: DistributedDataParallel
@@ -58,7 +75,7 @@ def add_joint_forward(
 
     # Keeps the signature: `generate` and PEFT look at it.
     @functools.wraps(type(model).forward)
-    def forward(self, *args, fused_lm_head: bool = False, segmentation: dict | None = None, **kwargs):
+    def forward(self, *args, fused_lm_head: bool = False, segmentation: JointTargets | None = None, **kwargs):
         if not fused_lm_head:
             return other_forward(*args, **kwargs)
         return _joint_forward(self, head, reference, segmentation, **kwargs)
@@ -70,7 +87,7 @@ def _joint_forward(
     model: nn.Module,
     head: FusedHead,
     reference: Callable | None,
-    segmentation: dict[str, Any] | None,
+    segmentation: JointTargets | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
@@ -81,7 +98,7 @@ def _joint_forward(
         reference = None
         labels = labels[:, max(int((labels != -100).any(0).long().argmax()) - 1, 0) :]
     else:
-        labels = labels[:, -segmentation["completion_mask"].shape[1] - 1 :]
+        labels = labels[:, -segmentation.completion_mask.shape[1] - 1 :]
     vlm_inputs = model._with_positions({"attention_mask": attention_mask, **vlm_inputs})
     layer = model.config.sae_layer
     trace = LayerTrace(model.base_model, layer) if reference is not None else nullcontext()
@@ -95,48 +112,15 @@ def _joint_forward(
         return output
     if reference is not None:
         output.ref_log_probs = reference(trace, labels)
-    losses = _segmentation(model, layer_states, last_states, input_ids, attention_mask, segmentation, vlm_inputs)
+    completion_mask = torch.zeros_like(attention_mask)
+    completion_mask[:, -segmentation.completion_mask.shape[1] :] = segmentation.completion_mask
+    states = SequenceStates(layer_states, last_states, input_ids, attention_mask, completion_mask)
+    states = model.with_concept_states(states, **vlm_inputs)
+    image = segmentation.image_embeddings, segmentation.reshaped_input_sizes
+    losses = model.read_masks(states, *image, segmentation.masks).losses
     output.segmentation = losses.loss
     output.terms = {name: getattr(losses, name).detach() for name in LOSS_TERMS}
     return output
-
-
-def _segmentation(
-    model: nn.Module,
-    layer_states: torch.Tensor,
-    last_states: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    targets: dict[str, Any],
-    vlm_inputs: dict[str, Any],
-) -> Any:
-    """Segmentation losses of states `(batch_size, tokens, hidden)`; only matched slots are decoded to masks."""
-    completion = targets["completion_mask"]
-    prompt = torch.zeros_like(attention_mask[:, : -completion.shape[1]])
-    completion_mask = torch.cat([prompt, completion.to(prompt.dtype)], dim=1)
-    concept_inputs = layer_states, attention_mask, model.modality_ids(input_ids)
-    if model.config.concept_input == "duplicated":
-        concept_inputs = model._duplicated_states(input_ids, completion_mask, [], vlm_inputs)
-    slots = model.encode_slots(model.encode_concepts(*concept_inputs), concept_inputs[1]).slots
-    references = model.find_reference_states(last_states, input_ids, attention_mask, completion_mask)
-    embeddings = targets["image_embeddings"]
-    mapped = model.slot_mapper(references, slots, embeddings)
-    area = model.mask_stage.valid_area(targets["reshaped_input_sizes"])
-    decode = partial(model.mask_stage.decode, embeddings, mapped.heatmap_logits, area)
-    return segmentation_loss(
-        mapped.heatmap_logits,
-        lambda assignments: decode(pairs=assignments.pairs),
-        mapped.slot_logits,
-        targets["mask_labels"],
-        targets["num_objects"],
-        area,
-        match_valid_area_only=model.config.valid_area_only,
-        empty_samples=model.config.empty_samples,
-        num_items=targets.get("num_segmentation_items"),
-        num_samples=targets.get("num_samples"),
-        sample_weights=targets.get("segmentation_weights"),
-        **targets["loss_weights"],
-    )
 
 
 class JointCall:
@@ -145,10 +129,10 @@ class JointCall:
     Args:
         model (`Callable`): The (wrapped) model.
         inputs (`dict`): TRL's inputs of the micro-batch; the reference's log-probabilities are put there.
-        segmentation (`dict`): See [`add_joint_forward`].
+        segmentation ([`JointTargets`]): Of the micro-batch.
     """
 
-    def __init__(self, model: Callable, inputs: dict[str, Any], segmentation: dict[str, Any]):
+    def __init__(self, model: Callable, inputs: dict[str, Any], segmentation: JointTargets):
         self.model, self.inputs, self.segmentation = model, inputs, segmentation
         self.output: JointOutput | None = None
 

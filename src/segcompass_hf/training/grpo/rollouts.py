@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ...modeling_masks import valid_area
+from ...reading_segcompass import SequenceStates
 from ..rewards.rewards import is_well_formed
 from .targets import SegmentationTargets
 
-NO_EXTRAS = {"attentions": False, "concepts": False, "image": False}
 MASK_FIELDS = ("heatmap_logits", "slot_logits", "pred_masks")
 
 
@@ -21,15 +21,14 @@ class RolloutMasks:
 
     Args:
         targets ([`SegmentationTargets`]): Of the same rows.
+
+    Attributes:
+        states ([`SequenceStates`], *optional*): What was captured while the completions were sampled.
     """
 
     def __init__(self, targets: SegmentationTargets):
         self.targets = targets
-        self.states: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def set_states(self, states, sequences: torch.Tensor, prompt_mask: torch.Tensor, written: torch.Tensor) -> None:
-        """Keep what was captured while `sequences` `(batch_size, tokens)` were sampled."""
-        self.states, self.sequences, self.prompt_mask, self.written = states, sequences, prompt_mask, written
+        self.states: SequenceStates | None = None
 
     @torch.no_grad()
     def segment(self, model: Any, batch_size: int) -> dict[str, torch.Tensor]:
@@ -38,19 +37,10 @@ class RolloutMasks:
         Not for `concept_input="duplicated"`, whose second pass needs the images: [`masks_of_rollouts`].
         """
         parts = []
-        for start in range(0, len(self.sequences), batch_size):
+        for start in range(0, len(self.states.input_ids), batch_size):
             rows = slice(start, start + batch_size)
-            output = model._segment_sequences(
-                tuple(states[rows] for states in self.states),
-                self.sequences[rows],
-                self.prompt_mask[rows],
-                self.written[rows],
-                torch.stack(self.targets.image_embeddings[rows]),
-                self.targets.reshaped_input_sizes[rows],
-                [],
-                {},
-                NO_EXTRAS,
-            )
+            images = torch.stack(self.targets.image_embeddings[rows])
+            output = model.read_finite_masks(self.states[rows], images, self.targets.reshaped_input_sizes[rows])
             parts.append({name: output[name] for name in MASK_FIELDS})
         return {name: torch.cat([part[name] for part in parts]) for name in MASK_FIELDS}
 

@@ -59,7 +59,7 @@ def segmentation_targets(
 
     Args:
         rows (`Sequence[dict]`): With `image` and `masks` (RLE).
-        processor ([`SegCompassProcessor`]): Canvas and map size.
+        processor ([`SegCompassProcessor`]): Canvas and map size; a `caching_processor` gives embeddings of its cache.
         model (`SegCompassForReasoningSegmentation`): Its SAM encodes the images.
         device (`torch.device`): Where the tensors go.
         overflow (`str`): `"drop"`, `"merge"` or `"error"`, see `fit_objects_to_slots`.
@@ -84,8 +84,11 @@ def segmentation_targets(
     place = {keys[index]: number for number, index in enumerate(unique)}
 
     sam = processor._sam_inputs([images[index] for index in unique])
-    pixels = sam["sam_pixel_values"].to(device).split(IMAGES_AT_A_TIME)
-    embeddings = torch.cat([model.encode_image(some) for some in pixels])
+    if "image_embeddings" in sam:
+        embeddings = sam["image_embeddings"].to(device)
+    else:
+        pixels = sam["sam_pixel_values"].to(device).split(IMAGES_AT_A_TIME)
+        embeddings = torch.cat([model.encode_image(some) for some in pixels])
     labels, counts, dropped = [], [], []
     for index in unique:
         size = (images[index].height, images[index].width)

@@ -19,12 +19,15 @@ from trl.models.utils import disable_gradient_checkpointing
 from ...generation_segcompass import HiddenStateCapture, run_last_token
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
+from ...reading_segcompass import MaskTargets, SequenceStates
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
+from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
+from ..inputs import base_model, check_segcompass, load_model, load_processor
 from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
-from .forward import JointCall, add_joint_forward
+from .forward import JointCall, JointTargets, add_joint_forward
 from .one_cycle import OneCycle
 from .pictures import SamplePictureLogger, picture_sample
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
@@ -48,7 +51,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     - Masks are read from the states captured while sampling. Reward functions get them, one entry per completion, as
       `pred_masks`, `heatmap_logits`, `slot_logits`, `mask_labels`, `num_objects`, `valid_area`,
       `slot_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and `mask_reward` with
-      weights 0.3 and 0.7.
+      weights 0.3 and 0.7. They stand behind what all trainers of this package begin with.
     - L_seg is a mean over the samples with objects, L_conf over all samples, of the whole accumulation window over all
       processes.
     - The reference policy is a copy of the layers that train, fed with the policy's own states at the SAE layer:
@@ -59,12 +62,12 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     Args:
         model (`str` or `PreTrainedModel` or `PeftModel`): A SegCompass model or where to load it. Frozen as the method
             says (`freeze_for_training`), unless PEFT decides what trains.
-        reward_funcs (`Callable` or `list[Callable]`, *optional*): TRL reward functions.
         args ([`SegCompassGRPOConfig`], *optional*): Settings.
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): In the row schema.
         processing_class ([`SegCompassProcessor`], *optional*): Loaded from where the model comes from when left out.
-        quantization_config (`BitsAndBytesConfig`, *optional*): For a model given by name.
         peft_config (`PeftConfig`, *optional*): See `segcompass_hf.training.lora_config`.
+        reward_funcs (`Callable` or `list[Callable]`, *optional*): TRL reward functions.
+        quantization_config (`BitsAndBytesConfig`, *optional*): For a model given by name.
         kwargs: Everything else goes to [`trl.GRPOTrainer`].
     """
 
@@ -74,13 +77,13 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | nn.Module,
-        reward_funcs: Callable | list[Callable] | None = None,
         args: SegCompassGRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict | None = None,
         processing_class: SegCompassProcessor | None = None,
-        quantization_config: Any = None,
         peft_config: Any = None,
+        reward_funcs: Callable | list[Callable] | None = None,
+        quantization_config: Any = None,
         **kwargs,
     ):
         unknown = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
@@ -88,21 +91,15 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             raise ValueError(f"{unknown} make conversations of several turns; masks are read from a single answer.")
         args = SegCompassGRPOConfig("segcompass-grpo") if args is None else args
         if not isinstance(args, SegCompassGRPOConfig):
-            raise TypeError(f"args must be a SegCompassGRPOConfig, got {type(args).__name__}.")
-        if isinstance(model, str):
-            loading = dict(args.model_init_kwargs or {})
-            if quantization_config is not None:
-                loading["quantization_config"] = quantization_config
-            model = SegCompassForReasoningSegmentation.from_pretrained(model, **loading)
+            got = f"got {type(args).__name__}; rewards are reward_funcs"
+            raise TypeError(f"args must be a SegCompassGRPOConfig, {got}.")
+        if not isinstance(model, nn.Module):
+            quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+            model = load_model(model, **(args.model_init_kwargs or {}), **quantized)
             args.model_init_kwargs = None
-        core = _core(model)
-        if not hasattr(core, "slot_mapper"):
-            raise TypeError(
-                f"got a {type(core).__name__}, not a SegCompassForReasoningSegmentation; its from_pretrained_parts "
-                "makes one from a VLM, a SAM and an SAE."
-            )
-        if processing_class is None:
-            processing_class = SegCompassProcessor.from_pretrained(core.config.name_or_path)
+        check_segcompass(model)
+        core = base_model(model)
+        processing_class = load_processor(processing_class, model, SegCompassProcessor)
         if peft_config is not None:
             check_peft_config(core, peft_config)
         elif core is model:
@@ -110,7 +107,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         if reward_funcs is None:
             reward_funcs = [format_reward, mask_reward]
             args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
-        self._joint_call: JointCall | None = None
         self._rollouts: RolloutMasks | None = None
         beta = args.beta
         if core is model and peft_config is None:
@@ -139,6 +135,10 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             args.num_sample_pictures,
             self.callback_handler.callbacks,
         )
+        cache = open_embedding_cache(self, self.core, self.processing_class)
+        self._target_processor = (
+            self.processing_class if cache is None else cache.caching_processor(self.processing_class)
+        )
         add_joint_forward(self.core, self.temperature, args.cast_lm_head_to_fp32, self._make_reference())
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             self.add_callback(FinishShardingCallback())
@@ -146,7 +146,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     @property
     def core(self) -> SegCompassForReasoningSegmentation:
         """The SegCompass model under whatever wraps it."""
-        return _core(self.accelerator.unwrap_model(self.model))
+        return base_model(self.accelerator.unwrap_model(self.model))
 
     def _check_what_trains(self) -> None:
         core, args = self.core, self.args
@@ -163,7 +163,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         if not self.beta:
             return None
         cast = self.args.cast_lm_head_to_fp32
-        if _core(self.model) is not self.model:
+        if base_model(self.model) is not self.model:
             copy_token_rows_to_reference(self.model)
             return AdapterFreeReference(self.model, self.temperature, cast, self.args.gradient_checkpointing_kwargs)
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -181,7 +181,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             model = self.model if model is None else model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             rate, factors = settings.pop("lr", self.args.learning_rate), self.args.learning_rate_factors()
-            core = _core(self.accelerator.unwrap_model(model))
+            core = base_model(self.accelerator.unwrap_model(model))
             groups = core.parameter_groups(rate, self.args.weight_decay, factors)
             self.optimizer = optimizer_class(groups, lr=rate, **settings)
         return self.optimizer
@@ -199,7 +199,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
         device, overflow = self.accelerator.device, self.args.overflow
-        targets = segmentation_targets(inputs, self.processing_class, self.core, device, overflow)
+        targets = segmentation_targets(inputs, self._target_processor, self.core, device, overflow)
         self._rollouts = RolloutMasks(targets)
         # The reference is scored in the training forward, from the policy's own states.
         beta, self.beta = self.beta, 0.0
@@ -225,7 +225,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             as_generated = torch.cat([prompt_mask, torch.ones_like(written)], dim=1)
             with disable_gradient_checkpointing(core, self.args.gradient_checkpointing_kwargs):
                 run_last_token(capture, sequences, as_generated)
-        self._rollouts.set_states(capture.states(), sequences, prompt_mask, written)
+        self._rollouts.states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
         return completion_ids, logprobs
 
     @property
@@ -294,13 +294,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
 
     # Training: one forward for all losses.
 
-    def _prepare_inputs(self, generation_batch):
-        buffered = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self.model.training and self._buffered_inputs is not buffered:
-            self._count_windows(self._buffered_inputs)
-        return inputs
-
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
         """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
         counts = []
@@ -319,18 +312,24 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             batch["num_segmentation_items"] = max(samples if every else with_objects, 1)
             batch["num_samples"] = max(samples, 1)
 
-    def _compute_loss(self, model, inputs):
-        step = self.state.global_step
-        names = ("num_objects", "reshaped_input_sizes", "completion_mask", "num_segmentation_items", "num_samples")
-        targets = {name: inputs.get(name) for name in (*names, "segmentation_weights")}
-        targets |= {name: torch.stack(inputs[name]) for name in ("image_embeddings", "mask_labels")}
-        targets["loss_weights"] = self.args.loss_weights(self.core.config, step)
-        self._joint_call = JointCall(model, inputs, targets)
-        try:
-            loss = super()._compute_loss(model, inputs)
-            output = self._joint_call.output
-        finally:
-            self._joint_call = None
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss and the segmentation losses, of one forward: a [`JointCall`] goes to TRL in the model's place."""
+        batches = self._buffered_inputs or []
+        if "num_samples" not in inputs and any(inputs is batch for batch in batches):
+            self._count_windows(batches)  # the first micro-batch of a sampling; in evaluation there are no windows
+        masks = MaskTargets(
+            torch.stack(inputs["mask_labels"]),
+            inputs["num_objects"],
+            num_items=inputs.get("num_segmentation_items"),
+            num_samples=inputs.get("num_samples"),
+            sample_weights=inputs.get("segmentation_weights"),
+            loss_weights=self.args.loss_weights(self.core.config, self.state.global_step),
+            decode="matched",
+        )
+        images = torch.stack(inputs["image_embeddings"])
+        targets = JointTargets(inputs["completion_mask"], images, inputs["reshaped_input_sizes"], masks)
+        call = JointCall(model, inputs, targets)
+        loss, output = super().compute_loss(call, inputs, return_outputs, num_items_in_batch), call.output
         # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.
         share = self.accelerator.num_processes if inputs.get("num_samples") is not None else 1
         self._log_losses(output.terms, share, inputs)
@@ -346,10 +345,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             metrics.update({f"{name}_{key}": metrics.pop(key) for key in list(metrics)})
         return output
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        model = model if self._joint_call is None else self._joint_call
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-
     def _log_losses(self, terms: dict[str, torch.Tensor], share: int, inputs: dict[str, Any]) -> None:
         mode = "train" if self.model.training else "eval"
         # A micro-batch holds its part of the window's mean; the log shows the mean itself.
@@ -357,11 +352,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         values = self.accelerator.gather(torch.stack(list(terms.values())).float()[None]).mean(0) * share * steps
         for name, value in zip(terms, values.tolist(), strict=True):
             self._metrics[mode][f"segmentation/{name}"].append(value)
-
-
-def _core(model: nn.Module) -> nn.Module:
-    """The model under a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _freeze(model: nn.Module, args: SegCompassGRPOConfig) -> None:

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from .weights import check_shards_fit, check_weights_fit
+from ...files import flush_to_disk, follow_umask
+from .weights import check_shards_fit, check_weights_fit, forget_tied_names
 
 logger = logging.get_logger(__name__)
 
@@ -30,21 +31,10 @@ def list_files(folder: str | Path) -> None:
     sizes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != LIST_OF_FILES):
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-        _flush(file)
+        flush_to_disk(file)
     listing = folder / LIST_OF_FILES
     listing.write_text(json.dumps(sizes, indent=1))
-    _flush(listing)
-
-
-def _flush(path: Path) -> None:
-    """A rename may reach the disk before the content does, were the machine to stop."""
-    if os.name == "nt":
-        return  # it flushes neither folders nor files opened to read
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush_to_disk(listing)
 
 
 def what_is_missing(folder: str | Path) -> str | None:
@@ -71,11 +61,11 @@ def what_is_missing(folder: str | Path) -> str | None:
     return None
 
 
-def find_last_whole(output_dir: str | Path) -> Path:
-    """The whole checkpoint of the highest step; broken ones after it are named in a warning.
+def find_last_whole(output_dir: str | Path) -> Path | None:
+    """The whole checkpoint of the highest step, `None` before the first; broken ones after it are named in a warning.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There are checkpoints, and none is whole.
     """
     found = [(int(match[1]), path) for path in Path(output_dir).glob("*") if (match := _CHECKPOINT.match(path.name))]
     broken = []
@@ -86,10 +76,11 @@ def find_last_whole(output_dir: str | Path) -> Path:
                 logger.warning(f"not whole and passed over: {'; '.join(broken)}.")
             return path
         broken.append(f"{path.name} ({missing})")
+    if not broken:
+        return None
     raise ValueError(
-        f"No valid checkpoint found in output directory ({output_dir}): "
-        + (f"none of {len(broken)} is whole: {'; '.join(broken)}." if broken else "it holds none.")
-        + " Leave resume_from_checkpoint out to start anew."
+        f"No valid checkpoint found in output directory ({output_dir}): none of {len(broken)} is whole: "
+        f"{'; '.join(broken)}. Leave resume_from_checkpoint out to start anew."
     )
 
 
@@ -130,19 +121,50 @@ def publish(aside: Path, final: Path) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
     aside.rename(final)
-    _flush(final.parent)
+    flush_to_disk(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 class WholeCheckpointsMixin:
-    """Trainer part whose checkpoints are whole at any moment and are resumed from only where they fit the model."""
+    """Trainer part whose checkpoints are whole at any moment and are resumed from only where they fit the model.
 
+    `resume_from_checkpoint=True` starts anew where there is no checkpoint yet, so that one command survives a kill at
+    any moment, and does nothing where the run has reached its end. A subclass writes further files of a checkpoint in
+    `save_loop_state`.
+    """
+
+    resumed_from: str | None = None  # the checkpoint that the last call of `train` went on from
     _saving_aside = False
     _delayed_push = False
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        resume_from_checkpoint = self._prepare_output_dir(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        self.resumed_from = self._prepare_output_dir(resume_from_checkpoint)
+        if self.resumed_from is not None:
+            self._check_fit(self.resumed_from)
+        hook = self.model.register_load_state_dict_post_hook(forget_tied_names)  # of which Trainer would warn
+        try:
+            return super().train(self.resumed_from, trial, ignore_keys_for_eval)
+        finally:
+            hook.remove()
+
+    def set_initial_training_values(self, args, dataloader):
+        """Of a run that its checkpoint has brought to the end, no epoch is left: Trainer would take one step more."""
+        epochs, steps_in_epoch, *others, max_steps = super().set_initial_training_values(args, dataloader)
+        if self.resumed_from is not None:
+            checkpoint = Path(self.resumed_from)
+            done = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+            if done >= max_steps:
+                logger.warning(f"{checkpoint} is the end of a run of {max_steps} steps: nothing is left to train.")
+                epochs = done // steps_in_epoch
+        return epochs, steps_in_epoch, *others, max_steps
+
+    def _check_fit(self, checkpoint: str) -> None:
+        if self.is_deepspeed_enabled:
+            return  # loads its own files strictly
+        if not self.is_fsdp_enabled:
+            check_weights_fit(checkpoint, self.model)
+        elif self.accelerator.is_fsdp2 and not is_peft_model(self.model):  # of PEFT models it holds the adapters alone
+            check_shards_fit(checkpoint, self.model)
 
     def _prepare_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if self.args.should_save:
@@ -153,14 +175,17 @@ class WholeCheckpointsMixin:
             chosen: list = [None]
             if self.accelerator.is_main_process:
                 try:
-                    chosen = [str(find_last_whole(self.args.output_dir))]
+                    chosen = [find_last_whole(self.args.output_dir)]
                 except ValueError as error:
                     chosen = [error]
             broadcast_object_list(chosen)
             if isinstance(chosen[0], ValueError):
                 raise chosen[0]
-            resume_from_checkpoint = chosen[0]
-            logger.warning(f"resuming from {resume_from_checkpoint}, the last whole checkpoint.")
+            resume_from_checkpoint = chosen[0] and str(chosen[0])
+            if resume_from_checkpoint is None:
+                logger.warning(f"{self.args.output_dir} holds no checkpoint: training starts anew.")
+            else:
+                logger.warning(f"resuming from {resume_from_checkpoint}, the last whole checkpoint.")
         elif resume_from_checkpoint:
             missing = what_is_missing(resume_from_checkpoint)
             if missing is not None:
@@ -186,9 +211,12 @@ class WholeCheckpointsMixin:
                 super()._save_checkpoint(model, trial)
         finally:
             self._saving_aside = False
+        if not self.args.save_only_model:
+            self.save_loop_state(aside)
         self._note_best(aside, final)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            follow_umask(aside)
             list_files(aside)
             publish(aside, final)
         self.accelerator.wait_for_everyone()
@@ -201,6 +229,14 @@ class WholeCheckpointsMixin:
         if self.args.should_save:
             self._rotate(run_dir)
             shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save and not self._saving_aside:
+            follow_umask(self.args.output_dir if output_dir is None else output_dir)
+
+    def save_loop_state(self, folder: Path) -> None:
+        """Called by every process: add to a checkpoint what is no part of Trainer's."""
 
     def _note_best(self, aside: Path, final: Path) -> None:
         """The best checkpoint is known by its final name; the state, written before, is corrected."""
@@ -250,19 +286,6 @@ class WholeCheckpointsMixin:
                 del model.save_pretrained
             else:
                 model.save_pretrained = own
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        model = self.model if model is None else model
-        if not self.is_fsdp_enabled:
-            check_weights_fit(resume_from_checkpoint, model)
-        elif self.accelerator.is_fsdp2 and not is_peft_model(model):  # of PEFT models it holds the adapters alone
-            check_shards_fit(resume_from_checkpoint, model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _issue_warnings_after_load(self, load_result) -> None:
-        """Names were compared before: what is missing is tied to something that is there, or left out of saves."""
-        if load_result.missing_keys and hasattr(self.model, "tie_weights"):
-            self.model.tie_weights()
 
     def _load_best_model(self) -> None:
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ...data.readable_rows import ReadableRows, count_unreadable, is_image_dataset, readable_stream
 from .checkpoints import WholeCheckpointsMixin
-from .steps import NonFiniteStepsMixin
+from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -48,28 +49,50 @@ class RobustTrainingArguments:
             super().__post_init__()
 
 
-class RewindableSampler(torch.utils.data.Sampler):
-    """A sampler that draws a permutation per epoch from its own generator, such as TRL's `RepeatSampler`, set to any
-    epoch: resumed in the second epoch it draws what it drew there before.
+def skip_permutations(sampler: Any, epochs: int) -> None:
+    """Let a new sampler with its own generator, such as TRL's `RepeatSampler`, draw what it drew in the epochs before.
+
+    Resumed in the second epoch it then draws what it drew there in the run that was interrupted. Samplers with
+    `set_epoch` are set by Trainer.
 
     Args:
-        sampler (`torch.utils.data.Sampler`): with a `generator`, from which `__iter__` draws once, at its start.
+        sampler (`torch.utils.data.Sampler`, *optional*): One without a `generator` is left as it is; from a generator
+            `__iter__` draws once, at its start.
+        epochs (`int`): Finished epochs.
     """
+    if isinstance(getattr(sampler, "generator", None), torch.Generator) and not hasattr(sampler, "set_epoch"):
+        for _ in range(epochs):
+            next(iter(sampler), None)
 
-    def __init__(self, sampler: torch.utils.data.Sampler):
-        self.sampler = sampler
-        self.start = sampler.generator.get_state()
 
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.generator.set_state(self.start)
-        for _ in range(epoch):
-            next(iter(self.sampler), None)
+class ContinueCallback(TrainerCallback):
+    """Puts a [`RobustTrainerMixin`] where its checkpoint was, before the first step."""
 
-    def __iter__(self):
-        return iter(self.sampler)
+    def __init__(self, trainer: RobustTrainerMixin):
+        self.trainer = trainer
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        checkpoint = self.trainer.resumed_from
+        if checkpoint is None:
+            return
+        if isinstance(train_dataloader, torch.utils.data.DataLoader):
+            skip_permutations(sampler_of_rows(train_dataloader), int(state.epoch or 0))
+        file = self.trainer.loop_state_file(checkpoint)
+        if not os.path.isfile(file):
+            logger.warning(
+                f"{checkpoint} holds no {os.path.basename(file)}: it was saved by another trainer or by fewer "
+                "processes, so the first log line and a GRPO cycle it interrupts may differ."
+            )
+            return
+        self.trainer.load_loop_state(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def sampler_of_rows(dataloader: torch.utils.data.DataLoader) -> Any:
+    """The sampler of rows under what accelerate wraps around it for several processes."""
+    sampler = dataloader.batch_sampler
+    while (inner := getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
+    return sampler
 
 
 class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
@@ -87,13 +110,13 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     A subclass with further state of its own extends `loop_state` and `load_loop_state`.
     """
 
-    _rewindable_sampler: RewindableSampler | None = None
-
     def __init__(self, *args, **kwargs):
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
         self.train_dataset = self._readable_streams(self.train_dataset, "train")
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
+        self.add_callback(JudgeStepsCallback(self))
+        self.add_callback(ContinueCallback(self))
 
     def train(self, *args, **kwargs):
         self._reset_nonfinite()
@@ -106,7 +129,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         return Path(self.args.output_dir) / UNREADABLE_ROWS
 
     def _readable_streams(self, dataset, name: str):
-        """Streams are wrapped before anything repeats their rows; other data sets when their loader is made."""
+        """Streams are wrapped before anything repeats their rows; `_readable_rows` wraps the rest for its loader."""
         import datasets
 
         if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
@@ -115,27 +138,30 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             return dataset
         return readable_stream(dataset, self._robust_setting("unreadable_rows"), self._unreadable_file(), name)
 
-    def _get_dataloader(self, dataset, description, *args, **kwargs):
+    def _readable_rows(self, dataset, name: str):
         import datasets
 
-        if isinstance(dataset, datasets.Dataset) and is_image_dataset(dataset):
-            dataset = ReadableRows(
-                dataset, self._robust_setting("unreadable_rows"), self._unreadable_file(), description.lower()
-            )
-        return super()._get_dataloader(dataset, description, *args, **kwargs)
+        if isinstance(dataset, dict):
+            return {key: self._readable_rows(value, name) for key, value in dataset.items()}
+        if not isinstance(dataset, datasets.Dataset) or not is_image_dataset(dataset):
+            return dataset
+        return ReadableRows(dataset, self._robust_setting("unreadable_rows"), self._unreadable_file(), name)
+
+    def get_train_dataloader(self):
+        self.train_dataset = self._readable_rows(self.train_dataset, "training")
+        return super().get_train_dataloader()
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        self.eval_dataset = self._readable_rows(self.eval_dataset, "evaluation")
+        return super().get_eval_dataloader(self._readable_rows(eval_dataset, "evaluation"))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._readable_rows(test_dataset, "test"))
 
     def _get_train_sampler(self, dataset=None):
         # Samplers ask for length or columns, which the data set below answers for them.
-        sampler = super()._get_train_sampler(dataset.dataset if isinstance(dataset, ReadableRows) else dataset)
-        own_generator = isinstance(getattr(sampler, "generator", None), torch.Generator)
-        if own_generator and not hasattr(sampler, "set_epoch"):
-            sampler = self._rewindable_sampler = RewindableSampler(sampler)
-        return sampler
-
-    def _run_epoch(self, *args, **kwargs):
-        if self._rewindable_sampler is not None:  # accelerate's wrappers do not reach it when they skip batches
-            self._rewindable_sampler.set_epoch(kwargs["epoch"])
-        return super()._run_epoch(*args, **kwargs)
+        dataset = self.train_dataset if dataset is None else dataset
+        return super()._get_train_sampler(dataset.dataset if isinstance(dataset, ReadableRows) else dataset)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
@@ -188,23 +214,9 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         sizes = {name: getattr(self.args, name) for name in (*names, "num_iterations", "num_generations")}
         return {"world_size": self.args.world_size, **sizes}
 
-    def _loop_state_file(self, checkpoint: str) -> str:
+    def loop_state_file(self, checkpoint: str | Path) -> str:
+        """Where this process's loop state stands in a checkpoint."""
         return os.path.join(checkpoint, f"loop_state_{self.args.process_index}.pt")
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        torch.save(self.loop_state(), self._loop_state_file(output_dir))
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called by every process once the data is where it was, before the first resumed step."""
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
-            return
-        file = self._loop_state_file(checkpoint)
-        if not os.path.isfile(file):
-            logger.warning(
-                f"{checkpoint} holds no {os.path.basename(file)}: it was saved by another trainer or by fewer "
-                "processes, so the first log line and a GRPO cycle it interrupts may differ."
-            )
-            return
-        self.load_loop_state(torch.load(file, map_location="cpu", weights_only=True))
+    def save_loop_state(self, folder: Path) -> None:
+        torch.save(self.loop_state(), self.loop_state_file(folder))

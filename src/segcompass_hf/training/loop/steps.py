@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -44,8 +45,9 @@ class NonFiniteStepsMixin:
     """Trainer part that skips optimizer steps whose loss or gradient is not finite, on all processes alike.
 
     Weights, optimizer state and learning-rate schedule stay as they are, as after an overflow under fp16, while
-    `global_step` and the data move on. Looked at are the losses of the whole accumulation window and the gradients
-    before clipping, which would spread one NaN over all of them.
+    `global_step` and the data move on. Looked at are the losses of the whole accumulation window and the gradients,
+    before clipping, which would spread one NaN over all of them, and after it. [`JudgeStepsCallback`] calls
+    `judge_step` before each step of the optimizer.
     """
 
     nonfinite_steps: int  # skipped steps since the first start of the run, kept across resumes
@@ -60,18 +62,9 @@ class NonFiniteStepsMixin:
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._window_losses.append(loss.detach())
-        return loss
-
-    def _clip_grad_norm(self, model):
-        self._inspect_gradients(model)
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        if grad_norm is None:  # max_grad_norm=0: nothing was clipped, so nothing was looked at
+        if self.accelerator.sync_gradients:  # the last micro-batch of a window
             self._inspect_gradients(model)
-        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._judge_step(model, grad_norm)
-        return grad_norm
+        return loss
 
     def _inspect_gradients(self, model) -> None:
         """Note the parameters with a non-finite gradient on this process; a pass by norms first, names only if bad."""
@@ -79,12 +72,16 @@ class NonFiniteStepsMixin:
         self._gradient_norm_overflows = has_nonfinite_norm([gradient for _, gradient in named])
         self._nonfinite_gradients = nonfinite_names(named) if self._gradient_norm_overflows else []
 
-    def _judge_step(self, model, grad_norm) -> None:
+    def judge_step(self, model) -> None:
+        """Let the optimizer step, or keep it from stepping on all processes: called after clipping."""
+        if not self._gradient_norm_overflows:  # once more: a subclass may have changed gradients, or another process
+            self._inspect_gradients(model)
         losses = [loss.item() for loss in self._window_losses]
         losses = [loss for loss in losses if not math.isfinite(loss)]
         self._window_losses = []
-        grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
-        overflows = self._gradient_norm_overflows or (grad_norm is not None and not math.isfinite(float(grad_norm)))
+        overflows = self._gradient_norm_overflows
+        if self.is_deepspeed_enabled:  # it keeps the gradients to itself
+            overflows = not math.isfinite(float(self.accelerator.deepspeed_engine_wrapped.get_global_grad_norm()))
         seen = torch.tensor([len(losses), int(overflows)], device=self.accelerator.device)
         bad_losses, bad_gradients = self.accelerator.reduce(seen, reduction="sum").tolist()
         if not bad_losses and not bad_gradients:
@@ -182,3 +179,13 @@ class NonFiniteStepsMixin:
                 "backward, where it cannot be stopped. Resume from the last checkpoint, with "
                 '"bf16": {"check_grad_overflow": true} in the DeepSpeed config so that such steps are skipped.'
             )
+
+
+class JudgeStepsCallback(TrainerCallback):
+    """Lets a [`NonFiniteStepsMixin`] look at every step before the optimizer takes it."""
+
+    def __init__(self, trainer: NonFiniteStepsMixin):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.trainer.judge_step(model)

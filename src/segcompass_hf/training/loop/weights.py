@@ -72,8 +72,24 @@ def check_weights_fit(folder: str | Path, model: Any) -> None:
     stored = stored_shapes(folder)
     if stored is not None:
         state = model.state_dict()
-        ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
-        _compare(folder, stored, state, optional=ignored | _tied(state, stored))
+        _compare(folder, stored, state, optional=_not_saved(model) | _tied(state, stored))
+
+
+def forget_tied_names(model: torch.nn.Module, keys: Any) -> None:
+    """A hook for `register_load_state_dict_post_hook`: names tied to loaded ones, or never saved, are not missing.
+
+    Args:
+        model (`torch.nn.Module`): Just loaded.
+        keys (`NamedTuple`): Its `missing_keys` are changed in place.
+    """
+    if keys.missing_keys:
+        state, missing = model.state_dict(), set(keys.missing_keys)
+        there = _not_saved(model) | _tied(state, {name: () for name in state if name not in missing})
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in there]
+
+
+def _not_saved(model: Any) -> set[str]:
+    return set(getattr(model, "_keys_to_ignore_on_save", None) or [])
 
 
 def check_shards_fit(folder: str | Path, model: Any) -> None:

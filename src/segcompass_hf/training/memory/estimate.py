@@ -86,6 +86,11 @@ class MemoryEstimate:
         return "\n".join(lines + [f"{name:<14}{size / GIB:>9.2f} GiB" for name, size in rows])
 
 
+def readable_memory(size: float) -> str:
+    """Bytes as `1.2 GiB` or `213 MiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
+
+
 def estimate_memory(
     config: SegCompassConfig, setup: TrainingSetup | None = None, peft_config: Any | None = None
 ) -> MemoryEstimate:

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...generation_segcompass import decoder_layers
-from ...losses_segcompass import SlotAssignments, segmentation_loss
+from ...losses_segcompass import SlotAssignments
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
+from ...reading_segcompass import MaskTargets
 from .meter import MemoryMeter
 
 if TYPE_CHECKING:
@@ -112,7 +113,10 @@ def _language_pass(model: nn.Module, batch_size: int, tokens: int) -> torch.Tens
 
 
 def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) -> torch.Tensor:
-    """Loss of the segmentation path, with `objects` of every sample matched and decoded."""
+    """Loss of the segmentation path, with `objects` of every sample matched and decoded.
+
+    The steps of `read_masks`; how many concepts are active depends on values, and so is given here.
+    """
     batch_size, tokens, config = *states.shape[:2], model.config
     with torch.no_grad():
         chunk = max(1, min(config.concept_chunk_size, MAX_CHUNK_ELEMENTS // config.sae_config.d_sae))
@@ -126,21 +130,16 @@ def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) 
         embeddings = torch.empty(batch_size, channels, side, side, dtype=model.sam.dtype)
     else:
         embeddings = model.encode_image(torch.empty(batch_size, 3, model.mask_stage.canvas, model.mask_stage.canvas))
-    labels = torch.empty(batch_size, config.num_slots, 4 * side, 4 * side)
-    area = torch.ones(batch_size, 1, 4 * side, 4 * side, dtype=torch.bool)
-    mapped = model.slot_mapper(states[:, -config.num_slots :], slots, embeddings)
     objects = min(setup.objects, config.num_slots)
     samples = torch.arange(batch_size).repeat_interleave(objects)
     order = torch.arange(objects).repeat(batch_size)
-    return segmentation_loss(
-        mapped.heatmap_logits,
-        lambda matched: model.mask_stage.decode(embeddings, mapped.heatmap_logits, area, pairs=matched.pairs),
-        mapped.slot_logits,
-        labels,
+    targets = MaskTargets(
+        torch.empty(batch_size, config.num_slots, 4 * side, 4 * side),
         torch.full((batch_size,), objects),
-        area,
         assignments=SlotAssignments(samples, order, order, pairs_per_sample=[objects] * batch_size),
-    ).loss
+    )
+    sizes = torch.full((batch_size, 2), model.mask_stage.canvas)
+    return model.predict_masks(states[:, -config.num_slots :], slots, embeddings, sizes, targets).loss
 
 
 class _EvenConcepts:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import logging
 
+from ...data.tensor_shards import DTYPES, NumberedShards, check_dtype
+from ...files import free_space
 from .activations import HarvestedTokens, Place, TokenStates
 
 logger = logging.get_logger(__name__)
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SAMPLE_ROWS = 32  # rows read to estimate the tokens of a row
 
 
@@ -85,9 +82,8 @@ def _weights_digest(vlm: nn.Module) -> str:
 class ActivationCache:
     """States of one pass over the data on disk, as a [`TokenSource`].
 
-    The folder holds shards `shard-00000.safetensors` (`states`, `modality_ids`) and `index.json`. Shards and index are
-    written aside and renamed, shards first: whenever the process dies, the index names whole shards only, and
-    [`~ActivationCache.fill`] goes on after the last of them.
+    The folder holds [`NumberedShards`] of `states` and `modality_ids`: whenever the process dies, the index names
+    whole shards only, and [`~ActivationCache.fill`] goes on after the last of them.
 
     Args:
         folder (`str` or `os.PathLike`): Where; made when missing.
@@ -102,19 +98,14 @@ class ActivationCache:
     def __init__(
         self, folder: str | os.PathLike, key: dict[str, Any], dtype: str = "bfloat16", shard_tokens: int = 65_536
     ):
-        if dtype not in DTYPES:
-            raise ValueError(f"cache dtype {dtype!r} is not known; it is one of {', '.join(DTYPES)}.")
+        check_dtype(dtype)
         self.folder, self.dtype, self.shard_tokens = Path(folder), dtype, shard_tokens
-        key = json.loads(json.dumps(key | {"dtype": dtype}))  # as it comes back from the index
-        self.index = {"key": key, "shards": [], "next_row": 0, "complete": False}
-        if self._index_path.is_file():
-            found = json.loads(self._index_path.read_text("utf-8"))
-            self._check_key(found["key"])
-            self.index = found
+        self.shards = NumberedShards(self.folder, key | {"dtype": dtype}, next_row=0, complete=False)
 
     @property
-    def _index_path(self) -> Path:
-        return self.folder / "index.json"
+    def index(self) -> dict[str, Any]:
+        """What `index.json` says: `key`, `shards` with their `tokens`, `next_row`, `complete`."""
+        return self.shards.index
 
     @property
     def complete(self) -> bool:
@@ -139,7 +130,6 @@ class ActivationCache:
         if self.complete and not self._reaches_further(max_tokens):
             return
         self._announce(source, d_in, max_tokens)
-        self.folder.mkdir(parents=True, exist_ok=True)
         parts: list[TokenStates] = []
         limit = float("inf") if max_tokens is None else max_tokens
         row, stopped_at = self.index["next_row"], None
@@ -168,21 +158,8 @@ class ActivationCache:
             for shard in self.index["shards"]:
                 inside = max(0, skip - first)
                 if inside < shard["tokens"]:
-                    with safe_open(self.folder / shard["file"], framework="pt") as tensors:
-                        states = tensors.get_slice("states")[inside:]
-                        modality_ids = tensors.get_slice("modality_ids")[inside:]
-                    yield (epoch, first + inside), TokenStates(states, modality_ids)
+                    yield (epoch, first + inside), TokenStates(**self.shards.read(shard, inside))
                 first += shard["tokens"]
-
-    def _check_key(self, found: dict[str, Any]) -> None:
-        key = self.index["key"]
-        other = [name for name in {**key, **found} if key.get(name) != found.get(name)]
-        if other:
-            shown = "; ".join(f"{name} is {found.get(name)!r} there and {key.get(name)!r} here" for name in other)
-            raise ValueError(
-                f"the activation cache {self.folder} was made for something else: {shown}. Delete the folder or give "
-                "another one."
-            )
 
     def _announce(self, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
         estimate = estimate_tokens(source)
@@ -193,10 +170,7 @@ class ActivationCache:
                 "cache_max_tokens, or train without a cache."
             )
         missing = cache_bytes(max(0, expected - self.num_tokens), d_in, self.dtype)
-        folder = self.folder
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free
+        free = free_space(self.folder)
         logger.warning(
             f"activation cache {self.folder}: about {expected:,} tokens of {d_in} x {self.dtype}, "
             f"{cache_bytes(expected, d_in, self.dtype) / 2**30:.2f} GiB, of which {missing / 2**30:.2f} GiB are still "
@@ -204,12 +178,12 @@ class ActivationCache:
         )
         if missing > free:
             raise OSError(
-                f"the activation cache still needs about {missing / 2**30:.2f} GiB and {folder} has "
+                f"the activation cache still needs about {missing / 2**30:.2f} GiB and {self.folder} has "
                 f"{free / 2**30:.2f} GiB; free space, lower cache_max_tokens, use another cache_dir, or train without."
             )
 
     def _write_shard(self, parts: list[TokenStates], next_row: int, complete: bool = False) -> None:
-        """Write a shard, then the index that names it; each aside first, then renamed in one step."""
+        tensors, entry = None, {}
         if parts:
             states = torch.cat([part.states for part in parts]).to(DTYPES[self.dtype])  # (tokens, d_in)
             if not states.isfinite().all():
@@ -217,15 +191,9 @@ class ActivationCache:
                     f"{int((~states.isfinite()).any(1).sum())} states are not finite in {self.dtype}: use "
                     "cache_dtype='bfloat16' or 'float32', or look for NaN in the VLM's weights."
                 )
-            file = f"shard-{len(self.index['shards']):05d}.safetensors"
             tensors = {"states": states, "modality_ids": torch.cat([part.modality_ids for part in parts])}
-            save_file(tensors, self.folder / f"{file}.part")
-            os.replace(self.folder / f"{file}.part", self.folder / file)
-            self.index["shards"].append({"file": file, "tokens": len(states)})
-        self.index |= {"next_row": next_row, "complete": complete}
-        aside = self._index_path.with_suffix(".part")
-        aside.write_text(json.dumps(self.index, indent=1), "utf-8")
-        os.replace(aside, self._index_path)
+            entry = {"tokens": len(states)}
+        self.shards.append(tensors, entry, next_row=next_row, complete=complete)
 
 
 __all__ = ["ActivationCache", "cache_bytes", "cache_key", "estimate_tokens"]

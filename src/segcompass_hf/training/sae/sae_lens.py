@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...configuration_segcompass import SegCompassSaeConfig
+from ...files import whole_file, write_whole
 from ...modeling_sae import SegCompassSae
 
 CONFIG_FILE, WEIGHTS_FILE = "cfg.json", "sae_weights.safetensors"
@@ -71,9 +72,9 @@ def save_sae_lens(sae: SegCompassSae, folder: str | os.PathLike, vlm: str | None
     if architecture == "topk":
         settings |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / WEIGHTS_FILE)
-    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=1), "utf-8")
+    with whole_file(folder / WEIGHTS_FILE) as part:
+        save_file(weights, part)
+    write_whole(folder / CONFIG_FILE, json.dumps(settings, indent=1))
     return folder
 
 

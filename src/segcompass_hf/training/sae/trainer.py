@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
+from ...files import write_whole
 from ...modeling_sae import SegCompassSae
 from ...token_places import Name, target_names
+from ..inputs import load_model, load_processor
 from ..loop.means import MetricMeans
 from ..loop.resume import RobustTrainerMixin
 from .activations import ActivationBuffer, ActivationHarvester, HarvestedTokens
@@ -39,41 +41,48 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
     Differs from [`~transformers.Trainer`] in its data: rows of an image-text data set, in the row schema or
     interleaved (see [`RowEncoder`]), map-style or streaming, go through the VLM up to the layer, and batches of single
     tokens come out of an [`ActivationBuffer`] (filled from an [`ActivationCache`] with `args.cache_dir`). The VLM is
-    frozen and no part of the model. Several processes harvest rows of their own. Evaluation reports explained
-    variance, L0, dead features and recovered cross-entropy. The saved folder is a [`SegCompassSae`] whose
-    configuration names the layer.
+    frozen and no part of what is saved: `trainer.model` is the SAE. Several processes harvest rows of their own.
+    Evaluation reports explained variance, L0, dead features and recovered cross-entropy. The saved folder is a
+    [`SegCompassSae`] whose configuration names the layer.
 
     Args:
-        model ([`SegCompassSae`], *optional*): To go on from; a new one by `args` when left out.
-        vlm (`nn.Module` or `str`): An `AutoModelForImageTextToText` model, a [`SegCompassForReasoningSegmentation`]
-            (its VLM is used), or the id or folder of one.
-        processing_class: A [`SegCompassProcessor`] or the VLM's own processor.
-        args ([`SaeTrainingConfig`]): Settings.
+        model (`nn.Module` or `str`): Whose states are read, as what the other trainers are given: an
+            `AutoModelForImageTextToText` model, a [`SegCompassForReasoningSegmentation`] (its VLM is used), or the id
+            or folder of one.
+        args ([`SaeTrainingConfig`], *optional*): Settings.
         train_dataset: Rows.
         eval_dataset (*optional*): Rows; when left out, every `1 / args.validation_share`-th row of `train_dataset` is
             held out.
+        processing_class (*optional*): A [`SegCompassProcessor`] or the VLM's own processor; loaded from where the
+            model comes from when left out.
+        sae ([`SegCompassSae`], *optional*): To go on from; a new one by `args` when left out.
         names (`Callable`, defaults to [`target_names`]): Row -> its names, for `args.pair_loss`.
         kwargs: Further arguments of [`~transformers.Trainer`], such as `callbacks`.
     """
 
     def __init__(
         self,
-        model: SegCompassSae | None = None,
-        vlm: nn.Module | str | None = None,
-        processing_class: Any = None,
+        model: nn.Module | str | None = None,
         args: SaeTrainingConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
+        processing_class: Any = None,
+        sae: SegCompassSae | None = None,
         names: Callable[[dict], list[Name]] = target_names,
         **kwargs,
     ):
-        if vlm is None or processing_class is None or train_dataset is None:
-            raise ValueError("SaeTrainer needs vlm, processing_class and train_dataset; see its documentation.")
+        if "vlm" in kwargs:  # by the name that this trainer once gave it, when `model` was the SAE
+            model, sae = kwargs.pop("vlm"), model
+        if model is None or isinstance(model, SegCompassSae) or train_dataset is None:
+            raise ValueError(
+                "SaeTrainer needs the model whose states it reads (an SAE to go on from is `sae`) and train_dataset, "
+                f"got {type(model).__name__} and {type(train_dataset).__name__}."
+            )
         args = args if args is not None else SaeTrainingConfig(output_dir="sae")
-        if isinstance(vlm, str):
-            vlm = AutoModelForImageTextToText.from_pretrained(vlm)
-        layer = choose_layer(vlm, model, args)
-        vlm = getattr(vlm, "vlm", vlm)
+        model = load_model(model, dtype="auto")  # it does not train
+        processing_class = load_processor(processing_class, model)
+        layer = choose_layer(model, sae, args)
+        vlm = getattr(model, "vlm", model)
         if args.n_gpu > 1:  # torch's DataParallel would split what belongs to features among the devices
             logger.warning(
                 f"{args.n_gpu} GPUs are visible to one process and one is used; start with accelerate launch."
@@ -81,17 +90,20 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             args._n_gpu = 1
         if args.train_tokens is not None:
             args.max_steps = max(1, args.train_tokens // _step_tokens(args))
-        self.is_new_sae = model is None
-        model = model if model is not None else new_sae(vlm, layer, args)
-        if args.resample_every is not None and model.config.architecture != "standard":
+        self.is_new_sae = sae is None
+        sae = sae if sae is not None else new_sae(vlm, layer, args)
+        if args.resample_every is not None and sae.config.architecture != "standard":
             raise ValueError(
                 f"resample_every is for architecture='standard', got an SAE of architecture "
-                f"{model.config.architecture!r}; leave it out."
+                f"{sae.config.architecture!r}; leave it out."
             )
-        model.config.layer = layer
-        self.unit_decoder = keeps_unit_rows(model, args.decoder_norm, self.is_new_sae)
+        sae.config.layer = layer
+        self.unit_decoder = keeps_unit_rows(sae, args.decoder_norm, self.is_new_sae)
         self.means = MetricMeans()
-        super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # Rows held out of the training set are an evaluation set too; Trainer, which cannot see them, asks for one.
+        shown = train_dataset if eval_dataset is None and args.validation_share else eval_dataset
+        super().__init__(model=sae, args=args, train_dataset=train_dataset, eval_dataset=shown, **kwargs)
+        self.eval_dataset = eval_dataset
         self.vlm = frozen(vlm, args.device)
         log = UnreadableLog(self._unreadable_file(), "rows")
         encoder = RowEncoder(processing_class, args.max_length, args.unreadable_rows, log)
@@ -99,16 +111,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         self._make_streams(train_dataset, eval_dataset)
         self.buffer: ActivationBuffer | None = None  # made when training begins
         self.pairs = self._pair_buffer(names) if args.pair_loss != "none" else None
-        self.firing = FiringCounts(model.config.d_sae, args.device)
+        self.firing = FiringCounts(sae.config.d_sae, args.device)
         self.last_batch: dict[str, torch.Tensor] | None = None
         self.add_callback(SaeUpkeep(self))
-
-    def _validate_args(self) -> None:
-        """Rows held out of the training set are an evaluation set too."""
-        held_out = self.eval_dataset is None and self.args.validation_share > 0
-        self.eval_dataset = self.train_dataset if held_out else self.eval_dataset
-        super()._validate_args()
-        self.eval_dataset = None if held_out else self.eval_dataset
 
     def _make_streams(self, train_dataset: Any, eval_dataset: Any) -> None:
         args = self.args
@@ -225,10 +230,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     def _write_density(self) -> None:
         record = {"step": self.state.global_step} | density_histogram(self.firing.fired, self.firing.tokens)
-        path = os.path.join(self.args.output_dir, "feature_density.json")
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
-            json.dump(record, file, indent=1)
-        os.replace(f"{path}.part", path)
+        write_whole(os.path.join(self.args.output_dir, "feature_density.json"), json.dumps(record, indent=1))
 
     @torch.no_grad()
     def start_from_data(self) -> None:

@@ -4,40 +4,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from transformers import TrainingArguments
 
 from ..loop.resume import RobustTrainingArguments
+from ..objective import SEGMENTATION_LOSS_WEIGHTS, SegmentationObjective
 
-LOSS_WEIGHTS = (
-    "lm_loss_weight",
-    "seg_loss_weight",
-    "conf_loss_weight",
-    "heatmap_bce_weight",
-    "heatmap_dice_weight",
-    "mask_dice_weight",
-    "mask_focal_weight",
-    "match_confidence_weight",
-)
+LOSS_WEIGHTS = ("lm_loss_weight", *SEGMENTATION_LOSS_WEIGHTS)
 
 
 @dataclass
-class SegmentationConfig(RobustTrainingArguments, TrainingArguments):
-    r"""Settings of [`SegmentationTrainer`]: those of [`~transformers.TrainingArguments`], and its own.
+class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, TrainingArguments):
+    r"""Settings of [`SegmentationTrainer`]: those of [`~transformers.TrainingArguments`], of
+    [`SegmentationObjective`], and its own.
 
     The objective is `lm_loss_weight * L_lm + seg_loss_weight * L_seg + conf_loss_weight * L_conf`, on reference
     answers.
 
     Args:
-        lm_loss_weight, seg_loss_weight, conf_loss_weight, heatmap_bce_weight, heatmap_dice_weight, mask_dice_weight,
-            mask_focal_weight, match_confidence_weight (`float`, *optional*): Replace the model configuration's, where
-            they are then also saved.
-        loss_weight_switch_step (`int`, *optional*): From this optimizer step on, `switched_loss_weights` count.
-        switched_loss_weights (`dict[str, float]`, *optional*): Names as above -> weights after the switch.
-        train_token_rows (`str`, *optional*): See [`SegCompassConfig`]; its value when left out.
-        codebook_lr_factor, slot_mapper_lr_factor, prompt_encoder_lr_factor, mask_decoder_lr_factor (`float`): Factors
-            on `learning_rate` of codebook and slot encoder, slot mapper, SAM's prompt encoder, SAM's mask decoder.
+        lm_loss_weight (`float`, *optional*): Of L_lm; the model configuration's when left out. This and the weights
+            of [`SegmentationObjective`] replace the configuration's, where they are then also saved.
         optimizer (`str`, defaults to `"trainer"`): `"trainer"` follows `optim`; `"muon"` is [`MuonWithAdamW`], which
             made the bundled checkpoint: Muon on hidden matrices at `learning_rate`, AdamW on the rest.
         codebook_init (`str`, defaults to `"keep"`): `"sae_decoder"` starts the codebook from the SAE's decoder, so
@@ -46,40 +33,23 @@ class SegmentationConfig(RobustTrainingArguments, TrainingArguments):
             so that slots are all there is. On Scenes the slots stayed unused without it; 0.6 there.
         drop_references_share (`float`, defaults to 0.0): Share of the samples without reference states after that; 0.5
             on Scenes.
-        overflow (`str`, defaults to `"drop"`): Objects beyond the number of slots, see [`SegmentationCollator`];
-            dropped ones are counted in `dropped_objects`.
         missing_reasoning (`str`, defaults to `"format"`): Rows without reference reasoning, see
             [`SegmentationCollator`].
         num_eval_segmentations (`int`, defaults to 64): First rows of the evaluation set that are segmented greedily at
             each evaluation; 0 for none, -1 for all.
         eval_max_new_tokens (`int`, *optional*): Of those answers; the model's own limit when left out.
+        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
+            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "switched_loss_weights"]
+    weight_names = LOSS_WEIGHTS
 
     learning_rate: float = field(default=2e-6, metadata={"help": "Of the decoder layers."})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the rows' columns."})
 
     lm_loss_weight: float | None = field(default=None, metadata={"help": "Of the language loss."})
-    seg_loss_weight: float | None = field(default=None, metadata={"help": "lambda_s."})
-    conf_loss_weight: float | None = field(default=None, metadata={"help": "lambda_c."})
-    heatmap_bce_weight: float | None = field(default=None, metadata={"help": "Of the heatmaps' cross-entropy."})
-    heatmap_dice_weight: float | None = field(default=None, metadata={"help": "Of the heatmaps' Dice loss."})
-    mask_dice_weight: float | None = field(default=None, metadata={"help": "Of the masks' Dice loss."})
-    mask_focal_weight: float | None = field(default=None, metadata={"help": "Of the masks' focal loss."})
-    match_confidence_weight: float | None = field(default=None, metadata={"help": "Confidence in the matching cost."})
-    loss_weight_switch_step: int | None = field(default=None, metadata={"help": "Step of the weight switch."})
-    switched_loss_weights: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Loss weights after the switch."}
-    )
-    train_token_rows: Literal["head", "none", "both"] | None = field(
-        default=None, metadata={"help": "Which rows of the added tokens train."}
-    )
-    codebook_lr_factor: float = field(default=25.0, metadata={"help": "On the learning rate of codebook and slots."})
-    slot_mapper_lr_factor: float = field(default=80.0, metadata={"help": "On that of the slot mapper."})
-    prompt_encoder_lr_factor: float = field(default=10.0, metadata={"help": "On that of SAM's prompt encoder."})
-    mask_decoder_lr_factor: float = field(default=10.0, metadata={"help": "On that of SAM's mask decoder."})
     optimizer: Literal["trainer", "muon"] = field(
         default="trainer", metadata={"help": "What `optim` says, or Muon with AdamW."}
     )
@@ -92,44 +62,15 @@ class SegmentationConfig(RobustTrainingArguments, TrainingArguments):
     drop_references_share: float = field(
         default=0.0, metadata={"help": "Share of the samples without reference states after that."}
     )
-    overflow: Literal["drop", "merge", "error"] = field(
-        default="drop", metadata={"help": "What happens to more objects than slots."}
-    )
     missing_reasoning: Literal["format", "empty", "skip"] = field(
         default="format", metadata={"help": "Language loss of rows without reference reasoning."}
     )
     num_eval_segmentations: int = field(default=64, metadata={"help": "Rows segmented per evaluation; -1: all."})
     eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Of the answers in evaluation."})
+    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         super().__post_init__()
-        switched = self.switched_loss_weights or {}
-        unknown = sorted(set(switched) - set(LOSS_WEIGHTS))
-        if unknown:
-            raise ValueError(f"switched_loss_weights names {unknown}; known are {list(LOSS_WEIGHTS)}.")
-        if bool(switched) != (self.loss_weight_switch_step is not None):
-            raise ValueError(
-                "loss_weight_switch_step and switched_loss_weights go together, got "
-                f"{self.loss_weight_switch_step} and {self.switched_loss_weights}."
-            )
         for name in ("slots_alone_share", "drop_references_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
-
-    def loss_weights(self, model_weights: dict[str, float], step: int) -> dict[str, float]:
-        """The weights that count at optimizer step `step`, given those of the model's configuration."""
-        weights = {name: getattr(self, name) for name in LOSS_WEIGHTS}
-        weights = {name: model_weights[name] if value is None else value for name, value in weights.items()}
-        if self.loss_weight_switch_step is not None and step >= self.loss_weight_switch_step:
-            weights |= {name: float(value) for name, value in self.switched_loss_weights.items()}
-        return weights
-
-    def learning_rate_factors(self) -> dict[str, float]:
-        """Prefix of parameter names -> factor on the learning rate."""
-        return {
-            "codebook": self.codebook_lr_factor,
-            "slot_encoder": self.codebook_lr_factor,
-            "slot_mapper": self.slot_mapper_lr_factor,
-            "sam.prompt_encoder": self.prompt_encoder_lr_factor,
-            "sam.mask_decoder": self.mask_decoder_lr_factor,
-        }

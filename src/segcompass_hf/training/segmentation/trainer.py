@@ -13,6 +13,10 @@ from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
+from ...processing_segcompass import SegCompassProcessor
+from ...reading_segcompass import MaskTargets
+from ..embeddings import open_embedding_cache
+from ..inputs import check_segcompass, load_model, load_processor
 from ..loop.counts import WindowCounts, WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
@@ -40,10 +44,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
     `eval_T-acc`, `eval_kept_slots`.
 
     Args:
-        model (`SegCompassForReasoningSegmentation`): Trained in place.
-        args ([`SegmentationConfig`]): Settings.
+        model (`SegCompassForReasoningSegmentation` or `str`): Trained in place; or its folder or id.
+        args ([`SegmentationConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows in the row schema.
-        processing_class (`SegCompassProcessor`): The model's processor.
+        processing_class (`SegCompassProcessor`, *optional*): Loaded from where the model comes from when left out.
         peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of the decoder layers, and the heads:
             `training.adapters.lora_config(model)`. `train_token_rows` is then up to it; a warning names what differs.
         data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
@@ -52,8 +56,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     def __init__(
         self,
-        model: nn.Module,
-        args: SegmentationConfig,
+        model: nn.Module | str,
+        args: SegmentationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -61,8 +65,10 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         data_collator: Any = None,
         **kwargs,
     ):
-        if processing_class is None:
-            raise ValueError("processing_class is None; pass the SegCompassProcessor of the model.")
+        args = SegmentationConfig("segmentation") if args is None else args
+        model = load_model(model)
+        check_segcompass(model)
+        processing_class = load_processor(processing_class, model, SegCompassProcessor)
         self.eval_collator = data_collator
         if data_collator is None:
             options = {"missing_reasoning": args.missing_reasoning}
@@ -89,6 +95,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             from ..fsdp import FinishShardingCallback
 
             self.add_callback(FinishShardingCallback())
+        self._eval_processor = self._use_embedding_cache()
         self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
         if args.slots_alone_share or args.drop_references_share:
             self.segcompass.slot_mapper.register_forward_pre_hook(self._drop_references)
@@ -99,6 +106,20 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def _use_embedding_cache(self) -> Any:
+        """Give it to the collators; returns the processor whose inputs come from it, for evaluation."""
+        cache = open_embedding_cache(self, self.segcompass, self.processing_class)
+        if cache is None:
+            return self.processing_class
+        for collator in {id(collator): collator for collator in (self.data_collator, self.eval_collator)}.values():
+            if not hasattr(collator, "embedding_cache"):
+                raise ValueError(
+                    f"embedding_cache_dir needs a collator that reads it, and data_collator is a "
+                    f"{type(collator).__name__}; use a SegmentationCollator, or leave the setting out."
+                )
+            collator.embedding_cache = cache
+        return cache.caching_processor(self.processing_class)
+
     # Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -107,13 +128,14 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
         shows_giou = model.training and self._is_logged_step()
-        output = model(
-            **inputs,
-            **logits_to_keep(self.segcompass.vlm, labels),
-            decode_masks="all" if shows_giou else "auto",
-            num_segmentation_items=counts.segmentation_items,
+        targets = MaskTargets(
+            inputs["mask_labels"],
+            inputs["num_objects"],
+            num_items=counts.segmentation_items,
             num_samples=counts.samples,
+            decode="all" if shows_giou else "auto",
         )
+        output = model(**inputs, **logits_to_keep(self.segcompass.vlm, labels), targets=targets)
         language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
         loss = output.losses.loss
         # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
@@ -216,7 +238,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         limit = self.args.eval_max_new_tokens
         scored = segment_and_score(
             self.segcompass,
-            self.processing_class,
+            self._eval_processor,
             FirstRows(rows, num_rows, self.accelerator.process_index, self.accelerator.num_processes),
             self.args.per_device_eval_batch_size,
             **({} if limit is None else {"max_new_tokens": limit}),

@@ -16,10 +16,12 @@ from ...data.collator import SegmentationCollator, language_inputs
 from ...freezing_segcompass import parameter_groups
 from ...generation_segcompass import decoder_layers
 from ...images_segcompass import to_rgb_image
+from ...processing_segcompass import SegCompassProcessor
 from ...token_places import Name, instruction_words, target_names
 from ..alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 from ..alignment.names import TokenPairs
 from ..alignment.object_patches import ObjectPatches
+from ..inputs import load_model, load_processor
 from ..loop.counts import WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
@@ -53,11 +55,12 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
     (of free greedy answers, those that `format_reward` gives 1.0).
 
     Args:
-        model (`PreTrainedModel`): Any `AutoModelForImageTextToText` whose embeddings hold the processor's tokens
-            (`add_tokens`), or a `SegCompassForReasoningSegmentation`.
-        args ([`WarmupConfig`]): Settings.
+        model (`PreTrainedModel` or `str`): Any `AutoModelForImageTextToText` whose embeddings hold the processor's
+            tokens (`add_tokens`), or a `SegCompassForReasoningSegmentation`; or the folder or id of one.
+        args ([`WarmupConfig`], *optional*): Settings.
         train_dataset, eval_dataset: Rows in the row schema.
-        processing_class (`SegCompassProcessor`): For a bare VLM from [`SegCompassProcessor.from_parts`].
+        processing_class (`SegCompassProcessor`, *optional*): Loaded from where the model comes from when left out; for
+            a bare VLM without one from [`SegCompassProcessor.from_parts`].
         peft_config (`peft.PeftConfig`, *optional*): Trains adapters in place of weights, and the rows of the added
             tokens. `merge_adapters` puts them into the weights afterwards.
         target_words (`Callable`, defaults to `instruction_words`): Row -> words that mean its target (alignment).
@@ -68,8 +71,8 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
 
     def __init__(
         self,
-        model: nn.Module,
-        args: WarmupConfig,
+        model: nn.Module | str,
+        args: WarmupConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
@@ -79,8 +82,9 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         data_collator: Any = None,
         **kwargs,
     ):
-        if processing_class is None:
-            raise ValueError("processing_class is None; pass a SegCompassProcessor (SegCompassProcessor.from_parts).")
+        args = WarmupConfig("warmup") if args is None else args
+        model = load_model(model)
+        processing_class = load_processor(processing_class, model, SegCompassProcessor)
         self.segcompass = model if hasattr(model, "vlm") else None
         self.vlm = model.vlm if self.segcompass is not None else model
         _check_tokens(self.vlm, processing_class.tokenizer)

@@ -1,66 +1,33 @@
-"""The pre-training stages of scenes-tiny on transformers' Trainer: patches -> words, prompts -> masks, warm-up."""
+"""The trainers that stand for a downloaded VLM and SAM: patches -> words, prompts -> masks."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from labels import ATTRIBUTES, CELLS, patch_labels
 from torch import nn
 from transformers import Trainer
 
-from ..modeling_masks import positional_embeddings
-from .loop.muon import MuonWithAdamW
-from .scenes_batches import ATTRIBUTES, CELLS, patch_labels
-from .scenes_concepts import ConceptWords
+from segcompass_hf.modeling_masks import positional_embeddings
+from segcompass_hf.training.loop.muon import MuonWithAdamW
+from segcompass_hf.training.loop.resume import RobustTrainerMixin
+
+ADAMW_RATIO = 0.33  # AdamW's learning rate over Muon's, which is `learning_rate`
 
 
-class RecipeTrainer(Trainer):
-    """Trainer with `MuonWithAdamW`, per-part learning rates and running means of whatever the loss reports.
+class PretrainingTrainer(RobustTrainerMixin, Trainer):
+    """Trainer with `MuonWithAdamW` and running means of whatever the loss reports."""
 
-    Args:
-        part_learning_rates (`dict[str, float]`): prefix of parameter names -> factor on both learning rates; the first
-            prefix that fits counts, the others have factor 1.
-        adamw_ratio (`float`): AdamW's learning rate as a fraction of Muon's (`args.learning_rate`).
-    """
-
-    def __init__(
-        self, *args, part_learning_rates: dict[str, float] | None = None, adamw_ratio: float = 0.33, **kwargs
-    ):
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # In the original format a LLaVA has other names on disk; resuming (strict=False) would drop them in silence.
-        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
-        self.part_learning_rates = part_learning_rates or {}
-        self.adamw_ratio = adamw_ratio
         self._sums: dict[str, list[float]] = {}
 
     def create_optimizer(self, model=None):
-        model = model if model is not None else self.model
-        groups: dict[str, list] = {}
-        for name, parameter in model.named_parameters():
-            prefix = next((p for p in self.part_learning_rates if name.startswith(p)), "")
-            groups.setdefault(prefix, []).append((name, parameter))
         rate = self.args.learning_rate
-        self.optimizer = MuonWithAdamW(
-            (
-                {"named_parameters": named, "muon_lr": rate * factor, "adamw_lr": rate * factor * self.adamw_ratio}
-                for prefix, named in groups.items()
-                for factor in [self.part_learning_rates.get(prefix, 1.0)]
-            ),
-            weight_decay=self.args.weight_decay,
-        )
+        named = list((model or self.model).named_parameters())
+        groups = [{"named_parameters": named, "muon_lr": rate, "adamw_lr": rate * ADAMW_RATIO}]
+        self.optimizer = MuonWithAdamW(groups, weight_decay=self.args.weight_decay)
         return self.optimizer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        stored = load_file(f"{resume_from_checkpoint}/model.safetensors")
-        missing = [name for name in stored if name not in self.model.state_dict()]
-        if missing:
-            raise ValueError(
-                f"{resume_from_checkpoint} holds {len(missing)} weights under names this model does not have, such as "
-                f"{missing[0]}; delete the folder to train the stage from its start."
-            )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def report(self, **values: torch.Tensor | float) -> None:
         """Add to the means that the next log line shows."""
@@ -127,7 +94,7 @@ class PatchWords:
         return loss, seen
 
 
-class VisionTrainer(RecipeTrainer):
+class VisionTrainer(PretrainingTrainer):
     """Stage 1: the vision tower and projector of a LLaVA learn to name patches in the words of its language model.
 
     Half of the images are shown without color, so that shape is not learned from it.
@@ -154,93 +121,7 @@ class VisionTrainer(RecipeTrainer):
         return (loss, {}) if return_outputs else loss
 
 
-class AnswerWords:
-    """Loss that lets the state of a place, where the answer names it, point at the number before it.
-
-    What the slots read is the state at the SAE layer. Left alone, the first layers hardly tell the place that is the
-    answer from the same place among the candidates, and a sparse code of them even less; slots then find nothing to
-    attend to.
-    """
-
-    scale = 4.0
-
-    def __init__(self, tokenizer, num_slots: int = 4):
-        index = tokenizer.convert_tokens_to_ids
-        self.cells = torch.tensor(index(list(CELLS)))
-        self.classes = torch.tensor(index(["no", *(str(n + 1) for n in range(num_slots))]))
-
-    def __call__(self, states, input_ids, embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        """`states` (batch, tokens, hidden) at the SAE layer; returns the loss and the accuracy on answers."""
-        cells, classes = self.cells.to(input_ids.device), self.classes.to(input_ids.device)
-        is_cell = torch.isin(input_ids, cells)
-        is_cell[:, 0] = False
-        rows, columns = is_cell.nonzero(as_tuple=True)
-        before = input_ids[rows, columns - 1]
-        match = before[:, None] == classes[1:]  # only an answer has a number before a place
-        label = torch.where(match.any(1), match.long().argmax(1) + 1, torch.zeros_like(before))
-        direction = F.normalize(states[rows, columns].float(), dim=-1) * self.scale
-        words = F.normalize(embeddings[classes].float(), dim=-1) * self.scale
-        logits = direction @ words.t()
-        right = (logits.argmax(-1) == label)[label > 0].float().mean()
-        return F.cross_entropy(logits, label), right
-
-
-class WarmupTrainer(RecipeTrainer):
-    """Stage 3: language loss on the reference completions.
-
-    Beside it the patch words keep image and word spaces together, and the answer words mark answers at the SAE layer.
-    With a `concept_weight` the concept words make patches and words alike there.
-    """
-
-    def __init__(
-        self,
-        *args,
-        tokenizer,
-        sae_layer: int,
-        patch_weight: float = 0.2,
-        answer_weight: float = 0.2,
-        concept_weight: float = 0.0,
-        concept_scale: float = 4.0,
-        **kwargs,
-    ):
-        super().__init__(*args, **kwargs)
-        self.patch_words, self.patch_weight = PatchWords(tokenizer), patch_weight
-        self.answer_words, self.answer_weight = AnswerWords(tokenizer), answer_weight
-        self.concept_words, self.concept_weight = ConceptWords(tokenizer, concept_scale), concept_weight
-        self.sae_layer = sae_layer
-        self._cell_ids = self.patch_words.cells
-        self._features: list[torch.Tensor] = []
-        self.model.model.multi_modal_projector.register_forward_hook(lambda _, __, out: self._features.append(out))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._features.clear()
-        names = ("input_ids", "attention_mask", "pixel_values")
-        output = model(**{name: inputs[name] for name in names}, output_hidden_states=True, use_cache=False)
-        states, logits = output.hidden_states[self.sae_layer], output.logits
-        target = inputs["labels"][:, 1:]
-        on = target != -100
-        target, logits = target[on], logits[:, :-1][on].float()
-        loss = F.cross_entropy(logits, target)
-        right = logits.argmax(-1) == target
-        is_cell = torch.isin(target, self._cell_ids.to(target.device))
-        self.report(language_loss=loss, token_accuracy=right.float().mean())
-        self.report(cell_accuracy=right[is_cell].float().mean())
-        labels = patch_labels(inputs["ids"].cpu(), inputs["objects"].cpu())
-        labels = {name: value.to(loss.device) for name, value in labels.items()}
-        patches = self._features[0]  # (batch, 64, hidden)
-        embeddings = self.model.get_input_embeddings().weight
-        patch_loss, seen = self.patch_words(patches, embeddings, labels)
-        answer_loss, answer_accuracy = self.answer_words(states, inputs["input_ids"], embeddings)
-        self.report(**seen, answer_accuracy=answer_accuracy)
-        loss = loss + self.patch_weight * patch_loss + self.answer_weight * answer_loss
-        if self.concept_weight:
-            concept_loss, seen = self.concept_words(states, inputs["input_ids"], embeddings, labels)
-            self.report(**seen, concept_loss=concept_loss)
-            loss = loss + self.concept_weight * concept_loss
-        return loss
-
-
-class MaskTrainer(RecipeTrainer):
+class MaskTrainer(PretrainingTrainer):
     """Stage 2: a SAM learns to turn a coarse, noisy blob into the mask of the object it lies on.
 
     An auxiliary head reads color, shape, size, row and column off the image embedding, so that the embedding holds

@@ -14,10 +14,9 @@ from transformers import (
     SamModel,
 )
 
-from ..configuration_segcompass import SegCompassSaeConfig
-from ..data.scenes.drawing import GRID, IMAGE_SIZE
-from ..data.scenes.instructions import words
-from ..processing_segcompass import SegCompassProcessor
+from segcompass_hf import SegCompassProcessor
+from segcompass_hf.data.scenes.drawing import GRID, IMAGE_SIZE
+from segcompass_hf.data.scenes.instructions import words
 
 HIDDEN_SIZE = 128
 CHAT_TEMPLATE = (
@@ -86,12 +85,6 @@ def build_processor(num_slots: int = 4) -> SegCompassProcessor:
         instruction_template="{instruction}",
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def build_sae_config(layer: int, **changes) -> SegCompassSaeConfig:
-    """1,024 features; image and text tokens differ in length, so each token is scaled to the same."""
-    fields = {"d_in": HIDDEN_SIZE, "d_sae": 1024, "normalize_activations": "per_token", "l1_coefficient": 1.0}
-    return SegCompassSaeConfig(layer=layer, **(fields | changes))
 
 
 def build_vlm(tokenizer: PreTrainedTokenizerFast, num_layers: int = 4) -> LlavaForConditionalGeneration:

@@ -1,0 +1,99 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""`segcompass train`: the stages of a recipe, in order, each resumable."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from .common import UserError, positive
+
+STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes
+
+_EPILOG = """\
+A recipe is a yaml file: what to start from (model, or vlm, sam, sae), output_dir, and the sections warmup, sae,
+segmentation, grpo, of which any may be left out. Keys of a section are the fields of its trainer's settings; data sets
+are named as in `segcompass evaluate`. examples/configs/your_vlm_your_folder.yaml has every part explained.
+
+The same command goes on after a kill, from the last whole checkpoint; stages that are done are skipped. On GPUs:
+accelerate launch -m segcompass_hf.cli train RECIPE.yaml
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Register the command."""
+    parser = commands.add_parser(
+        "train",
+        help="run a recipe: warm-up, SAE, segmentation, reinforcement, to one checkpoint and a page of curves",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, show the plan, train nothing")
+    parser.add_argument("--processes", type=positive, help="processes that share the work on a CPU")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="changes",
+        help="a key over the recipe's, such as segmentation.max_steps=10 or output_dir=runs/other",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train what the recipe says."""
+    from ..training.recipe.settings import RecipeError, read_recipe
+
+    _end_with_parent()
+    try:
+        recipe = read_recipe(args.recipe, args.changes)
+        _run(args, recipe)
+    except RecipeError as error:
+        raise UserError(str(error)) from error
+
+
+def _run(args: argparse.Namespace, recipe: Any) -> None:
+    import torch
+
+    from ..evaluation.processes import Processes
+    from ..training.recipe.check import check_recipe, describe_plans
+    from ..training.recipe.running import run_recipe
+
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    wanted = args.processes or recipe.settings.processes or 1
+    alone = launched == 1 and not torch.accelerator.is_available() and wanted > 1
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    if STARTED_BY_US not in os.environ:
+        plans = check_recipe(recipe, wanted if alone else launched, with_memory=args.dry_run)
+        if args.dry_run:
+            if is_main:
+                print(describe_plans(plans))
+            return
+    if alone:
+        _become_processes(args, wanted)
+    result = run_recipe(recipe, shlex.join(["segcompass", *args.argv]), lambda line: print(line, flush=True))
+    if is_main:
+        print(f"{result}\nsummary: {recipe.settings.output_dir}/summary.html")
+    Processes.current().finish()
+
+
+def _become_processes(args: argparse.Namespace, count: int) -> None:
+    """This command again, as several processes of one thread each, in place of this process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", STARTED_BY_US: "1"}
+    os.execve(sys.executable, [*launcher, "-m", "segcompass_hf.cli", *args.argv], environment)
+
+
+def _end_with_parent() -> None:
+    """On Linux a process of `--processes` gets SIGKILL when its launcher ends: none trains on unseen after a kill."""
+    if STARTED_BY_US in os.environ and sys.platform == "linux":
+        import ctypes
+        import signal
+
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG

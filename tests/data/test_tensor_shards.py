@@ -1,0 +1,75 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""The store under the caches of embeddings and activations: whole shards, by name or by number."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from segcompass_hf.data.tensor_shards import NumberedShards, TensorShards, check_dtype, gib, write_shard
+
+
+def test_a_shard_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50))
+    tensors = {"a": torch.zeros(10)}  # 40 bytes
+    with pytest.raises(OSError, match="50 bytes are free, 40 are needed, 11 stay free") as caught:
+        write_shard(tmp_path / "made" / "s.safetensors", tensors, min_free_bytes=11)
+    assert caught.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+    write_shard(tmp_path / "made" / "s.safetensors", tensors, {"identity": "x"}, min_free_bytes=10)
+    with safe_open(tmp_path / "made" / "s.safetensors", "pt") as shard:
+        assert shard.metadata() == {"identity": "x"}
+
+
+def test_named_tensors_are_written_when_enough_came_together(tmp_path):
+    shards = TensorShards(tmp_path, "me", shard_bytes=8, min_free_bytes=0)
+    shards.put("a", torch.tensor([1.0]))
+    assert list(tmp_path.iterdir()) == [] and shards.get("a") == 1 and "a" in shards
+    shards.put("b", torch.tensor([2.0]))
+    assert len(list(tmp_path.iterdir())) == 1 and len(shards) == 2
+    reader = TensorShards(tmp_path, "me", 8, 0)
+    assert reader.get("b") == 2 and len(TensorShards(tmp_path, "another", 8, 0)) == 0
+    shards.put("c", torch.tensor([3.0]))
+    shards.flush()
+    assert "c" not in reader
+    reader.refresh()
+    assert reader.get("c") == 3
+    with pytest.raises(KeyError):
+        reader.get("d")
+
+
+class TestNumbered:
+    def test_read_again_and_gone_on_with(self, tmp_path):
+        shards = NumberedShards(tmp_path / "made", {"layer": 3}, next_row=0)
+        assert shards.index == {"key": {"layer": 3}, "shards": [], "next_row": 0} and not (tmp_path / "made").exists()
+        shards.append({"x": torch.arange(3), "y": torch.arange(3) * 2}, {"tokens": 3}, next_row=5)
+        again = NumberedShards(tmp_path / "made", {"layer": 3}, next_row=0)
+        again.append({"x": torch.arange(2), "y": torch.arange(2)}, {"tokens": 2}, next_row=7)
+        again.append(None, {}, complete=True)
+        entries = [
+            {"file": f"shard-0000{number}.safetensors", "tokens": tokens} for number, tokens in ((0, 3), (1, 2))
+        ]
+        stored = json.loads((tmp_path / "made" / "index.json").read_text())
+        assert stored == {"key": {"layer": 3}, "shards": entries, "next_row": 7, "complete": True}
+        found = again.read(entries[0], start=1)
+        assert found["x"].tolist() == [1, 2] and found["y"].tolist() == [2, 4]
+
+    def test_another_key(self, tmp_path):
+        NumberedShards(tmp_path, {"layer": 3, "vlm": "a"}).append({"x": torch.zeros(1)}, {})
+        with pytest.raises(ValueError, match="made for something else: layer is 3 there and 4 here. Delete"):
+            NumberedShards(tmp_path, {"layer": 4, "vlm": "a"})
+
+    def test_a_shard_that_the_index_does_not_name_is_written_anew(self, tmp_path):
+        (tmp_path / "shard-00000.safetensors").write_bytes(b"of a kill between shard and index")
+        shards = NumberedShards(tmp_path, {})
+        shards.append({"x": torch.ones(1)}, {})
+        assert shards.read(shards.index["shards"][0])["x"] == 1
+
+
+def test_sizes_and_dtypes():
+    assert gib(2**20) == "1.00 MiB" and gib(2**28 - 1) == "256.00 MiB" and gib(2**28) == "0.25 GiB"
+    with pytest.raises(ValueError, match="dtype='int8' is not known; expected one of float32, float16, bfloat16"):
+        check_dtype("int8")

@@ -1,0 +1,206 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Files and folders that are whole or not there, their modes, free space, sizes and digests."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from segcompass_hf import files
+from segcompass_hf.files import (
+    check_disk_space,
+    file_digest,
+    folder_digest,
+    follow_umask,
+    free_space,
+    json_digest,
+    readable_size,
+    staged_folder,
+    whole_file,
+    write_whole,
+)
+
+SRC = str(Path(files.__file__).parents[1])
+
+
+@pytest.fixture
+def umask():
+    """Sets the umask for a test."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def run(script, *arguments, **options):
+    environment = os.environ | {"PYTHONPATH": SRC}
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment, **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+class TestWholeFile:
+    def test_old_or_new_but_never_half(self, tmp_path):
+        path = tmp_path / "made" / "a.txt"  # its folder is made
+        write_whole(path, "old ä")
+        assert path.read_bytes() == "old ä".encode()
+        with pytest.raises(RuntimeError), whole_file(path) as part:
+            part.write_text("half")
+            assert path.read_text("utf-8") == "old ä"
+            raise RuntimeError
+        assert path.read_text("utf-8") == "old ä" and names(path.parent) == ["a.txt"]
+        write_whole(path, b"new", durable=True)
+        assert path.read_bytes() == b"new" and names(path.parent) == ["a.txt"]
+
+    def test_two_at_once_do_not_touch_each_other(self, tmp_path):
+        path = tmp_path / "a"
+        with whole_file(path) as one, whole_file(path) as other:
+            one.write_text("one")
+            other.write_text("other")
+            assert one != other
+        assert path.read_text() == "one" and names(tmp_path) == ["a"]  # whose block ends last
+
+    @pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+    def test_modes_follow_the_umask(self, tmp_path, umask, mask, expected):
+        umask(mask)
+        with whole_file(tmp_path / "a.safetensors") as part:
+            save_file({"a": torch.zeros(1)}, part)  # which makes a private file
+        write_whole(tmp_path / "b", "")
+        assert mode(tmp_path / "a.safetensors") == mode(tmp_path / "b") == expected
+
+    def test_what_a_kill_left_goes_with_the_next(self, tmp_path):
+        script = (
+            "import os, sys; from segcompass_hf.files import whole_file\n"
+            "with whole_file(sys.argv[1]) as part: os.kill(os.getpid(), 9)"
+        )
+        assert run(script, tmp_path / "a").wait() == -signal.SIGKILL
+        (left,) = names(tmp_path)
+        assert left.startswith("a.") and left.endswith(".part")
+        write_whole(tmp_path / "ab", "")  # another file
+        assert left in names(tmp_path)
+        write_whole(tmp_path / "a", "")
+        assert names(tmp_path) == ["a", "ab"]
+
+    def test_what_a_living_process_writes_stays(self, tmp_path):
+        script = (
+            "import sys; from segcompass_hf.files import whole_file\n"
+            "with whole_file(sys.argv[1]) as part: part.write_text('theirs'); print(flush=True); input()"
+        )
+        process = run(script, tmp_path / "a", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        write_whole(tmp_path / "a", "ours")
+        process.communicate(b"\n")
+        assert process.returncode == 0 and (tmp_path / "a").read_text() == "theirs" and names(tmp_path) == ["a"]
+
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").touch()
+        with pytest.raises(OSError):
+            write_whole(tmp_path / "file" / "a", "")
+
+
+class TestStagedFolder:
+    def test_of_two_processes_the_second_is_refused(self, tmp_path):
+        script = (
+            "import sys; from segcompass_hf.files import staged_folder\n"
+            "with staged_folder(sys.argv[1]) as staged: print(flush=True); input(); (staged / 'theirs').touch()"
+        )
+        process = run(script, tmp_path / "out", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        with pytest.raises(FileExistsError, match="another build is writing .*out"), staged_folder(tmp_path / "out"):
+            pass
+        process.communicate(b"\n")
+        assert process.returncode == 0 and names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+    def test_what_appeared_meanwhile_is_kept(self, tmp_path):
+        output = tmp_path / "out"
+        with pytest.raises(FileExistsError, match="holds 1 files already"), staged_folder(output) as staged:
+            (staged / "ours").touch()
+            output.mkdir()
+            (output / "theirs").touch()
+        assert names(tmp_path) == ["out"] and names(output) == ["theirs"]
+
+    def test_killed_and_started_again(self, tmp_path):
+        script = (
+            "import os, sys; from segcompass_hf.files import staged_folder\n"
+            "with staged_folder(sys.argv[1]) as staged: (staged / 'old').touch(); os.kill(os.getpid(), 9)"
+        )
+        assert run(script, tmp_path / "out").wait() == -signal.SIGKILL
+        assert not (tmp_path / "out").exists()
+        with staged_folder(tmp_path / "out") as staged:
+            (staged / "new").touch()
+        assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["new"]
+
+    def test_private_weights_follow_the_umask(self, tmp_path, umask):
+        umask(0o027)
+        with staged_folder(tmp_path / "out") as staged:
+            save_file({"a": torch.zeros(1)}, staged / "model.safetensors")
+            (staged / "script.sh").touch(0o755)
+        assert mode(tmp_path / "out" / "model.safetensors") == 0o640
+        assert mode(tmp_path / "out" / "script.sh") == 0o750
+
+    def test_links_are_left_alone(self, tmp_path):
+        (tmp_path / "secret").touch(0o600)
+        (tmp_path / "folder").mkdir(0o755)
+        (tmp_path / "folder" / "link").symlink_to(tmp_path / "secret")
+        follow_umask(tmp_path / "folder")
+        assert mode(tmp_path / "secret") == 0o600
+
+
+class TestSpaceAndSizes:
+    def test_free_space_of_what_is_not_there_yet(self, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or _Usage)
+        assert free_space(tmp_path / "not" / "yet") == 7 and asked == [tmp_path]
+        with pytest.raises(OSError, match="0.0 GB free and 0.0 GB"):
+            check_disk_space(tmp_path, 8)
+        check_disk_space(tmp_path, 7)
+
+    @pytest.mark.parametrize(
+        ("number", "text"),
+        [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1_250_000, "1.2 MB"), (10**9, "1.0 GB"), (5e12, "5000.0 GB")],
+    )
+    def test_readable_size(self, number, text):
+        assert readable_size(number) == text
+
+
+class _Usage:
+    free = 7
+
+
+class TestDigests:
+    def test_file(self, tmp_path):
+        content = bytes(range(256)) * 5000  # more than a block
+        (tmp_path / "a").write_bytes(content)
+        assert file_digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+        assert file_digest(tmp_path / "a", hashlib.sha1(b"x")) == hashlib.sha1(b"x" + content).hexdigest()
+
+    def test_folder_counts_names_and_contents(self, tmp_path):
+        (tmp_path / "sub").mkdir()
+        (tmp_path / "sub" / "a").write_text("1")
+        (tmp_path / "b").write_text("2")
+        first = folder_digest(tmp_path)
+        one, two = (hashlib.sha256(text).hexdigest() for text in (b"1", b"2"))
+        assert first == hashlib.sha256(f'{{"b": "{two}", "sub/a": "{one}"}}'.encode()).hexdigest()
+        (tmp_path / "b").rename(tmp_path / "c")
+        assert folder_digest(tmp_path) != first
+        (tmp_path / "c").rename(tmp_path / "b")
+        assert folder_digest(tmp_path) == first
+        (tmp_path / "b").write_text("3")
+        assert folder_digest(tmp_path) != first
+
+    def test_json(self):
+        assert json_digest({"a": 1, "b": [2.5, None]}) == json_digest({"b": [2.5, None], "a": 1})
+        assert json_digest({"a": 1}) == hashlib.sha256(b'{"a": 1}').hexdigest() != json_digest({"a": "1"})
+        with pytest.raises(TypeError):
+            json_digest({"a": object()})
