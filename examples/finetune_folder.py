@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
@@ -65,7 +64,7 @@ def main() -> None:
     set_seed(args.seed)  # the adapters' start
     adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)
     trainer = SegmentationTrainer(model, args, train, None, processor, adapter)  # puts the adapters into `model`
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) is not None)
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     evaluate(f"after-{trainer.state.global_step}-steps")
     if args.should_save:

@@ -8,6 +8,7 @@ Flags override the file. On several GPUs: `accelerate launch --config_file ... e
 from dataclasses import dataclass, field
 
 import torch
+from transformers import set_seed
 from trl import TrlParser
 
 import segcompass_hf
@@ -29,7 +30,7 @@ class ScriptArguments:
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters above the SAE; 0 trains the layers."})
     load_in_4bit: bool = field(default=False, metadata={"help": "The decoder in NF4; with a model and lora_r."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint, if there is one."})
 
 
 def load_model(script: ScriptArguments):
@@ -54,6 +55,7 @@ def load_model(script: ScriptArguments):
 
 def main() -> None:
     script, arguments = TrlParser((ScriptArguments, SegCompassGRPOConfig)).parse_args_and_config()
+    set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":
         rows = scenes.build("train", script.num_samples)

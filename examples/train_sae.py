@@ -18,7 +18,6 @@ from pathlib import Path
 
 import yaml
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 import segcompass_hf  # registers SegCompass with the Auto classes
 from segcompass_hf.evaluation.processes import Processes
@@ -59,8 +58,7 @@ def main():
 
         rows = load_dataset(data.dataset, data.dataset_config, split=data.split, streaming=data.streaming)
     trainer = SaeTrainer(vlm, args, rows, processing_class=processor)
-    begun = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir)  # the first process makes it
-    trainer.train(resume_from_checkpoint=bool(begun))
+    trainer.train(resume_from_checkpoint=True)
     trainer.save_model()
     if args.validation_share:
         metrics = trainer.evaluate()

@@ -8,12 +8,13 @@ with an SAE trained on it, any data set in the row schema:
     accelerate launch examples/train_segmentation.py --vlm runs/warmup --sae runs/sae --sam facebook/sam-vit-huge \
         --dataset my/rows --num_eval_rows 500 --output_dir runs/segmentation --bf16 --gradient_checkpointing
 
-Flags override the file. The same command with `--resume` goes on from the last whole checkpoint.
+Flags override the file. With `--resume` the same command goes on from the last whole checkpoint.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from transformers import set_seed
 from trl import TrlParser
 
 import segcompass_hf
@@ -36,7 +37,7 @@ class ScriptArguments:
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     num_eval_rows: int = field(default=0, metadata={"help": "Rows taken off the end for evaluation."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters above the SAE; 0 trains the layers."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint, if there is one."})
 
 
 def load_model(script: ScriptArguments):
@@ -55,6 +56,7 @@ def load_model(script: ScriptArguments):
 
 def main() -> None:
     script, arguments = TrlParser((ScriptArguments, SegmentationConfig)).parse_args_and_config()
+    set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":
         rows = scenes.build("train", script.num_samples)

@@ -8,13 +8,13 @@ schema:
     accelerate launch examples/train_warmup.py --vlm llava-hf/llava-1.5-7b-hf --dataset my/rows --num_eval_rows 500 \
         --output_dir runs/warmup --bf16 --gradient_checkpointing --per_device_train_batch_size 4 --lora_r 32
 
-Flags override the file. The same command with `--resume` goes on from the last whole checkpoint.
+Flags override the file. With `--resume` the same command goes on from the last whole checkpoint.
 """
 
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 from trl import TrlParser
 
 import segcompass_hf
@@ -34,7 +34,7 @@ class ScriptArguments:
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     num_eval_rows: int = field(default=0, metadata={"help": "Rows taken off the end for evaluation."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains the weights themselves."})
-    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the last whole checkpoint, if there is one."})
 
 
 def load_model(script: ScriptArguments):
@@ -52,6 +52,7 @@ def load_model(script: ScriptArguments):
 
 def main() -> None:
     script, arguments = TrlParser((ScriptArguments, WarmupConfig)).parse_args_and_config()
+    set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":
         rows = scenes.build("train", script.num_samples)

@@ -9,6 +9,7 @@ import torch
 from model_inputs import inputs_of
 from transformers import AutoModelForImageTextToText, SamModel
 
+from segcompass_hf.generation_segcompass import decoder_layers
 from segcompass_hf.interventions_segcompass import ConceptIntervention
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
@@ -77,6 +78,26 @@ class TestForward:
         torch.testing.assert_close(output.loss, expected)
         with pytest.raises(ValueError, match="mask_labels need an image for SAM"):
             model(**text, mask_labels=inputs["mask_labels"])
+
+    @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+    def test_slots_alone(self, family):
+        model, inputs = tiny.tiny_model(family), inputs_of(family, training=True)
+        above = []
+        decoder_layers(model.base_model)[model.config.sae_layer].register_forward_hook(lambda *_: above.append(1))
+        alone = model(**inputs, slots_alone=True)
+        assert not above and alone.logits is None and alone.language_loss is None
+        # The same as a whole pass whose reference states are zeros.
+        slots, embeddings = model(**inputs).slots, model.encode_image(inputs["sam_pixel_values"])
+        targets = MaskTargets(inputs["mask_labels"], inputs["num_objects"])
+        zeros = torch.zeros_like(alone.reference_states)
+        whole = model.predict_masks(zeros, slots, embeddings, inputs["reshaped_input_sizes"], targets)
+        for name in ("slots", "slot_logits", "heatmap_logits", "pred_masks", "segmentation_loss", "confidence_loss"):
+            torch.testing.assert_close(getattr(alone, name), getattr(whole, name))
+        torch.testing.assert_close(alone.loss, alone.losses.loss)
+        without_image = {name: v for name, v in inputs.items() if name not in ("sam_pixel_values", "mask_labels")}
+        short = model(**without_image, slots_alone=True)
+        torch.testing.assert_close((short.slots, short.slot_logits), (whole.slots, whole.slot_logits))
+        assert short.heatmap_logits is None and short.loss is None
 
     def test_loss_is_the_weighted_sum(self):
         model = tiny.tiny_model(lm_loss_weight=0.5, seg_loss_weight=2.0, conf_loss_weight=0.3)

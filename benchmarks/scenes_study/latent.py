@@ -21,7 +21,6 @@ from transformers import set_seed
 
 from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.training import SegmentationTrainer
-from segcompass_hf.training.loop.checkpoints import find_last_whole
 from segcompass_hf.training.recipe.parts import PartLoader, Parts
 
 # Options that teach the slots of concepts, which are not there.
@@ -81,11 +80,7 @@ def run(start: str) -> None:
     concepts = loader.model(parts, processor)
     model = LatentQuerySegmentation(concepts.config, concepts.vlm, concepts.sam, concepts.sae)
     trainer = SegmentationTrainer(model, arguments, rows.train, None, processor)
-    try:
-        last = str(find_last_whole(folder))
-    except ValueError:
-        last = None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=True)
     processor.save_pretrained(folder)
     trainer.save_model()
 

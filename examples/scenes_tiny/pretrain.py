@@ -20,7 +20,6 @@ from parts import build_processor, build_sam, build_tokenizer, build_vlm
 from trainers import MaskTrainer, VisionTrainer
 from transformers import TrainingArguments, set_seed
 
-from segcompass_hf.training.loop.checkpoints import find_last_whole
 from segcompass_hf.training.loop.muon import has_fast_bfloat16
 
 STAGES = {"vision": (700, 64), "masks": (1000, 16)}  # steps, batch size
@@ -64,7 +63,7 @@ def run(stage: str, folder: Path, scale: float = 1.0) -> None:
         model = build_sam()
         MaskTrainer.add_auxiliary_head(model)
         trainer = MaskTrainer(model=model, args=arguments, **data)
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=True)
     if stage == "masks":
         del model.auxiliary_head, model.place_head
     model.save_pretrained(folder)
@@ -97,13 +96,6 @@ def arguments_of(stage: str, folder: Path, steps: int, batch_size: int, seed: in
         dataloader_num_workers=8 if torch.cuda.is_available() else 1,
         seed=seed,
     )
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    try:
-        return str(find_last_whole(folder))
-    except ValueError:
-        return None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,10 @@ CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else 
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 
+class _LayerReached(Exception):
+    """Ends a pass through the VLM; not an error."""
+
+
 class HiddenStateCapture:
     """Context that collects what SegCompass needs from every pass through a VLM's base model.
 
@@ -29,12 +33,18 @@ class HiddenStateCapture:
         layer (`int`): Index into `hidden_states`; 0 reads the embeddings.
         edit (`Callable`, *optional*): Called with the states of one pass, `(batch, tokens, hidden)`, and the number of
             tokens passed before; returns the states to go on with. What is captured is what it returns.
+        stop (`bool`, defaults to `False`): End the pass and the context once the layer's states are there: what lies
+            above is not computed, and `last_states` stay empty.
     """
 
     def __init__(
-        self, base_model: nn.Module, layer: int, edit: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+        self,
+        base_model: nn.Module,
+        layer: int,
+        edit: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+        stop: bool = False,
     ):
-        self.base_model, self.layer, self.edit = base_model, layer, edit
+        self.base_model, self.layer, self.edit, self.stop = base_model, layer, edit, stop
         self.layer_states: list[torch.Tensor] = []
         self.last_states: list[torch.Tensor] = []
         self.cache = None
@@ -51,10 +61,11 @@ class HiddenStateCapture:
         self._handles.append(self.base_model.register_forward_hook(self._read_last))
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, kind, *exception) -> bool:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        return kind is _LayerReached
 
     @property
     def num_tokens(self) -> int:
@@ -73,6 +84,8 @@ class HiddenStateCapture:
         if self.edit is not None:
             states = self.edit(states, self.num_tokens)
         self.layer_states.append(states)
+        if self.stop:
+            raise _LayerReached
         return states
 
     def _read_input(self, module, args, kwargs):

@@ -128,15 +128,34 @@ def match_slots(
     Returns:
         [`SlotAssignments`], on the device of the heatmaps.
     """
+    _check_targets(heatmap_logits, mask_labels, num_objects)
+    cost = 1 - pairwise_soft_iou(heatmap_logits.float().sigmoid(), mask_labels, valid_area)
+    if slot_logits is not None and confidence_weight:
+        cost = cost - confidence_weight * slot_logits.float().sigmoid()[..., None]
+    return assign_slots(cost, num_objects, on_nonfinite)
+
+
+@torch.no_grad()
+def assign_slots(
+    cost: torch.Tensor, num_objects: torch.Tensor, on_nonfinite: Literal["error", "match"] = "error"
+) -> SlotAssignments:
+    """
+    Assign slots to objects, one to one, at the least total cost (Hungarian algorithm).
+
+    Args:
+        cost (`torch.Tensor` of shape `(batch_size, num_slots, num_masks)`): Of every slot for every object.
+        num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per sample; costs beyond them do not count.
+        on_nonfinite (`"error"` or `"match"`): See [`match_slots`].
+
+    Returns:
+        [`SlotAssignments`], on the device of the costs.
+    """
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError("Matching slots to objects needs scipy; install it with `pip install scipy`.") from error
 
-    _check_targets(heatmap_logits, mask_labels, num_objects)
-    cost = 1 - pairwise_soft_iou(heatmap_logits.float().sigmoid(), mask_labels, valid_area)
-    if slot_logits is not None and confidence_weight:
-        cost = cost - confidence_weight * slot_logits.float().sigmoid()[..., None]
+    device = cost.device
     if on_nonfinite == "match":
         cost = cost.nan_to_num()
     cost = torch.cat([cost, num_objects.to(cost)[:, None, None].expand(-1, cost.shape[1], 1)], dim=-1)
@@ -159,7 +178,7 @@ def match_slots(
         samples += [sample] * len(rows)
         slots += rows.tolist()
         objects += columns.tolist()
-    index = torch.tensor([samples, slots, objects], dtype=torch.long).to(heatmap_logits.device)
+    index = torch.tensor([samples, slots, objects], dtype=torch.long).to(device)
     return SlotAssignments(*index, pairs_per_sample=[min(count, cost.shape[1]) for count in counts])
 
 
@@ -286,7 +305,9 @@ def segmentation_loss(
     )
     if num_samples is None:
         num_samples = _total(sample_weights)
-    conf_loss = _confidence_loss(slot_logits, assignments, sample_weights / num_samples, seg_loss)
+    conf_loss = torch.zeros_like(seg_loss)
+    if slot_logits is not None:
+        conf_loss = confidence_loss(slot_logits, assignments, sample_weights / num_samples)
     return SegmentationLossOutput(
         loss=seg_loss_weight * seg_loss + conf_loss_weight * conf_loss,
         segmentation_loss=seg_loss,
@@ -302,14 +323,19 @@ def _total(weights: torch.Tensor) -> torch.Tensor:
     return total + (total == 0)
 
 
-def _confidence_loss(
-    slot_logits: torch.Tensor | None,
-    assignments: SlotAssignments,
-    sample_weights: torch.Tensor,
-    like: torch.Tensor,
+def confidence_loss(
+    slot_logits: torch.Tensor, assignments: SlotAssignments, sample_weights: torch.Tensor
 ) -> torch.Tensor:
-    if slot_logits is None:
-        return torch.zeros_like(like)
+    """L_conf: binary cross-entropy of "slot k is matched", mean over slots, sum over samples with their weights.
+
+    Args:
+        slot_logits (`torch.Tensor` of shape `(batch_size, num_slots)`): Confidences, logits.
+        assignments (`SlotAssignments`): The matched pairs.
+        sample_weights (`torch.Tensor` of shape `(batch_size,)`): 1 over the number of samples, for their mean.
+
+    Returns:
+        `torch.Tensor` of shape `()`.
+    """
     matched = torch.zeros_like(slot_logits, dtype=torch.float32)
     matched[assignments.pairs] = 1.0
     per_slot = F.binary_cross_entropy_with_logits(slot_logits.float(), matched, reduction="none")

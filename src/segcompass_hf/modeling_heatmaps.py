@@ -20,7 +20,7 @@ class SlotMapperOutput(ModelOutput):
 
     Args:
         heatmap_logits (`torch.Tensor` of shape `(batch_size, num_slots, 4 * height, 4 * width)`):
-            One map per slot, logits, before padding is masked.
+            One map per slot, logits, before padding is masked; `None` without an image.
         slot_logits (`torch.Tensor` of shape `(batch_size, num_slots)`):
             Confidence that the slot holds an object, logits.
     """
@@ -95,7 +95,7 @@ class SlotMapper(nn.Module):
         self.confidence_fc2 = nn.Linear(hidden_size // 2, 1)
 
     def forward(
-        self, reference_states: torch.Tensor, slots: torch.Tensor, image_embeddings: torch.Tensor
+        self, reference_states: torch.Tensor, slots: torch.Tensor, image_embeddings: torch.Tensor | None = None
     ) -> SlotMapperOutput:
         """
         Args:
@@ -103,22 +103,25 @@ class SlotMapper(nn.Module):
                 Last hidden states at the `<REF_POS>` tokens, zeros where one is missing.
             slots (`torch.Tensor` of shape `(batch_size, num_slots, d_slot)`):
                 Concept slots.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, sam_dim, height, width)`):
-                SAM features.
+            image_embeddings (`torch.Tensor` of shape `(batch_size, sam_dim, height, width)`, *optional*):
+                SAM features; without them only the confidences are computed.
 
         Returns:
             [`SlotMapperOutput`]
         """
-        if reference_states.shape[:2] != slots.shape[:2] or slots.shape[0] != image_embeddings.shape[0]:
+        image_shape = slots.shape[:1] if image_embeddings is None else image_embeddings.shape
+        if reference_states.shape[:2] != slots.shape[:2] or slots.shape[0] != image_shape[0]:
             raise ValueError(
                 f"reference_states {tuple(reference_states.shape)}, slots {tuple(slots.shape)} and image_embeddings "
-                f"{tuple(image_embeddings.shape)} must agree in batch size, and the first two in the number of slots."
+                f"{tuple(image_shape)} must agree in batch size, and the first two in the number of slots."
             )
         dtype = self.fuse_norm.weight.dtype  # a quantised linear layer's weight would be uint8
         fused = torch.cat([reference_states.to(dtype), self.slot_proj(slots.to(dtype))], dim=-1)
         slot_states = F.silu(self.fuse_proj(self.fuse_norm(fused)))  # (batch_size, num_slots, hidden_size)
         confidence = F.silu(self.confidence_fc1(self.confidence_norm(slot_states)))
         slot_logits = self.confidence_fc2(confidence).squeeze(-1)  # (batch_size, num_slots)
+        if image_embeddings is None:
+            return SlotMapperOutput(slot_logits=slot_logits)
 
         scores = self._scores(slot_states, image_embeddings.to(dtype))
         heatmaps = self.head_fuser(scores.flatten(0, 1))  # (batch_size * num_slots, 1, height, width)

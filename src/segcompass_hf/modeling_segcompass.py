@@ -120,9 +120,11 @@ class SegCompassForReasoningSegmentation(
         original_sizes: torch.Tensor | None = None,
         interventions: Interventions = None,
         output_concepts: bool = False,
+        output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
         targets: MaskTargets | None = None,
+        slots_alone: bool = False,
         **vlm_kwargs,
     ) -> SegCompassOutput:
         r"""Read a whole sequence (prompt and completion) once and segment.
@@ -144,9 +146,13 @@ class SegCompassForReasoningSegmentation(
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
-            output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
+            output_concepts, output_concept_embeddings, output_slot_attentions, output_image_embeddings (`bool`):
+                Return these too.
             targets ([`MaskTargets`], *optional*): In place of `mask_labels` and `num_objects`, by trainers whose batch
                 is part of a larger one.
+            slots_alone (`bool`, defaults to `False`): Leave everything to the slots, as the start of training may: the
+                VLM's pass ends at the SAE's layer, without gradient, and reference states are zeros, so that there are
+                no logits and no language loss. Without an image the output ends with slots and their confidences.
             vlm_kwargs: Everything else goes to the VLM.
 
         Returns:
@@ -160,27 +166,31 @@ class SegCompassForReasoningSegmentation(
         if targets is None and mask_labels is not None:
             targets = MaskTargets(mask_labels, num_objects)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
-        # The language loss is left to the VLM; a weight of 0 saves its cost.
-        vlm_labels = labels if self.config.lm_loss_weight else None
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
-        with self.capture_states(input_ids, attention_mask, interventions) as capture:
-            vlm_output = self.vlm(
-                input_ids=input_ids,
-                labels=vlm_labels,
-                **self._with_positions({k: v for k, v in vlm_inputs.items() if v is not None}),
-            )
-        language_loss = vlm_output.loss if vlm_labels is not None else None
-        loss = None if language_loss is None else self.config.lm_loss_weight * language_loss
+        vlm_inputs = {name: value for name, value in vlm_inputs.items() if value is not None}
+        vlm_output, language_loss, loss = {}, None, None
+        if slots_alone:
+            capture = self._pass_to_sae(input_ids, vlm_inputs, interventions)
+        else:
+            # The language loss is left to the VLM; a weight of 0 saves its cost.
+            vlm_labels = labels if self.config.lm_loss_weight else None
+            with self.capture_states(input_ids, attention_mask, interventions) as capture:
+                vlm_output = self.vlm(input_ids=input_ids, labels=vlm_labels, **self._with_positions(vlm_inputs))
+            if vlm_labels is not None:
+                language_loss = vlm_output.loss
+                loss = self.config.lm_loss_weight * language_loss
         image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, input_ids.shape[0])
         if image_embeddings is None and targets is not None:
             raise ValueError("mask_labels need an image for SAM: pass sam_pixel_values or image_embeddings.")
         output = SegCompassOutput()
-        if image_embeddings is not None or output_concepts:
-            states = SequenceStates(*capture.states(), input_ids, attention_mask, completion_mask)
+        reads_slots = image_embeddings is not None or slots_alone
+        if reads_slots or output_concepts:
+            layer_and_last = (capture.layer_states[0], None) if slots_alone else capture.states()
+            states = SequenceStates(*layer_and_last, input_ids, attention_mask, completion_mask)
             states = self.with_concept_states(states, interventions, **vlm_inputs)
-        if image_embeddings is not None:
-            sizes, switches = reshaped_input_sizes, (output_concepts, output_slot_attentions)
-            output = self.read_masks(states, image_embeddings, sizes, targets, interventions, *switches)
+        if reads_slots:
+            switches = (output_concepts, output_concept_embeddings, output_slot_attentions)
+            output = self.read_masks(states, image_embeddings, reshaped_input_sizes, targets, interventions, *switches)
         elif output_concepts:
             output.concepts = self.read_concepts(states, interventions)
         if output.loss is not None:
@@ -188,11 +198,21 @@ class SegCompassForReasoningSegmentation(
         return replace(
             output,
             loss=loss,
-            logits=vlm_output.logits,
+            logits=vlm_output.get("logits"),
             image_embeddings=image_embeddings if output_image_embeddings else None,
             language_loss=language_loss,
             cache=vlm_output.get(CACHE),
         )
+
+    @torch.no_grad()
+    def _pass_to_sae(
+        self, input_ids: torch.Tensor, vlm_inputs: dict[str, torch.Tensor], interventions: Interventions
+    ) -> HiddenStateCapture:
+        """Pass whole sequences through the layers below the SAE; what lies above is not computed."""
+        inputs = {name: value for name, value in vlm_inputs.items() if name != "logits_to_keep"}
+        with self.capture_states(input_ids, inputs["attention_mask"], interventions, stop=True) as capture:
+            self.base_model(input_ids=input_ids, **self._with_positions(inputs))
+        return capture
 
     def image_embeddings_of(
         self, sam_pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, batch_size: int
@@ -216,9 +236,15 @@ class SegCompassForReasoningSegmentation(
         return image_embeddings
 
     def capture_states(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, interventions: Interventions = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        interventions: Interventions = None,
+        stop: bool = False,
     ) -> HiddenStateCapture:
         """Context that reads the VLM's states and steers them where an intervention acts on the residual stream.
+
+        `stop` ends the pass at the SAE's layer.
 
         Tokens after those of `input_ids` and `attention_mask`, both `(batch_size, sequence_length)`, are generated
         ones, and so text.
@@ -237,7 +263,7 @@ class SegCompassForReasoningSegmentation(
                 mask, modality = (x[:, span].repeat_interleave(copies, 0) for x in (attention_mask, modality_ids))
                 return steer_hidden_states(self.sae, states, interventions, mask, modality)
 
-        return HiddenStateCapture(self.base_model, self.config.sae_layer, edit)
+        return HiddenStateCapture(self.base_model, self.config.sae_layer, edit, stop)
 
     def _with_positions(self, vlm_inputs: dict) -> dict:
         """Count positions from the first token, as generation does, so that left padding changes nothing.

@@ -47,6 +47,14 @@ class PatchCoverage:
         masks = torch.from_numpy(np.ascontiguousarray(masks)).to(rows.dtype)
         return (rows @ masks @ columns.T).flatten(1).clamp(0, 1)
 
+    def places(self, height: int, width: int, num_patches: int) -> torch.Tensor:
+        """(y, x) of the middle of every image token `(num_patches, 2)`, in [0, 1] of the image's sides."""
+        middles = []
+        for shares in self.geometry(height, width, num_patches):
+            pixels = (torch.arange(shares.shape[1]) + 0.5) / shares.shape[1]
+            middles.append(shares @ pixels / shares.sum(1).clamp(min=1e-6))
+        return torch.cartesian_prod(*middles)
+
     def geometry(self, height: int, width: int, num_patches: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Shares of the pixel rows in the token rows `(rows, height)` and of the columns `(columns, width)`."""
         key = (height, width, num_patches)

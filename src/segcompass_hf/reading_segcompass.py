@@ -1,8 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """From the states of sequences to masks: concepts, slots, heatmaps, SAM. Every caller takes this one path."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -34,7 +34,8 @@ _LOSS_OPTIONS = (
 class SegCompassOutput(ModelOutput):
     """Output of [`SegCompassForReasoningSegmentation`], its `read_masks` and its `predict_masks`.
 
-    Language fields are those of `forward` alone; without an image for SAM it sets no others.
+    Language fields are those of `forward` alone; without an image for SAM it sets no others, and with `slots_alone`
+    those of the slots.
 
     Args:
         loss (`torch.Tensor` of shape `()`, *optional*): `lm_loss_weight * language_loss` (given `labels`) plus the
@@ -49,6 +50,8 @@ class SegCompassOutput(ModelOutput):
         reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): Last hidden states at the
             `<REF_POS>` tokens, zeros where there are fewer than slots.
         concepts ([`SparseConcepts`], *optional*): Active concepts per token, with `output_concepts=True`.
+        concept_embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`, *optional*): What slots
+            read, with `output_concept_embeddings=True`.
         slot_attentions (`tuple[torch.Tensor]`, *optional*): One per slot encoder layer, of shape
             `(batch_size, num_heads, num_slots, num_slots + sequence_length)`, with `output_slot_attentions=True`.
         image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM's, with
@@ -66,6 +69,7 @@ class SegCompassOutput(ModelOutput):
     slots: torch.Tensor | None = None
     reference_states: torch.Tensor | None = None
     concepts: SparseConcepts | None = None
+    concept_embeddings: torch.Tensor | None = None
     slot_attentions: tuple[torch.Tensor, ...] | None = None
     image_embeddings: torch.Tensor | None = None
     language_loss: torch.Tensor | None = None
@@ -86,7 +90,8 @@ class SequenceStates:
 
     Args:
         layer_states (`torch.Tensor` of shape `(batch_size, concept_length, hidden_size)`): After `sae_layer` layers.
-        last_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Last hidden states.
+        last_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*): Last hidden
+            states; where the pass ended at the SAE's layer there are none, and reference states are zeros.
         input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Token ids.
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 on tokens.
         completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion.
@@ -95,7 +100,7 @@ class SequenceStates:
     """
 
     layer_states: torch.Tensor
-    last_states: torch.Tensor
+    last_states: torch.Tensor | None
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     completion_mask: torch.Tensor | None = None
@@ -132,8 +137,10 @@ class MaskTargets:
     Args:
         mask_labels (`torch.Tensor` of shape `(batch_size, num_masks, 4h, 4w)`): Soft targets in [0, 1].
         num_objects (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Objects per sample, 1 when left out.
-        num_items, num_samples, sample_weights, assignments (*optional*): See [`segmentation_loss`]. The first two are
-            the size of the larger batch (accumulation, processes) that this one is part of.
+        num_items, num_samples, sample_weights (*optional*): See [`segmentation_loss`]. The first two are the size of
+            the larger batch (accumulation, processes) that this one is part of.
+        assignments ([`SlotAssignments`] or `Callable`, *optional*): The matched pairs; or what finds them, called by
+            `read_masks` with a [`SegCompassOutput`] of `slots` and `concept_embeddings`. By heatmaps when left out.
         loss_weights (`Mapping[str, float]`): In place of the configuration's, by name (`mask_dice_weight`, ...).
         decode (`str`, defaults to `"auto"`): Whether `all` slots or only `matched` ones go through SAM's decoder;
             `auto` is `matched` in training mode.
@@ -144,7 +151,7 @@ class MaskTargets:
     num_items: int | float | torch.Tensor | None = None
     num_samples: int | float | torch.Tensor | None = None
     sample_weights: torch.Tensor | None = None
-    assignments: SlotAssignments | None = None
+    assignments: "SlotAssignments | Callable[[SegCompassOutput], SlotAssignments] | None" = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     decode: Literal["auto", "all", "matched"] = "auto"
 
@@ -259,7 +266,7 @@ class ReadingMixin:
         self,
         reference_states: torch.Tensor,
         slots: torch.Tensor,
-        image_embeddings: torch.Tensor,
+        image_embeddings: torch.Tensor | None,
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         decode_slots: Sequence[int] | None = None,
@@ -269,7 +276,8 @@ class ReadingMixin:
         Args:
             reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): At the `<REF_POS>`.
             slots (`torch.Tensor` of shape `(batch_size, num_slots, d_slot)`): Concept slots.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): SAM features.
+            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or `None`): SAM features; without
+                them only the confidences of the slots are computed.
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas; the whole canvas counts as image when left out.
             targets ([`MaskTargets`], *optional*): Adds the losses.
@@ -282,6 +290,8 @@ class ReadingMixin:
         """
         mapped = self.slot_mapper(reference_states, slots, image_embeddings)
         output = SegCompassOutput(**mapped, slots=slots, reference_states=reference_states)
+        if image_embeddings is None:
+            return output
         area = None
         if reshaped_input_sizes is not None:
             area = self.mask_stage.valid_area(reshaped_input_sizes.to(image_embeddings.device))
@@ -314,11 +324,12 @@ class ReadingMixin:
     def read_masks(
         self,
         states: SequenceStates,
-        image_embeddings: torch.Tensor,
+        image_embeddings: torch.Tensor | None,
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         interventions: Interventions = None,
         output_concepts: bool = False,
+        output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
     ) -> SegCompassOutput:
         """All steps from the states of sequences to masks: concepts -> slots -> heatmaps -> masks, and losses.
@@ -330,18 +341,27 @@ class ReadingMixin:
             states ([`SequenceStates`]): From `sequence_states`, or made by the caller.
             image_embeddings, reshaped_input_sizes, targets: As in `predict_masks`.
             interventions (*optional*): On concepts; see [`ConceptIntervention`].
-            output_concepts, output_slot_attentions (`bool`): Return these too.
+            output_concepts, output_concept_embeddings, output_slot_attentions (`bool`): Return these too.
 
         Returns:
-            [`SegCompassOutput`]: As from `predict_masks`, and `concepts` and `slot_attentions` on request.
+            [`SegCompassOutput`]: As from `predict_masks`, and what was asked for.
         """
         concepts = self.read_concepts(states, interventions)
-        encoded = self.encode_slots(concepts, states.concept_mask, output_slot_attentions)
-        reference_states = self.find_reference_states(
-            states.last_states, states.input_ids, states.attention_mask, states.completion_mask
-        )
+        embeddings = self.codebook(concepts)  # (batch_size, concept_length, d_slot)
+        encoded = self.slot_encoder(embeddings, states.concept_mask, output_attentions=output_slot_attentions)
+        if states.last_states is None:
+            shape = (len(states.input_ids), self.config.num_slots, self.config.hidden_size)
+            reference_states = states.layer_states.new_zeros(shape)
+        else:
+            reference_states = self.find_reference_states(
+                states.last_states, states.input_ids, states.attention_mask, states.completion_mask
+            )
+        if targets is not None and callable(targets.assignments):
+            found = targets.assignments(SegCompassOutput(slots=encoded.slots, concept_embeddings=embeddings))
+            targets = replace(targets, assignments=found)
         output = self.predict_masks(reference_states, encoded.slots, image_embeddings, reshaped_input_sizes, targets)
         output.concepts, output.slot_attentions = concepts if output_concepts else None, encoded.attentions
+        output.concept_embeddings = embeddings if output_concept_embeddings else None
         return output
 
 

@@ -40,7 +40,9 @@ def asked(monkeypatch):
     class Processor:
         tokenizer = type("Tokenizer", (), {"unk_token_id": None})
 
-    monkeypatch.setattr(command, "load_checkpoint", lambda name: (None, Processor, "made-by-hand"))
+    monkeypatch.setattr(
+        "segcompass_hf.commands.common.load_checkpoint", lambda name: (None, Processor, "made-by-hand")
+    )
     monkeypatch.setitem(vars(segcompass_hf.explain), "explain", explain)  # before it is loaded
     return calls
 

@@ -1,4 +1,4 @@
-"""Muon with AdamW: what goes to which at which rate, a scheduler that rules both, states that survive saving."""
+"""Muon with AdamW: what goes to which, a scheduler that rules both, states that survive saving, rates per part."""
 
 import pytest
 import torch

@@ -304,3 +304,24 @@ def test_length_grouping_still_finds_its_column(tmp_path):
     trainer = make_trainer(tmp_path, [], train_sampling_strategy="group_by_length", remove_unused_columns=False)
     trainer.train_dataset = rows
     assert sorted(trainer.get_train_dataloader().batch_sampler.sampler) == [0, 1, 2]
+
+
+def test_private_methods_of_the_trainer_that_are_overridden():
+    """Each may change with any version of transformers or TRL: these, and no others."""
+    from transformers import Trainer
+    from trl import GRPOTrainer
+
+    from segcompass_hf.training import SaeTrainer, SegCompassGRPOTrainer, SegmentationTrainer, WarmupTrainer
+
+    trainers = (WarmupTrainer, SaeTrainer, SegmentationTrainer, SegCompassGRPOTrainer)
+    classes = {c for trainer in trainers for c in trainer.__mro__ if c.__module__.startswith("segcompass_hf")}
+    own = {name for c in classes for name in vars(c) if name[:1] == "_" != name[1:2]}
+    assert own & set(dir(Trainer)) == {
+        "_get_output_dir",
+        "_get_train_sampler",
+        "_load_best_model",
+        "_push_from_checkpoint",
+        "_save_checkpoint",
+    }
+    of_trl = {"_calculate_rewards", "_generate_and_score_completions", "_generate_single_turn"}
+    assert own & set(dir(GRPOTrainer)) - set(dir(Trainer)) == of_trl

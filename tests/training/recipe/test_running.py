@@ -146,6 +146,7 @@ def test_the_plan_says_what_each_stage_will_do(tmp_path, capsys):
 )
 def test_what_is_wrong_is_found_before_the_first_step(tmp_path, capsys, changes, message):
     recipe = write_recipe(tmp_path, SAE | SUPERVISED)
+    capsys.readouterr()  # bars of what was just saved
     flags = [word for change in changes for word in ("--set", change)]
     assert cli.main(["train", str(recipe), "--processes", "2", *flags]) == 2
     out, err = capsys.readouterr()

@@ -30,7 +30,7 @@ def test_values_arrive_in_the_type_of_their_field_and_are_inherited(tmp_path):
     assert recipe.settings.config == {"num_slots": 2}
     warmup, segmentation = recipe.stages
     arguments = warmup.arguments()
-    assert arguments.learning_rate == 2e-6  # yaml reads 2e-6 as a string
+    assert arguments.learning_rate == warmup.written["learning_rate"] == 2e-6  # yaml reads 2e-6 as a string
     assert arguments.learning_rate_factors == {"model.vision_tower": 0.5}
     assert (arguments.seed, segmentation.arguments().seed) == (7, 1)
     assert (warmup.own.dataset, segmentation.own.dataset) == ("scenes:train", "folder:pictures")

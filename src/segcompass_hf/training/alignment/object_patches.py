@@ -39,20 +39,25 @@ class ObjectPatches:
             batch (`dict`): With `input_ids` `(batch_size, sequence_length)`.
 
         Returns:
-            `dict` with `object_patches`, a float tensor `(batch_size, num_slots, sequence_length)`: of object j of a
+            `dict` with float tensors: `object_patches` `(batch_size, num_slots, sequence_length)`: of object j of a
             row, in the order of `mask_labels`, the share of every image token that it covers, in [0, 1]; 0 on text,
-            padding, and where a row has fewer objects.
+            padding, and where a row has fewer objects. And `patch_places` `(batch_size, sequence_length, 2)`: (y, x)
+            of the middle of every image token, in [0, 1] of the image's sides; 0 elsewhere.
         """
         is_image = batch["input_ids"] == self.processor.image_token_id
         num_slots = self.processor.num_slots
         coverage = torch.zeros(len(rows), num_slots, is_image.shape[1])
+        middles = torch.zeros(*is_image.shape, 2)
         for index, (row, image) in enumerate(zip(rows, images, strict=True)):
             places = is_image[index].nonzero()[:, 0]
             masks = torch.from_numpy(decode_masks(row["masks"], (image.height, image.width)))
             masks = fit_objects_to_slots(masks, num_slots, self.overflow, f"sample {row.get('sample_id')!r}")
-            if len(masks) and len(places):
+            if not len(places):
+                continue
+            middles[index, places] = self._coverage.places(image.height, image.width, len(places))
+            if len(masks):
                 coverage[index, : len(masks), places] = self._coverage(masks.numpy(), len(places))
-        return {"object_patches": coverage}
+        return {"object_patches": coverage, "patch_places": middles}
 
 
 __all__ = ["ObjectPatches"]

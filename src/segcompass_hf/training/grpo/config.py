@@ -38,8 +38,6 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
         sample_pictures_steps (`int`, defaults to 0): Every so many optimizer steps, pictures with masks and reasoning
             are written to `output_dir/samples` and to the trackers; 0 writes none.
         num_sample_pictures (`int`, defaults to 4): Pictures each time.
-        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
-            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*GRPOConfig._VALID_DICT_FIELDS, "switched_loss_weights"]
@@ -65,7 +63,6 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
     one_cycle_final_factor: float = field(default=6.7, metadata={"help": "First learning rate over last."})
     sample_pictures_steps: int = field(default=0, metadata={"help": "Steps between sample pictures; 0: none."})
     num_sample_pictures: int = field(default=4, metadata={"help": "Sample pictures each time."})
-    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         if self.bf16 is None and not torch.accelerator.is_available():

@@ -18,7 +18,6 @@ from transformers import set_seed
 
 from ...evaluation.processes import Processes
 from ...files import staged_folder
-from ..loop.checkpoints import find_last_whole
 from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, alone_in, check_unchanged, expected_record, read_record, weights_digest, write_record
 from .rows import StageRows, load_rows
@@ -115,7 +114,7 @@ def _run_stage(
             rows = load_rows(stage, arguments, processes.count)
     loader = PartLoader(recipe.settings)
     trainer = MAKERS[stage.name](loader, stage, parts, arguments, rows)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(stage.folder, processes))
+    trainer.train(resume_from_checkpoint=True)
     finish(trainer, stage, loader, parts)
     log, seconds = trainer.state.log_history, round(time.monotonic() - began, 1)
     processes.wait()
@@ -141,17 +140,6 @@ def _run_stage(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _last_checkpoint(folder: Path, processes: Processes) -> str | None:
-    """The last whole checkpoint of a stage, chosen by the main process; `None` where it starts anew."""
-    found = None
-    if processes.is_main:
-        try:
-            found = str(find_last_whole(folder))
-        except ValueError:
-            found = None
-    return processes.from_main(found)
 
 
 def _export(recipe: Recipe, parts: Parts) -> Path:

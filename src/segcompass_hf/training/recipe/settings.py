@@ -240,10 +240,11 @@ def _stage(name: str, section: Any, inherited: dict[str, Any], settings: RecipeS
     known = (*own_names, *_names(_settings_class(name)))
     _check_names(section, known, name)
     own = _parse(StageSettings, {key: value for key, value in written.items() if key in own_names}, name)
-    stage = Stage(name, Path(settings.output_dir) / name, written, own)
+    folder = Path(settings.output_dir) / name
     words = {key: value for key, value in written.items() if key not in own_names}
-    _parse_words(_settings_class(name), words | {"output_dir": str(stage.folder)}, name)
-    return stage
+    parsed = _parse_words(_settings_class(name), words | {"output_dir": str(folder)}, name)
+    plain = {key: parsed[key] for key in words if key in parsed and not isinstance(words[key], (dict, list))}
+    return Stage(name, folder, written | plain, own)  # 1e-4, which yaml reads as a word, is the number
 
 
 def _settings_class(stage: str) -> type:

@@ -49,15 +49,8 @@ def _sae(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: S
     from ..sae.trainer import SaeTrainer
 
     processor = loader.processor(parts)
-    return SaeTrainer(
-        loader.sae(parts),
-        vlm=loader.vlm(parts, processor),
-        processing_class=processor,
-        args=arguments,
-        train_dataset=rows.train,
-        eval_dataset=rows.evaluation,
-        **names_of(stage),
-    )
+    vlm, sae = loader.vlm(parts, processor), loader.sae(parts)
+    return SaeTrainer(vlm, arguments, rows.train, rows.evaluation, processor, sae, **names_of(stage))
 
 
 def _segmentation(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: StageRows) -> Any:
@@ -75,14 +68,7 @@ def _grpo(loader: PartLoader, stage: Stage, parts: Parts, arguments: Any, rows: 
     processor = loader.processor(parts)
     model = loader.model(parts, processor, stage.own.new_weights)
     adapter = _adapter(model, stage, arguments, heads="full" if arguments.train_heads else "none")
-    return SegCompassGRPOTrainer(
-        model,
-        args=arguments,
-        train_dataset=rows.train,
-        eval_dataset=rows.evaluation,
-        processing_class=processor,
-        peft_config=adapter,
-    )
+    return SegCompassGRPOTrainer(model, arguments, rows.train, rows.evaluation, processor, adapter)
 
 
 MAKERS = {"warmup": _warmup, "sae": _sae, "segmentation": _segmentation, "grpo": _grpo}

@@ -43,14 +43,6 @@ class TokenSource(Protocol):
         """Batches from `place` on, each with its own place; the same place always gives the same batches."""
 
 
-class _LayerReached(Exception):
-    """Ends a pass through the VLM once the layer's states are known."""
-
-    def __init__(self, states: torch.Tensor):
-        super().__init__("not an error: the layers above are not needed.")
-        self.states = states
-
-
 @torch.no_grad()
 def layer_states(vlm: nn.Module, layer: int, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Output of the first `layer` decoder layers, `(rows, length, d_in)`; what lies above is not computed.
@@ -61,14 +53,10 @@ def layer_states(vlm: nn.Module, layer: int, inputs: dict[str, torch.Tensor]) ->
         inputs (`dict`): The VLM's inputs.
     """
 
-    def stop(states: torch.Tensor, _: int) -> torch.Tensor:
-        raise _LayerReached(states)
-
-    with HiddenStateCapture(vlm.base_model, layer, edit=stop):
-        try:
-            vlm.base_model(**inputs, use_cache=False)
-        except _LayerReached as reached:
-            return reached.states
+    with HiddenStateCapture(vlm.base_model, layer, stop=True) as capture:
+        vlm.base_model(**inputs, use_cache=False)
+    if capture.layer_states:
+        return capture.layer_states[0]
     raise RuntimeError(f"the VLM's pass ended without reaching layer {layer}; it has fewer layers.")
 
 

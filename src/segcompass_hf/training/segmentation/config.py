@@ -20,7 +20,8 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     [`SegmentationObjective`], and its own.
 
     The objective is `lm_loss_weight * L_lm + seg_loss_weight * L_seg + conf_loss_weight * L_conf`, on reference
-    answers.
+    answers, and where asked for `slot_pull_weight * L_pull`. New heads take three stages: slots (`slots_first_share`),
+    heads (`heads_only_share`), everything.
 
     Args:
         lm_loss_weight (`float`, *optional*): Of L_lm; the model configuration's when left out. This and the weights
@@ -33,13 +34,20 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
             so that slots are all there is. On Scenes the slots stayed unused without it; 0.6 there.
         drop_references_share (`float`, defaults to 0.0): Share of the samples without reference states after that; 0.5
             on Scenes.
+        slot_pull_weight (`float`, defaults to 0.0): Of the loss that makes every slot point at the image tokens under
+            its object's mask, see [`slot_pull_loss`]. New slots learn what to attend to many times sooner with it. The
+            VLM's image tokens must form one grid.
+        slots_first_share (`float`, defaults to 0.0): First share of the steps in which codebook, slot encoder and
+            confidences learn from that loss alone: SAM and the VLM's layers above the SAE do not run, so that such a
+            step costs a third or less. Needs a `slot_pull_weight`.
+        heads_only_share (`float`, defaults to 0.0): First share of the steps in which only the heads and SAM's decoder
+            train, without reference states: the VLM's layers above the SAE do not run, and there is no language loss.
+            Steps of `slots_first_share` count.
         missing_reasoning (`str`, defaults to `"format"`): Rows without reference reasoning, see
             [`SegmentationCollator`].
         num_eval_segmentations (`int`, defaults to 64): First rows of the evaluation set that are segmented greedily at
             each evaluation; 0 for none, -1 for all.
         eval_max_new_tokens (`int`, *optional*): Of those answers; the model's own limit when left out.
-        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
-            encoder then runs once per image, not once per image and epoch.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "switched_loss_weights"]
@@ -62,15 +70,26 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     drop_references_share: float = field(
         default=0.0, metadata={"help": "Share of the samples without reference states after that."}
     )
+    slot_pull_weight: float = field(default=0.0, metadata={"help": "Of the loss that slots point at their objects."})
+    slots_first_share: float = field(default=0.0, metadata={"help": "First share of the steps with that loss alone."})
+    heads_only_share: float = field(
+        default=0.0, metadata={"help": "First share of the steps without the VLM's layers above the SAE."}
+    )
     missing_reasoning: Literal["format", "empty", "skip"] = field(
         default="format", metadata={"help": "Language loss of rows without reference reasoning."}
     )
     num_eval_segmentations: int = field(default=64, metadata={"help": "Rows segmented per evaluation; -1: all."})
     eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Of the answers in evaluation."})
-    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("slots_alone_share", "drop_references_share"):
+        for name in ("slots_alone_share", "drop_references_share", "slots_first_share", "heads_only_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if (self.slots_first_share or self.heads_only_share) and self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = True  # these stages leave most of the model alone
+        if self.slots_first_share and not self.slot_pull_weight:
+            raise ValueError(
+                f"slots_first_share={self.slots_first_share} leaves the slots to the slot pull, which "
+                "slot_pull_weight=0 switches off; set a weight."
+            )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,8 +13,10 @@ from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
 from ...freezing_segcompass import parameter_groups
+from ...losses_segcompass import SlotAssignments, confidence_loss
 from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets
+from ..alignment.object_patches import ObjectPatches
 from ..embeddings import open_embedding_cache
 from ..inputs import check_segcompass, load_model, load_processor
 from ..loop.counts import WindowCounts, WindowCountsMixin
@@ -24,10 +26,12 @@ from ..loop.resume import RobustTrainerMixin
 from ..warmup.language_loss import language_loss_sums, logits_to_keep
 from .config import LOSS_WEIGHTS, SegmentationConfig
 from .evaluation import segment_and_score, segmentation_report
+from .slot_pull import SlotPull, SlotPullCallback, slot_pull_loss
 
 logger = logging.get_logger(__name__)
 
 LOSS_TERMS = ("segmentation_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
+_OF_MASKS = ("sam_pixel_values", "image_embeddings", "mask_labels")  # inputs that slots alone do without
 
 
 class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Trainer):
@@ -40,8 +44,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
     Logged beside `loss`, as means since the last line: `language_loss`, `token_accuracy`, `segmentation/loss`,
     `segmentation/heatmap_bce`, `.../heatmap_dice`, `.../mask_dice`, `.../mask_focal`, `.../confidence_loss`,
     `.../kept_slots`; further `.../giou` (of low-resolution masks, on the logged step, whose unmatched slots are
-    decoded for it), and `dropped_objects` (so far). Evaluation adds `eval_gIoU`, `eval_cIoU`, `eval_N-acc`,
-    `eval_T-acc`, `eval_kept_slots`.
+    decoded for it), and `dropped_objects` (so far). With a `slot_pull_weight` also `segmentation/slot_pull` and
+    `.../slot_pull_right`, the share of slots that point at a token of their object. Evaluation adds `eval_gIoU`,
+    `eval_cIoU`, `eval_N-acc`, `eval_T-acc`, `eval_kept_slots`.
 
     Args:
         model (`SegCompassForReasoningSegmentation` or `str`): Trained in place; or its folder or id.
@@ -53,6 +58,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         data_collator (`Callable`, *optional*): In place of a [`SegmentationCollator`].
         kwargs: For [`~transformers.Trainer`].
     """
+
+    slot_pull: SlotPull | None = None  # beside the model, with a `slot_pull_weight`
 
     def __init__(
         self,
@@ -72,7 +79,8 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         self.eval_collator = data_collator
         if data_collator is None:
             options = {"missing_reasoning": args.missing_reasoning}
-            data_collator = SegmentationCollator(processing_class, overflow=args.overflow, **options)
+            patches = ObjectPatches(processing_class, args.overflow) if args.slot_pull_weight else None
+            data_collator = SegmentationCollator(processing_class, overflow=args.overflow, extra=patches, **options)
             self.eval_collator = SegmentationCollator(processing_class, overflow="merge", **options)
         model_config = model.config
         if args.codebook_init == "sae_decoder":
@@ -97,8 +105,22 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             self.add_callback(FinishShardingCallback())
         self._eval_processor = self._use_embedding_cache()
         self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
+        if args.slot_pull_weight or args.heads_only_share:
+            self._prepare_first_stages()
         if args.slots_alone_share or args.drop_references_share:
             self.segcompass.slot_mapper.register_forward_pre_hook(self._drop_references)
+
+    def _prepare_first_stages(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "slot_pull_weight and heads_only_share break off the VLM's pass and train a head beside the model, "
+                "which sharded weights do not allow; train the heads without FSDP and DeepSpeed first."
+            )
+        if self.args.slot_pull_weight:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.args.seed)  # the same on every process
+                self.slot_pull = SlotPull(self.segcompass.config.d_slot).to(self.args.device)
+            self.add_callback(SlotPullCallback(self.slot_pull, self.accelerator))
 
     @property
     def segcompass(self) -> nn.Module:
@@ -127,25 +149,89 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         weights = self._set_loss_weights()
         inputs = dict(inputs)
         labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
-        shows_giou = model.training and self._is_logged_step()
-        targets = MaskTargets(
-            inputs["mask_labels"],
-            inputs["num_objects"],
-            num_items=counts.segmentation_items,
-            num_samples=counts.samples,
-            decode="all" if shows_giou else "auto",
-        )
-        output = model(**inputs, **logits_to_keep(self.segcompass.vlm, labels), targets=targets)
-        language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
-        loss = output.losses.loss
-        # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
-        loss = loss + weights["lm_loss_weight"] * language_loss / counts.tokens
-        if model.training:
-            self.means.add("language_loss", language_loss, num_tokens)
-            self.means.add("token_accuracy", num_right, num_tokens)
-            self._report(output, inputs, counts)
+        patches = {name: inputs.pop(name, None) for name in ("object_patches", "patch_places")}
+        stage, with_pull = self._stage(model.training), model.training and self.slot_pull is not None
+        if with_pull and patches["object_patches"] is None:
+            raise ValueError(
+                f"slot_pull_weight={self.args.slot_pull_weight} needs `object_patches` in every batch; give your data "
+                "collator `extra=ObjectPatches(processor, overflow)`."
+            )
+        if stage == "slots":
+            loss, output = self._slots_loss(model, inputs, patches, counts)
+        else:
+            pulled: list[torch.Tensor] = []
+
+            def match_by_pull(output: Any) -> SlotAssignments:
+                loss, assignments = self._pull(output, inputs, patches, counts)
+                pulled.append(loss)
+                return assignments
+
+            shows_giou = model.training and self._is_logged_step()
+            targets = MaskTargets(
+                inputs["mask_labels"],
+                inputs["num_objects"],
+                num_items=counts.segmentation_items,
+                num_samples=counts.samples,
+                assignments=match_by_pull if with_pull else None,
+                decode="all" if shows_giou else "auto",
+            )
+            of_stage = {"slots_alone": True} if stage == "heads" else logits_to_keep(self.segcompass.vlm, labels)
+            output = model(**inputs, **of_stage, targets=targets)
+            loss = output.losses.loss + sum(pulled)
+            if model.training:
+                self._report(output, inputs, counts)
+        if stage == "all":
+            language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
+            # Also at weight 0: DistributedDataParallel waits for a gradient of the head's rows.
+            loss = loss + weights["lm_loss_weight"] * language_loss / counts.tokens
+            if model.training:
+                self.means.add("language_loss", language_loss, num_tokens)
+                self.means.add("token_accuracy", num_right, num_tokens)
         loss = loss * scale
         return (loss, output) if return_outputs else loss
+
+    def _stage(self, training: bool) -> Literal["slots", "heads", "all"]:
+        """What trains at this step."""
+        step, steps = self.state.global_step, self.state.max_steps
+        if training and step < self.args.slots_first_share * steps:
+            return "slots"
+        return "heads" if training and step < self.args.heads_only_share * steps else "all"
+
+    def _slots_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], counts: WindowCounts
+    ) -> tuple[torch.Tensor, Any]:
+        """Slot pull and confidence, of a pass without SAM and without the layers above the SAE."""
+        seen = {name: value for name, value in inputs.items() if name not in _OF_MASKS}
+        output = model(**seen, slots_alone=True, output_concept_embeddings=True)
+        loss, assignments = self._pull(output, inputs, targets, counts)
+        shares = torch.full_like(output.slot_logits[:, 0], 1 / counts.samples, dtype=torch.float32)
+        confidence = confidence_loss(output.slot_logits, assignments, shares)
+        self._report_slots(output, confidence, counts)
+        return loss + self.segcompass.config.conf_loss_weight * confidence, output
+
+    def _pull(
+        self,
+        output: Any,
+        inputs: dict[str, torch.Tensor],
+        targets: dict[str, torch.Tensor],
+        counts: WindowCounts,
+    ) -> tuple[torch.Tensor, SlotAssignments]:
+        """The weighted slot pull as a share of the window's mean, and the slots it matches to objects."""
+        is_image = self.segcompass.modality_ids(inputs["input_ids"]).bool()
+        scores = self.slot_pull(
+            output.slots.float(), output.concept_embeddings.float(), targets["patch_places"], is_image
+        )
+        pull = slot_pull_loss(scores, targets["object_patches"], inputs["num_objects"])
+        if self.model.training:
+            self.means.add("segmentation/slot_pull", pull.loss, (inputs["num_objects"] > 0).sum())
+            self.means.add("segmentation/slot_pull_right", pull.right, pull.num_pairs)
+        return self.args.slot_pull_weight * pull.loss / counts.segmentation_items, pull.assignments
+
+    def _report_slots(self, output: Any, confidence: torch.Tensor, counts: WindowCounts) -> None:
+        num_samples = len(output.slot_logits)
+        self.means.add("segmentation/confidence_loss", confidence * counts.samples, num_samples)
+        kept = output.slot_logits > self.segcompass.config.slot_logit_threshold  # (batch_size, num_slots)
+        self.means.add("segmentation/kept_slots", kept.sum(), num_samples)
 
     def _report(self, output: Any, inputs: Mapping[str, torch.Tensor], counts: WindowCounts) -> None:
         """Add a micro-batch to the means. Losses are shares of the window's mean; times the count they are sums."""
@@ -155,10 +241,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         for name in LOSS_TERMS:
             label = "segmentation/loss" if name == "segmentation_loss" else f"segmentation/{name}"
             self.means.add(label, getattr(output.losses, name) * counts.segmentation_items, num_items)
-        self.means.add("segmentation/confidence_loss", output.confidence_loss * counts.samples, num_samples)
-        kept = output.slot_logits > self.segcompass.config.slot_logit_threshold  # (batch_size, num_slots)
-        self.means.add("segmentation/kept_slots", kept.sum(), num_samples)
+        self._report_slots(output, output.confidence_loss, counts)
         if output.pred_masks is not None:
+            kept = output.slot_logits > self.segcompass.config.slot_logit_threshold  # (batch_size, num_slots)
             threshold = self.segcompass.config.mask_logit_threshold
             iou = union_iou(output.pred_masks > threshold, kept, inputs["mask_labels"] > 0.5)
             self.means.add("segmentation/giou", iou.sum(), num_samples)
@@ -188,6 +273,15 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         dropped = int(self.accelerator.reduce(dropped, reduction="sum"))
         return {"dropped_objects": dropped} if dropped else {}
 
+    def loop_state(self) -> dict:
+        state = super().loop_state()
+        return state if self.slot_pull is None else {**state, "slot_pull": self.slot_pull.state_dict()}
+
+    def load_loop_state(self, state: dict) -> None:
+        super().load_loop_state(state)
+        if self.slot_pull is not None and "slot_pull" in state:
+            self.slot_pull.load_state_dict(state["slot_pull"])
+
     # Optimizer
 
     def create_optimizer(self, model=None):
@@ -196,13 +290,19 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         args, model = self.args, self.model if model is None else model
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         factors = args.learning_rate_factors()
+        pull = self.slot_pull
         if args.optimizer == "muon":
             from ..loop.muon import muon_with_factors
 
-            named = model.named_parameters()
+            named = list(model.named_parameters())
+            if pull is not None:  # at the rate of the slot encoder, whose slots it reads
+                named += [(f"slot_encoder.pull.{name}", parameter) for name, parameter in pull.named_parameters()]
             self.optimizer = muon_with_factors(named, args.learning_rate, args.weight_decay, factors)
         else:
             groups = parameter_groups(model, args.learning_rate, args.weight_decay, factors)
+            if pull is not None:
+                rate = args.learning_rate * args.codebook_lr_factor
+                groups.append({"params": list(pull.parameters()), "lr": rate, "weight_decay": 0.0})
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(args, model)
             self.optimizer = optimizer_class(groups, **options)
         return self.optimizer
