@@ -8,11 +8,12 @@ and a sparse code of them even less. A small reading head, dropped after the war
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import TrainerCallback
 
 QUERY_STD = 0.5  # as the slot queries': with less they start alike and swap objects
 
@@ -102,4 +103,27 @@ def reading_loss(reading: Reading, object_patches: torch.Tensor) -> tuple[torch.
     return loss, is_object.sum(), ((pointed > 0) & is_object).sum()
 
 
-__all__ = ["Reading", "ReadingHead", "reading_loss"]
+class ReadingHeadSteps(TrainerCallback):
+    """Does for the gradients of a trainer's `reading_head`, which is no part of its model, what Trainer does for the
+    model's: a mean over the processes, clipping, and a fresh start after the step.
+
+    Args:
+        trainer (`WarmupTrainer`): Whose optimizer holds the head's parameters.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        parameters = list(self.trainer.reading_head.parameters())
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.trainer.accelerator.reduce(gradient, reduction="mean")
+        if args.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.reading_head.zero_grad()
+
+
+__all__ = ["Reading", "ReadingHead", "ReadingHeadSteps", "reading_loss"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.utils import logging
 
 from ...configuration_segcompass import default_sae_layer
@@ -30,7 +30,7 @@ from ..rewards.rewards import format_reward
 from .config import WarmupConfig
 from .language_loss import language_loss_sums, logits_to_keep
 from .parts import add_adapters_to_vlm, choose_trainable
-from .reading import ReadingHead, reading_loss
+from .reading import ReadingHead, ReadingHeadSteps, reading_loss
 
 logger = logging.get_logger(__name__)
 
@@ -95,19 +95,12 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             if args.trainable == "all" and args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = True  # LLaVA reads its vision encoder before the last layer
         if data_collator is None:
-            extras: list[Callable] = []
-            if args.alignment_weights:
-                pairs = args.alignment_pairs == "names"
-                targets = TokenPairs(processing_class, names) if pairs else None
-                extras.append(targets or AlignmentTargets(processing_class, target_words, args.alignment_text))
-            if args.reading_weight:
-                extras.append(ObjectPatches(processing_class))
             data_collator = SegmentationCollator(
                 processing_class,
                 missing_reasoning=args.missing_reasoning,
                 inputs="language",
                 with_masks=False,
-                extra=_Extras(extras) if extras else None,
+                extra=_state_targets(processing_class, args, target_words, names),
             )
         super().__init__(
             model=self.vlm if peft_config is None else add_adapters_to_vlm(self.vlm, peft_config, token_ids),
@@ -132,7 +125,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         hidden_size = self.vlm.config.get_text_config().hidden_size
         head = ReadingHead(hidden_size, self.processing_class.num_slots, self.args.seed)
         self.reading_head = head.to(self.args.device)
-        self.add_callback(_StepReadingHead(self))
+        self.add_callback(ReadingHeadSteps(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
@@ -288,32 +281,28 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             self.processing_class.save_pretrained(output_dir)
 
 
-class _Extras:
-    """Several further entries of a batch, for [`SegmentationCollator`]."""
+def _state_targets(
+    processor: Any, args: WarmupConfig, target_words: Callable, names: Callable
+) -> Callable[..., dict[str, torch.Tensor]] | None:
+    """Collator's `extra`: what the losses on states need of a batch; `None` where there is no such loss."""
+    extras: list[Callable] = []
+    if args.alignment_weights and args.alignment_pairs == "names":
+        extras.append(TokenPairs(processor, names))
+    elif args.alignment_weights:
+        extras.append(AlignmentTargets(processor, target_words, args.alignment_text))
+    if args.reading_weight:
+        extras.append(ObjectPatches(processor))
+    return _Together(extras) if extras else None
+
+
+class _Together:
+    """Several `extra` of a collator as one; an object, so that it reaches data loader workers."""
 
     def __init__(self, extras: list[Callable]):
         self.extras = extras
 
-    def __call__(self, *args) -> dict[str, Any]:
+    def __call__(self, *args) -> dict[str, torch.Tensor]:
         return {name: value for extra in self.extras for name, value in extra(*args).items()}
-
-
-class _StepReadingHead(TrainerCallback):
-    """What Trainer does for its model's gradients, for those of the reading head."""
-
-    def __init__(self, trainer: WarmupTrainer):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        parameters = list(self.trainer.reading_head.parameters())
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.trainer.accelerator.reduce(gradient, reduction="mean")
-        if args.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-
-    def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.reading_head.zero_grad()
 
 
 def _with_positions(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
