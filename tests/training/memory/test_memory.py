@@ -278,3 +278,13 @@ def test_a_step_of_the_sae_is_as_measured():
     assert estimate.activations - buffer == pytest.approx(kept, rel=0.1)
     assert estimate.activations - buffer + estimate.working == pytest.approx(meter.peak, rel=0.1)
     assert estimate.sampling == 0
+
+
+def test_the_warm_up_counts_what_it_trains():
+    """All of the VLM, or all but what its vision encoder holds."""
+    config, model = tiny_config(), tiny_model()
+    vision = sum(parameter.numel() for parameter in model.vlm.base_model.vision_tower.parameters())
+    whole = sum(parameter.numel() for parameter in model.vlm.parameters())
+    for trainable, expected in (("all", whole), ("without_vision", whole - vision)):
+        setup = TrainingSetup(stage="warmup", trainable=trainable, **{**SMALL, "rollouts": 2})
+        assert estimate_memory(config, setup).trainable == expected

@@ -113,7 +113,7 @@ def estimate_memory(
             "the trainer makes no reference policy under ZeRO-3; use sharding='fsdp', adapters, or no KL "
             "(reference=False)."
         )
-    with fake_model(config, peft_config, setup.stage) as model:
+    with fake_model(config, peft_config, setup.stage, setup.trainable) as model:
         parts = parameter_bytes(model, setup)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

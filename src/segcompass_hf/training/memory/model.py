@@ -21,13 +21,16 @@ HEADS = ("codebook", "slot_encoder", "slot_mapper")
 
 
 @contextmanager
-def fake_model(config: SegCompassConfig, peft_config: Any | None = None, stage: str = "grpo") -> Iterator[nn.Module]:
+def fake_model(
+    config: SegCompassConfig, peft_config: Any | None = None, stage: str = "grpo", trainable: str = "without_vision"
+) -> Iterator[nn.Module]:
     """A model without values; tensors made inside the context have none either.
 
     Args:
         config ([`SegCompassConfig`]): Of the model.
         peft_config (`peft.PeftConfig`, *optional*): Adapters; what they replace does not train then.
         stage (`str`, defaults to `"grpo"`): `"warmup"` keeps the VLM alone, `"sae"` the VLM and the SAE.
+        trainable (`str`, defaults to `"without_vision"`): What of the VLM trains in the warm-up, see [`WarmupConfig`].
     """
     with torch.device("meta"):
         model = SegCompassForReasoningSegmentation(config)
@@ -40,15 +43,15 @@ def fake_model(config: SegCompassConfig, peft_config: Any | None = None, stage: 
     with FakeTensorMode():
         _to_fake(model)
         if peft_config is None:
-            _freeze(model, stage)
+            _freeze(model, stage, trainable)
         yield model.train()
 
 
-def _freeze(model: nn.Module, stage: str) -> None:
+def _freeze(model: nn.Module, stage: str, trainable: str) -> None:
     if stage == "warmup":
         from ..warmup.parts import choose_trainable
 
-        choose_trainable(model.vlm, "without_vision", [])
+        choose_trainable(model.vlm, trainable, [])
     elif stage == "sae":
         model.requires_grad_(False)
         model.sae.requires_grad_(True)

@@ -24,6 +24,7 @@ class TrainingSetup:
         prompt_tokens, completion_tokens (`int`): Per sequence; image tokens are part of the prompt.
         active_concepts (`int`): Concepts above the threshold per token.
         objects (`int`): Objects per sample, each of which is decoded to a mask; at most the number of slots.
+        trainable (`str`): What of the VLM trains in the warm-up, see [`WarmupConfig`].
         rows_per_batch, buffer_tokens (`int`): See [`SaeTrainingConfig`].
         dtype, trainable_dtype (`torch.dtype`): Of the weights that are frozen and of those that train.
         autocast (`bool`): Whether computation runs in bfloat16 (`bf16`).
@@ -42,6 +43,7 @@ class TrainingSetup:
     completion_tokens: int = 512
     active_concepts: int = 64
     objects: int = 4
+    trainable: str = "without_vision"
     rows_per_batch: int = 8
     buffer_tokens: int = 262_144
     dtype: torch.dtype = torch.float32
@@ -89,6 +91,8 @@ class TrainingSetup:
             fields["rollouts"] = arguments.per_device_train_batch_size * arguments.steps_per_generation
             fields["completion_tokens"] = arguments.max_completion_length
             fields["reference"] = arguments.beta > 0
+        if stage == "warmup":
+            fields["trainable"] = arguments.trainable
         if stage == "sae":
             fields |= {name: getattr(arguments, name) for name in ("rows_per_batch", "buffer_tokens")}
         return cls(stage=stage, **(fields | others))
