@@ -19,6 +19,7 @@ from labels import MAX_OBJECTS, patch_labels  # noqa: E402
 from segcompass_hf.data import scenes  # noqa: E402
 from segcompass_hf.data.scenes.drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
 from segcompass_hf.training import read_recipe, run_recipe  # noqa: E402
+from segcompass_hf.training.loop.checkpoints import find_last_whole  # noqa: E402
 from segcompass_hf.training.recipe.check import check_recipe  # noqa: E402
 
 RECIPE = ROOT / "examples" / "scenes_tiny" / "recipe.yaml"
@@ -53,9 +54,9 @@ def test_a_stage_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_pa
 
     untouched = trainers.VisionTrainer._save_optimizer_and_scheduler
     killed_at(1)
-    assert pretrain.last_checkpoint(tmp_path / "killed") is None  # it starts anew
+    assert find_last_whole(tmp_path / "killed") is None  # it starts anew
     killed_at(2)
-    assert pretrain.last_checkpoint(tmp_path / "killed").endswith("checkpoint-1")
+    assert find_last_whole(tmp_path / "killed").name == "checkpoint-1"
     for folder in ("killed", "whole"):
         pretrain.run("vision", tmp_path / folder)
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("killed", "whole"))

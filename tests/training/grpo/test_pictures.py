@@ -155,9 +155,7 @@ class TestFiles:
     def test_what_the_picture_says(self, processor, tmp_path, monkeypatch):
         rows = []
         figure = SimpleNamespace(savefig=lambda path: path.write_bytes(b""))
-        monkeypatch.setattr(
-            "segcompass_hf.explain.plot_segmentations", lambda given: rows.extend(given) or figure, raising=False
-        )
+        monkeypatch.setattr("segcompass_hf.figure.plot_segmentations", lambda given: rows.extend(given) or figure)
         pictures = SamplePictureLogger(tmp_path, every_steps=1, num_samples=2)
         broken = "<think>a cup</think><REF_POS>"
         pictures.log(0, [a_sample(processor), a_sample(processor, broken, {"format_reward": 0.0})])

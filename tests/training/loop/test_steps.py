@@ -315,7 +315,8 @@ def test_private_methods_of_the_trainer_that_are_overridden():
 
     trainers = (WarmupTrainer, SaeTrainer, SegmentationTrainer, SegCompassGRPOTrainer)
     classes = {c for trainer in trainers for c in trainer.__mro__ if c.__module__.startswith("segcompass_hf")}
-    own = {name for c in classes for name in vars(c) if name[:1] == "_" != name[1:2]}
+    methods = {name for c in classes for name, value in vars(c).items() if callable(value)}
+    own = {name for name in methods if name[:1] == "_" != name[1:2]}
     assert own & set(dir(Trainer)) == {
         "_get_output_dir",
         "_get_train_sampler",

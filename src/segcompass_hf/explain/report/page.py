@@ -33,9 +33,12 @@ def to_html(explanation: Any, path: str | os.PathLike) -> Path:
         `pathlib.Path`: the file.
 
     Raises:
+        FileNotFoundError: There is no such folder.
         OSError: The file cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} for the page; make it first.")
     page = to_page(explanation).encode("utf-8", errors="replace")  # half of a surrogate pair has no bytes
     write_whole(path, page)
     return path
