@@ -5,7 +5,7 @@ python benchmarks/scenes_card.py --results benchmarks/results/scenes.json --eval
 
 `--results` is what `scenes_evaluation.py` wrote (ablations, baselines, sources of loss), `--evaluation` holds the
 `summary.json` of each split by `examples/evaluate.py`, as `scenes-SPLIT.json`. Texts and template are those of
-`segcompass_hf.hub` (`hub/templates`), the ones that `segcompass push` uses. `--explain` holds what
+`segcompass_hf.hub` (`hub/publishing/templates`), the ones that `segcompass push` uses. `--explain` holds what
 `scenes_dictionary.py` and `explain_faithfulness.py` wrote.
 """
 
