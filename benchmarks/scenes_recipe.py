@@ -7,8 +7,8 @@ r"""A run of the recipe of scenes-tiny beside another checkpoint, on the same he
     python examples/evaluate.py --model FOLDER --output out/evaluation ...    # the other one, the same options
     python benchmarks/scenes_recipe.py --run runs/scenes-tiny --other out/evaluation
 
-Writes `scenes_recipe.md` and `.json` to `benchmarks/results`, and the curve of every stage to `scenes_recipe` there. What
-is recorded there holds a run of this recipe against the bundled checkpoint, which the former recipe made (commit 4d0a3a0).
+Writes `scenes_recipe.md` and `.json` to `benchmarks/results`, and the curve of every stage to `scenes_recipe` there.
+What is recorded there holds a run of this recipe against the bundled checkpoint, of the former recipe (commit 4d0a3a0).
 """
 
 import argparse
@@ -79,7 +79,8 @@ def main() -> None:
     lines += [
         f"gIoU on {samples} samples per split, greedy, own reasoning; 95 % intervals over samples, of the difference "
         "over the same samples. One run: how far a second one would be is not in the brackets. Curves: "
-        "`scenes_recipe/STAGE.jsonl`. The other is the bundled checkpoint, of the former recipe (curves: `scenes_tiny_training`).",
+        "`scenes_recipe/STAGE.jsonl`. The other is the bundled checkpoint, of the former recipe (curves: "
+        "`scenes_tiny_training`).",
         "",
         "| split | this run | bundled | difference |",
         "|---|---|---|---|",

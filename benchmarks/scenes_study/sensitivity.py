@@ -39,6 +39,7 @@ FOLDER = RUNS / "sensitivity"
 EVALUATED = 300  # scenes
 DEFAULT = "default"
 NO_THRESHOLD = "config.concept_threshold=0.0"
+NO_RESAMPLING = "sae.resample_every=null"  # for `standard` alone
 # factor -> value -> keys of the recipe; what is not named is the default's. The families' sparsity weights are those
 # with which benchmarks/sae_architectures.py came to about the default's L0.
 FACTORS: dict[str, dict[Any, tuple[str, ...]]] = {
@@ -47,10 +48,10 @@ FACTORS: dict[str, dict[Any, tuple[str, ...]]] = {
     "L (SAE layer)": {layer: (f"sae.sae_layer={layer}",) for layer in (1, 3)},
     "l1": {weight: (f"sae.l1_coefficient={weight}",) for weight in (0.25, 4.0)},
     "SAE family": {
-        "gated": ("sae.architecture=gated", "sae.l1_coefficient=1.4"),
-        "jumprelu": ("sae.architecture=jumprelu", "sae.l1_coefficient=0.1", "sae.k=26"),
-        "topk": ("sae.architecture=topk", "sae.k=13", NO_THRESHOLD),
-        "batchtopk": ("sae.architecture=batchtopk", "sae.k=13", NO_THRESHOLD),
+        "gated": ("sae.architecture=gated", NO_RESAMPLING, "sae.l1_coefficient=1.4"),
+        "jumprelu": ("sae.architecture=jumprelu", NO_RESAMPLING, "sae.l1_coefficient=0.1", "sae.k=26"),
+        "topk": ("sae.architecture=topk", NO_RESAMPLING, "sae.k=13", NO_THRESHOLD),
+        "batchtopk": ("sae.architecture=batchtopk", NO_RESAMPLING, "sae.k=13", NO_THRESHOLD),
     },
     "threshold, trained with": {tau: (f"config.concept_threshold={tau}",) for tau in (0.0, 1.0)},
 }
