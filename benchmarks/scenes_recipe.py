@@ -8,7 +8,7 @@ r"""A run of the recipe of scenes-tiny beside another checkpoint, on the same he
     python benchmarks/scenes_recipe.py --run runs/scenes-tiny --other out/evaluation
 
 Writes `scenes_recipe.md` and `.json` to `benchmarks/results`, and the curve of every stage to `scenes_recipe` there.
-What is recorded there holds a run of this recipe against the bundled checkpoint, of the former recipe (commit 4d0a3a0).
+What is recorded there holds a run of this recipe against the bundled checkpoint, of the one before (commit 4d0a3a0).
 """
 
 import argparse
