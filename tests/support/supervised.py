@@ -19,6 +19,7 @@ if __name__ == "__main__":
 from tiny import tiny_image, tiny_mask, tiny_model, tiny_processor, tiny_vlm_config
 
 from segcompass_hf.data.schema import encode_mask
+from segcompass_hf.evaluation.processes import Processes
 
 # Objects of eight samples: a first half almost without targets, so that means of means would be wrong.
 UNEVEN = (0, 0, 1, 0, 2, 1, 3, 1)
@@ -138,7 +139,7 @@ def main() -> None:
     results["world_size"] = torch.distributed.get_world_size()
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    Processes.current().finish()
 
 
 if __name__ == "__main__":
