@@ -136,6 +136,17 @@ def test_pair_alignment_by_hand():
     assert count == 1 and loss.item() == pytest.approx(expected / 2, rel=1e-5)
 
 
+def test_pair_alignment_contrasts_every_word_token_by_itself():
+    # `red` stands twice; its second token looks like patch 1, which is not red. Patch 0 is.
+    states = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]])
+    is_image = torch.tensor([[False, False, True, True]])
+    words, patches = torch.zeros(1, 4, 1, dtype=torch.bool), torch.zeros(1, 4, 1, dtype=torch.bool)
+    words[0, :2, 0] = patches[0, 2, 0] = True
+    loss, _ = pair_alignment_loss(states, words, patches, is_image, temperature=0.5)
+    e = math.exp(2)
+    assert loss.item() == pytest.approx(-(math.log(e / (e + 1)) + math.log(1 / (1 + e))) / 2 / 2, rel=1e-5)
+
+
 def test_pair_alignment_adds_up_and_has_a_finite_gradient():
     torch.manual_seed(0)
     states = torch.randn(3, 6, 8, requires_grad=True)

@@ -133,15 +133,17 @@ def pair_alignment_loss(
 ) -> tuple[torch.Tensor, int]:
     r"""InfoNCE between every name in a sample and the patches that show what it names.
 
-    Of name k let m_k be the mean direction of its word tokens, P_k the patches that show it, and
-    `s_kp = cos(m_k, z_p) / temperature`. Several names are true of one patch (`red`, `ring`), so that each positive
-    competes with negatives only:
+    Of name k let W_k be its word tokens, m_k their mean direction, P_k the patches that show it, P_w the patches that
+    show a name of word token w, and `s_xp = cos(x, z_p) / temperature`. Several names are true of one patch (`red`,
+    `ring`), so that each positive competes with negatives only:
 
-        L_words   = - mean_{k, p in P_k} log( exp(s_kp) / (exp(s_kp) + sum_{q not in P_k} exp(s_kq)) )
+        L_words   = - mean_{k, w in W_k, p in P_w} log( exp(s_wp) / (exp(s_wp) + sum_{q not in P_w} exp(s_wq)) )
         L_patches = - mean_{k, p in P_k} log( exp(s_kp) / (exp(s_kp) + sum_{j: p not in P_j} exp(s_jp)) )
         L         = (L_words + L_patches) / 2
 
-    with means over k of means over p. Negatives are of the same sample, as in [`alignment_loss`].
+    with means over k of means over w of means over p. Every word token is told from the other patches by itself: were
+    the occurrences of a name averaged here too, `ring` could carry the colour of its own ring unpunished, and a concept
+    of that colour would fire on both words. Negatives are of the same sample, as in [`alignment_loss`].
 
     Args:
         states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Of one layer; 0: embeddings.
@@ -154,14 +156,27 @@ def pair_alignment_loss(
         `tuple`: the sum over samples that have a name, and their number.
     """
     named = pair_words.any(1) & pair_patches.any(1)  # (batch_size, num_names)
+    words = (pair_words & named[:, None]).float()  # (batch_size, sequence_length, num_names)
+    shows = (pair_patches & named[:, None] & is_image[..., None]).mT  # (batch_size, num_names, sequence_length)
+    word_shows = words @ shows.float() > 0  # (batch_size, sequence_length, sequence_length): word token, patch
+    each_name = 1 / named.sum(1).clamp(min=1)[:, None]  # (batch_size, 1)
+    each_word = (words / words.sum(1, keepdim=True).clamp(min=1)).sum(2) * each_name  # (batch_size, sequence_length)
     directions = F.normalize(states.float(), dim=-1)
     with torch.autocast(states.device.type, enabled=False):
         names = F.normalize(pair_words.float().mT @ directions, dim=-1)  # (batch_size, num_names, hidden_size)
-        scores = names @ directions.mT / temperature  # (batch_size, num_names, sequence_length)
-        shows = pair_patches.mT & named[..., None] & is_image[:, None]
-        others = named[..., None] & is_image[:, None] & ~shows  # what a name, or a patch, is told from
-        among = scores.masked_fill(~others, -1e4)  # finite: all patches may show it
-        to_patches = scores - torch.logaddexp(scores, among.logsumexp(2, keepdim=True))
-        to_names = scores - torch.logaddexp(scores, among.logsumexp(1, keepdim=True))
-    share = shows / shows.sum(2, keepdim=True).clamp(min=1) / named.sum(1).clamp(min=1)[:, None, None]
-    return -(share * (to_patches + to_names)).sum() / 2, int(named.any(1).sum())
+        to_patches = _told_from(directions @ directions.mT / temperature, is_image[:, None] & ~word_shows, dim=2)
+        to_names = _told_from(names @ directions.mT / temperature, named[..., None] & ~shows, dim=1)
+    of_words = (_shares(word_shows) * to_patches).sum(2) * each_word
+    of_patches = (_shares(shows) * to_names).sum(2) * each_name
+    return -(of_words.sum() + of_patches.sum()) / 2, int(named.any(1).sum())
+
+
+def _told_from(scores: torch.Tensor, others: torch.Tensor, dim: int) -> torch.Tensor:
+    """Log-probability of every score against itself and those of `others` along `dim`, shape of `scores`."""
+    among = scores.masked_fill(~others, -1e4)  # finite: there may be no others
+    return scores - torch.logaddexp(scores, among.logsumexp(dim, keepdim=True))
+
+
+def _shares(marks: torch.Tensor) -> torch.Tensor:
+    """Weights of a mean over the last dimension's marked places; 0 where there is none."""
+    return marks / marks.sum(-1, keepdim=True).clamp(min=1)
