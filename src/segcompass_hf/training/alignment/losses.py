@@ -142,8 +142,8 @@ def pair_alignment_loss(
         L         = (L_words + L_patches) / 2
 
     with means over k of means over w of means over p. Every word token is told from the other patches by itself: were
-    the occurrences of a name averaged here too, `ring` could carry the colour of its own ring unpunished, and a concept
-    of that colour fire on both words. Negatives are of the same sample, as in [`alignment_loss`].
+    the occurrences of a name averaged here too, `ring` could carry the colour of its own ring unpunished, and a
+    concept of that colour fire on both words. Negatives are of the same sample, as in [`alignment_loss`].
 
     Args:
         states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): Of one layer; 0: embeddings.
