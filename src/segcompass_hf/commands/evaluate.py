@@ -114,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
 def _print_summary(summary: Any) -> None:
     figures, counts = summary.figures, summary.figures["counts"]
     samples = f"{counts['samples']} samples, {counts['no_target']} without target"
+    if counts["left_out"]:
+        samples += f", {counts['left_out']} left out, for all of their target is ignored"
     print(f"{figures['predictor']} on {figures['dataset']}: {samples}")
     kept = counts["samples"] - figures["timing"]["last_start"]["samples"]
     if kept:

@@ -54,10 +54,12 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
 
 
 def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    judged = [record for record in records if not record["left_out"]]
     return {
         "samples": len(records),
-        "no_target": sum(record["target_pixels"] == 0 for record in records),
+        "left_out": len(records) - len(judged),  # all of their target is ignored
+        "no_target": sum(record["target_pixels"] == 0 for record in judged),
         "several_objects": sum((record["num_targets"] or 0) > 1 for record in records),
-        "empty_predictions": sum(record["predicted_pixels"] == 0 for record in records),
+        "empty_predictions": sum(record["predicted_pixels"] == 0 for record in judged),
         "unreadable": sum(record["problem"] is not None for record in records),
     }

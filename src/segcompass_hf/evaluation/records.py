@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ logger = logging.get_logger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data set
 RECORDS_FOLDER = "records"  # of a run under way: a file per process
-_COUNTS = SampleScore._fields
+_COUNTS = ("intersection", "union", "predicted_pixels", "target_pixels")
+CHECKSUM = "crc32"  # of a line's other values: a digit that has changed since makes no figure
+_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
 _SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
 
 
@@ -35,8 +38,8 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
 
     Returns:
         `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
-        four counts of `SampleScore`, `scores` and COCO RLE `masks` of the prediction, `reasoning`, `text`, and
-        `problem`, which is `None` here.
+        counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `reasoning`, `text`,
+        and `problem`, which is `None` here.
 
     Raises:
         ValueError: the masks do not have the size of the image.
@@ -76,8 +79,8 @@ def _described(row: EvaluationRow) -> dict[str, Any]:
 
 
 def score_of(record: dict[str, Any]) -> SampleScore:
-    """The pixel counts of a record."""
-    return SampleScore(*(record[name] for name in _COUNTS))
+    """The pixel counts of a record; those of older versions leave no sample out."""
+    return SampleScore(*(record[name] for name in _COUNTS), left_out=record.get("left_out", False))
 
 
 class RecordWriter:
@@ -86,7 +89,7 @@ class RecordWriter:
     def __init__(self, output_dir: Path, process_index: int):
         folder = output_dir / RECORDS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / f"process-{process_index:05d}.jsonl", "a", encoding="utf-8")
+        self._file = open(folder / f"process-{process_index:05d}.jsonl", "a", **_TEXT)
 
     def append(self, records: Iterable[dict[str, Any]], seconds: float) -> None:
         """Add a batch that took `seconds`, which are shared out to its records."""
@@ -120,26 +123,41 @@ def repair_records(output_dir: Path) -> None:
 
 
 def read_records(output_dir: Path) -> dict[int, dict[str, Any]]:
-    """Records of all processes by index; of one written twice, the first. Lines that are no record are left out."""
+    """Records of all processes by index; of one written twice, the first. Lines that are no record, or not as they
+    were written, are left out."""
     records: dict[int, dict[str, Any]] = {}
     for path in record_files(output_dir):
         with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
-                record = _parsed(line)
+                record = _parsed(line, needs_checksum=True)
                 if record is None:
-                    logger.warning(f"{path}, line {number} is no record; its batch is evaluated again.")
+                    logger.warning(f"{path}, line {number} is damaged or no record; its batch is evaluated again.")
                 else:
                     records.setdefault(record["index"], record)
     return records
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str, needs_checksum: bool) -> dict[str, Any] | None:
+    """The record of a line; `None` where it is none, or not as it was written."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("index", *_COUNTS))
-    return record if whole else None
+    if not isinstance(record, dict) or (needs_checksum and CHECKSUM not in record) or not is_as_written(record):
+        return None
+    record.pop(CHECKSUM, None)
+    return record
+
+
+def is_as_written(record: dict[str, Any]) -> bool:
+    """Whether a record agrees with its checksum; older versions wrote none, and they count as they are."""
+    return CHECKSUM not in record or record[CHECKSUM] == _checksum(record)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """CRC-32 of a record's values, 8 hexadecimal digits."""
+    values = {name: value for name, value in record.items() if name != CHECKSUM}
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def write_samples(output_dir: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -153,13 +171,22 @@ def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
+        ValueError: a line is no record, or not as it was written.
     """
     path = Path(output_dir) / SAMPLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{os.fspath(output_dir)!r} holds no finished evaluation: there is no {SAMPLES_FILE}.")
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    records = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            records.append(_parsed(line, needs_checksum=False))
+            if records[-1] is None:
+                raise ValueError(
+                    f"{path}, line {number} is damaged or no record; run the same evaluation again, which writes the "
+                    "file anew from what is there."
+                )
+    return records
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(record | {CHECKSUM: _checksum(record)}, ensure_ascii=False, allow_nan=False) + "\n"

@@ -82,6 +82,8 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{counts['samples']} samples, {counts['no_target']} without target, {counts['several_objects']} with several "
         f"objects; {counts['empty_predictions']} empty predictions.",
     ]
+    if counts["left_out"]:
+        parts.append(f"{counts['left_out']} samples have no part in the metrics, for all of their target is ignored.")
     if figures["unreadable"]:
         lines = [f"- {row['index']} `{row['sample_id']}`: {row['problem']}" for row in figures["unreadable"]]
         parts.append(f"{len(lines)} samples are unreadable and count as failures:\n\n" + "\n".join(lines))

@@ -71,7 +71,7 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
         `dict[int, np.ndarray]`: value -> bool mask, in increasing order; empty where all is 0.
 
     Raises:
-        RowProblem: `"bad_annotation"`: the values are shades of a smooth edge or of a picture.
+        RowProblem: `"bad_annotation"`: the values are shades of a smooth edge, of a picture or of a map of scores.
     """
     found = [int(value) for value in np.unique(values) if value]
     if len(found) > MAX_VALUES:
@@ -83,13 +83,29 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
     masks = {value: values == value for value in found}
     thin = [value for value, mask in masks.items() if not _has_inside(mask)]
     numbered = found == list(range(1, len(found) + 1))  # smooth edges have shades up to the object's own value
-    if len(found) > 2 and 2 * len(thin) > len(found) and not numbered:
+    if found and not numbered and found not in ([255], [65535]) and values.all():
+        raise RowProblem(
+            "bad_annotation",
+            f"{name} has the values {_some(found)} and nowhere 0, which is the background: is it a map of scores? "
+            "Save 0 and one value per object.",
+        )
+    smooth = 2 * len(thin) > len(found) if len(found) > 2 else len(found) == 2 and _is_edge(*masks.values())
+    if smooth and not numbered:
         raise RowProblem(
             "bad_annotation",
             f"{name} has the values {_some(found)}, and {len(thin)} of these {len(found)} are only lines: the mask "
             "seems to have smooth edges. Save it without smoothing, as 0 and one value per object.",
         )
     return masks
+
+
+def _is_edge(mask: np.ndarray, other: np.ndarray) -> bool:
+    """Whether a mask is a line along most of another one's outside, and nothing else."""
+    height, width = mask.shape
+    padded = np.pad(other, 1)
+    near = np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    outside = near & ~other
+    return not _has_inside(mask) and not (mask & ~outside).any() and 2 * mask.sum() > outside.sum()
 
 
 def _has_inside(mask: np.ndarray) -> bool:

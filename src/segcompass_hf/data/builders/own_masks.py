@@ -43,13 +43,14 @@ def objects_of(
         RowProblem: With what is wrong, and in which object.
     """
     entries = _entries(value, name)
+    check_no_grid(entries, size, name)
     if len(entries) == 1 and isinstance(entries[0], str):
         where = f"{name}: {entries[0]}"
         masks = objects_of_values(_values(entries[0], size, find, name), where)
         if not masks:
             raise RowProblem("empty_mask", f'{where} is all 0; where nothing is meant, write "{name}": [].')
         return [encode_mask(mask) for mask in masks.values()], list(masks)
-    return [_object(entry, size, find, f"{name}[{place}]") for place, entry in enumerate(entries)], None
+    return [object_of(entry, size, find, f"{name}[{place}]") for place, entry in enumerate(entries)], None
 
 
 def union_of(rles: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any] | None:
@@ -83,7 +84,22 @@ def _entries(value: Any, name: str) -> list[Any]:
     return value
 
 
-def _object(entry: Any, size: tuple[int, int], find: Callable[[str], str], where: str) -> dict[str, Any]:
+def check_no_grid(rows: list[Any], size: tuple[int, int], where: str) -> None:
+    """Refuse a mask written out row by row, whose numbers would pass for coordinates.
+
+    Raises:
+        RowProblem: `"bad_annotation"`.
+    """
+    lengths = {len(row) if isinstance(row, list) and all(map(_is_number, row)) else None for row in rows}
+    if len(rows) > 1 and lengths == {size[1]} and len(rows) == size[0]:
+        raise RowProblem(
+            "bad_annotation",
+            f"{where} is a mask written out as {size[0]} rows of {size[1]} numbers; expected {FORMS}.",
+        )
+
+
+def object_of(entry: Any, size: tuple[int, int], find: Callable[[str], str], where: str) -> dict[str, Any]:
+    """The RLE of one object; see [`objects_of`]."""
     if isinstance(entry, str):
         found = objects_of_values(_values(entry, size, find, where), f"{where}: {entry}")
         if len(found) > 1:
@@ -103,6 +119,7 @@ def _object(entry: Any, size: tuple[int, int], find: Callable[[str], str], where
 
 def _polygons(entry: list, size: tuple[int, int]) -> list[Any]:
     """An object's polygons, each as `[x0, y0, x1, y1, ...]`."""
+    check_no_grid(entry, size, "it")
     if entry and all(_is_number(number) for number in entry):
         polygons = [entry]
     elif len(entry) > 1 and all(_is_point(point) for point in entry):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...data.collator import SegmentationCollator
+from ...files import weights_digest
 from ..prediction import Prediction
 
 
@@ -51,7 +52,7 @@ class ModelPredictor:
         return {
             "weights": weights_digest(self.model),
             "configuration": _digest_of_configs(self.model.config, self.model.generation_config),
-            "processor": _digest(self.processor.to_json_string(), str(sorted(self.processor.tokenizer.get_vocab()))),
+            "processor": _digest_of_processor(self.processor, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "slot_logit_threshold": self.slot_logit_threshold,
@@ -88,21 +89,6 @@ class ModelPredictor:
         ]
 
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Changes with any weight or buffer; the same on every device.
-
-    Bits are added as integers, which is exact in any order, so that a GPU may do it.
-    """
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        bits = tensor.detach().contiguous().view(integers).sum(dtype=torch.int64)
-        parts.append((name, list(tensor.shape), str(tensor.dtype), int(bits)))
-    return _digest(json.dumps(parts))
-
-
 def _digest_of_configs(*configs: Any) -> str:
     """Of what they say, but not of where they came from."""
     dicts = [config.to_dict() for config in configs]
@@ -110,6 +96,12 @@ def _digest_of_configs(*configs: Any) -> str:
         for name in ("_name_or_path", "transformers_version"):
             entries.pop(name, None)
     return _digest(json.dumps(dicts, sort_keys=True, default=str))
+
+
+def _digest_of_processor(processor: Any, settings: Any) -> str:
+    """Of its `settings` (whose json holds them), its chat template, and every token with its id."""
+    vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
+    return _digest(settings.to_json_string(), str(processor.chat_template), vocabulary)
 
 
 def _digest(*texts: str) -> str:

@@ -210,7 +210,7 @@ def _probe() -> Image.Image:
 
 def _check_figures(model: Any, run: dict[str, Any]) -> str:
     """The evaluation was of these weights; where it ran in another precision that cannot be compared."""
-    from ...evaluation.predictors.model import weights_digest
+    from ...files import weights_digest
 
     settings = run.get("settings", {}).get("predictor", {})
     evaluated, precision = settings.get("weights"), str(model.dtype).removeprefix("torch.")
@@ -224,8 +224,8 @@ def _check_figures(model: Any, run: dict[str, Any]) -> str:
     published = weights_digest(model)
     if evaluated != published:
         raise ValueError(
-            f"the evaluation on {run['dataset']} was of other weights (digest {evaluated}, these have {published}); "
-            "evaluate this checkpoint, or leave those results out."
+            f"the evaluation on {run['dataset']} was of other weights (digest {evaluated:.16}, these have "
+            f"{published:.16}); evaluate this checkpoint, or leave those results out."
         )
     return f"figures on {run['dataset']}: of these weights"
 

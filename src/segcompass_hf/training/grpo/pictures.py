@@ -36,7 +36,8 @@ def picture_sample(
         processor ([`SegCompassProcessor`]): Brings maps back to the image's size.
         row (`Mapping`):
             `image`, `instruction` (or `prompt`), `pred_masks`, `heatmap_logits`, `mask_labels` `(num_slots, h, w)`,
-            `slot_logits` `(num_slots,)`, `num_objects`, `slot_logit_threshold`; where present, `sample_id`.
+            `slot_logits` `(num_slots,)`, `num_objects`, `slot_logit_threshold`; where present, `mask_logit_threshold`
+            (0 otherwise) and `sample_id`.
         completion (`str` or `list[dict]`): The answer, as text or conversation.
         original_size, reshaped_input_size (`Sequence[int]`): (height, width), as the processor returns them.
         rewards (`Mapping[str, float]`, *optional*): By name.
@@ -52,7 +53,11 @@ def picture_sample(
     outputs = {name: row[name][None] for name in ("pred_masks", "heatmap_logits", "slot_logits")}
     original_size, reshaped_input_size = (torch.as_tensor(s).tolist() for s in (original_size, reshaped_input_size))
     (every,) = processor.post_process_segmentation(
-        SimpleNamespace(**outputs), [original_size], [reshaped_input_size], slot_logit_threshold=float("-inf")
+        SimpleNamespace(**outputs),
+        [original_size],
+        [reshaped_input_size],
+        slot_logit_threshold=float("-inf"),
+        mask_logit_threshold=row.get("mask_logit_threshold"),
     )
     kept = (row["slot_logits"].float().cpu() > row["slot_logit_threshold"]).nonzero()[:, 0]
     labels = row["mask_labels"][: int(row["num_objects"])].float().cpu()

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from ...data.tensor_shards import DTYPES, NumberedShards, check_dtype
-from ...files import free_space
+from ...files import free_space, weights_digest
 from .activations import HarvestedTokens, Place, TokenStates
 
 logger = logging.get_logger(__name__)
@@ -52,7 +51,7 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
     inputs = None if first is None else harvester.encoder([first])
     return {
         "vlm": getattr(harvester.vlm.config, "_name_or_path", "") or type(harvester.vlm).__name__,
-        "vlm_weights": _weights_digest(harvester.vlm),
+        "vlm_weights": weights_digest(harvester.vlm),
         "layer": harvester.layer,
         "dataset": str(getattr(stream.dataset, "_fingerprint", None) or stream.rows_per_epoch),
         "first_row": None if inputs is None else _digest(inputs["input_ids"].numpy().tobytes()),
@@ -66,17 +65,6 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _weights_digest(vlm: nn.Module) -> str:
-    """Of every parameter's name, shape and 64 of its values: another training shows, and it takes no time."""
-    digest = hashlib.sha256()
-    for name, parameter in vlm.named_parameters():
-        values = parameter.detach().flatten()
-        step = max(1, values.numel() // 64)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[::step][:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class ActivationCache:
