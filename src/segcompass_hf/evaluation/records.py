@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..data.schema import encode_mask
 from ..files import write_whole
-from ..metrics.segmentation import SampleScore, score_sample
+from ..metrics.segmentation import LeftOutScore, SampleScore, score_sample
 from .prediction import Prediction
 from .rows import EvaluationRow
 
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data set
 RECORDS_FOLDER = "records"  # of a run under way: a file per process
-_COUNTS = ("intersection", "union", "predicted_pixels", "target_pixels")
+_COUNTS = SampleScore._fields
 CHECKSUM = "crc32"  # of a line's other values: a digit that has changed since makes no figure
 _TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
 _SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
@@ -50,7 +50,7 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         raise ValueError(f"row {row.index} ({row.sample_id!r}): {error}") from error
     return {
         **_described(row),
-        **score._asdict(),
+        **_counted(score),
         "scores": [round(float(value), _SCORE_DIGITS) for value in prediction.scores],
         "masks": [encode_mask(mask) for mask in prediction.masks],
         "reasoning": prediction.reasoning,
@@ -69,7 +69,7 @@ def failed_record(row: EvaluationRow) -> dict[str, Any]:
     nothing_meant = row.targets is not None and not target
     score = SampleScore(0, 1, 1, 0) if nothing_meant else SampleScore(0, max(target, 1), 0, max(target, 1))
     empty = {"scores": [], "masks": [], "reasoning": None, "text": None}
-    return {**_described(row), **score._asdict(), **empty, "problem": row.problem}
+    return {**_described(row), **_counted(score), **empty, "problem": row.problem}
 
 
 def _described(row: EvaluationRow) -> dict[str, Any]:
@@ -78,9 +78,14 @@ def _described(row: EvaluationRow) -> dict[str, Any]:
     return {"index": row.index, **columns, "num_targets": num_targets}
 
 
+def _counted(score: SampleScore) -> dict[str, Any]:
+    return score._asdict() | {"left_out": score.left_out}
+
+
 def score_of(record: dict[str, Any]) -> SampleScore:
     """The pixel counts of a record; those of older versions leave no sample out."""
-    return SampleScore(*(record[name] for name in _COUNTS), left_out=record.get("left_out", False))
+    kind = LeftOutScore if record.get("left_out") else SampleScore
+    return kind(*(record[name] for name in _COUNTS))
 
 
 class RecordWriter:

@@ -26,12 +26,19 @@ class SampleScore(NamedTuple):
     union: int
     predicted_pixels: int
     target_pixels: int
-    left_out: bool = False  # all of the target is ignored: no answer is right or wrong, and no metric counts it
+
+    left_out = False  # whether no metric counts it
 
     @property
     def iou(self) -> float:
         """Intersection over union in [0, 1]; 1 where neither prediction nor target has a pixel."""
         return self.intersection / self.union if self.union else 1.0
+
+
+class LeftOutScore(SampleScore):
+    """Of a sample with a target all of which is ignored: no answer is right or wrong, and no metric counts it."""
+
+    left_out = True
 
 
 def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleScore:
@@ -45,7 +52,7 @@ def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleS
             of both.
 
     Returns:
-        `SampleScore`: pixel counts; all 0 and `left_out` where there is a target and all of it is ignored.
+        `SampleScore`: pixel counts; a `LeftOutScore` where there is a target and all of it is ignored.
 
     Raises:
         ValueError: if the sizes differ, the rank is not 2 or 3, or the values are not those of a mask.
@@ -68,14 +75,14 @@ def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleS
     empty = np.zeros(next(iter(shapes.values())), dtype=bool)
     prediction = empty if prediction is None else prediction
     reference = empty if reference is None else reference
+    kind = SampleScore
     if ignore is not None:
         is_meant = reference.any()
         prediction, reference = prediction & ~ignore, reference & ~ignore
-        if is_meant and not reference.any():
-            return SampleScore(0, 0, 0, 0, left_out=True)
+        kind = LeftOutScore if is_meant and not reference.any() else kind
     intersection = int(np.count_nonzero(prediction & reference))
     predicted, target = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
-    return SampleScore(intersection, predicted + target - intersection, predicted, target)
+    return kind(intersection, predicted + target - intersection, predicted, target)
 
 
 def _union(masks: Any, name: str) -> np.ndarray | None:
@@ -238,7 +245,7 @@ def metrics_of_scores(scores: Iterable[SampleScore], names: str | Sequence[str] 
     values = {}
     for name in metric_names(names):
         if name == "cIoU":
-            union = sum(score.union for score in scores)
+            union = sum(score.union for score in scores if not score.left_out)
             values[name] = sum(score.intersection for score in scores) / union if union else 1.0
         else:
             outcome = _outcome_of(name)
@@ -308,7 +315,7 @@ def bootstrap_intervals(
         ValueError: without samples, for a confidence outside (0, 1), or for a name that is not known.
     """
     scores = list(scores)
-    judged = [score[:4] for score in scores if not score.left_out]
+    judged = [score for score in scores if not score.left_out]
     if scores and not judged:
         return dict.fromkeys(metric_names(names), (0.0, 1.0))
     counts = np.array(judged, dtype=np.int64).reshape(-1, 4)

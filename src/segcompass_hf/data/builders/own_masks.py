@@ -94,7 +94,8 @@ def check_no_grid(rows: list[Any], size: tuple[int, int], where: str) -> None:
     if len(rows) > 1 and lengths == {size[1]} and len(rows) == size[0]:
         raise RowProblem(
             "bad_annotation",
-            f"{where} is a mask written out as {size[0]} rows of {size[1]} numbers; expected {FORMS}.",
+            f"{where} is a mask written out as {size[0]} rows of {size[1]} numbers; expected polygons in pixels, or a "
+            'COCO RLE {"size": [height, width], "counts": "..."}, per object.',
         )
 
 

@@ -3,12 +3,12 @@
 
 A prediction is either of:
 
-- `NAME.png` (or `.PNG`) in the folder, at the size of the sample's image: 0 is background, every other value one object.
-  A file without object is an empty prediction. `prediction_file_name` gives NAME: letters, digits and `_.-~` of the
-  `sample_id` as they are, every other byte of its UTF-8 as `%XX` (`val/7` -> `val%2F7.png`).
+- `NAME.png` (or `.PNG`) in the folder, at the size of the sample's image: 0 is background, every other value one
+  object. A file without object is an empty prediction. `prediction_file_name` gives NAME: letters, digits and `_.-~`
+  of the `sample_id` as they are, every other byte of its UTF-8 as `%XX` (`val/7` -> `val%2F7.png`).
 - a line of a `.jsonl` in the folder (its records may be spread over several): `sample_id`, `masks` (COCO RLE or
-  polygons in pixels, one per object, `[]` for none), and optionally `scores` (one per mask), `reasoning` and `text`. The
-  `samples.jsonl` of our own runs has this form.
+  polygons in pixels, one per object, `[]` for none), and optionally `scores` (one per mask), `reasoning` and `text`.
+  The `samples.jsonl` of our own runs has this form.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class FolderPredictor:
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, int]], list[str]]:
-    """PNGs by name with a small ending, JSONL lines by sample id as (file, byte offset), and the names of everything else."""
+    """PNGs by name (ending in `.png`), JSONL lines by sample id as (file, byte offset), and the names of all else."""
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder of predictions {os.fspath(folder)!r}.")
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder]

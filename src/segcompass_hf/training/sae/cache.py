@@ -45,7 +45,10 @@ def estimate_tokens(source: HarvestedTokens) -> int | None:
 
 
 def cache_key(source: HarvestedTokens) -> dict[str, Any]:
-    """What the cached states depend on: VLM and its weights, layer, data set, and how rows become tokens."""
+    """What the cached states depend on: VLM and all its weights, layer, data set, and how rows become inputs.
+
+    Of a data set without a fingerprint, which is neither a list of rows, its length and first row must do.
+    """
     harvester, stream = source.harvester, source.stream
     first = next(iter(stream.rows(0)), None)
     inputs = None if first is None else harvester.encoder([first])
@@ -53,8 +56,8 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
         "vlm": getattr(harvester.vlm.config, "_name_or_path", "") or type(harvester.vlm).__name__,
         "vlm_weights": weights_digest(harvester.vlm),
         "layer": harvester.layer,
-        "dataset": str(getattr(stream.dataset, "_fingerprint", None) or stream.rows_per_epoch),
-        "first_row": None if inputs is None else _digest(inputs["input_ids"].numpy().tobytes()),
+        "dataset": _dataset_digest(stream.dataset) or str(stream.rows_per_epoch),
+        "first_row": None if inputs is None else _inputs_digest(inputs),
         "order_seed": stream.seed,
         "hold_out_every": stream.hold_out_every,
         "process": f"{stream.rank} of {stream.world_size}",
@@ -63,8 +66,24 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
     }
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+def _dataset_digest(dataset: Any) -> str | None:
+    """The fingerprint of a `datasets` data set, or what comes to the same for a list of rows."""
+    fingerprint = getattr(dataset, "_fingerprint", None)
+    if fingerprint or not isinstance(dataset, (list, tuple)):
+        return fingerprint
+    from datasets.fingerprint import Hasher
+
+    hasher = Hasher()
+    for row in dataset:
+        hasher.update(row)
+    return hasher.hexdigest()
+
+
+def _inputs_digest(inputs: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(inputs.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class ActivationCache:

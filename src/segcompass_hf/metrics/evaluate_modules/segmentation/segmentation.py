@@ -11,6 +11,7 @@ import numpy as np
 from segcompass_hf.data.schema import decode_mask
 from segcompass_hf.metrics import (
     ALL_METRIC_NAMES,
+    LeftOutScore,
     SampleScore,
     breakdown,
     metrics_of_scores,
@@ -118,12 +119,8 @@ class Segmentation(evaluate.Metric):
 
     def _compute(self, predictions, references, metrics=ALL_METRIC_NAMES, intervals=False):
         scores = [
-            SampleScore(
-                prediction["intersection"],
-                reference["union"],
-                prediction["pixels"],
-                reference["pixels"],
-                reference["left_out"],
+            (LeftOutScore if reference["left_out"] else SampleScore)(
+                prediction["intersection"], reference["union"], prediction["pixels"], reference["pixels"]
             )
             for prediction, reference in zip(predictions, references, strict=True)
         ]
