@@ -108,8 +108,11 @@ def test_images_in_folders(tmp_path):
     (tmp_path / "secret.jpg").write_bytes((tmp_path / "images" / "day" / "0001.jpg").read_bytes())
     folders["images"][0]["file_name"] = "../secret.jpg"
     folders["images"].pop()
-    with pytest.raises(ValueError, match="missing_image x 2 .*there is no secret.jpg or COCO_train2014_0000000"):
-        build(tmp_path, folders)
+    with pytest.raises(ValueError, match="outside_folder x 2 .*secret.jpg' lies outside of .*images' and would become"):
+        build(tmp_path, folders, num_absent=1)
+    dataset, _ = build(tmp_path, folders, allow_outside=True)
+    (entry, _) = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    assert entry["path"] == str(tmp_path / "secret.jpg")
 
 
 def changed(key: str, place: int, **fields) -> dict:

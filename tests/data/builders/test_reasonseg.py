@@ -16,7 +16,7 @@ from places import SAMPLES
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from segcompass_hf.data import BuildReport, build_grefcoco, build_reasonseg, from_hosted_reasonseg
-from segcompass_hf.data.builders.reasonseg import draw_polygon
+from segcompass_hf.data.builders.shapes import draw_polygon
 from segcompass_hf.data.readable_rows import check_row
 from segcompass_hf.data.schema import decode_mask, decode_masks, encode_mask, row_features
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
-from ...data.builders.own_masks import check_no_grid, object_of
+from ...data.builders.polygons import check_no_grid, polygons_to_rle
 from ...data.schema import decode_mask
 from ...files import file_digest
 from ..prediction import Prediction
@@ -244,7 +244,7 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
         )
     if not isinstance(record["masks"], list):
         raise ValueError(f'"masks" is {record["masks"]!r:.60}; expected a list of RLEs, [] for no object.')
-    check_no_grid(record["masks"], size, '"masks"')
+    check_no_grid(record["masks"], *size)
     masks = np.zeros((len(record["masks"]), *size), dtype=bool)
     for index, entry in enumerate(record["masks"]):
         masks[index] = _mask(entry, size, f"mask {index}")
@@ -260,20 +260,14 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
 
 def _mask(entry: Any, size: tuple[int, int], where: str) -> np.ndarray:
     """A mask as builders read it. A model may well predict one without a pixel: an RLE, or no polygon at all."""
-    if isinstance(entry, list) and all(polygon == [] for polygon in entry):
-        return np.zeros(size, dtype=bool)
+    nothing = isinstance(entry, list) and all(polygon == [] for polygon in entry)
     try:
-        return decode_mask(object_of(entry, size, _no_file, where))
+        return np.zeros(size, dtype=bool) if nothing else decode_mask(polygons_to_rle(entry, *size))
     except RowProblem as problem:
-        if problem.kind != "empty_mask":
-            raise
-        if isinstance(entry, dict):
+        if problem.kind == "empty_mask" and isinstance(entry, dict):
             return np.zeros(size, dtype=bool)
-        raise RowProblem(problem.kind, f"{problem} Write a mask without a pixel as [].") from problem
-
-
-def _no_file(path: str) -> str:
-    raise RowProblem("bad_annotation", f"{path!r:.60} is a text; expected an RLE or polygons.")
+        hint = " Is it a box? A mask without a pixel is written as []." if problem.kind == "empty_mask" else ""
+        raise RowProblem(problem.kind, f"{where}: {problem}{hint}") from problem
 
 
 def _is_score(value: Any) -> bool:
