@@ -14,7 +14,7 @@ from PIL import Image
 from places import SUPPORT
 
 import segcompass_hf
-from segcompass_hf.evaluation.predictors.model import weights_digest
+from segcompass_hf.files import weights_digest
 from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, core_files, stage_checkpoint
 from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 

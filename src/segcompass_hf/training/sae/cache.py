@@ -47,7 +47,7 @@ def estimate_tokens(source: HarvestedTokens) -> int | None:
 def cache_key(source: HarvestedTokens) -> dict[str, Any]:
     """What the cached states depend on: VLM and all its weights, layer, data set, and how rows become inputs.
 
-    Of a data set without a fingerprint, which is neither a list of rows, its length and first row must do.
+    Of a data set that has no fingerprint and is no list of rows, the length and the first row must do.
     """
     harvester, stream = source.harvester, source.stream
     first = next(iter(stream.rows(0)), None)
