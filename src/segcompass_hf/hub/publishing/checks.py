@@ -224,8 +224,8 @@ def _check_figures(model: Any, run: dict[str, Any]) -> str:
     published = weights_digest(model)
     if evaluated != published:
         raise ValueError(
-            f"the evaluation on {run['dataset']} was of other weights (digest {evaluated:.16}, these have "
-            f"{published:.16}); evaluate this checkpoint, or leave those results out."
+            f"the evaluation on {run['dataset']} was of other weights (digest {evaluated}, these have {published}); "
+            "evaluate this checkpoint, or leave those results out."
         )
     return f"figures on {run['dataset']}: of these weights"
 
