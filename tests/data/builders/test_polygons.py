@@ -92,7 +92,7 @@ GOOD = encode_mask(box(30, 40, 2, 3, 5))
         ([[1, 1, 5, 1, 10**400, 5]], "bad_annotation", "no list of finite numbers"),
         ([[1, 1, 5, 1, float("inf"), 5]], "bad_annotation", "no list of finite numbers"),
         # Drawn on the image twice as large, in parts of 1000, of 100 and of 1.
-        (square(10, 10, 40), "bad_annotation", "x from 10 to 50 but the image is 30 x 40 .*of the image in another size"),
+        (square(10, 10, 40), "bad_annotation", "x from 10 to 50 but the image is 30 x 40 .*in another size"),
         ([[250, 200, 750, 200, 750, 700]], "bad_annotation", "x from 250 to 750"),
         ([[5, 10, 75, 10, 75, 24]], "bad_annotation", "x from 5 to 75"),
         ([[0.1, 0.2, 0.7, 0.2, 0.7, 1.0]], "bad_annotation", "multiply x by the width 40 and y by the height 30"),

@@ -168,7 +168,7 @@ class _FolderRows:
         self.num_lines += 1
         unused = {str(key): value for key, value in fields.items() if str(key) not in KNOWN and _is_given(value)}
         meant = [key for key, value in unused.items() if _may_be_masks(key, value)]
-        if meant and known["masks"] in (None, []):
+        if meant and (known["masks"] is None or str(known["masks"]).replace(" ", "") == "[]"):
             raise RowProblem(
                 "unknown_column",
                 f"the line has no masks, but {meant[0]!r}, which is not used; if it holds them, call it masks.",
