@@ -1,0 +1,128 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Fit scores that say how often masks are right, on rows that the model has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..configuration_segcompass import SCORE_FEATURES
+from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
+from .predictors.model import ModelPredictor
+from .rows import EvaluationRow
+
+MIN_MASKS = 10  # right ones, and wrong ones, below which nothing is fitted
+_RIDGE = 1e-3  # of the weights, per mask: keeps them finite where a feature separates right from wrong
+_NEWTON_STEPS = 50
+
+
+def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str, Any]:
+    """Logistic regression of "the mask is right" on standardised features, by Newton's method.
+
+    Args:
+        features (`np.ndarray` of shape `(num_masks, 3)`): In the order of `SCORE_FEATURES`; NaN where missing.
+        is_right (`Sequence[bool]`): Whether the mask is right.
+
+    Returns:
+        `dict`: `features` and `bias`, as in the configuration's `score_calibration`; a feature that is the same for
+        all masks is left out.
+
+    Raises:
+        ValueError: There are fewer than 10 right or fewer than 10 wrong masks.
+    """
+    features, is_right = np.asarray(features, dtype=float), np.asarray(is_right, dtype=bool)
+    right, wrong = int(is_right.sum()), int((~is_right).sum())
+    if min(right, wrong) < MIN_MASKS:
+        raise ValueError(
+            f"{right} masks are right and {wrong} wrong; fitting needs at least {MIN_MASKS} of each. Take more rows "
+            "(num_samples, --num-samples), or harder ones."
+        )
+    known = np.isfinite(features)
+    counts = known.sum(0).clip(min=1)
+    means = np.where(known, features, 0.0).sum(0) / counts
+    centred = np.where(known, features - means, 0.0)  # what is missing counts as the mean
+    scales = np.sqrt((centred**2).sum(0) / counts)
+    used = scales > 1e-9
+    columns = np.column_stack([centred[:, used] / scales[used], np.ones(len(features))])
+    *weights, bias = _logistic_regression(columns, is_right).tolist()
+    entries = zip(np.flatnonzero(used), weights, strict=True)
+    fitted = {
+        SCORE_FEATURES[i]: {"mean": float(means[i]), "scale": float(scales[i]), "weight": weight}
+        for i, weight in entries
+    }
+    return {"features": fitted, "bias": bias}
+
+
+def _logistic_regression(columns: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """Coefficients of columns `(num_masks, n)`, the last of which is the constant and not shrunk."""
+    penalty = np.full(columns.shape[1], _RIDGE * len(columns))
+    penalty[-1] = 0.0
+    coefficients = np.zeros(columns.shape[1])
+    for _ in range(_NEWTON_STEPS):
+        chances = 1 / (1 + np.exp(-np.clip(columns @ coefficients, -30, 30)))
+        gradient = columns.T @ (chances - is_right) + penalty * coefficients
+        curvature = (columns.T * (chances * (1 - chances))) @ columns + np.diag(penalty)
+        step = np.linalg.solve(curvature, gradient)
+        coefficients -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return coefficients
+
+
+def calibrate(
+    model: Any, processor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8, **segment_kwargs
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Segment held-out rows as a user would, and fit scores that say how often such masks are right.
+
+    Rows that cannot be read are left out. The model is not changed: set its configuration's `score_calibration`.
+
+    Args:
+        model (`SegCompassForReasoningSegmentation`): The model.
+        processor (`SegCompassProcessor`): Its processor.
+        rows (`Iterable[EvaluationRow]`): Not seen in training, like those that the model is for.
+        batch_size (`int`, defaults to 8): Rows at a time.
+        segment_kwargs: For `model.segment`, such as `max_new_tokens`.
+
+    Returns:
+        `tuple[dict, dict]`: the calibration, and figures: `before` and `after` as in [`calibration_figures`], both on
+        these rows, and `samples`.
+
+    Raises:
+        ValueError: see [`fit_calibration`].
+    """
+    predictor = ModelPredictor(model, processor, **segment_kwargs)
+    features, plain, ious, samples = [], [], [], 0
+    readable = (row for row in rows if row.problem is None)
+    while batch := list(islice(readable, batch_size)):
+        output, sizes, results = predictor.segment([row.columns for row in batch])
+        maps = output.slot_logits, output.pred_masks, output.reasoning_surprisal
+        every = model.score_features(*maps, sizes).cpu().numpy()  # (rows, num_slots, 3)
+        confidences = output.slot_logits.float().sigmoid().cpu().numpy()
+        for index, (row, result) in enumerate(zip(batch, results, strict=True)):
+            found = best_ious(result["masks"].numpy(), row.targets, row.ignore)
+            for slot, iou in zip(result["slots"].tolist(), found, strict=True):
+                if iou is not None:
+                    features.append(every[index, slot])
+                    plain.append(float(confidences[index, slot]))
+                    ious.append(iou)
+        samples += len(batch)
+    features = np.array(features, dtype=float).reshape(-1, len(SCORE_FEATURES))
+    calibration = fit_calibration(features, [iou >= RIGHT_IOU for iou in ious])
+    scores = scores_of(features, calibration)
+    figures = {"before": calibration_figures(plain, ious), "after": calibration_figures(scores, ious)}
+    return calibration, figures | {"samples": samples}
+
+
+def scores_of(features: np.ndarray, calibration: dict[str, Any]) -> list[float]:
+    """Calibrated scores of features `(num_masks, 3)`, see [`calibrated_scores`]."""
+    import torch
+
+    from ..scoring_segcompass import calibrated_scores
+
+    return calibrated_scores(torch.from_numpy(np.asarray(features)), calibration).tolist()
+
+
+__all__ = ["calibrate", "fit_calibration"]
