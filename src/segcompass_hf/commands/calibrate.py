@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,14 @@ def run(args: argparse.Namespace) -> None:
     path = args.checkpoint / "config.json"
     if not path.is_file():
         raise UserError(f"{args.checkpoint} holds no config.json; name the folder of a saved model (no adapter).")
+    import datasets
+
     from ..evaluation import calibrate, load_dataset_of
     from ..evaluation.rows import EvaluationRows
     from ..files import write_whole
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     model, processor, _ = load_checkpoint(str(args.checkpoint.absolute()))
     limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     with user_errors():

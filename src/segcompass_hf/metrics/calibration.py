@@ -23,8 +23,8 @@ def best_ious(masks: np.ndarray, targets: np.ndarray, ignore: np.ndarray | None 
     Returns:
         `list[float | None]`: `None` for a mask that has no pixel outside of `ignore`, and so cannot be judged.
     """
-    counted = slice(None) if ignore is None else ~ignore.ravel()
-    masks, targets = (x.reshape(len(x), -1)[:, counted].astype(bool) for x in (masks, targets))
+    if ignore is not None:
+        masks, targets = masks & ~ignore, targets & ~ignore
     best = []
     for mask in masks:
         overlaps = [(np.count_nonzero(mask & target), np.count_nonzero(mask | target)) for target in targets]
@@ -38,9 +38,8 @@ def count_duplicates(masks: np.ndarray, iou_threshold: float = RIGHT_IOU) -> int
 
     Masks without a pixel are no duplicates.
     """
-    flat = masks.reshape(len(masks), -1)
-    flat = flat[flat.any(1)]
-    overlaps = [[(np.count_nonzero(a & b), np.count_nonzero(a | b)) for b in flat[:i]] for i, a in enumerate(flat)]
+    masks = masks[masks.any((1, 2))]
+    overlaps = [[(np.count_nonzero(a & b), np.count_nonzero(a | b)) for b in masks[:i]] for i, a in enumerate(masks)]
     return sum(any(both >= iou_threshold * either for both, either in pairs) for pairs in overlaps)
 
 

@@ -106,8 +106,8 @@ def scores_table(evaluations: Sequence[dict[str, Any]]) -> str:
     meant = runs[0]["calibration"]
     how = (
         f"Scores of masks. Right: IoU of {meant['right_iou']} or more with an object asked for. Calibration error: "
-        f"mean distance of score and share of right masks over {meant["num_bins"]} bins of equal width "
-        "(expected calibration error, lower is better). Ranking: how often a right mask has a higher score than a wrong one "
+        f"mean distance of score and share of right masks over {meant['num_bins']} bins of equal width (expected "
+        "calibration error, lower is better). Ranking: how often a right mask has a higher score than a wrong one "
         "(area under the ROC curve). Duplicates: masks of an answer that show the object of another."
     )
     return f"{how}\n\n{markdown_table(names, lines)}"
