@@ -236,11 +236,11 @@ class SegCompassConfig(PretrainedConfig):
 def _check_calibration(calibration: dict[str, Any]) -> None:
     """Refuse a calibration that scores cannot be computed from."""
     features = calibration.get("features")
-    entries = list(features.values()) if isinstance(features, dict) else []
+    entries = list(features.values()) if isinstance(features, dict) else [None]
     is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
     numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
     is_number = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-    if not entries or not set(features) <= set(SCORE_FEATURES) or not is_whole or not is_number:
+    if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
         raise ValueError(
             f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "
             f"'scale', 'weight'}}}}, 'bias'}} with NAME of {', '.join(SCORE_FEATURES)}. Fit it again with `segcompass "

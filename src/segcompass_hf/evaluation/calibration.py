@@ -14,6 +14,8 @@ from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
 from .predictors.model import ModelPredictor
 from .rows import EvaluationRow
 
+# Which way each feature may move a score; what a sample fits the other way is chance, and left out.
+_SIGNS = {"slot_logit": 1, "reasoning_surprisal": -1, "mask_certainty": 1}
 MIN_MASKS = 10  # right ones, and wrong ones, below which nothing is fitted
 _RIDGE = 1e-3  # of the weights, per mask: keeps them finite where a feature separates right from wrong
 _NEWTON_STEPS = 50
@@ -27,8 +29,8 @@ def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str,
         is_right (`Sequence[bool]`): Whether the mask is right.
 
     Returns:
-        `dict`: `features` and `bias`, as in the configuration's `score_calibration`; a feature that is the same for
-        all masks is left out.
+        `dict`: `features` and `bias`, as in the configuration's `score_calibration`. A feature is left out that is the
+        same for all masks, or that would lower the score where slot or mask are surer or the reasoning less surprised.
 
     Raises:
         ValueError: There are fewer than 10 right or fewer than 10 wrong masks.
@@ -45,13 +47,17 @@ def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str,
     means = np.where(known, features, 0.0).sum(0) / counts
     centred = np.where(known, features - means, 0.0)  # what is missing counts as the mean
     scales = np.sqrt((centred**2).sum(0) / counts)
-    used = scales > 1e-9
-    columns = np.column_stack([centred[:, used] / scales[used], np.ones(len(features))])
-    *weights, bias = _logistic_regression(columns, is_right).tolist()
-    entries = zip(np.flatnonzero(used), weights, strict=True)
+    used = [i for i, scale in enumerate(scales) if scale > 1e-9]
+    while True:
+        columns = np.column_stack([centred[:, used] / scales[used], np.ones(len(features))])
+        *weights, bias = _logistic_regression(columns, is_right).tolist()
+        signed = [weight * _SIGNS[SCORE_FEATURES[i]] for i, weight in zip(used, weights, strict=True)]
+        if min(signed, default=0.0) >= 0:
+            break
+        del used[int(np.argmin(signed))]
     fitted = {
         SCORE_FEATURES[i]: {"mean": float(means[i]), "scale": float(scales[i]), "weight": weight}
-        for i, weight in entries
+        for i, weight in zip(used, weights, strict=True)
     }
     return {"features": fitted, "bias": bias}
 
