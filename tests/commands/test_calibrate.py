@@ -34,8 +34,8 @@ def checkpoint(tmp_path):
 def test_writes_into_the_configuration(checkpoint, monkeypatch, capsys):
     seen = {}
 
-    def calibrate(model, processor, rows, batch_size, **limits):
-        seen.update(rows=[row.sample_id for row in rows], batch_size=batch_size, **limits)
+    def calibrate(predictor, rows, batch_size):
+        seen.update(rows=[row.sample_id for row in rows], batch_size=batch_size, **predictor.segment_kwargs)
         return FITTED, {"before": FIGURES, "after": FIGURES, "samples": 2}
 
     monkeypatch.setattr(evaluation, "calibrate", calibrate, raising=False)

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.checkpoint} holds no config.json; name the folder of a saved model (no adapter).")
     import datasets
 
-    from ..evaluation import calibrate, load_dataset_of
+    from ..evaluation import ModelPredictor, calibrate, load_dataset_of
     from ..evaluation.rows import EvaluationRows
     from ..files import write_whole
 
@@ -54,9 +54,8 @@ def run(args: argparse.Namespace) -> None:
     with user_errors():
         named = load_dataset_of(args.dataset, args.num_samples)
         rows = EvaluationRows(named.dataset, args.num_samples)
-        calibration, figures = calibrate(
-            model, processor, (rows[index] for index in range(len(rows))), args.batch_size, **limits
-        )
+        predictor = ModelPredictor(model, processor, **limits)
+        calibration, figures = calibrate(predictor, (rows[index] for index in range(len(rows))), args.batch_size)
         fit = {"dataset": named.name, "samples": figures["samples"], **figures["after"]}
         config = json.loads(path.read_text(encoding="utf-8"))
         config["score_calibration"] = calibration | {"fit": fit}

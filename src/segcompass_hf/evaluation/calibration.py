@@ -8,10 +8,11 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..configuration_segcompass import SCORE_FEATURES
 from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
-from .predictors.model import ModelPredictor
+from ..scoring_segcompass import calibrated_scores
 from .rows import EvaluationRow
 
 # Which way each feature may move a score; what a sample fits the other way is chance, and left out.
@@ -79,18 +80,16 @@ def _logistic_regression(columns: np.ndarray, is_right: np.ndarray) -> np.ndarra
 
 
 def calibrate(
-    model: Any, processor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8, **segment_kwargs
+    predictor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Segment held-out rows as a user would, and fit scores that say how often such masks are right.
 
     Rows that cannot be read are left out. The model is not changed: set its configuration's `score_calibration`.
 
     Args:
-        model (`SegCompassForReasoningSegmentation`): The model.
-        processor (`SegCompassProcessor`): Its processor.
+        predictor (`ModelPredictor`): The model with its processor.
         rows (`Iterable[EvaluationRow]`): Not seen in training, like those that the model is for.
         batch_size (`int`, defaults to 8): Rows at a time.
-        segment_kwargs: For `model.segment`, such as `max_new_tokens`.
 
     Returns:
         `tuple[dict, dict]`: the calibration, and figures: `before` and `after` as in [`calibration_figures`], both on
@@ -99,36 +98,26 @@ def calibrate(
     Raises:
         ValueError: see [`fit_calibration`].
     """
-    predictor = ModelPredictor(model, processor, **segment_kwargs)
     features, plain, ious, samples = [], [], [], 0
     readable = (row for row in rows if row.problem is None)
     while batch := list(islice(readable, batch_size)):
         output, sizes, results = predictor.segment([row.columns for row in batch])
         maps = output.slot_logits, output.pred_masks, output.reasoning_surprisal
-        every = model.score_features(*maps, sizes).cpu().numpy()  # (rows, num_slots, 3)
-        confidences = output.slot_logits.float().sigmoid().cpu().numpy()
+        every = predictor.model.score_features(*maps, sizes).cpu()  # (rows, num_slots, 3)
+        confidences = output.slot_logits.float().sigmoid().cpu()  # (rows, num_slots)
         for index, (row, result) in enumerate(zip(batch, results, strict=True)):
             found = best_ious(result["masks"].numpy(), row.targets, row.ignore)
             for slot, iou in zip(result["slots"].tolist(), found, strict=True):
                 if iou is not None:
                     features.append(every[index, slot])
-                    plain.append(float(confidences[index, slot]))
+                    plain.append(confidences[index, slot].item())
                     ious.append(iou)
         samples += len(batch)
-    features = np.array(features, dtype=float).reshape(-1, len(SCORE_FEATURES))
-    calibration = fit_calibration(features, [iou >= RIGHT_IOU for iou in ious])
-    scores = scores_of(features, calibration)
+    features = torch.stack(features) if features else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
+    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in ious])
+    scores = calibrated_scores(features, calibration).tolist()
     figures = {"before": calibration_figures(plain, ious), "after": calibration_figures(scores, ious)}
     return calibration, figures | {"samples": samples}
-
-
-def scores_of(features: np.ndarray, calibration: dict[str, Any]) -> list[float]:
-    """Calibrated scores of features `(num_masks, 3)`, see [`calibrated_scores`]."""
-    import torch
-
-    from ..scoring_segcompass import calibrated_scores
-
-    return calibrated_scores(torch.from_numpy(np.asarray(features)), calibration).tolist()
 
 
 __all__ = ["calibrate", "fit_calibration"]
