@@ -97,6 +97,8 @@ def test_figures_by_hand(tmp_path):
         "several_objects": 1,
         "empty_predictions": 1,
         "unreadable": 0,
+        "duplicates": 0,
+        "duplicates_dropped": 0,
     }
     assert records[1]["num_targets"] == 6 and [mask["size"] for mask in records[1]["masks"]] == [[6, 10]] * 2
 

@@ -19,7 +19,8 @@ from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, core_f
 from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 
 SCRIPT = SUPPORT / "stranger.py"
-PROCESSORS_OWN = {"processing_segcompass.py", "vlm_processors_segcompass.py"}  # what the model does not import
+# What the model does not import.
+PROCESSORS_OWN = {"postprocessing_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py"}
 INSTRUCTION = "the largest red ring"
 
 

@@ -128,6 +128,11 @@ def _print_summary(summary: Any) -> None:
     for name, figure in figures["metrics"].items():
         if figure["num_samples"]:
             print(f"  {name:14} {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
+    scores = figures["calibration"]
+    if scores is not None:
+        error, right = scores["expected_calibration_error"], scores["right"]
+        print(f"  scores: mean {scores['mean_score']:.3f}, right {right:.3f}, expected calibration error {error:.3f}")
+        print(f"  duplicates: {counts['duplicates']}, left out: {counts['duplicates_dropped']}")
     if counts["unreadable"]:
         print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
     print(f"{summary.output_dir}: {', '.join(figures['files'])}")

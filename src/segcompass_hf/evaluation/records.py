@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..data.schema import encode_mask
 from ..files import write_whole
+from ..metrics.calibration import best_ious, count_duplicates
 from ..metrics.segmentation import LeftOutScore, SampleScore, score_sample
 from .prediction import Prediction
 from .rows import EvaluationRow
@@ -38,8 +39,9 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
 
     Returns:
         `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
-        counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `reasoning`, `text`,
-        and `problem`, which is `None` here.
+        counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `mask_ious` (of each
+        mask with the target that it overlaps most), `duplicates` (masks whose IoU with one of the prediction's before
+        them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, and `problem`, which is `None` here.
 
     Raises:
         ValueError: the masks do not have the size of the image.
@@ -53,6 +55,12 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         **_counted(score),
         "scores": [round(float(value), _SCORE_DIGITS) for value in prediction.scores],
         "masks": [encode_mask(mask) for mask in prediction.masks],
+        "mask_ious": [
+            None if iou is None else round(iou, _SCORE_DIGITS)
+            for iou in best_ious(prediction.masks, row.targets, row.ignore)
+        ],
+        "duplicates": count_duplicates(prediction.masks),
+        "duplicates_dropped": prediction.duplicates_dropped,
         "reasoning": prediction.reasoning,
         "text": prediction.text,
         "problem": None,
@@ -68,7 +76,8 @@ def failed_record(row: EvaluationRow) -> dict[str, Any]:
     target = 0 if row.targets is None else int(np.count_nonzero(row.targets.any(axis=0)))
     nothing_meant = row.targets is not None and not target
     score = SampleScore(0, 1, 1, 0) if nothing_meant else SampleScore(0, max(target, 1), 0, max(target, 1))
-    empty = {"scores": [], "masks": [], "reasoning": None, "text": None}
+    empty = {"scores": [], "masks": [], "mask_ious": [], "duplicates": 0, "duplicates_dropped": 0}
+    empty |= {"reasoning": None, "text": None}
     return {**_described(row), **_counted(score), **empty, "problem": row.problem}
 
 

@@ -62,7 +62,6 @@ class ModelPredictor:
             **self.segment_kwargs,
         }
 
-    @torch.no_grad()
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[Prediction]:
         """Segment a batch of rows.
 
@@ -72,6 +71,21 @@ class ModelPredictor:
         Returns:
             `list[Prediction]`: in the order of the rows, masks at the images' own sizes.
         """
+        _, _, results = self.segment(rows)
+        return [
+            Prediction(
+                result["masks"].numpy(),
+                result["scores"].tolist(),
+                result["reasoning"],
+                result["text"],
+                duplicates_dropped=len(result["duplicates"]),
+            )
+            for result in results
+        ]
+
+    @torch.no_grad()
+    def segment(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
+        """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
         inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -82,11 +96,9 @@ class ModelPredictor:
             batch["reshaped_input_sizes"],
             slot_logit_threshold=self.slot_logit_threshold,
             mask_logit_threshold=self.mask_logit_threshold,
+            output_heatmaps=False,
         )
-        return [
-            Prediction(result["masks"].numpy(), result["scores"].tolist(), result["reasoning"], result["text"])
-            for result in results
-        ]
+        return output, inputs["reshaped_input_sizes"], results
 
 
 def _digest_of_configs(*configs: Any) -> str:
