@@ -94,7 +94,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot make the folder {path}: {error.strerror}.") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The message of an error without line breaks, and not longer than a few lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:398] + " …"

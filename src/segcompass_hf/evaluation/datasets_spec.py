@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.builders.build_report import BuildReport
+from ..data.datasets_cache import named_cache
 
 SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
 MAX_LISTED_PROBLEMS = 100
@@ -130,7 +131,7 @@ def _folder(kind: str, _: int | None, root: str, annotations: str = "", split: s
 
     report = BuildReport()
     dataset = build_folder(root, annotations or None, split=split or "test", report=report)
-    return NamedDataset(dataset, f"{Path(root).resolve().name} {split}".strip(), kind, split or None, report)
+    return NamedDataset(dataset, f"{Path(os.path.realpath(root)).name} {split}".strip(), kind, split or None, report)
 
 
 def _coco(kind: str, _: int | None, annotations: str, images: str) -> NamedDataset:
@@ -177,10 +178,11 @@ def _stored(spec: str) -> NamedDataset:
             wanted = f"there is no split {split!r} in" if split else "name a split of"
             raise DatasetSpecError(f"{wanted} {path!r}: {', '.join(f'{path}:{name}' for name in loaded)}.")
         loaded = loaded[split]
-    name = Path(path).resolve().name if os.path.exists(path) else path
+    name = Path(os.path.realpath(path)).name if os.path.exists(path) else path
     return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None)
 
 
+@named_cache()
 def _load_stored(path: str) -> Any:
     import datasets
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ..files import write_whole
+from ..files import read_json_object, write_whole
+from ..printable import printable
 from .figures import summarize
 from .prediction import Predictor
 from .processes import Processes
@@ -139,7 +140,8 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
         for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
-        _check_settings(output_dir, json.loads(run_file.read_text(encoding="utf-8")), settings)
+        remedy = "choose another folder, or drop its results with resume=False (--restart)"
+        _check_settings(output_dir, read_json_object(run_file, remedy), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -176,7 +178,7 @@ def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable:
     """Records of a batch; the predictor sees the rows that can be read."""
     for row in rows:
         if row.problem is not None:
-            logger.warning(f"row {row.index} ({row.sample_id}) is unreadable: {row.problem}")
+            logger.warning(f"row {row.index} ({row.sample_id!r}) is unreadable: {printable(row.problem)}")
             if unreadable == "error":
                 raise ValueError(
                     f"row {row.index} ({row.sample_id!r}) is unreadable: {row.problem} Repair it, or count such rows "

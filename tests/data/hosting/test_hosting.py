@@ -26,7 +26,7 @@ from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
 from segcompass_hf.data.hosting import figure, publish, write
 from segcompass_hf.data.hosting import shards as parquet_shards
 from segcompass_hf.data.hosting.publish import push_dataset
-from segcompass_hf.data.hosting.write import without_folders, write_dataset
+from segcompass_hf.data.hosting.write import write_dataset
 from segcompass_hf.data.schema import encode_mask, row_features
 from segcompass_hf.images_segcompass import to_rgb_image
 
@@ -215,17 +215,6 @@ def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     assert "mask 0 is (12, 8) but its image is (8, 12)" in report.problems[2]["detail"]
     published = (written.folder / "build_report.json").read_text("utf-8")
     assert "'x.png'" in published and str(tmp_path) not in published and str(tmp_path) in str(report.problems)
-
-
-def test_folders_are_taken_out_of_reports():
-    assert without_folders({"a": ["there is no file '/home/me/my pictures/x.png'."]}) == {
-        "a": ["there is no file 'x.png'."]
-    }
-    assert without_folders("/data/coco/a.jpg: bad") == "a.jpg: bad"
-    assert without_folders(r"no 'C:\Users\me\x.png'") == "no 'x.png'"
-    kept = "images/x.png is 3/4 of it, https://example.org/a/b, and/or nothing"
-    assert without_folders(kept) == kept
-    assert without_folders(7) == 7
 
 
 def test_nothing_usable_leaves_nothing(tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets_cache import named_cache
 from ..schema import encode_mask, row_features
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
@@ -67,7 +68,8 @@ def from_hosted_reasonseg(
     if files:
         return dataset_from_rows(rows(files), f"hosted-reasonseg-{split}", report, rows_per_batch=16)
     try:
-        loaded = datasets.load_dataset(path_or_id, split=split, streaming=streaming)
+        with named_cache():
+            loaded = datasets.load_dataset(path_or_id, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"there is no file or folder {path_or_id!r}, and on the Hub: {error}") from error
     _check_columns(loaded.column_names, path_or_id)

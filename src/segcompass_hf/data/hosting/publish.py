@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...files import readable_size
+from ...private_text import check_file, check_inside
+from ..datasets_cache import named_cache
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -107,7 +109,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     """Look at a data set as a stranger would load it.
 
     Every shard is there, complete and in the row schema, and its first image and masks can be decoded; the card
-    promises the rows and columns that the shards have; `load_dataset` gives each split.
+    promises the rows and columns that the shards have; `load_dataset` gives each split. No file is a link out of the
+    folder, and no text, of the rows either, holds a key or a folder of this machine.
 
     Raises:
         FileNotFoundError: There is no such folder, or no shard or card in it.
@@ -115,6 +118,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     """
     folder = Path(folder)
     shards = _shards_by_split(folder)
+    for path in (*(folder / name for name in PUBLISHED), *(path for paths in shards.values() for path in paths)):
+        check_inside(path, folder)
     if not (folder / "README.md").is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no README.md; write it with `segcompass data build`.")
     rows = {split: sum(map(_checked_rows, paths)) for split, paths in shards.items()}
@@ -122,6 +127,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     _check_loading(folder, shards)
     paths = [folder / name for name in PUBLISHED if (folder / name).is_file()]
     paths += [path for split in shards for path in shards[split]]
+    for path in paths:
+        check_file(path, path.relative_to(folder).as_posix())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return Publication(files, rows, [path for path in found if path not in files])
@@ -176,7 +183,7 @@ def _checked_rows(path: Path) -> int:
             raise ValueError("its image is not in the file")
         check_row(row)
     except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
-        raise ValueError(f"{name}: its first row ({row['sample_id']}) cannot be read: {error}") from error
+        raise ValueError(f"{name}: its first row ({row['sample_id']!r}) cannot be read: {error}") from error
     return count
 
 
@@ -193,6 +200,7 @@ def _check_card(folder: Path, rows: dict[str, int]) -> None:
         raise ValueError(f"README.md promises {stated} rows, but the shards hold {rows}; build the data set again.")
 
 
+@named_cache()
 def _check_loading(folder: Path, shards: dict[str, list[Path]]) -> None:
     import datasets
 

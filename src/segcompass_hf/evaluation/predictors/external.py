@@ -81,7 +81,7 @@ class FolderPredictor:
         if missing not in ("error", "empty"):
             raise ValueError(f"missing is {missing!r}; it must be 'error' or 'empty'.")
         self.folder, self.missing, self.num_missing = Path(folder), missing, 0
-        self.name = name or self.folder.resolve().name.removesuffix(".jsonl")
+        self.name = name or Path(os.path.realpath(self.folder)).name.removesuffix(".jsonl")
         self._files, self._lines, self.extra = _index(self.folder)
         self._checked, self.missing_ids = False, []
         if sample_ids is not None:
