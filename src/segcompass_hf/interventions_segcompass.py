@@ -65,7 +65,7 @@ class ConceptIntervention:
             number = math.nan
         if not abs(number) <= MAX_NUMBER:  # also where it is NaN
             raise ValueError(
-                f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r:.60} (in float32)."
+                f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r:.60}."
             )
         return number
 

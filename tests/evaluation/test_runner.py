@@ -304,3 +304,11 @@ def test_settings_of_a_model_change_with_what_decides_its_answers(bundled):
     assert {name for name in before if before[name] != changed[name]} == {"weights"}
     with pytest.raises(ValueError, match="greedily"):
         ModelPredictor(model, processor, do_sample=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged .*resume=False \(--restart\)"):
+        run(SeededBoxes(), make_rows(2), tmp_path)
+    run(SeededBoxes(), make_rows(2), tmp_path, resume=False)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._lazy import named_extras
 from ..checkpoint import BUNDLED_DOMAIN
 from ..checkpoint import load_checkpoint as _load_checkpoint
 
@@ -70,6 +71,16 @@ def ask(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
     if unknown:
         print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
     return image, model, processor, name
+
+
+def need_figures() -> None:
+    """Say that matplotlib is missing before anything is loaded, not when the answer is there.
+
+    Raises:
+        MissingExtraError: It is.
+    """
+    with named_extras():
+        import matplotlib  # noqa: F401
 
 
 def positive(text: str) -> int:

@@ -175,8 +175,8 @@ class ReadableRows(torch.utils.data.Dataset):
         if self.on_unreadable == "error":
             self.log.add(index, sample_id, reason, "training stops")
             raise ValueError(
-                f"{self.log.name}: row {index} ({printable(sample_id)}) is unreadable: {reason}. Repair or remove it, or "
-                'skip such rows with unreadable_rows="skip".'
+                f"{self.log.name}: row {index} ({printable(sample_id)}) is unreadable: {reason}. Repair or remove it, "
+                'or skip such rows with unreadable_rows="skip".'
             ) from error
         self.known[index] = _UNREADABLE
         self.log.add(index, sample_id, reason, "skipped")

@@ -171,6 +171,11 @@ def _stored(spec: str) -> NamedDataset:
     except datasets.exceptions.DatasetGenerationError as error:  # which hides what it met
         reason = " ".join(str(error.__cause__ or error).split())
         raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
+    except (OSError, DatasetSpecError):
+        raise
+    except Exception as error:  # damaged files raise about anything, from KeyError to NotImplementedError
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             split = next(iter(loaded))

@@ -141,10 +141,13 @@ def _tables(files: list[str] | list[Path]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     for file in files:
-        with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
-            wanted = [name for name in (*COLUMNS, "img_height", "img_width") if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(batch_size=1, columns=wanted, use_threads=False):
-                yield pa.Table.from_batches([batch])
+        try:
+            with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
+                wanted = [name for name in (*COLUMNS, "img_height", "img_width") if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(batch_size=1, columns=wanted, use_threads=False):
+                    yield pa.Table.from_batches([batch])
+        except pa.ArrowException as error:
+            raise ValueError(f"{os.fspath(file)!r} is damaged ({error}); copy or download it again.") from error
 
 
 def _stream(stream: Any, hosted: HostedRows) -> Any:

@@ -178,6 +178,8 @@ def _checked_rows(path: Path) -> int:
             row, count = first.to_pylist()[0], shard.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} is no complete Parquet file ({error}); is it cut short?") from error
+    except (KeyError, TypeError, AttributeError) as error:  # of a header that names no columns
+        raise ValueError(f"{name} is damaged ({type(error).__name__}: {error}); build it again.") from error
     try:
         if not row["image"] or not row["image"]["bytes"]:
             raise ValueError("its image is not in the file")
