@@ -27,8 +27,8 @@ def test_a_stream_of_ascii_takes_every_text():
 def test_output_is_put_back(capsys):
     before = sys.stdout, sys.stderr
     with printable_output():
-        print("a\x1bb\tc")
-        print("bar\rbar\x1b[A", file=sys.stderr)  # a progress bar goes back to its start
+        sys.stdout.write("a\x1bb\tc\n")
+        sys.stderr.write("bar\rbar\x1b[A\n")  # a progress bar goes back to its start
         assert sys.stdout.isatty() == before[0].isatty()
     assert (sys.stdout, sys.stderr) == before
     assert capsys.readouterr() == ("a\\x1bb\tc\n", "bar\rbar\\x1b[A\n")

@@ -177,10 +177,18 @@ def test_the_hub_reads_the_card_back(hub, checkpoint):  # noqa: F811
     assert len(ModelCard.load("me/mine").data.eval_results) == 7
 
 
-@pytest.mark.parametrize(
-    "words",
-    ['the "red" mug', "it's \\ there", 'a\nb"); import os; ("', "```\n# x", "grün\u202etxet\x1b[2J", '"""', "{{ x }}"],
-)
+WORDS = [
+    'the "red" mug',
+    "it's \\ there",
+    'a\nb"); import os; ("',
+    "```\n# x",
+    "grün\u202etxet\x1b[2J",
+    '"""',
+    "{{ x }}",
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
 def test_the_cards_code_holds_the_words_of_an_example(checkpoint, words):
     """Whatever they are, the code parses and asks for just these words."""
     card = write_model_card(checkpoint, repo_id="me/mine", license="mit", examples=[(Image.new("RGB", (8, 6)), words)])
