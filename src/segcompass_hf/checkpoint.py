@@ -49,7 +49,6 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
         if not Path(path).is_dir():
             raise FileNotFoundError(f"there is no checkpoint folder {model_name!r}.")
     _check_base(Path(path))
-    _check_configurations(Path(path))
     import torch
     from PIL import Image
     from transformers import AutoModel, AutoProcessor
@@ -58,8 +57,10 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
+        _check_configurations(Path(path))
+        # Nobody is asked whether to run code that lies beside the weights: ours is registered, other is not wanted.
+        model = AutoModel.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"cannot load a checkpoint from {path!r}: {error}") from error
     if not hasattr(model, "segment"):

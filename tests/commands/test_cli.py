@@ -270,11 +270,11 @@ def test_damaged_configurations_end_in_one_line(damaged, image_file, capsys, nam
     assert re.search(message, line), line
 
 
-def test_control_sequences_do_not_reach_the_terminal(capsys, tmp_path):
+def test_control_sequences_do_not_reach_the_terminal(image_file, capsys, tmp_path):
     name = "\x1b[2J\x1b]0;owned\x07.png"
     assert r"\x1b[2J\x1b]0;owned\x07.png" in _fails(capsys, "predict", str(tmp_path / name), "x")
     assert "\\x1b" in _fails(capsys, "demo", "--samples", "1\x1b[2J")
-    assert "\\x1b" in _fails(capsys, "predict", "a.png", "x", "--model", "./\x1b[2J\nsegcompass: done")
+    assert "\\x1b" in _fails(capsys, "predict", image_file, "x", "--model", "./\x1b[2J\nsegcompass: done")
     assert r"\xe4" not in _fails(capsys, "predict", "ä.png", "x")
 
 
@@ -326,3 +326,12 @@ def test_public_names_say_which_extra_they_need(monkeypatch):
     vars(segcompass_hf.explain).pop("plot_segmentations", None)
     with pytest.raises(ImportError, match=r"needs peft, .*'segcompass_hf\[train\]'"):
         segcompass_hf.explain.plot_segmentations  # noqa: B018
+
+
+def test_code_beside_a_checkpoint_of_another_type_does_not_run(image_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"model_type": "of_nobody", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    assert "cannot load a checkpoint" in _fails(capsys, "predict", image_file, "x", "--model", str(tmp_path / "mine"))
+    assert not (tmp_path / "ran").exists()

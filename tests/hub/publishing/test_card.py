@@ -206,7 +206,7 @@ def test_evaluations_come_without_folders_and_keys(checkpoint):
     card = write_model_card(checkpoint, license="mit", evaluations=[run])
     assert "````\nsegcompass evaluate --dataset coco:a.json:images --model x ```\n````\n" in card.text
     assert "/home" not in str(card) and "/root" not in str(card)
-    with pytest.raises(ValueError, match=r"evaluations\[0\], command, line 1, .*a Hugging Face token"):
+    with pytest.raises(ValueError, match=r"evaluations\[0\], command, line 1, .*a key or password"):
         write_model_card(checkpoint, license="mit", evaluations=[run | {"command": "HF_TOKEN=hf_" + "aB3" * 11}])
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import readable_size
+from ...printable import printable
 from ...private_text import check_file, check_inside
 from ..datasets_cache import named_cache
 from ..readable_rows import check_row
@@ -185,7 +186,7 @@ def _checked_rows(path: Path) -> int:
             raise ValueError("its image is not in the file")
         check_row(row)
     except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
-        raise ValueError(f"{name}: its first row ({row['sample_id']!r}) cannot be read: {error}") from error
+        raise ValueError(f"{name}: its first row ({printable(row['sample_id'])}) cannot be read: {error}") from error
     return count
 
 
