@@ -134,7 +134,7 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
         check_inside(folder / name, folder)
     check_inside(tmp_path / "named" / "a", tmp_path / "named")  # the folder itself may be a link
     for name in ("out", "away/private"):
-        with pytest.raises(ValueError, match=f"^{re.escape(name)} is a link out of"):
+        with pytest.raises(ValueError, match=f"^'{re.escape(name)}' is a link out of"):
             check_inside(folder / name, folder)
 
 
@@ -147,7 +147,7 @@ def test_snapshots_of_the_hubs_cache_are_links_into_its_blobs(tmp_path):
     (snapshot / "config.json").symlink_to("../../blobs/1234")
     (snapshot / "README.md").symlink_to("../../private")
     check_inside(snapshot / "config.json", snapshot)
-    with pytest.raises(ValueError, match="README.md is a link out of"):
+    with pytest.raises(ValueError, match="README.md' is a link out of"):
         check_inside(snapshot / "README.md", snapshot)
 
 

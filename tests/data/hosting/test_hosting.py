@@ -451,13 +451,13 @@ def test_real_photographs_are_their_files(tmp_path):
 def test_links_out_of_the_folder_are_not_published(written, tmp_path):
     (tmp_path / "private").write_text("mine")
     (written / "LICENSE").symlink_to("../private")
-    with pytest.raises(ValueError, match="^LICENSE is a link out of"):
+    with pytest.raises(ValueError, match="^'LICENSE' is a link out of"):
         push_dataset(written, "me/mine", dry_run=True)
     (written / "LICENSE").unlink()
     shard = sorted((written / "data").iterdir())[0]
     shard.rename(tmp_path / "moved")
     shard.symlink_to(tmp_path / "moved")
-    with pytest.raises(ValueError, match=f"^data/{shard.name} is a link out of"):
+    with pytest.raises(ValueError, match=f"^'data/{shard.name}' is a link out of"):
         push_dataset(written, "me/mine", dry_run=True)
 
 

@@ -403,7 +403,7 @@ class TestWhatIsNotPublished:
         else:
             (folder / name).rename(target)
         (folder / name).symlink_to(target)
-        with pytest.raises(ValueError, match=f"^{name} is a link out of "):
+        with pytest.raises(ValueError, match=f"^'{name}' is a link out of "):
             self.staged(folder, tmp_path)
 
     def test_links_within_the_folder_are_files(self, folder, tmp_path):
