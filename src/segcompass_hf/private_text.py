@@ -208,8 +208,8 @@ def check_inside(path: Path, folder: Path) -> None:
     roots: Sequence[Path] = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     if not any(real.is_relative_to(one) for one in roots):
         raise ValueError(
-            f"{path.relative_to(folder).as_posix()!r} is a link out of the folder {str(folder)!r}, and its target would "
-            "be published; put the file itself there, or take the link away."
+            f"{path.relative_to(folder).as_posix()!r} is a link out of the folder {str(folder)!r}, and its target "
+            "would be published; put the file itself there, or take the link away."
         )
 
 
