@@ -7,8 +7,10 @@ import argparse
 import os
 import sys
 
+from ._lazy import named_extras
 from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
+from .printable import printable_output
 
 # Each in a module of its own.
 _COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
@@ -16,7 +18,7 @@ _COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, in
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,15 +30,23 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0 on success and 2 on bad input.
     """
+    with printable_output():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args.run(args)
-    except UserError as error:
-        print(f"segcompass {args.command}: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        with named_extras():
+            args.run(args)
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError, ImportError) as error:  # OSError: a full disk, a name that is too long
+        if isinstance(error, ImportError) and (error.name or "").startswith("segcompass_hf"):
+            raise  # a mistake of ours
+        print(f"segcompass {args.command}: error: {one_line(error)}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -14,6 +14,7 @@ from .modeling_sae import SegCompassSae
 
 InterventionTokens = Literal["all", "image", "text"]
 InterventionPlace = Literal["concepts", "residual"]
+MAX_NUMBER = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,12 @@ class ConceptIntervention:
         value = getattr(self, name)
         try:
             number = default if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r}.")
+        if not abs(number) <= MAX_NUMBER:  # also where it is NaN
+            raise ValueError(
+                f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r:.60}."
+            )
         return number
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..images_segcompass import to_rgb_image
+from ..printable import printable
 from .schema import decode_masks
 
 logger = logging.get_logger(__name__)
@@ -59,7 +60,7 @@ class UnreadableLog:
 
     def add(self, index: int, sample_id: Any, reason: str, action: str, stable: bool = True) -> None:
         """`stable` tells whether the row has this index whenever it is read; in a stream it need not."""
-        shown = f"row {index}" + (f" ({sample_id})" if sample_id is not None else "")
+        shown = f"row {index}" + (f" ({printable(sample_id)})" if sample_id is not None else "")
         logger.warning(f"{self.name}: {shown} is unreadable and {action}: {reason}")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -174,8 +175,8 @@ class ReadableRows(torch.utils.data.Dataset):
         if self.on_unreadable == "error":
             self.log.add(index, sample_id, reason, "training stops")
             raise ValueError(
-                f"{self.log.name}: row {index} ({sample_id}) is unreadable: {reason}. Repair or remove it, or skip "
-                'such rows with unreadable_rows="skip".'
+                f"{self.log.name}: row {index} ({printable(sample_id)}) is unreadable: {reason}. Repair or remove it, "
+                'or skip such rows with unreadable_rows="skip".'
             ) from error
         self.known[index] = _UNREADABLE
         self.log.add(index, sample_id, reason, "skipped")
@@ -239,7 +240,7 @@ class _StreamCheck:
             self.log.add(index, row.get("sample_id"), reason, action, stable=False)
             if fatal:
                 raise ValueError(
-                    f"{self.log.name}: row {index} ({row.get('sample_id')}) is unreadable: {reason}"
+                    f"{self.log.name}: row {index} ({printable(row.get('sample_id'))}) is unreadable: {reason}"
                     + (f"; so are the {self.in_a_row - 1} before it." if self.on_unreadable != "error" else ".")
                 ) from error
             return False

@@ -12,7 +12,7 @@ def _pycocotools():
         from pycocotools import mask as coco_mask
     except ImportError as error:
         raise ImportError(
-            "masks are COCO run-length encodings, which needs pycocotools: pip install 'segcompass_hf[data]'."
+            "masks are COCO run-length encodings, which needs pycocotools: pip install pycocotools."
         ) from error
     return coco_mask
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.builders.build_report import BuildReport
+from ..data.datasets_cache import named_cache
 
 SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
 MAX_LISTED_PROBLEMS = 100
@@ -137,7 +138,7 @@ def _folder(kind: str, _: int | None, out: bool, root: str, annotations: str = "
 
     report = BuildReport()
     dataset = build_folder(root, annotations or None, split or "test", report, allow_outside=out)
-    return NamedDataset(dataset, f"{Path(root).resolve().name} {split}".strip(), kind, split or None, report)
+    return NamedDataset(dataset, f"{Path(os.path.realpath(root)).name} {split}".strip(), kind, split or None, report)
 
 
 def _coco(kind: str, _: int | None, out: bool, annotations: str, images: str) -> NamedDataset:
@@ -180,6 +181,11 @@ def _stored(spec: str, allow_outside: bool) -> NamedDataset:
     except datasets.exceptions.DatasetGenerationError as error:  # which hides what it met
         reason = " ".join(str(error.__cause__ or error).split())
         raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
+    except (OSError, DatasetSpecError):
+        raise
+    except Exception as error:  # damaged files raise about anything, from KeyError to NotImplementedError
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             split = next(iter(loaded))
@@ -190,7 +196,7 @@ def _stored(spec: str, allow_outside: bool) -> NamedDataset:
     report = BuildReport()
     if not allow_outside:
         loaded = rows_inside(loaded, _own_folders(path), report)
-    name = Path(path).resolve().name if os.path.exists(path) else path
+    name = Path(os.path.realpath(path)).name if os.path.exists(path) else path
     return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None, report if report.problems else None)
 
 
@@ -205,6 +211,7 @@ def _own_folders(path: str) -> list[str]:
     return [repository, str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
+@named_cache()
 def _load_stored(path: str) -> Any:
     import datasets
 

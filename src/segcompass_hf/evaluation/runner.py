@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ..files import write_whole
+from ..files import read_json_object, write_whole
+from ..printable import printable
 from .figures import summarize
 from .prediction import Predictor
 from .processes import Processes
@@ -139,7 +140,8 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
         for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
-        _check_settings(output_dir, _settings_before(run_file), settings)
+        remedy = "choose another folder, or drop its results with resume=False (--restart)"
+        _check_settings(output_dir, read_json_object(run_file, remedy), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -149,19 +151,6 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if known:
         logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
     return known
-
-
-def _settings_before(run_file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(run_file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        settings = f"no json ({error})"
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{os.fspath(run_file)!r} is damaged: it holds {settings!r:.100}; expected the settings of a run. Choose "
-            "another folder, or drop its results with resume=False (--restart)."
-        )
-    return settings
 
 
 def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -189,7 +178,7 @@ def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable:
     """Records of a batch; the predictor sees the rows that can be read."""
     for row in rows:
         if row.problem is not None:
-            logger.warning(f"row {row.index} ({row.sample_id}) is unreadable: {row.problem}")
+            logger.warning(f"row {row.index} ({row.sample_id!r}) is unreadable: {printable(row.problem)}")
             if unreadable == "error":
                 raise ValueError(
                     f"row {row.index} ({row.sample_id!r}) is unreadable: {row.problem} Repair it, or count such rows "

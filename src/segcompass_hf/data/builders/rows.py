@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ...files import file_digest, whole_file
+from ..datasets_cache import named_cache
 from ..schema import row_features
 from .build_report import BuildReport, RowProblem
 
@@ -175,6 +176,7 @@ class SampleIds:
         return sample_id
 
 
+@named_cache()
 def dataset_from_rows(
     rows: Iterable[dict[str, Any]],
     name: str = "rows",

@@ -82,7 +82,7 @@ class FolderPredictor:
         if missing not in ("error", "empty"):
             raise ValueError(f"missing is {missing!r}; it must be 'error' or 'empty'.")
         self.folder, self.missing, self.num_missing = Path(folder), missing, 0
-        path = self.folder.resolve()
+        path = Path(os.path.realpath(self.folder))
         self.name = name or (path.stem if path.suffix.lower() == ".jsonl" else path.name)
         self._files, self._lines, self.extra = _index(self.folder)
         self._checked, self.missing_ids = False, []

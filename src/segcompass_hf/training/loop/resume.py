@@ -19,6 +19,11 @@ from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 logger = logging.get_logger(__name__)
 
 UNREADABLE_ROWS = "unreadable_rows.jsonl"  # in the output folder
+_PUBLISH = (
+    "would upload all that lies in the output folder: logs, names of rows, and training_args.bin, a pickle that holds "
+    "hub_token and local folders. Publish what was trained with `segcompass push OUTPUT_DIR OWNER/NAME`, which takes "
+    "the checkpoint alone and checks it."
+)
 
 
 @dataclass
@@ -45,6 +50,8 @@ class RobustTrainingArguments:
             raise ValueError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be 1 or more.")
         if self.unreadable_rows not in ("skip", "error"):
             raise ValueError(f"unreadable_rows is {self.unreadable_rows!r}; it must be 'skip' or 'error'.")
+        if getattr(self, "push_to_hub", False):
+            raise ValueError(f"push_to_hub=True {_PUBLISH}")
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
 
@@ -117,6 +124,10 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
         self.add_callback(JudgeStepsCallback(self))
         self.add_callback(ContinueCallback(self))
+
+    def push_to_hub(self, *args, **kwargs):
+        """Refused: see the message."""
+        raise ValueError(f"push_to_hub of a trainer {_PUBLISH}")
 
     def train(self, *args, **kwargs):
         self._reset_nonfinite()
