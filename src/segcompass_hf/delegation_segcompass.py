@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_segcompass import SegCompassConfig
+from .locks_segcompass import CallLock, one_call_at_a_time
 
 
 class VlmDelegationMixin:
@@ -17,6 +18,7 @@ class VlmDelegationMixin:
 
     vlm: PreTrainedModel
     config: SegCompassConfig
+    call_lock: CallLock
 
     @property
     def base_model(self) -> nn.Module:
@@ -66,6 +68,7 @@ class VlmDelegationMixin:
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
 
+    @one_call_at_a_time
     def generate(self, *args, **kwargs):
         """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`."""
         for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes"):

@@ -15,6 +15,7 @@ from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
+from .locks_segcompass import CallLock, one_call_at_a_time
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
 from .modeling_sae import SegCompassSae
@@ -85,6 +86,7 @@ class SegCompassForReasoningSegmentation(
         sae: SegCompassSae | None = None,
     ):
         super().__init__(config)
+        self.call_lock = CallLock()
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         self.sam = sam if sam is not None else SamModel._from_config(config.sam_config)
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
@@ -105,6 +107,7 @@ class SegCompassForReasoningSegmentation(
     freeze_for_training = freeze_for_training
     parameter_groups = parameter_groups
 
+    @one_call_at_a_time
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -19,6 +19,7 @@ from .images_segcompass import (
     soft_mask_targets,
     to_rgb_image,
 )
+from .locks_segcompass import tokenizer_lock
 from .vlm_processors_segcompass import (
     is_own_folder,
     load_vlm_parts,
@@ -230,7 +231,7 @@ class SegCompassProcessor(ProcessorMixin):
         for attempt in range(3):
             broken = control["pattern"].sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
             broken = control["roles"].sub(lambda match: match[1], broken) if control["roles"] else broken
-            ids = self.tokenizer(broken, add_special_tokens=False)["input_ids"]
+            ids = self._ids_of(broken)
             if control["ids"].isdisjoint(ids):
                 return broken
             # the tokenizer's own normalisation put a token together: spell it out first, then give up the brackets
@@ -271,6 +272,10 @@ class SegCompassProcessor(ProcessorMixin):
         """The reference answer: think block and `num_slots` times `<REF_POS>`, without the end of turn."""
         text = self.completion_template.replace("{references}", REF_TOKEN * self.num_slots)
         return text.replace("{reasoning}", self.neutralize(reasoning))
+
+    def _ids_of(self, text: str) -> list[int]:
+        with tokenizer_lock:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _render(self, messages: list[dict], **kwargs) -> str:
         return self.apply_chat_template(messages, tokenize=False, **kwargs)
@@ -392,7 +397,8 @@ class SegCompassProcessor(ProcessorMixin):
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and all(isinstance(words, str) and words.startswith(bos) for words in texts):
             kwargs.setdefault("add_special_tokens", False)
-        return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
+        with tokenizer_lock:
+            return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
 
     def _append_completions(self, data: dict, reasonings: list[str]) -> dict:
         """The reference answers behind the prompts: `[padding | prompt | answer | padding]`, as TRL lays them out."""
@@ -401,7 +407,7 @@ class SegCompassProcessor(ProcessorMixin):
             if not isinstance(words, str):
                 raise ValueError(f"reasoning {index} is a {type(words).__name__}; expected a text (it may be empty).")
             texts.append(self.build_completion(words) + self.end_of_turn_token)
-        answers = [self.tokenizer(words, add_special_tokens=False)["input_ids"] for words in texts]
+        answers = [self._ids_of(words) for words in texts]
         width = max(map(len, answers))
         ids = torch.full((len(answers), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)

@@ -21,6 +21,7 @@ from .generation_segcompass import (
     run_last_token,
 )
 from .interventions_segcompass import Interventions, normalize_interventions
+from .locks_segcompass import CallLock, one_call_at_a_time
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
 
@@ -65,12 +66,14 @@ class SegmentingMixin(ReadingMixin):
     """
 
     vlm: PreTrainedModel
+    call_lock: CallLock
     generation_config: GenerationConfig
     vision_token_ids: list[int]  # never written
     image_embeddings_of: Callable[..., torch.Tensor | None]
     capture_states: Callable[..., HiddenStateCapture]
     with_concept_states: Callable[..., SequenceStates]
 
+    @one_call_at_a_time
     @torch.no_grad()
     def segment(
         self,
@@ -114,7 +117,7 @@ class SegmentingMixin(ReadingMixin):
             ValueError: A prompt with padding on the right or with a completion, beam search, drafts or a static cache,
                 too few `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
 
-        States are collected by hooks: one call at a time on a model, whatever the number of threads.
+        Threads may share the model: their calls are answered one after another.
         """
         batch_size, prompt_length = input_ids.shape
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
