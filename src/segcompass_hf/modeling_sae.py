@@ -126,6 +126,11 @@ class SegCompassSae(PreTrainedModel):
     config_class = SegCompassSaeConfig
     base_model_prefix = "sae"
     main_input_name = "hidden_states"
+    # Without attention it has no say in how a model that holds it computes it.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: SegCompassSaeConfig):
         super().__init__(config)

@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, SamModel
 from transformers import initialization as init
 
 from .configuration_segcompass import SegCompassConfig
-from .delegation_segcompass import VlmDelegationMixin
+from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
@@ -88,7 +88,12 @@ class SegCompassForReasoningSegmentation(
         super().__init__(config)
         self.call_lock = CallLock()
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
-        self.sam = sam if sam is not None else SamModel._from_config(config.sam_config)
+        if sam is None:
+            asked = config.sam_config._attn_implementation
+            if (attention := supported_attention(SamModel, asked)) != asked:
+                config.sam_config._attn_implementation = attention
+            sam = SamModel._from_config(config.sam_config)
+        self.sam = sam
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
         # The children hold copies: resizing the VLM's embeddings must show in what we save.
         config.vlm_config, config.sam_config, config.sae_config = self.vlm.config, self.sam.config, self.sae.config
