@@ -298,7 +298,7 @@ def test_other_numbers_of_images_and_instructions_are_refused_before_the_first_a
     for words in (WORDS[:2], (text for text in WORDS[:2])):
         with pytest.raises(ValueError, match="got 3 images and 2 instructions; pass one instruction for all"):
             pipe(IMAGE_FORMS[form](), instruction=words, **BRIEF)
-    with pytest.raises(ValueError, match="got 1 images and 3 instructions"):
+    with pytest.raises(ValueError, match="got 1 images and 2 or more instructions"):
         pipe(images()[0], instruction=iter(WORDS), **BRIEF)
 
 
@@ -335,9 +335,10 @@ if __name__ == "__main__":
     pipe = pipeline("reasoning-segmentation", model={checkpoint!r}, device="cpu")
     rows = Dataset.from_list([{{"image": tiny.tiny_image(i), "instruction": "the ring"}} for i in range(3)])
     options = {{"reasoning": "none", "slot_logit_threshold": -1e9}}
-    for inputs in (rows, rows.to_iterable_dataset(), list(rows), (row for row in rows)):
-        print(len([answer for answer in pipe(inputs, num_workers=1, **options)]))
-    print(len(list(pipe(rows["image"], instruction=rows["instruction"], num_workers=2, **options))))
+    pipe(rows[0], **options)  # a model that has answered holds hooks of transformers that cannot be pickled
+    for inputs in (rows, rows.to_iterable_dataset(), (row for row in rows)):
+        print(len(list(pipe(inputs, num_workers=1, **options))))
+    print(len(list(pipe(rows["image"], instruction=rows["instruction"], num_workers=1, batch_size=2, **options))))
 """
 
 
@@ -349,5 +350,5 @@ def test_workers_that_are_spawned_read_data_sets(checkpoint, tmp_path):
     script.write_text(SPAWNED.format(support=os.path.dirname(tiny.__file__), checkpoint=checkpoint))
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split()[-5:] == ["3"] * 5
+    assert done.stdout.split()[-4:] == ["3"] * 4
     assert "an iterator cannot be sent to a worker process" in done.stderr

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .locks_segcompass import CallLock, one_call_at_a_time
+from .threads_segcompass import CallLock, one_call_at_a_time
 
 logger = logging.get_logger(__name__)
 

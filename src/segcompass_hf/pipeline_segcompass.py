@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.pipelines import Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
 from transformers.utils import logging
 
 from .images_segcompass import to_rgb_image
@@ -66,10 +67,6 @@ class ReasoningSegmentationPipeline(Pipeline):
         samples, instructions = _several(inputs), _several(instruction)
         if instructions is not None:
             samples, instruction = _pair([inputs] if samples is None else samples, instructions), None
-        if isinstance(samples, Iterator) and multiprocessing.get_start_method() != "fork":
-            if kwargs.get("num_workers", self._num_workers):
-                logger.warning("an iterator cannot be sent to a worker process and is read in this one.")
-            kwargs["num_workers"] = 0
         if samples is None:
             return super().__call__(inputs, instruction=instruction, **kwargs)
         if not isinstance(samples, list):
@@ -93,7 +90,24 @@ class ReasoningSegmentationPipeline(Pipeline):
                 )
         return preprocess, forward, postprocess
 
-    def preprocess(self, inputs: Any, instruction: str | None = None) -> dict[str, Any]:
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """As in the parent, but whatever goes to worker processes can be sent there where they are spawned: a function
+        that collates and one that loads images, without the model."""
+        if isinstance(inputs, Sized):
+            dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            dataset = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)  # each would read everything
+        reads_once = isinstance(getattr(inputs, "samples", None), Iterator)
+        if num_workers and reads_once and multiprocessing.get_start_method() != "fork":
+            logger.warning("an iterator cannot be sent to a worker process and is read in this one.")
+            num_workers = 0
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
+        answers = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(answers, self.postprocess, postprocess_params)
+
+    @staticmethod
+    def preprocess(inputs: Any, instruction: str | None = None) -> dict[str, Any]:
         """Load one sample. The processor runs on the whole batch in `_forward`: how samples are joined (left padding,
         flattened patches) differs between VLM families, and the processor knows."""
         image = inputs
@@ -220,6 +234,10 @@ class _PairedStream:
             yield _with_instruction(sample, text)
 
 
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return samples[0] if len(samples) == 1 else {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
 def _several(inputs: Any) -> Any:
     """What holds several samples (or instructions), as a list, a sequence to be read by index, or an iterable; `None`
     for one."""
@@ -244,12 +262,14 @@ def _pair(samples: Any, instructions: Any) -> Any:
     if not isinstance(samples, Sized):
         pairs = _PairedStream(samples, instructions)
         return iter(pairs) if isinstance(samples, Iterator) or isinstance(instructions, Iterator) else pairs
+    more = ""
     if not isinstance(instructions, Sized):
         instructions = list(islice(instructions, len(samples) + 1))
+        more = " or more" if len(instructions) > len(samples) else ""
     if len(samples) != len(instructions):
         raise ValueError(
-            f"got {len(samples)} images and {len(instructions)} instructions; pass one instruction for all images, or "
-            "as many as there are images."
+            f"got {len(samples)} images and {len(instructions)}{more} instructions; pass one instruction for all "
+            "images, or as many as there are images."
         )
     if isinstance(samples, list):
         return [_with_instruction(sample, text) for sample, text in zip(samples, instructions, strict=True)]

@@ -21,7 +21,7 @@ from .generation_segcompass import (
     run_last_token,
 )
 from .interventions_segcompass import Interventions, normalize_interventions
-from .locks_segcompass import CallLock, one_call_at_a_time
+from .threads_segcompass import CallLock, one_call_at_a_time
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
 
@@ -310,7 +310,8 @@ class SegmentingMixin(ReadingMixin):
 
 def _non_finite_parameters(module: nn.Module, name: str) -> str:
     """Name the weights that hold NaN or infinities, or say that none does."""
-    bad = [key for key, value in module.named_parameters() if not bool(torch.isfinite(value).all())]
+    weights = [(key, value) for key, value in module.named_parameters() if not value.is_meta]  # offloaded ones are
+    bad = [key for key, value in weights if not bool(torch.isfinite(value).all())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         return f"These weights are broken: {', '.join(f'{name}.{key}' for key in bad[:3])}{more}; reload them."

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from ..locks_segcompass import tokenizer_lock
+from ..threads_segcompass import tokenizer_lock
 from ..token_places import Box, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]

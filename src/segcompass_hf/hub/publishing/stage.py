@@ -27,7 +27,7 @@ PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
 PROCESSOR_CODE = (
     "images_segcompass.py",
-    "locks_segcompass.py",
+    "threads_segcompass.py",
     "processing_segcompass.py",
     "vlm_processors_segcompass.py",
 )

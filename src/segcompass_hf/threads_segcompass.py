@@ -1,10 +1,16 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Several threads on one model and one processor: what they share is used by one call at a time."""
+"""Threads: what they share of a model and a processor is used by one call at a time, and work that may never end ends."""
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from functools import wraps
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class CallLock:
@@ -47,3 +53,30 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=tokenizer_lock.release,
         after_in_child=tokenizer_lock.release,
     )
+
+
+def within_seconds(seconds: float, work: Callable[[], Result]) -> Result:
+    """What `work` returns or raises, or an error where it takes longer; it is then stopped.
+
+    Only Python code can be stopped, between two of its steps.
+
+    Raises:
+        TimeoutError: `work` did not end in time.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        return future.result(seconds)
+    except FutureTimeoutError:
+        if future.done():  # the error is that of `work`
+            raise
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        raise TimeoutError(f"not done after {seconds:g} seconds") from None

@@ -15,7 +15,7 @@ import torch
 
 from segcompass_hf import ReasoningSegmentationPipeline
 from segcompass_hf.explain import explain
-from segcompass_hf.locks_segcompass import tokenizer_lock
+from segcompass_hf.threads_segcompass import tokenizer_lock
 
 THREADS = 8
 WORDS = ["the red circle", "all the blue squares left of the small green ring", "the ring", "the second square"]
