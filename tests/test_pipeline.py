@@ -319,7 +319,8 @@ def test_what_has_no_length_is_read_as_it_is_answered(pipe):
 def test_an_instruction_of_a_row_counts_before_the_one_for_all(pipe):
     rows = [{"image": images()[0], "instruction": "the ring"}, {"image": images()[1]}]
     for words in ("x", ["x", "x"]):
-        assert [answer["segments"][0]["label"] for answer in pipe(rows, instruction=words, **BRIEF)] == ["the ring", "x"]
+        answers = pipe(rows, instruction=words, **BRIEF)
+        assert [answer["segments"][0]["label"] for answer in answers] == ["the ring", "x"]
 
 
 SPAWNED = """

@@ -98,8 +98,8 @@ def test_one_pipeline_for_all_threads(parts):
             max_new_tokens=12,
             slot_logit_threshold=-1e9,
         )
-        masks = [torch.tensor(int(np.asarray(segment["mask"]).sum())) for one in answers for segment in one["segments"]]
-        return {"ids": [answer["reasoning"] for answer in answers], "maps": torch.stack(masks)}
+        masks = [np.asarray(segment["mask"]).tobytes() for one in answers for segment in one["segments"]]
+        return {"ids": [answer["reasoning"] for answer in answers] + masks, "maps": torch.zeros(0)}
 
     assert_same(side_by_side(request, 40), [request(number) for number in range(40)])
 

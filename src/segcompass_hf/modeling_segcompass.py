@@ -15,7 +15,6 @@ from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
-from .threads_segcompass import CallLock, one_call_at_a_time
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
 from .modeling_sae import SegCompassSae
@@ -23,6 +22,7 @@ from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
+from .threads_segcompass import CallLock, one_call_at_a_time
 
 
 class SegCompassPreTrainedModel(PreTrainedModel):

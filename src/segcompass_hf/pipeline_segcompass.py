@@ -35,7 +35,8 @@ class ReasoningSegmentationPipeline(Pipeline):
     [0, 1]), `label` (`str`, the instruction that the mask answers), `mask` (`PIL.Image.Image` of mode `L` at the
     image's own size, 255 inside) and `slot` (`int`). No segment means that nothing in the image was found to fit.
 
-    Images are `PIL` images, arrays, paths, URLs, base64 or `data:` URLs. A batch gives the same answers as its samples one by one.
+    Images are `PIL` images, arrays, paths, URLs, base64 or `data:` URLs. A batch gives the same answers as its samples
+    one by one.
     """
 
     _load_processor = True

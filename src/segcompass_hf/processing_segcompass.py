@@ -292,7 +292,7 @@ class SegCompassProcessor(ProcessorMixin):
             )
         except TimeoutError as error:
             raise ValueError(
-                f"the checkpoint's chat template is {error}; it seems to loop for ever. Do not use it, or pass another "
+                f"the checkpoint's chat template is {error} and seems to loop for ever; do not use it, or pass another "
                 "chat_template."
             ) from error
 

@@ -21,9 +21,9 @@ from .generation_segcompass import (
     run_last_token,
 )
 from .interventions_segcompass import Interventions, normalize_interventions
-from .threads_segcompass import CallLock, one_call_at_a_time
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
+from .threads_segcompass import CallLock, one_call_at_a_time
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")

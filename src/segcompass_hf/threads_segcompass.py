@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Threads: what they share of a model and a processor is used by one call at a time, and work that may never end ends."""
+"""Threads: what they share of model and processor is used by one call at a time; work that may not end is stopped."""
 
 import ctypes
 import os
@@ -32,8 +32,8 @@ class CallLock:
 def one_call_at_a_time(method: Callable) -> Callable:
     """Let the other threads wait while a method of a model runs that passes through the VLM.
 
-    Its states are collected by hooks, and some families (Qwen's) keep the positions of the newest prompt on the module.
-    The model holds a [`CallLock`] as `call_lock`.
+    Its states are collected by hooks, and some families (Qwen's) keep the positions of the newest prompt on the
+    module. The model holds a [`CallLock`] as `call_lock`.
     """
 
     @wraps(method)
@@ -44,7 +44,7 @@ def one_call_at_a_time(method: Callable) -> Callable:
     return locked
 
 
-# How a fast tokenizer pads and truncates is a state of it, set anew by every call: two calls at once would give one the
+# How a fast tokenizer pads and truncates is its state, set anew by every call: two calls at once would give one the
 # other's padding. Held while a process forks, so that no child is born with a lock that nobody will release.
 tokenizer_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):
