@@ -3,11 +3,13 @@
 
 import copy
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
+from .offloading_segcompass import execution_device
 from .threads_segcompass import CallLock, one_call_at_a_time
 
 logger = logging.get_logger(__name__)
@@ -28,6 +30,12 @@ class VlmDelegationMixin:
     def base_model(self) -> nn.Module:
         """The VLM without its head (TRL's fused head runs it)."""
         return self.vlm.base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; of offloaded weights, which lie nowhere between calls, where they are computed with."""
+        device = super().device
+        return execution_device(self) or device if device.type == "meta" else device
 
     @property
     def generation_config(self):

@@ -15,7 +15,12 @@ from transformers.utils import logging
 from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
-from .weight_files_segcompass import check_loaded_layers, check_loaded_weights, check_weight_files
+from .weight_files_segcompass import (
+    check_loaded_layers,
+    check_loaded_weights,
+    check_weight_files,
+    without_aliases,
+)
 
 if TYPE_CHECKING:  # never imported here, but saving copies every file that a line like this one names
     from .pipeline_segcompass import ReasoningSegmentationPipeline  # noqa: F401
@@ -138,6 +143,15 @@ class LoadingMixin:
         if kwargs.get("state_dict") is None:
             check_loaded_weights(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        """As in the parent, which reports the rows that PEFT trains of tied embeddings as missing: they have two
+        names, and are stored under one."""
+        info, *rest = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        rows = {name for name in info.missing_keys if ".token_adapter." in name}
+        info.missing_keys -= rows - set(without_aliases(model, rows))
+        return info, *rest
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """Save weights, configuration and the code that loads them where this package is not installed.

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -22,3 +23,10 @@ def weights_at_hand(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module in hooked:
             module._hf_hook.post_forward(module, None)
+
+
+def execution_device(model: nn.Module) -> torch.device | None:
+    """Where a model with offloaded weights computes, and so wants its inputs; `None` without any."""
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    return next((torch.device(place) for place in places if place is not None), None)

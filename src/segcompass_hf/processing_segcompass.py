@@ -292,8 +292,8 @@ class SegCompassProcessor(ProcessorMixin):
             )
         except TimeoutError as error:
             raise ValueError(
-                f"the checkpoint's chat template is {error} and seems to loop for ever; do not use it, or pass another "
-                "chat_template."
+                f"the checkpoint's chat template is {error} and seems to loop for ever; do not use it, or pass "
+                "another chat_template."
             ) from error
 
     def _control_data(self) -> dict:

@@ -59,7 +59,7 @@ def check_loaded_weights(model: nn.Module, info: dict[str, Any], source: Any) ->
     Raises:
         ValueError: Weights are missing, or there are some that the model has no place for.
     """
-    missing = _without_aliases(model, info["missing_keys"])
+    missing = without_aliases(model, info["missing_keys"])
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of this model ({_first(missing)}), which would be random; "
@@ -103,7 +103,7 @@ def _is_beyond(model: nn.Module, key: str) -> bool:
     return False
 
 
-def _without_aliases(model: nn.Module, missing: set[str]) -> list[str]:
+def without_aliases(model: nn.Module, missing: set[str]) -> list[str]:
     """Missing names but for second names of weights that are there (PEFT's rows of tied embeddings have two)."""
     weights = dict(model.named_parameters(remove_duplicate=False))
     found = {id(weight) for name, weight in weights.items() if name not in missing}
