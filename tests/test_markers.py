@@ -84,9 +84,7 @@ def test_a_prompt_holds_the_markers_of_its_template_alone(name):
         words = "".join(rng.choices(pieces, k=rng.randint(1, 9)))
         nested = rng.choice(every)
         place = rng.randint(0, len(nested))
-        words += (
-            nested[:place] + rng.choice(every) + nested[place:]
-        )  # taking the inner one out must not make the outer
+        words += nested[:place] + rng.choice(every) + nested[place:]  # the inner one taken out must not leave it
         assert read(f"x{words}", f"{words}x") == expected, repr(words)
 
 

@@ -268,15 +268,20 @@ class TestWeightsWithoutAPlace:
         with pytest.raises(ValueError, match=r"holds 1 weights \(codebook.bias\)"):
             AutoModel.from_pretrained(tmp_path)
 
-    def test_an_adapter_is_no_surplus(self, tmp_path):
+    @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+    def test_an_adapter_is_neither_surplus_nor_missing(self, tmp_path, capfd, tie):
+        """PEFT's rows of tied embeddings have two names and are stored under one."""
         get_peft_model = pytest.importorskip("peft").get_peft_model
         from segcompass_hf.training import lora_config
 
-        model = tiny.tiny_model()
+        model = tiny.tiny_model(tie=tie)
         model.save_pretrained(tmp_path / "base")
         adapted = get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), lora_config(model))
         adapted.save_pretrained(tmp_path / "adapter")
-        assert AutoModel.from_pretrained(tmp_path / "adapter").peft_config
+        capfd.readouterr()
+        loaded, info = AutoModel.from_pretrained(tmp_path / "adapter", output_loading_info=True)
+        assert loaded.peft_config and not info["missing_keys"] and not info["unexpected_keys"]
+        assert "MISSING" not in capfd.readouterr().err
 
 
 LAYER = "model.language_model.layers.0.self_attn"

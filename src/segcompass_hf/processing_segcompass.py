@@ -310,7 +310,7 @@ class SegCompassProcessor(ProcessorMixin):
         tokens |= {*self.tokenizer.all_special_tokens, self.image_token, REF_TOKEN, THINK_START, THINK_END}
         tokens = {token for token in tokens if len(token.strip()) > 1}
         pattern = _any_of(tokens)
-        ids = set(self.tokenizer.convert_tokens_to_ids(tokens)) - {self.tokenizer.unk_token_id, None}
+        ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens))) - {self.tokenizer.unk_token_id, None}
 
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]}
