@@ -231,9 +231,6 @@ class TestWeightsWithoutAPlace:
         with_config(tmp_path, lambda content: content.update(finetuning_scaling_factor=False))
         with pytest.raises(ValueError, match=r"holds 1 weights \(finetuning_scaling_factor\)"):
             SegCompassSae.from_pretrained(tmp_path)
-        with_config(tmp_path, lambda content: content.update(architecture="jumprelu", finetuning_scaling_factor=True))
-        with pytest.raises(ValueError, match=r"lacks 1 weights of this model \(threshold\)"):
-            SegCompassSae.from_pretrained(tmp_path)
 
     def test_parts_of_a_composition(self, tmp_path):
         model, tokenizer = tiny.tiny_model(), tiny.tiny_processor().tokenizer

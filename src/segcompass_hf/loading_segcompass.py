@@ -16,8 +16,9 @@ from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
 from .weight_files_segcompass import (
-    check_loaded_layers,
-    check_loaded_weights,
+    check_no_layers_left,
+    check_nothing_left,
+    check_nothing_missing,
     check_weight_files,
     without_aliases,
 )
@@ -141,7 +142,8 @@ class LoadingMixin:
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _keep_gradients_on_cpu(model)
         if kwargs.get("state_dict") is None:
-            check_loaded_weights(model, info, pretrained_model_name_or_path)
+            check_nothing_missing(model, info, pretrained_model_name_or_path)
+            check_nothing_left(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     @staticmethod
@@ -185,11 +187,11 @@ def load_part(model_class: type, source: Any, **kwargs) -> PreTrainedModel:
     """A VLM or segmenter of its own, by `from_pretrained`, with all its layers.
 
     Raises:
-        FileNotFoundError, ValueError: See [`check_weight_files`] and [`check_loaded_layers`].
+        FileNotFoundError, ValueError: See [`check_weight_files`] and [`check_no_layers_left`].
     """
     check_weight_files(source)
     model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
-    check_loaded_layers(model, info, source)
+    check_no_layers_left(model, info, source)
     return model
 
 

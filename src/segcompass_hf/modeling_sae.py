@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassSaeConfig
-from .weight_files_segcompass import check_loaded_weights, check_weight_files
+from .weight_files_segcompass import check_nothing_left, check_weight_files
 
 JUMPRELU_BANDWIDTH = 0.05  # width of the window around a threshold in which it receives a gradient
 BATCHTOPK_THRESHOLD_MOMENTUM = 0.99  # of the running threshold that replaces batch top-k outside training
@@ -176,13 +176,13 @@ class SegCompassSae(PreTrainedModel):
         """Load an SAE; see `PreTrainedModel.from_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: Files or weights are missing, or there are weights that the configuration
+            FileNotFoundError, ValueError: Files are missing or pointers of git, or hold weights that the configuration
                 has no place for (a scaling of features, a threshold): the features would be others.
         """
         check_weight_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if kwargs.get("state_dict") is None:
-            check_loaded_weights(model, info, pretrained_model_name_or_path)
+            check_nothing_left(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
     @property

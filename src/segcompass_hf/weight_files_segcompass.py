@@ -47,7 +47,24 @@ def _is_pointer(file: Path) -> bool:
         return opened.read(len(_POINTER)) == _POINTER
 
 
-def check_loaded_weights(model: nn.Module, info: dict[str, Any], source: Any) -> None:
+def check_nothing_missing(model: nn.Module, info: dict[str, Any], source: Any) -> None:
+    """Compare what the model has with what a checkpoint held.
+
+    Args:
+        model, info, source: As in [`check_nothing_left`].
+
+    Raises:
+        ValueError: Weights are missing.
+    """
+    missing = without_aliases(model, info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{source} lacks {len(missing)} weights of this model ({_first(missing)}), which would be random; "
+            "complete the checkpoint, or compose a new model with from_pretrained_parts."
+        )
+
+
+def check_nothing_left(model: nn.Module, info: dict[str, Any], source: Any) -> None:
     """Compare what a checkpoint held with what the model has.
 
     Args:
@@ -57,14 +74,8 @@ def check_loaded_weights(model: nn.Module, info: dict[str, Any], source: Any) ->
         source (`str` or `os.PathLike`): Named in errors.
 
     Raises:
-        ValueError: Weights are missing, or there are some that the model has no place for.
+        ValueError: There are weights that the model has no place for.
     """
-    missing = without_aliases(model, info["missing_keys"])
-    if missing:
-        raise ValueError(
-            f"{source} lacks {len(missing)} weights of this model ({_first(missing)}), which would be random; "
-            "complete the checkpoint, or compose a new model with from_pretrained_parts."
-        )
     buffers = {name for name, _ in model.named_buffers()}  # some were saved once and are computed today
     surplus = sorted(set(info["unexpected_keys"]) - buffers)
     if surplus:
@@ -74,8 +85,8 @@ def check_loaded_weights(model: nn.Module, info: dict[str, Any], source: Any) ->
         )
 
 
-def check_loaded_layers(model: nn.Module, info: dict[str, Any], source: Any) -> None:
-    """As [`check_loaded_weights`], for somebody else's VLM or segmenter.
+def check_no_layers_left(model: nn.Module, info: dict[str, Any], source: Any) -> None:
+    """As [`check_nothing_left`], for somebody else's VLM or segmenter.
 
     It may bring heads and towers that are used elsewhere; layers beyond those that its configuration counts are
     refused.
