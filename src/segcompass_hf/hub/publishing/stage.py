@@ -27,8 +27,9 @@ PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
 PROCESSOR_CODE = (
     "images_segcompass.py",
-    "threads_segcompass.py",
+    "postprocessing_segcompass.py",
     "processing_segcompass.py",
+    "threads_segcompass.py",
     "vlm_processors_segcompass.py",
 )
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
