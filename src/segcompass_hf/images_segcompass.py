@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Pixels in, masks out: any image becomes RGB, object masks soft targets, and maps return to the image's size."""
 
+import base64
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,6 +14,9 @@ from transformers.image_utils import load_image
 
 MAX_ASPECT_RATIO = 200  # beyond it the vision encoders resize to strips without content, or to gigapixels
 FETCH_SECONDS = 30.0
+LONGEST_NAME = 255  # characters of a file's name; what is longer and holds no separator is no path
+_FILE_STARTS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # of the formats of the web
+_FILE_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from that of base64 for URLs
 
 
 def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
@@ -22,7 +26,7 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `os.PathLike`, `bytes` or `dict`):
             Array layouts `(H, W)`, `(H, W, C)` and `(C, H, W)` with C in 1, 3, 4; values 0..255, 0..65535 (16 bit) or
             floats in [0, 1]. A `dict` is a `datasets` image, with `bytes` or `path`. Addresses starting with `http`
-            are fetched.
+            are fetched; base64, also as a `data:` URL, is decoded.
         name (`str`, *optional*, defaults to `"image"`):
             What error messages call it.
 
@@ -35,6 +39,8 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, str):
+        image = _decode_text(image, name)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
         image = _fetch(image, name)
     elif isinstance(image, (str, os.PathLike, bytes)):
@@ -53,6 +59,26 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
             "must not be empty. Crop or pad it first."
         )
     return _to_rgb(_upright(image, name))
+
+
+def _decode_text(text: str, name: str) -> str | bytes:
+    """The bytes of an image that is written as base64, alone or in a `data:` URL; a path or an address as it is."""
+    head, comma, encoded = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
+    if head and not (comma and head.lower().endswith(";base64")):
+        raise ValueError(f"{name} is a data URL without base64; expected data:image/png;base64,...")
+    try:
+        plain = encoded.encode("ascii").translate(_FILE_ALPHABET, b" \t\r\n")
+        data = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+    except ValueError:  # no base64
+        data = b""
+    if head or ((data.startswith(_FILE_STARTS) or data[4:8] == b"ftyp") and not os.path.isfile(text)):
+        return data
+    if max(map(len, text.replace(os.sep, "/").split("/"))) > LONGEST_NAME and not text.startswith("http"):
+        raise ValueError(
+            f"{name} is a text of {len(text)} characters that starts with {text[:20]!r}; expected a path, an address "
+            "or the base64 of an image file."
+        )
+    return text
 
 
 def _fetch(address: str, name: str) -> Image.Image:

@@ -11,6 +11,7 @@ import torch
 
 from .modeling_concepts import MAX_CHUNK_ELEMENTS, SparseConcepts, check_token_shape
 from .modeling_sae import SegCompassSae
+from .offloading_segcompass import weights_at_hand
 
 InterventionTokens = Literal["all", "image", "text"]
 InterventionPlace = Literal["concepts", "residual"]
@@ -191,6 +192,17 @@ def steer_hidden_states(
     items = [i for i in normalize_interventions(interventions, sae.config.d_sae) if i.where == "residual"]
     if not items:
         return hidden_states
+    with weights_at_hand(sae):
+        return _steer(sae, hidden_states, items, attention_mask, modality_ids)
+
+
+def _steer(
+    sae: SegCompassSae,
+    hidden_states: torch.Tensor,
+    items: list[ConceptIntervention],
+    attention_mask: torch.Tensor | None,
+    modality_ids: torch.Tensor | None,
+) -> torch.Tensor:
     shape = hidden_states.shape[:2]
     names = torch.tensor([item.feature for item in items], device=hidden_states.device)  # (num_interventions,)
     _, normalization = sae.normalize(hidden_states, modality_ids)

@@ -100,14 +100,14 @@ class BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
         from transformers import AutoModelForImageTextToText, SamModel
 
+        from ...loading_segcompass import load_part
+
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
         processor = processor_class(class_name)(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
         )
-        model = AutoModelForImageTextToText.from_pretrained(vlm).to(device)
-        return cls(
-            model, processor, SamModel.from_pretrained(sam, dtype="float32").to(device), os.fspath(sam), **kwargs
-        )
+        model = load_part(AutoModelForImageTextToText, vlm).to(device)
+        return cls(model, processor, load_part(SamModel, sam, dtype="float32").to(device), os.fspath(sam), **kwargs)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -27,7 +27,13 @@ AUTO_MAP = {
 }
 PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
-PROCESSOR_CODE = ("images_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py")
+PROCESSOR_CODE = (
+    "images_segcompass.py",
+    "postprocessing_segcompass.py",
+    "processing_segcompass.py",
+    "threads_segcompass.py",
+    "vlm_processors_segcompass.py",
+)
 SHARDS = "model-*-of-*.safetensors"
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 # Files of a folder that belong to what is published, besides weights and code.
