@@ -87,10 +87,12 @@ class TestWholeFile:
         assert run(script, tmp_path / "a").wait() == -signal.SIGKILL
         (left,) = names(tmp_path)
         assert left.startswith("a.") and left.endswith(".part")
-        write_whole(tmp_path / "ab", "")  # another file
-        assert left in names(tmp_path)
-        write_whole(tmp_path / "a", "")
-        assert names(tmp_path) == ["a", "ab"]
+        alive = left.replace(left.split("-")[1], str(os.getpid()))  # of a process that runs
+        elsewhere = left.replace(left.split(".")[1][:8], "0" * 8)  # of another machine, of which nothing is known
+        for name in (alive, elsewhere, "other.part"):
+            (tmp_path / name).touch()
+        write_whole(tmp_path / "ab", "")  # any file of the folder
+        assert names(tmp_path) == sorted(["ab", alive, elsewhere, "other.part"])
 
     def test_what_a_living_process_writes_stays(self, tmp_path):
         script = (

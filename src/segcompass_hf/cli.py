@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
+from .stopping import Stopped, handled, is_main_process, raise_stopped
 
 _COMMANDS = (demo, predict, train, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
+_GO_ON = ("train", "evaluate")  # which keep what they have done
 
 
 class _Parser(argparse.ArgumentParser):
@@ -25,12 +28,19 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; those of the process by default.
 
     Returns:
-        `int`: exit code, 0 on success and 2 on bad input.
+        `int`: exit code, 0 on success, 2 on bad input, 130 after Ctrl-C and 143 after SIGTERM.
     """
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args.run(args)
+        with handled(raise_stopped):
+            args.run(args)
+    except Stopped as stop:
+        if is_main_process() and train.STARTED_BY_US not in os.environ:  # else the launcher says it
+            command = shlex.join(["segcompass", *args.argv])
+            ends = f"this goes on: {command}" if args.command in _GO_ON else "what was unfinished is removed"
+            print(f"segcompass {args.command}: stopped by {stop.signal.name}; {ends}", file=sys.stderr)
+        return stop.code
     except UserError as error:
         print(f"segcompass {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
