@@ -1,11 +1,16 @@
 """Checkpoints: whole or not there, the last whole one found, and refused where they do not fit the model."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, SUPPORT
 from robust_trainers import Arguments, RobustTrainer, make_trainer
 from torch import nn
 from transformers import Trainer
@@ -143,6 +148,60 @@ def test_a_run_killed_behind_its_last_checkpoint_ends_there(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 7 and again.model.w.item() == pytest.approx(1 - 0.7, abs=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+HOLD = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from robust_trainers import RobustTrainer, make_trainer
+
+class Waiting(RobustTrainer):
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            print(flush=True)
+            input()
+        return super().training_step(*args, **kwargs)
+
+make_trainer(sys.argv[1], [1, 1], trainer_class=Waiting, save_strategy="steps", save_steps=1).train()
+"""
+
+
+def test_a_second_process_that_trains_in_one_folder_is_refused(tmp_path):
+    """It would take the first one's unfinished checkpoint for the leftover of a kill."""
+    places = [str(ROOT / "src"), str(SUPPORT)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), *places], **pipes)
+    first.stdout.readline()
+    (tmp_path / "_unfinished" / "checkpoint-2").mkdir(parents=True)  # which the first is about to write
+    for resume in (None, True):
+        with pytest.raises(FileExistsError, match="another process is training in .*; wait for it, end it, or name"):
+            make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=resume)
+    assert (tmp_path / "_unfinished" / "checkpoint-2").is_dir()
+    first.communicate(b"\n")
+    assert first.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "loop_state_0.pt"])
+def test_a_full_disk_is_said_in_words_and_takes_no_more_room(tmp_path, monkeypatch, name):
+    save = torch.save
+
+    def failing(content, place, **kwargs):
+        if str(place).endswith(f"checkpoint-2/{name}"):
+            Path(place).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, place, **kwargs)
+
+    monkeypatch.setattr(torch, "save", failing)
+    trainer = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=1)
+    with pytest.raises(OSError, match="^the disk of .* is full .* make room and start again"):
+        trainer.train()
+    assert [path for path in tmp_path.rglob("*2*") if path.is_file() or path.name == "checkpoint-2"] == []
+    monkeypatch.undo()
+    again = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.resumed_from == str(tmp_path / "checkpoint-1") and again.model.w.item() == pytest.approx(0.8)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_a_step(tmp_path):
