@@ -13,12 +13,13 @@ from segcompass_hf import stopping
 from segcompass_hf.stopping import Stopped, handled, raise_stopped, run_script
 
 SRC = str(Path(stopping.__file__).parents[1])
+AS_IN_A_TERMINAL = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # started with `&` it is ignored
 WAIT = "print(flush=True); time.sleep(60)"
 
 
 def stopped(script, number, *arguments, **environment):
     """Exit code and lines of stderr of a program that gets a signal after its first line."""
-    code = f"import sys, time\n{script}"
+    code = f"import signal, sys, time\n{AS_IN_A_TERMINAL}\n{script}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": SRC} | environment
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, **pipes)
@@ -81,6 +82,7 @@ class TestCommandLine:
         assert stopped(self.SCRIPT, signal.SIGTERM, *arguments) == (143, [line])
 
 
+@pytest.mark.usefixtures("usual_signals")
 class TestHandlers:
     def test_come_and_go(self):
         before = [signal.getsignal(number) for number in stopping.SIGNALS]

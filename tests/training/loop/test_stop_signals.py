@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from segcompass_hf.stopping import SIGNALS, Stopped, handled, raise_stopped
 from segcompass_hf.training.loop import stop_signals
 
+pytestmark = pytest.mark.usefixtures("usual_signals")
 ROWS = [1.0, 3.0, 2.0, 5.0, 4.0]
 
 
