@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         if is_main_process() and train.STARTED_BY_US not in os.environ:  # else the launcher says it
             command = shlex.join(["segcompass", *args.argv])
-            ends = f"this goes on: {command}" if args.command in _GO_ON else "what was unfinished is removed"
-            print(f"segcompass {args.command}: stopped by {stop.signal.name}; {ends}", file=sys.stderr)
+            goes_on = f"; this goes on: {command}" if args.command in _GO_ON else ""
+            print(f"segcompass {args.command}: stopped by {stop.signal.name}{goes_on}", file=sys.stderr)
         return stop.code
     except UserError as error:
         print(f"segcompass {args.command}: error: {one_line(error)}", file=sys.stderr)

@@ -82,4 +82,4 @@ def run_script(main: Callable[[], None], flag: str = "") -> None:
         raise SystemExit(2) from error
 
 
-__all__ = ["Stopped", "handled", "is_main_process", "raise_stopped", "run_script"]
+__all__ = ["SIGNALS", "Stopped", "handled", "is_main_process", "raise_stopped", "run_script"]

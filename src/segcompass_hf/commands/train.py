@@ -12,10 +12,10 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..stopping import Stopped
+from ..stopping import SIGNALS, Stopped
 from .common import UserError, positive, user_errors
 
-STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes
+STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes, to the id of their launcher
 _PATIENCE = "300"  # seconds that they have to finish a step and save it, after Ctrl-C or SIGTERM
 
 _EPILOG = """\
@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, recipe: Any) -> None:
 
 def _run_in_processes(argv: list[str], count: int) -> None:
     """This command again, as several processes of one thread each, under torch's own launcher."""
-    os.environ |= {"OMP_NUM_THREADS": "1", STARTED_BY_US: "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", STARTED_BY_US: str(os.getpid())}
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
     os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher, whose pages of text say less than one line
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -107,10 +107,14 @@ def _run_in_processes(argv: list[str], count: int) -> None:
         raise Stopped(stop.sigval) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode - 128 in SIGNALS:  # it was sent one by itself, and stopped the others too
+            raise Stopped(failure.exitcode - 128) from None
         if failure.exitcode > 0:
             raise SystemExit(failure.exitcode) from None  # it has said why
         name = signal.Signals(-failure.exitcode).name
         raise UserError(f"process {rank + 1} of {count} was ended by {name}; the same command goes on.") from None
+    finally:
+        del os.environ[STARTED_BY_US]
 
 
 def _end_with_parent() -> None:
@@ -119,3 +123,5 @@ def _end_with_parent() -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[STARTED_BY_US]):
+            os._exit(1)  # it had ended before it was said so
