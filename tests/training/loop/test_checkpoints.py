@@ -4,13 +4,10 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from places import ROOT, SUPPORT
 from robust_trainers import Arguments, RobustTrainer, make_trainer
 from torch import nn
 from transformers import Trainer
@@ -150,36 +147,24 @@ def test_a_run_killed_behind_its_last_checkpoint_ends_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
 
 
-HOLD = """
-import sys
-sys.path[:0] = sys.argv[2:]
-from robust_trainers import RobustTrainer, make_trainer
+def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path):
+    """It would take the first one's unfinished checkpoint for the leftover of a kill. tests/test_locks.py has two
+    processes."""
 
-class Waiting(RobustTrainer):
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == 1:
-            print(flush=True)
-            input()
-        return super().training_step(*args, **kwargs)
+    class Rivalled(RobustTrainer):
+        def save_loop_state(self, folder):
+            assert folder.parent.name == "_unfinished"
+            for resume in (None, True):
+                with pytest.raises(
+                    FileExistsError, match="another process is training in .*; wait for it, end it, or"
+                ):
+                    make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=resume)
+            assert folder.is_dir()
+            super().save_loop_state(folder)
 
-make_trainer(sys.argv[1], [1, 1], trainer_class=Waiting, save_strategy="steps", save_steps=1).train()
-"""
-
-
-def test_a_second_process_that_trains_in_one_folder_is_refused(tmp_path):
-    """It would take the first one's unfinished checkpoint for the leftover of a kill."""
-    places = [str(ROOT / "src"), str(SUPPORT)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    first = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path), *places], **pipes)
-    first.stdout.readline()
-    (tmp_path / "_unfinished" / "checkpoint-2").mkdir(parents=True)  # which the first is about to write
-    for resume in (None, True):
-        with pytest.raises(FileExistsError, match="another process is training in .*; wait for it, end it, or name"):
-            make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=resume)
-    assert (tmp_path / "_unfinished" / "checkpoint-2").is_dir()
-    first.communicate(b"\n")
-    assert first.returncode == 0
+    make_trainer(tmp_path, [1, 1], trainer_class=Rivalled, save_strategy="steps", save_steps=1).train()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
     make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=True)
 
 

@@ -7,16 +7,12 @@ import os
 import signal
 import time
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from ...stopping import Stopped, handled
-
-if TYPE_CHECKING:
-    from .checkpoints import WholeCheckpointsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -24,13 +20,13 @@ _ONE_PRESS = 1.0  # seconds within which a signal is the same one again: a termi
 
 
 class StopCallback(TrainerCallback):
-    """Ends the training of a [`WholeCheckpointsMixin`] behind the checkpoint of the step in which a signal came.
+    """Ends the training of a trainer with whole checkpoints behind the checkpoint of the step in which a signal came.
 
     All processes stop behind the same step, whichever of them got it. A second signal ends the program at once, as
     does one before the first step.
     """
 
-    def __init__(self, trainer: WholeCheckpointsMixin):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self._asked: int | None = None  # the signal's number
         self._asked_at = 0.0
