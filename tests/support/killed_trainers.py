@@ -1,7 +1,7 @@
 """A trainer killed at random moments and restarted to its end: `python killed_trainers.py FOLDER STAGE KILLS`.
 
 Half of the kills come behind the last save. Every restart must end in the weights and the log of the run that was not
-interrupted, and a further start must change nothing. After the kills as many runs are stopped by SIGTERM. Imports
+interrupted, and a further start must change nothing. After the kills a few runs are stopped by SIGTERM. Imports
 happen once; every start is a fork of this process. The report is `FOLDER/report.json`.
 """
 
@@ -147,8 +147,8 @@ def main(folder: Path, stage: str, kills: int) -> None:
     os.kill(child, signal.SIGKILL)
     finish(child)
     whole, attempts = outcome(folder / "whole"), []
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        for index in range(kills):
+    for number, count in ((signal.SIGKILL, kills), (signal.SIGTERM, max(2, kills // 4))):
+        for index in range(count):
             behind = index % 2 == 1
             delay = generator.uniform(0, 1.5 * tail if behind else until_saved)
             attempts.append(attempt(stage, folder / "run", whole, number, delay, behind))

@@ -23,7 +23,7 @@ def test_killed_at_random_moments_ends_the_same(stage, tmp_path):
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
     attempts = report["attempts"]
-    assert len(attempts) == 2 * kills
+    assert len(attempts) == kills + max(2, kills // 4)
     for attempt in attempts:
         killed = attempt["signal"] == signal.SIGKILL
         assert attempt["status"] == (-signal.SIGKILL if killed else 128 + signal.SIGTERM), attempt
