@@ -22,6 +22,7 @@ from segcompass_hf.data import BuildReport
 from segcompass_hf.data.builders.splitting import build_folder_splits
 from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
 from segcompass_hf.evaluation.processes import Processes
+from segcompass_hf.stopping import run_script
 from segcompass_hf.training.adapters import lora_config
 from segcompass_hf.training.segmentation.own_reasoning import with_own_reasoning
 from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
@@ -77,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentP
 
 import segcompass_hf  # registers SegCompass with the Auto classes
 from segcompass_hf.evaluation.processes import Processes
+from segcompass_hf.stopping import run_script
 from segcompass_hf.training import SaeTrainer, SaeTrainingConfig
 
 
@@ -72,4 +73,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

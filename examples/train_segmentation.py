@@ -21,6 +21,7 @@ import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
+from segcompass_hf.stopping import run_script
 from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
 
 
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "--resume")

@@ -21,6 +21,7 @@ import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.loading_segcompass import add_tokens
+from segcompass_hf.stopping import run_script
 from segcompass_hf.training.warmup.trainer import WarmupConfig, WarmupTrainer
 
 
@@ -76,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, "--resume")

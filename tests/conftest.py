@@ -1,6 +1,7 @@
 """Shared set-up: `src`, `tests/support` and two folders of benchmarks can be imported, nothing reaches the network."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,16 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 pytest.register_assert_rewrite("parity")
+
+
+@pytest.fixture
+def usual_signals():
+    """Ctrl-C and SIGTERM as in a terminal: a shell starts with `&` what ignores Ctrl-C."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from segcompass_hf.explain import SegmentationRow, plot_segmentations
+from segcompass_hf.figure import write_figure
 
 
 def _row(size=(40, 30), kept=(1,), reasoning="the red one is larger .", **fields):
@@ -54,6 +55,20 @@ def test_odd_images_and_texts_are_drawn(size, tmp_path):
     plot_segmentations(rows).savefig(tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as figure:
         assert np.asarray(figure.convert("RGB")).std() > 5
+
+
+def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
+    class Half:
+        def savefig(self, path, format):
+            path.write_bytes(b"half")
+            raise OSError("the disk is full")
+
+    path = tmp_path / "new" / "figure.PNG"
+    write_figure(plot_segmentations([_row()]), path)
+    before = path.read_bytes()
+    with pytest.raises(OSError):
+        write_figure(Half(), path)
+    assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["figure.PNG"]
 
 
 def test_no_rows_are_an_error():

@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Files and folders that are whole or not there, their modes, free space, sizes and digests."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -88,10 +89,12 @@ class TestWholeFile:
         assert run(script, tmp_path / "a").wait() == -signal.SIGKILL
         (left,) = names(tmp_path)
         assert left.startswith("a.") and left.endswith(".part")
-        write_whole(tmp_path / "ab", "")  # another file
-        assert left in names(tmp_path)
-        write_whole(tmp_path / "a", "")
-        assert names(tmp_path) == ["a", "ab"]
+        alive = left.replace(left.split("-")[1], str(os.getpid()))  # of a process that runs
+        elsewhere = left.replace(left.split(".")[1][:8], "0" * 8)  # of another machine, of which nothing is known
+        for name in (alive, elsewhere, "other.part"):
+            (tmp_path / name).touch()
+        write_whole(tmp_path / "ab", "")  # any file of the folder
+        assert names(tmp_path) == sorted(["ab", alive, elsewhere, "other.part"])
 
     def test_what_a_living_process_writes_stays(self, tmp_path):
         script = (
@@ -156,6 +159,62 @@ class TestStagedFolder:
         (tmp_path / "folder" / "link").symlink_to(tmp_path / "secret")
         follow_umask(tmp_path / "folder")
         assert mode(tmp_path / "secret") == 0o600
+
+
+class TestTemporaryFolder:
+    def test_what_a_kill_left_goes_with_the_next_of_its_kind(self, tmp_path, monkeypatch):
+        script = (
+            "import os, sys; from segcompass_hf.files import temporary_folder\n"
+            "folder = temporary_folder(sys.argv[1]); open(os.path.join(folder.name, 'weights'), 'w').close()\n"
+            "print(flush=True); input(); os.kill(os.getpid(), 9)"
+        )
+        monkeypatch.setenv("TMPDIR", str(tmp_path))
+        monkeypatch.setattr(files.tempfile, "tempdir", None)  # read anew
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        living, dead, other = (run(script, kind, **pipes) for kind in ("push", "push", "page"))
+        for process in (living, dead, other):
+            process.stdout.readline()
+        for process in (dead, other):
+            process.communicate(b"\n")
+        assert len(names(tmp_path)) == 3
+        with files.temporary_folder("push") as ours:
+            assert Path(ours).parent == tmp_path and mode(Path(ours)) == 0o700
+            left = names(tmp_path)
+            of_living = [name for name in left if f"-{living.pid}-" in name]
+            assert len(left) == 3 and len(of_living) == 1  # theirs, ours, and the page's
+            assert [name for name in left if name.startswith("segcompass-page.")]
+        living.communicate(b"\n")
+        with files.temporary_folder("push"), files.temporary_folder("page"):
+            assert len(names(tmp_path)) == 2
+        assert names(tmp_path) == []
+
+
+class TestFullDisk:
+    # As torch.save, safetensors and Python themselves say it.
+    @pytest.mark.parametrize(
+        ("error", "free"),
+        [
+            (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), 0),
+            (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), 3 << 20),
+            (OSError(errno.ENOSPC, "No space left on device"), 0),
+            (OSError(errno.EDQUOT, "Disk quota exceeded"), 10**12),
+        ],
+    )
+    def test_is_said_in_one_way(self, tmp_path, monkeypatch, error, free):
+        monkeypatch.setattr(files, "free_space", lambda path: free)
+        size = readable_size(free)
+        for writing in (staged_folder, whole_file):
+            with pytest.raises(OSError, match=rf"the disk of .* is full \({size} free\); make room") as full:
+                with writing(tmp_path / "out"):
+                    raise error
+            assert full.value.errno == errno.ENOSPC and "Errno" not in str(full.value)
+            assert names(tmp_path) == []
+
+    @pytest.mark.parametrize("error", [RuntimeError("unexpected pos 1 vs 2"), OSError("denied"), KeyError("full")])
+    def test_other_errors_stay_as_they_are(self, tmp_path, error):
+        with pytest.raises(type(error)) as raised, files.full_disk_in_words(tmp_path):
+            raise error
+        assert raised.value is error
 
 
 class TestSpaceAndSizes:

@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 
 from ._lazy import named_extras
 from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 from .printable import printable_output
+from .stopping import Stopped, handled, is_main_process, raise_stopped
 
 # Each in a module of its own.
 _COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
+_GO_ON = ("train", "evaluate")  # which keep what they have done
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         argv (`list[str]`, *optional*): Arguments; those of the process by default.
 
     Returns:
-        `int`: exit code, 0 on success and 2 on bad input.
+        `int`: exit code, 0 on success, 2 on bad input, 130 after Ctrl-C and 143 after SIGTERM.
     """
     with printable_output():
         return _run(argv)
@@ -38,8 +41,14 @@ def _run(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        with named_extras():
+        with handled(raise_stopped), named_extras():
             args.run(args)
+    except Stopped as stop:
+        if is_main_process() and train.STARTED_BY_US not in os.environ:  # else the launcher says it
+            command = shlex.join(["segcompass", *args.argv])
+            goes_on = f"; this goes on: {command}" if args.command in _GO_ON else ""
+            print(f"segcompass {args.command}: stopped by {stop.signal.name}{goes_on}", file=sys.stderr)
+        return stop.code
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, ImportError) as error:  # OSError: a full disk, a name that is too long

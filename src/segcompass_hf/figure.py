@@ -7,10 +7,13 @@ import math
 import re
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from .files import whole_file
 
 SLOT_COLOURS = ("#E8910C", "#2A9DF4", "#12A572", "#D6559E", "#8B5CF6", "#E0452F", "#B8A800", "#4B5563")
 INK, MUTED = "#1F2430", "#7A8190"
@@ -228,6 +231,12 @@ def _draw_text(axes: Any, row: SegmentationRow, height: float) -> None:
             axes.text(0.045, top, words, transform=axes.transAxes, va="top", fontsize=font_size, **style)
             top -= line
         top -= 0.5 * line
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a `matplotlib.figure.Figure` whole or not at all, in the form that the suffix of `path` names."""
+    with whole_file(path) as part:
+        figure.savefig(part, format=path.suffix[1:].lower())
 
 
 def tidy(text: str) -> str:

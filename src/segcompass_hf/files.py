@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from .locks import alone_with
 
 STAGED_SUFFIX = ".unfinished"  # of a folder that is being written
 PART_SUFFIX = ".part"  # of a file that is being written
@@ -26,15 +29,15 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
     """A name beside `path` to write to; the file becomes `path` when the block ends, and goes when it fails.
 
     A reader meets the old file or the new one, never half of one, and of two processes that write one file the last
-    one counts. What a kill leaves is removed by the next one on this machine that writes the same file. Modes follow
-    the umask, also where the writer makes private files, as safetensors does.
+    one counts. What a kill leaves is removed by the next one on this machine that writes into the same folder. Modes
+    follow the umask, also where the writer makes private files, as safetensors does.
 
     Args:
         path (`str` or `os.PathLike`): What the file is called in the end; its folder is made where it is missing.
         durable (`bool`, *optional*, defaults to `False`): Wait until the file and its name would survive a power cut.
 
     Raises:
-        OSError: The file cannot be written; what was there before stays.
+        OSError: The file cannot be written, for example because the disk is full; what was there before stays.
 
     Example:
 
@@ -45,18 +48,18 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_dead_parts(path)
-    part = path.with_name(f"{path.name[:120]}.{_machine()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+    part = part_beside(path)
     try:
-        with open(part, "xb"):  # as the umask has it
-            mode = part.stat().st_mode
-        yield part
-        if part.stat().st_mode != mode:
-            with suppress(OSError):  # some mounted disks have one mode for all
-                part.chmod(mode)
-        if durable:
-            flush_to_disk(part)
-        os.replace(part, path)
+        with full_disk_in_words(path.parent):
+            with open(part, "xb"):  # as the umask has it
+                mode = part.stat().st_mode
+            yield part
+            if part.stat().st_mode != mode:
+                with suppress(OSError):  # some mounted disks have one mode for all
+                    part.chmod(mode)
+            if durable:
+                flush_to_disk(part)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
     if durable:
@@ -92,19 +95,41 @@ def read_json_object(path: str | os.PathLike, remedy: str = "write it again") ->
     return content
 
 
+def part_beside(path: str | os.PathLike) -> Path:
+    """A new name beside `path` for what becomes it; those of killed processes of this machine are removed."""
+    path = Path(path)
+    _remove_dead(path.parent, "", PART_SUFFIX)
+    return path.with_name(f"{path.name[:120]}.{_this_process()}-{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
+
+
+def temporary_folder(kind: str) -> tempfile.TemporaryDirectory:
+    """A temporary folder that goes with its block; what killed processes left is removed by the next of its kind.
+
+    Args:
+        kind (`str`): What it is for, in a word.
+    """
+    start = f"segcompass-{kind}."
+    _remove_dead(Path(tempfile.gettempdir()), start, "")
+    return tempfile.TemporaryDirectory(prefix=f"{start}{_this_process()}-")
+
+
+def _this_process() -> str:
+    return f"{_machine()}-{os.getpid()}"
+
+
 def _machine() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _remove_dead_parts(path: Path) -> None:
-    """What processes of this machine left that were killed while they wrote this file."""
-    start = f"{path.name[:120]}.{_machine()}-"
-    for name in os.listdir(path.parent):
-        if not (name.startswith(start) and name.endswith(PART_SUFFIX)):
-            continue
-        process = name[len(start) :].split("-")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            path.with_name(name).unlink(missing_ok=True)
+def _remove_dead(folder: Path, start: str, end: str) -> None:
+    """Remove what processes of this machine made in a folder that have ended: `<start>..<machine>-<pid>-..<end>`."""
+    pattern = re.compile(rf"{re.escape(start)}(?:.*\.)?{_machine()}-(\d+)-\w+{re.escape(end)}")
+    for name in os.listdir(folder):
+        found = pattern.fullmatch(name)
+        if found and not _is_alive(int(found[1])):
+            path = folder / name
+            with suppress(OSError):  # another user's
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _is_alive(process: int) -> bool:
@@ -175,23 +200,17 @@ def staged_folder(output: str | os.PathLike) -> Iterator[Path]:
     output = check_new_folder(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     staged = output.with_name(output.name + STAGED_SUFFIX)
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FileExistsError(f"another build is writing {output}; wait for it, or name another folder.") from error
-    except NotImplementedError:
-        pass  # a disk without locks: who comes second is refused at the end
-    try:
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        yield staged
-        follow_umask(staged)
-        _take_place(staged, output)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-        Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    refusal = f"another build is writing {output}; wait for it, or name another folder."
+    with alone_with(output.with_name(f".{output.name}.lock"), refusal):
+        try:
+            with full_disk_in_words(output.parent):
+                shutil.rmtree(staged, ignore_errors=True)
+                staged.mkdir()
+                yield staged
+                follow_umask(staged)
+                _take_place(staged, output)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _take_place(staged: Path, output: Path) -> None:
@@ -227,6 +246,36 @@ def check_disk_space(folder: Path, num_bytes: int) -> None:
             f"{folder.parent} has {free / 1e9:.1f} GB free and {num_bytes / 1e9:.1f} GB are to be written; make room, "
             "or name a folder on another disk."
         )
+
+
+@contextmanager
+def full_disk_in_words(folder: str | os.PathLike) -> Iterator[None]:
+    """Whatever an error inside is that comes of a full disk, say so: safetensors and torch have words of their own.
+
+    Raises:
+        OSError: With `errno.ENOSPC`; says where there is how little space.
+    """
+    try:
+        yield
+    except Exception as error:
+        free = free_space(folder)
+        if not _is_of_full_disk(error, free):
+            raise
+        text = (
+            f"the disk of {Path(folder).absolute()} is full ({readable_size(free)} free); make room and start again."
+        )
+        full = OSError(text)
+        full.errno = errno.ENOSPC
+        raise full from error
+
+
+def _is_of_full_disk(error: Exception, free: int) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    told = f"(os error {errno.ENOSPC})", f"(os error {errno.EDQUOT})"  # safetensors, which removes its part
+    return str(error).endswith(told) or (
+        isinstance(error, RuntimeError) and free < _BLOCK and "unexpected pos" in str(error)
+    )
 
 
 def readable_size(num_bytes: float) -> str:
@@ -302,10 +351,13 @@ __all__ = [
     "folder_digest",
     "follow_umask",
     "free_space",
+    "full_disk_in_words",
     "json_digest",
+    "part_beside",
     "read_json_object",
     "readable_size",
     "staged_folder",
+    "temporary_folder",
     "weights_digest",
     "whole_file",
     "write_whole",

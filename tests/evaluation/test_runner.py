@@ -19,6 +19,7 @@ import segcompass_hf
 from segcompass_hf.data import row_features, scenes
 from segcompass_hf.evaluation import ModelPredictor, Prediction, compare_runs, evaluate_dataset, read_samples
 from segcompass_hf.evaluation.records import RECORDS_FOLDER, SAMPLES_FILE, read_records
+from segcompass_hf.locks import alone_with
 
 SCRIPT = SUPPORT / "made_rows.py"
 
@@ -156,6 +157,17 @@ def test_killed_and_resumed(tmp_path, whole):
     figures = run(again, make_rows(), tmp_path).figures
     assert again.batches == []  # nothing is left to do
     assert_same(tmp_path, figures, whole)
+
+
+def test_a_second_process_in_one_folder_is_refused(tmp_path, whole):
+    with alone_with(tmp_path / ".lock", "held"):
+        for resume in (True, False):
+            with pytest.raises(FileExistsError, match="another process is evaluating into .*; wait for it"):
+                run(SeededBoxes(), make_rows(), tmp_path, resume=resume)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    figures = run(SeededBoxes(), make_rows(), tmp_path).figures
+    assert_same(tmp_path, figures, whole)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_record_written_twice_or_damaged_counts_once(tmp_path, whole):

@@ -179,6 +179,24 @@ class TestRefuses:
             compose_checkpoint(tmp_path / "vlm", parts / "sam", tmp_path / "new", **SMALL)
         assert [path.name for path in tmp_path.iterdir()] == ["vlm"]
 
+    def test_the_same_command_makes_the_same_heads(self, parts, tmp_path):
+        for number in range(2):
+            torch.manual_seed(number)
+            compose_checkpoint(parts / "llava", parts / "sam", tmp_path / str(number), **SMALL)
+        one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "1"))
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+    def test_a_full_disk_is_one_line(self, parts, tmp_path, monkeypatch):
+        from safetensors import SafetensorError
+
+        def fails(*args, **kwargs):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fails)
+        with pytest.raises(OSError, match="^the disk of .* is full"):
+            compose_checkpoint(parts / "llava", parts / "sam", tmp_path / "new", **SMALL)
+        assert not any(tmp_path.iterdir())
+
     def test_output_is_never_overwritten(self, parts, tmp_path):
         (tmp_path / "new").mkdir()
         (tmp_path / "new" / "mine").touch()

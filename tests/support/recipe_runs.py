@@ -1,7 +1,7 @@
-"""A recipe run whole, and run again with SIGKILL at random moments: `python recipe_runs.py FOLDER NUM_KILLS`.
+"""A recipe run whole, and again with SIGKILL at random moments: `python recipe_runs.py FOLDER NUM_KILLS [PROCESSES]`.
 
-Imports happen once; every attempt is a fork of this process. What was killed where, and the SHA-256 of both runs'
-weights, go to `FOLDER/report.json`.
+Imports happen once; every attempt is a fork of this process, with several PROCESSES the command `segcompass train`.
+What was killed where, and the SHA-256 of both runs' weights, go to `FOLDER/report.json`.
 """
 
 import hashlib
@@ -56,7 +56,11 @@ def write_recipe(folder: Path, stages: dict | None = None, **settings) -> Path:
 
 
 def start(recipe: Path, output: Path) -> int:
-    """Run the recipe in a fork; returns its process id."""
+    """Run the recipe in a fork, or as a command of several processes; returns its process id."""
+    if yaml.safe_load(recipe.read_text()).get("processes"):
+        command = [sys.executable, "-m", "segcompass_hf.cli", "train", str(recipe), "--set", f"output_dir={output}"]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+        return os.spawnve(os.P_NOWAIT, sys.executable, command, environment)
     sys.stdout.flush()
     child = os.fork()
     if child:
@@ -83,6 +87,25 @@ def digest(output: Path) -> str:
     return hashlib.sha256((output / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
 
 
+def wait_for_processes(recipe: Path) -> None:
+    """Processes of a killed command end with it.
+
+    Raises:
+        AssertionError: One of them lives on.
+    """
+    give_up = time.monotonic() + 20
+    while alive := [path for path in Path("/proc").glob("[0-9]*") if str(recipe).encode() in _command_line(path)]:
+        assert time.monotonic() < give_up, alive
+        time.sleep(0.05)
+
+
+def _command_line(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def killed_at_random(recipe: Path, output: Path, num_kills: int, duration: float, generator: random.Random) -> dict:
     """Start the run and kill it until it was killed so often; a run that ends before is removed and started anew."""
     places, finished = [], 0
@@ -90,7 +113,9 @@ def killed_at_random(recipe: Path, output: Path, num_kills: int, duration: float
         child = start(recipe, output)
         time.sleep(generator.uniform(0.05, 0.6 * duration))
         os.kill(child, signal.SIGKILL)
-        if finish(child) == 0:
+        ended = finish(child)
+        wait_for_processes(recipe)
+        if ended == 0:
             finished += 1
             shutil.rmtree(output)
             continue
@@ -100,8 +125,9 @@ def killed_at_random(recipe: Path, output: Path, num_kills: int, duration: float
     return {"killed": places, "finished": finished, "last": finish(start(recipe, output)), "digest": digest(output)}
 
 
-def main(folder: Path, num_kills: int) -> None:
-    recipe = write_recipe(folder)
+def main(folder: Path, num_kills: int, processes: int = 1) -> None:
+    few = {name: STAGES[name] for name in ("sae", "segmentation")}  # starting the command takes longer than they do
+    recipe = write_recipe(folder) if processes == 1 else write_recipe(folder, few, processes=processes)
     began = time.monotonic()
     assert finish(start(recipe, folder / "whole")) == 0
     report = {"seconds": time.monotonic() - began, "whole": digest(folder / "whole")}
@@ -112,4 +138,4 @@ def main(folder: Path, num_kills: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

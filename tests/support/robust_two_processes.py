@@ -14,6 +14,8 @@ import torch
 from robust_runs import Arguments, Net, PlainTrainer, Points
 from torch.distributed.fsdp import fully_shard
 
+from segcompass_hf.stopping import Stopped
+
 
 class SpoilingTrainer(PlainTrainer):
     """NaN in the loss of process 1, or in one of its gradients before they are averaged, at the steps named."""
@@ -22,8 +24,11 @@ class SpoilingTrainer(PlainTrainer):
     spoilt_gradient: tuple = ()
     spoilt_shard: tuple = ()
     deadly_save: tuple = ()
+    stopped: tuple = ()
 
     def training_step(self, model, *args, **kwargs):
+        if self.args.process_index == 1 and self.state.global_step + 1 in self.stopped:
+            os.kill(os.getpid(), signal.SIGTERM)  # process 0 is told nothing
         loss = super().training_step(model, *args, **kwargs)
         if self.args.process_index == 1 and self.state.global_step + 1 in self.spoilt_shard:
             model.first.weight.grad.to_local().fill_(float("nan"))  # rows that process 0 does not hold
@@ -82,7 +87,7 @@ def work(folder, name, resume, spoil, settings):
     error = None
     try:
         robust.train(resume_from_checkpoint=resume)
-    except RuntimeError as raised:
+    except (RuntimeError, Stopped) as raised:
         error = str(raised)
     result = {
         "world_size": robust.accelerator.num_processes,
@@ -127,6 +132,8 @@ def main(folder):
     run(folder, "whole")
     run(folder, "killed", spoil={"deadly_save": (9,)})
     run(folder, "killed-resumed", resume=True)
+    run(folder, "stopped", spoil={"stopped": (4,)})
+    run(folder, "stopped-resumed", resume=True)
     run(folder, "loss", spoil={"spoilt_loss": (4,)})
     run(folder, "gradient", spoil={"spoilt_gradient": (4,)}, settings={"max_grad_norm": 0.0})
     once = {"save_strategy": "no", "gradient_accumulation_steps": 1, "max_steps": 6}

@@ -93,12 +93,14 @@ def _load_dictionary(folder: Path) -> Any:
 
 
 def _write(explanation: Any, output: Path) -> None:
+    from ..figure import write_figure
+
     make_folder(output.parent)
     with user_errors(f"cannot write {output}"):
         if output.suffix.lower() in _PAGES:
             explanation.to_html(output)
         else:
-            explanation.plot().savefig(output)
+            write_figure(explanation.plot(), output)
 
 
 def _print(explanation: Any) -> None:

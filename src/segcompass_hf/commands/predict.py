@@ -76,10 +76,10 @@ def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
 
 
 def save_figure(rows: list[Any], path: Path) -> None:
-    from ..figure import plot_segmentations
+    from ..figure import plot_segmentations, write_figure
 
     with user_errors(f"cannot write the figure {path}"):
-        plot_segmentations(rows).savefig(path)
+        write_figure(plot_segmentations(rows), path)
 
 
 def print_answer(answer: dict[str, Any], indent: str = "") -> None:

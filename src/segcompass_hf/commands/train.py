@@ -6,13 +6,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, positive
+from ..stopping import SIGNALS, Stopped
+from .common import UserError, positive, user_errors
 
-STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes
+STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes, to the id of their launcher
+_PATIENCE = "300"  # seconds that they have to finish a step and save it, after Ctrl-C or SIGTERM
 
 _EPILOG = """\
 A recipe is a yaml file: what to start from (model, or vlm, sam, sae), output_dir, and the sections warmup, sae,
@@ -76,24 +80,48 @@ def _run(args: argparse.Namespace, recipe: Any) -> None:
                 print(describe_plans(plans))
             return
     if alone:
-        _become_processes(args, wanted)
-    result = run_recipe(recipe, shlex.join(["segcompass", *args.argv]), lambda line: print(line, flush=True))
+        _run_in_processes(args.argv, wanted)
+        return
+    with user_errors(kinds=(OSError,)):  # a full disk, a folder that another process trains in
+        result = run_recipe(recipe, shlex.join(["segcompass", *args.argv]), lambda line: print(line, flush=True))
     if is_main:
         print(f"{result}\nsummary: {recipe.settings.output_dir}/summary.html")
     Processes.current().finish()
 
 
-def _become_processes(args: argparse.Namespace, count: int) -> None:
-    """This command again, as several processes of one thread each, in place of this process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", STARTED_BY_US: "1"}
-    os.execve(sys.executable, [*launcher, "-m", "segcompass_hf.cli", *args.argv], environment)
+def _run_in_processes(argv: list[str], count: int) -> None:
+    """This command again, as several processes of one thread each, under torch's own launcher."""
+    os.environ |= {"OMP_NUM_THREADS": "1", STARTED_BY_US: str(os.getpid())}
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher, whose pages of text say less than one line
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    one_node = {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0, "run_id": uuid.uuid4().hex}
+    place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    launch = elastic_launch(LaunchConfig(nproc_per_node=count, **one_node, **place), sys.executable)
+    try:
+        launch("-m", "segcompass_hf.cli", *argv)
+    except SignalException as stop:
+        raise Stopped(stop.sigval) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode - 128 in SIGNALS:  # it was sent one by itself, and stopped the others too
+            raise Stopped(failure.exitcode - 128) from None
+        if failure.exitcode > 0:
+            raise SystemExit(failure.exitcode) from None  # it has said why
+        name = signal.Signals(-failure.exitcode).name
+        raise UserError(f"process {rank + 1} of {count} was ended by {name}; the same command goes on.") from None
+    finally:
+        del os.environ[STARTED_BY_US]
 
 
 def _end_with_parent() -> None:
     """On Linux a process of `--processes` gets SIGKILL when its launcher ends: none trains on unseen after a kill."""
     if STARTED_BY_US in os.environ and sys.platform == "linux":
         import ctypes
-        import signal
 
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[STARTED_BY_US]):
+            os._exit(1)  # it had ended before it was said so

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..figure import INK, error_sizes, new_figure
+from ..figure import INK, error_sizes, new_figure, write_figure
 from ..printable import printable
 from .records import score_of
 
@@ -27,12 +27,12 @@ def draw_plots(output_dir: Path, figures: dict[str, Any], records: Sequence[dict
     """
     figure = new_figure((6.4, 3.6), dpi=120, layout="constrained")
     _histogram(figure.subplots(), figures, records)
-    figure.savefig(output_dir / "iou_histogram.png")
+    write_figure(figure, output_dir / "iou_histogram.png")
     names = ["iou_histogram.png"]
     if len(figures["by_kind"]) > 1:
         figure = new_figure((6.4, 1.2 + 0.36 * len(figures["by_kind"])), dpi=120, layout="constrained")
         _bars(figure.subplots(), figures)
-        figure.savefig(output_dir / "giou_by_kind.png")
+        write_figure(figure, output_dir / "giou_by_kind.png")
         names.append("giou_by_kind.png")
     return names
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 from transformers.utils import logging
 
 from ..files import read_json_object, write_whole
+from ..locks import alone_with
 from ..printable import printable
 from .figures import summarize
 from .prediction import Predictor
@@ -90,13 +92,39 @@ def evaluate_dataset(
 
     Raises:
         ValueError: a row or a prediction cannot be used, or the folder holds results of other settings.
+        FileExistsError: another process is evaluating into it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected a positive number.")
     if unreadable not in ("error", "count"):
         raise ValueError(f"unreadable is {unreadable!r}; it must be 'error' or 'count'.")
-    started, processes, output_dir = time.perf_counter(), Processes.current(), Path(output_dir)
+    processes, output_dir = Processes.current(), Path(output_dir)
     rows = EvaluationRows(dataset, num_samples)
+    with _alone_in(output_dir) if processes.is_main else nullcontext():
+        return _evaluate(
+            predictor, rows, output_dir, batch_size, dataset_name, unreadable, resume, notes, page_samples, processes
+        )
+
+
+def _alone_in(output_dir: Path) -> AbstractContextManager[None]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    refusal = f"another process is evaluating into {output_dir}; wait for it, or choose another folder."
+    return alone_with(output_dir / ".lock", refusal)
+
+
+def _evaluate(
+    predictor: Predictor,
+    rows: EvaluationRows,
+    output_dir: Path,
+    batch_size: int,
+    dataset_name: str,
+    unreadable: str,
+    resume: bool,
+    notes: dict[str, Any] | None,
+    page_samples: int,
+    processes: Processes,
+) -> EvaluationSummary:
+    started = time.perf_counter()
     settings, known = None, None
     if processes.is_main:
         settings = _settings(predictor, rows, batch_size)

@@ -107,7 +107,9 @@ def compose_checkpoint(
     if loaded_sae is None:
         config_kwargs["sae_config"] = {"layer": layer} | ({} if d_sae is None else {"d_sae": d_sae})
     processor, added = _make_processor(parts, num_slots)
-    model = _make_model(parts, loaded_sae, num_slots, layer, processor, dtype, config_kwargs)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same command makes the same heads
+        model = _make_model(parts, loaded_sae, num_slots, layer, processor, dtype, config_kwargs)
     model.config.vlm_config._name_or_path = model.config.sam_config._name_or_path = ""  # may be paths of this machine
     _check_tokens(model, processor)
     with staged_folder(output) as folder:

@@ -1,8 +1,10 @@
 """Checkpoints: whole or not there, the last whole one found, and refused where they do not fit the model."""
 
+import errno
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,6 +145,48 @@ def test_a_run_killed_behind_its_last_checkpoint_ends_there(tmp_path):
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 7 and again.model.w.item() == pytest.approx(1 - 0.7, abs=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-7"]
+
+
+def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path):
+    """It would take the first one's unfinished checkpoint for the leftover of a kill. tests/test_locks.py has two
+    processes."""
+
+    class Rivalled(RobustTrainer):
+        def save_loop_state(self, folder):
+            assert folder.parent.name == "_unfinished"
+            for resume in (None, True):
+                with pytest.raises(
+                    FileExistsError, match="another process is training in .*; wait for it, end it, or"
+                ):
+                    make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=resume)
+            assert folder.is_dir()
+            super().save_loop_state(folder)
+
+    make_trainer(tmp_path, [1, 1], trainer_class=Rivalled, save_strategy="steps", save_steps=1).train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2"]
+    assert what_is_missing(tmp_path / "checkpoint-2") is None
+    make_trainer(tmp_path, [1, 1]).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "loop_state_0.pt"])
+def test_a_full_disk_is_said_in_words_and_takes_no_more_room(tmp_path, monkeypatch, name):
+    save = torch.save
+
+    def failing(content, place, **kwargs):
+        if str(place).endswith(f"checkpoint-2/{name}"):
+            Path(place).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, place, **kwargs)
+
+    monkeypatch.setattr(torch, "save", failing)
+    trainer = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=1)
+    with pytest.raises(OSError, match="^the disk of .* is full .* make room and start again"):
+        trainer.train()
+    assert [path for path in tmp_path.rglob("*2*") if path.is_file() or path.name == "checkpoint-2"] == []
+    monkeypatch.undo()
+    again = make_trainer(tmp_path, [1, 1], save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.resumed_from == str(tmp_path / "checkpoint-1") and again.model.w.item() == pytest.approx(0.8)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_a_step(tmp_path):

@@ -105,6 +105,18 @@ def test_two_processes_resume_to_the_same_weights(two_processes):
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_behind_the_same_step(two_processes):
+    """SIGTERM in step 4, whose checkpoint is no regular one (those are 3, 6, 9)."""
+    for rank in range(2):
+        stopped = torch.load(two_processes / f"stopped-{rank}.pt")
+        assert (stopped["error"], len(stopped["curve"]), stopped["optimizer_steps"]) == ("143", 4, 4)
+        resumed, whole = (torch.load(two_processes / f"{name}-{rank}.pt") for name in ("stopped-resumed", "whole"))
+        assert resumed["curve"] == whole["curve"]
+        assert all(torch.equal(tensor, resumed["weights"][name]) for name, tensor in whole["weights"].items())
+    assert (two_processes / "stopped" / "checkpoint-4").is_dir()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", ["loss", "gradient"])
 def test_what_one_process_sees_all_skip(two_processes, scenario):
     whole = torch.load(two_processes / "whole-0.pt")

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -200,11 +201,12 @@ def test_lora_stages_are_merged_and_only_parts_can_be_trained(tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_at_random_moments_ends_in_the_same_weights(tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kill_at_random_moments_ends_in_the_same_weights(tmp_path, processes):
     """SEGCOMPASS_KILLS=10 for the figure in the changelog; the seed of the moments is in the report."""
-    kills = os.environ.get("SEGCOMPASS_KILLS", "3")
+    kills = os.environ.get("SEGCOMPASS_KILLS", "3" if processes == 1 else "2")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SUPPORT / "recipe_runs.py"), str(tmp_path), kills]
+    command = [sys.executable, str(SUPPORT / "recipe_runs.py"), str(tmp_path), kills, str(processes)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3000)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())
@@ -233,3 +235,29 @@ def test_damaged_records_of_a_stage_are_named(tmp_path, content):
     with pytest.raises(RecipeError, match=f"{DONE} is damaged.*delete {tmp_path} to train the stage again"):
         read_record(tmp_path, DONE)
     assert read_record(tmp_path, BEGUN) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_saves_the_step_and_the_command_named_goes_on(tmp_path, processes):
+    stages = {"segmentation": {**STAGES["segmentation"], "max_steps": 10_000, "save_steps": 5_000}}
+    recipe = write_recipe(tmp_path, stages, processes=processes)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "segcompass_hf.cli", "train", str(recipe)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = subprocess.Popen(command, env=environment, **streams)
+    for line in running.stdout:
+        if line.startswith("{'loss'"):  # of the first step
+            break
+    running.send_signal(signal.SIGTERM)
+    said, complained = running.communicate(timeout=300)
+    assert running.returncode == 143, complained[-3000:]
+    lines = [line for line in complained.splitlines() if "SIGTERM" in line]
+    goes_on = f"segcompass train: stopped by SIGTERM; this goes on: segcompass train {recipe}"
+    assert lines[-1] == goes_on == complained.splitlines()[-1] and "Traceback" not in complained
+    (checkpoint,) = (tmp_path / "out" / "segmentation").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert 1 <= step < 10_000 and lines[:-1] == [
+        f"SIGTERM: training stops behind step {step}, of which a checkpoint is saved in {checkpoint.parent}."
+    ]
+    assert not list((tmp_path / "out").rglob("*lock"))

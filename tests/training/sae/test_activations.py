@@ -11,6 +11,7 @@ from sae import Stream, harvester, interleaved, rows
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 
+from segcompass_hf.locks import alone_with
 from segcompass_hf.training.sae.activations import (
     ActivationBuffer,
     HarvestedTokens,
@@ -384,6 +385,12 @@ class TestCache:
                 patch.setattr(source, "harvester", _Counting(source.harvester, ran, stop=4))
             with pytest.raises(KeyboardInterrupt):
                 cache.fill(source, d_in=32)
+
+    def test_of_two_processes_that_fill_it_the_second_is_refused(self, source, tmp_path):
+        with alone_with(tmp_path / ".lock", "held"), pytest.raises(FileExistsError, match="is filling the activation"):
+            ActivationCache(tmp_path, cache_key(source)).fill(source, d_in=32)
+        ActivationCache(tmp_path, cache_key(source)).fill(source, d_in=32)
+        assert not (tmp_path / ".lock").exists()
 
     def test_a_complete_cache_is_not_filled_again(self, source, tmp_path, monkeypatch):
         ActivationCache(tmp_path, cache_key(source)).fill(source, d_in=32)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from ...files import file_digest, whole_file
+from ...files import file_digest, part_beside, whole_file
 from ..datasets_cache import named_cache
 from ..schema import row_features
 from .build_report import BuildReport, RowProblem
@@ -210,9 +209,9 @@ def dataset_from_rows(
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "segcompass_hf")
     folder.mkdir(parents=True, exist_ok=True)
     rows, count = iter(rows), 0
-    handle, unfinished = tempfile.mkstemp(suffix=".part", dir=folder)
+    unfinished = part_beside(folder / name)
     try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
+        with open(unfinished, "xb") as file, pa.ipc.new_stream(file, features.arrow_schema) as writer:
             while batch := list(islice(rows, rows_per_batch)):
                 encoded = [row | {"image": encode_image(features["image"], row["image"])} for row in batch]
                 writer.write_batch(pa.RecordBatch.from_pylist(encoded, schema=features.arrow_schema))
@@ -226,6 +225,5 @@ def dataset_from_rows(
             with whole_file(path) as part:
                 os.replace(unfinished, part)
     finally:
-        if os.path.exists(unfinished):
-            os.unlink(unfinished)
+        unfinished.unlink(missing_ok=True)
     return datasets.Dataset.from_file(str(path))

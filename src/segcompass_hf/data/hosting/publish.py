@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files import readable_size
+from ...files import readable_size, temporary_folder
 from ...printable import printable
 from ...private_text import check_file, check_inside
 from ..datasets_cache import named_cache
@@ -84,7 +83,7 @@ def push_dataset(
     if not isinstance(folder_or_dataset, (str, os.PathLike)):
         from .write import write_dataset
 
-        with tempfile.TemporaryDirectory() as parent:
+        with temporary_folder("push") as parent:
             written = write_dataset(folder_or_dataset, Path(parent) / repo_id.split("/")[-1])
             return push_dataset(written.folder, repo_id, private, token, dry_run)
     publication = check_written_dataset(folder_or_dataset)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -15,6 +14,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 import gradio as gr
 import numpy as np
 
+from ...files import temporary_folder
 from ...images_segcompass import to_rgb_image
 from .model import NUM_SHOWN, LiveAnswer, LiveModel
 
@@ -30,7 +30,7 @@ class Session:
 
     def __init__(self, answer: LiveAnswer):
         self.answer = answer
-        self._folder = tempfile.TemporaryDirectory(prefix="segcompass-")  # goes when the session does
+        self._folder = temporary_folder("page")  # goes when the session does
         self.page = Path(self._folder.name) / "segcompass-report.html"
         answer.explanation.to_html(self.page)
 

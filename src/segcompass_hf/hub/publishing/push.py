@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...files import file_digest, readable_size
+from ...files import file_digest, readable_size, temporary_folder
 from .stage import Stage, is_owned, stage_checkpoint
 
 logger = logging.get_logger(__name__)
@@ -107,7 +106,7 @@ def push_to_hub(
     validate_repo_id(repo_id)
     if "/" not in repo_id and not dry_run:  # the card names the whole
         repo_id = f"{HfApi(token=token).whoami()['name']}/{repo_id}"
-    with tempfile.TemporaryDirectory(prefix="segcompass-push-") as work:
+    with temporary_folder("push") as work:
         source = _saved(model_or_folder, processor, Path(work) / "saved")
         stage = stage_checkpoint(source, Path(work) / repo_id.split("/")[-1], base_model)
         if evaluations or card or base_model or not (stage.folder / "README.md").is_file():

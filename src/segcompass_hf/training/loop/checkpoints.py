@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, is_peft_model
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ...files import flush_to_disk, follow_umask
+from ...files import flush_to_disk, follow_umask, full_disk_in_words
+from ...locks import alone_with
+from .stop_signals import StopCallback
 from .weights import check_shards_fit, check_weights_fit, forget_tied_names
 
 logger = logging.get_logger(__name__)
@@ -23,6 +26,7 @@ ASIDE = "_unfinished"  # in the output folder; the underscore keeps it out of wh
 LIST_OF_FILES = "checkpoint_files.json"
 _CHECKPOINT = re.compile(rf"^{PREFIX_CHECKPOINT_DIR}-(\d+)$")
 _REPLACED = "replaced-"
+_LOCK = "_lock"  # in the output folder while a process trains in it
 
 
 def list_files(folder: str | Path) -> None:
@@ -125,12 +129,23 @@ def publish(aside: Path, final: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    """What could not be written to its end takes no room."""
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 class WholeCheckpointsMixin:
     """Trainer part whose checkpoints are whole at any moment and are resumed from only where they fit the model.
 
     `resume_from_checkpoint=True` starts anew where there is no checkpoint yet, so that one command survives a kill at
-    any moment, and does nothing where the run has reached its end. A subclass writes further files of a checkpoint in
-    `save_loop_state`.
+    any moment, and does nothing where the run has reached its end. Ctrl-C and SIGTERM let the step end, save a
+    checkpoint of it and end the program ([`StopCallback`]). A second process that trains in the same output folder is
+    refused. A subclass writes further files of a checkpoint in `save_loop_state`.
     """
 
     resumed_from: str | None = None  # the checkpoint that the last call of `train` went on from
@@ -138,14 +153,38 @@ class WholeCheckpointsMixin:
     _delayed_push = False
 
     def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
-        self.resumed_from = self._prepare_output_dir(resume_from_checkpoint)
-        if self.resumed_from is not None:
-            self._check_fit(self.resumed_from)
-        hook = self.model.register_load_state_dict_post_hook(forget_tied_names)  # of which Trainer would warn
-        try:
-            return super().train(self.resumed_from, trial, ignore_keys_for_eval)
-        finally:
-            hook.remove()
+        stop = StopCallback(self)
+        with self._alone_in_output_dir():
+            self.resumed_from = self._prepare_output_dir(resume_from_checkpoint)
+            if self.resumed_from is not None:
+                self._check_fit(self.resumed_from)
+            hook = self.model.register_load_state_dict_post_hook(forget_tied_names)  # of which Trainer would warn
+            self.add_callback(stop)
+            try:
+                output = super().train(self.resumed_from, trial, ignore_keys_for_eval)
+                stop.leave("behind its last step")
+                return output
+            finally:
+                stop.restore()
+                self.remove_callback(stop)
+                hook.remove()
+
+    @contextlib.contextmanager
+    def _alone_in_output_dir(self) -> Iterator[None]:
+        """Raise `FileExistsError` in every process where another run trains in the output folder."""
+        output, refused = Path(self.args.output_dir), [None]
+        with contextlib.ExitStack() as stack:
+            if self.accelerator.is_main_process:
+                output.mkdir(parents=True, exist_ok=True)
+                refusal = f"another process is training in {output}; wait for it, end it, or name another output_dir."
+                try:
+                    stack.enter_context(alone_with(output / _LOCK, refusal))
+                except FileExistsError as error:
+                    refused = [error]
+            broadcast_object_list(refused)
+            if refused[0] is not None:
+                raise refused[0]
+            yield
 
     def set_initial_training_values(self, args, dataloader):
         """Of a run that its checkpoint has brought to the end, no epoch is left: Trainer would take one step more."""
@@ -205,20 +244,21 @@ class WholeCheckpointsMixin:
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside, final = run_dir / ASIDE / name, run_dir / name
-        self._saving_aside = True
-        try:
-            with self._names_of_the_model():
-                super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_aside = False
-        if not self.args.save_only_model:
-            self.save_loop_state(aside)
-        self._note_best(aside, final)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            follow_umask(aside)
-            list_files(aside)
-            publish(aside, final)
+        with full_disk_in_words(run_dir), _removed_on_failure(aside):
+            self._saving_aside = True
+            try:
+                with self._names_of_the_model():
+                    super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_aside = False
+            if not self.args.save_only_model:
+                self.save_loop_state(aside)
+            self._note_best(aside, final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                follow_umask(aside)
+                list_files(aside)
+                publish(aside, final)
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and aside.exists() and not final.exists():
             with contextlib.suppress(FileNotFoundError):  # a network disk may show what is gone
@@ -231,7 +271,8 @@ class WholeCheckpointsMixin:
             shutil.rmtree(run_dir / ASIDE, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
+        with full_disk_in_words(self.args.output_dir if output_dir is None else output_dir):
+            super().save_model(output_dir, _internal_call)
         if self.args.should_save and not self._saving_aside:
             follow_umask(self.args.output_dir if output_dir is None else output_dir)
 

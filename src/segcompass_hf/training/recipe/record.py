@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from ...files import file_digest, json_digest, read_json_object, write_whole
+from ...locks import alone_with
 from .parts import Parts
 from .settings import Recipe, RecipeError, Stage
 
@@ -77,15 +76,13 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
         RecipeError: Another process holds it.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(Path(folder) / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise RecipeError(f"another process is training in {folder}; wait for it, or end it.") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            refusal = f"another process is training in {folder}; wait for it, or end it."
+            stack.enter_context(alone_with(Path(folder) / ".lock", refusal))
+        except FileExistsError as error:
+            raise RecipeError(str(error)) from None
         yield
-    finally:
-        lock.release()
 
 
 def check_unchanged(stage: Stage, record: dict[str, Any], expected: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ...data.tensor_shards import DTYPES, NumberedShards, check_dtype
 from ...files import free_space, weights_digest
+from ...locks import alone_with
 from .activations import HarvestedTokens, Place, TokenStates
 
 logger = logging.get_logger(__name__)
@@ -133,9 +134,18 @@ class ActivationCache:
         Raises:
             OSError: The disk has less space than the states will take.
             ValueError: Neither the data set's length nor `max_tokens` is known, or `dtype` cannot hold the states.
+            FileExistsError: Another process is filling it.
         """
         if self.complete and not self._reaches_further(max_tokens):
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        refusal = (
+            f"another process is filling the activation cache {self.folder}; wait for it, or name another folder."
+        )
+        with alone_with(self.folder / ".lock", refusal):
+            self._fill(source, d_in, max_tokens)
+
+    def _fill(self, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
         self._announce(source, d_in, max_tokens)
         parts: list[TokenStates] = []
         limit = float("inf") if max_tokens is None else max_tokens

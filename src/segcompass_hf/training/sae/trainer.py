@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
@@ -79,6 +79,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
                 f"got {type(model).__name__} and {type(train_dataset).__name__}."
             )
         args = args if args is not None else SaeTrainingConfig(output_dir="sae")
+        set_seed(args.seed)  # before new weights are drawn
         model = load_model(model, dtype="auto")  # it does not train
         processing_class = load_processor(processing_class, model)
         layer = choose_layer(model, sae, args)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
@@ -73,6 +73,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         **kwargs,
     ):
         args = SegmentationConfig("segmentation") if args is None else args
+        set_seed(args.seed)  # before new weights are drawn, such as adapters'
         model = load_model(model)
         check_segcompass(model)
         processing_class = load_processor(processing_class, model, SegCompassProcessor)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...configuration_segcompass import default_sae_layer
@@ -83,6 +83,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         **kwargs,
     ):
         args = WarmupConfig("warmup") if args is None else args
+        set_seed(args.seed)  # before new weights are drawn, such as adapters'
         model = load_model(model)
         processing_class = load_processor(processing_class, model, SegCompassProcessor)
         self.segcompass = model if hasattr(model, "vlm") else None
