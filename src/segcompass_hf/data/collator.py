@@ -104,8 +104,8 @@ class SegmentationCollator:
             `BatchFeature`: what `SegCompassProcessor` returns, see there.
 
         Raises:
-            ValueError: an image or mask cannot be read, a text is empty or too long, or a row has too many objects with
-                `overflow="error"`; the message starts with the row's `sample_id`.
+            ValueError: an image or mask cannot be read, a text is empty or too long, or a row has too many objects
+                with `overflow="error"`; the message starts with the row's `sample_id`.
         """
         if not rows:
             raise ValueError("there are no rows to collate.")

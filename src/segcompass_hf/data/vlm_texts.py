@@ -35,11 +35,14 @@ class TextsWithImages:
     def tensors(self, texts: list[str], images: list[list]) -> dict[str, torch.Tensor]:
         """The VLM's inputs for texts and the images of each."""
         kwargs = {"images": images} if any(images) else {}
-        bos = self.tokenizer.bos_token
-        if bos and all(text.startswith(bos) for text in texts):  # a template that writes it must not get a second one
-            kwargs["add_special_tokens"] = False
+        kwargs |= self._special_tokens(texts)
         inputs = self.processor(text=texts, return_tensors="pt", padding=True, **kwargs)
         return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+    def _special_tokens(self, texts: list[str]) -> dict[str, bool]:
+        """A template that writes the token of the beginning must not get a second one."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and all(text.startswith(bos) for text in texts) else {}
 
     def num_tokens(self, text: str, images: list) -> int:
         """Tokens of one text, without processing its images where the family can count their tokens by size."""
@@ -49,7 +52,8 @@ class TextsWithImages:
 
         def estimate(text: str, images: list) -> int:
             tokens = count(image_sizes=[(image.height, image.width) for image in images]).num_image_tokens
-            return len(self.tokenizer(text)["input_ids"]) - len(images) + sum(tokens)
+            ids = self.tokenizer(text, **self._special_tokens([text]))["input_ids"]
+            return len(ids) - len(images) + sum(tokens)
 
         if self._image_frame is None:  # what the family puts around an image that its template does not show
             alone = self.image_markup, images[:1]
@@ -118,9 +122,7 @@ class RowTextCheck:
         place, messages = [{"type": "image"}], []
         for message in prompt:
             mine = place if message["role"] == "user" else []
-            messages.append(
-                {"role": message["role"], "content": [*mine, {"type": "text", "text": _words(message)}]}
-            )
+            messages.append({"role": message["role"], "content": [*mine, {"type": "text", "text": _words(message)}]})
             place = [] if mine else place
         return self.texts.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 

@@ -134,7 +134,9 @@ class BoxLocalizerPredictor:
         if not isinstance(words, str) or not words.strip():
             raise ValueError(f"the instruction is {words!r}; say what to look for in the image.")
         if limit is not None and (length := self._texts.num_tokens(self._text(words), [self._shown(row)])) > limit:
-            raise ValueError(f"the prompt has {length} tokens, the tokenizer's model_max_length is {limit}; shorten it.")
+            raise ValueError(
+                f"the prompt has {length} tokens, the tokenizer's model_max_length is {limit}; shorten it."
+            )
 
     @torch.no_grad()
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[Prediction]:

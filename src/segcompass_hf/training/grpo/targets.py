@@ -54,9 +54,9 @@ def check_num_rows(rows: Any, args: Any) -> None:
     if found < needed:
         raise ValueError(
             f"train_dataset has {found} rows, but one generation takes {needed} prompts: generation_batch_size="
-            f"{args.generation_batch_size} completions (per_device_train_batch_size x processes x steps_per_generation)"
-            f" / num_generations={args.num_generations}. Give more rows, or lower the batch size, "
-            "gradient_accumulation_steps or steps_per_generation."
+            f"{args.generation_batch_size} completions (per_device_train_batch_size x processes x "
+            f"steps_per_generation) / num_generations={args.num_generations}. Give more rows, or lower the batch "
+            "size, gradient_accumulation_steps or steps_per_generation."
         )
 
 

@@ -29,15 +29,16 @@ class RobustTrainingArguments:
         max_nonfinite_steps (`int`, *optional*, defaults to 10):
             Skipped steps in a row, with a loss or gradient that is not finite, before training stops with an error.
         unreadable_rows (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` puts the next readable row in the place of one whose image, masks or texts cannot be used, `"error"`
-            stops at it.
+            `"skip"` puts the next readable row in the place of one whose image, masks or texts cannot be used,
+            `"error"` stops at it.
     """
 
     max_nonfinite_steps: int = field(
         default=10, metadata={"help": "Steps in a row with a non-finite loss or gradient before training stops."}
     )
     unreadable_rows: Literal["skip", "error"] = field(
-        default="skip", metadata={"help": "Skip rows whose image, masks or texts cannot be used, or stop at the first."}
+        default="skip",
+        metadata={"help": "Skip rows whose image, masks or texts cannot be used, or stop at the first."},
     )
 
     def __post_init__(self):

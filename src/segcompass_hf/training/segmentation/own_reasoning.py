@@ -63,8 +63,8 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     left_out = wrong | damaged
     if len(left_out) == len(dataset):
         raise ValueError(
-            f"the model's own reasoning led to other masks in every row (IoU below {min_iou}); lower min_iou to train on "
-            "them all the same, add a `reasoning` column, or start from a model that knows such images."
+            f"the model's own reasoning led to other masks in every row (IoU below {min_iou}); lower min_iou to train "
+            "on them all the same, add a `reasoning` column, or start from a model that knows such images."
         )
     feature = dataset.features["reasoning"]
     columns = dataset.column_names
