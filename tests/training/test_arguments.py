@@ -24,7 +24,7 @@ class Own:
 
     def __post_init__(self):
         if self.share > 1:
-            raise ValueError("a share is at most 1.")
+            raise ValueError("expected at most 1.")
         if self.count < 0:
             raise ValueError("count cannot be negative.")
 
@@ -72,7 +72,7 @@ def test_values_have_the_type_of_their_field_and_flags_override_the_file(tmp_pat
         ("factors: [a]", r"factors is \['a'\]; it takes keys and values"),
         ("keep: perhaps", "keep is 'perhaps'; it takes true or false"),
         ("strategy: often", "strategy is 'often'; it takes one of no, steps, epoch, best"),
-        ("share: 2", "share is 2.0: a share is at most 1."),  # its own check does not name the field
+        ("share: 2", "share is 2.0: expected at most 1."),  # its own check does not name the field
         ("count: -1", "^error: count cannot be negative"),
         ("cont: 1", "settings.yaml has no setting 'cont'; did you mean count"),
         ("- a", "settings.yaml holds list; settings are keys and values"),
