@@ -543,9 +543,9 @@ class TestTraining:
                 trainer_of(model, processor, tmp_path, train_dataset=dataset, validation_share=0.05)
             trainer_of(model, processor, tmp_path, train_dataset=dataset, validation_share=0.0)
         bad = {"image": tiny_image(0), "instruction": "", "sample_id": "bad"}
-        for held_out in ({"train_dataset": [*rows(4), bad]}, {"train_dataset": rows(4), "eval_dataset": [bad]}):
+        for train, evaluation in (([*rows(4), bad], None), (rows(4), [bad])):  # every 5th is held out, or rows given
             with pytest.raises(ValueError, match="none of the rows to evaluate on can be read"):
-                trainer_of(model, processor, tmp_path, validation_share=0.05, **held_out)
+                SaeTrainer(model, settings(tmp_path, validation_share=0.05), train, evaluation, processor)
 
     def test_a_stream_needs_steps(self, model, processor, tmp_path):
         with pytest.raises(ValueError, match="max_steps has to be specified"):
