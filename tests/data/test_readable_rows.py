@@ -226,3 +226,27 @@ def test_a_trainer_skips_counts_and_logs(tmp_path, streaming):
     assert [line["unreadable_rows"] for line in trainer.state.log_history if "unreadable_rows" in line][-1] == 2
     lines = [json.loads(line) for line in (tmp_path / "unreadable_rows.jsonl").read_text().splitlines()]
     assert {line["sample_id"] for line in lines} == {"s1", "s4"}
+
+
+def no_odd_texts(row: dict) -> None:
+    if row["instruction"] in ("row 1", "row 4"):
+        raise ValueError("odd")
+
+
+def test_rows_with_refused_texts_are_skipped_named_and_counted_like_broken_images(tmp_path):
+    log = tmp_path / "unreadable.jsonl"
+    readable = ReadableRows(rows(2), log_file=log, name="training", check_text=no_odd_texts)
+    assert [red(readable[i]) for i in range(6)] == [0, 3, 3, 3, 5, 5]
+    found = {(line["index"], line["sample_id"], "odd" in line["reason"]) for line in map(json.loads, log.open())}
+    assert found == {(1, "s1", True), (4, "s4", True), (2, "s2", False)}
+    assert readable.num_unreadable == count_unreadable(log) == 3
+    with pytest.raises(ValueError, match=r"training: row 1 \(s1\) is unreadable: ValueError: odd"):
+        ReadableRows(rows(), "error", name="training", check_text=no_odd_texts)[1]
+
+
+def test_refused_texts_drop_out_of_a_stream_and_are_named_once(tmp_path):
+    log = tmp_path / "unreadable.jsonl"
+    stream = readable_stream(rows().to_iterable_dataset(), log_file=log, check_text=no_odd_texts)
+    for _ in range(2):
+        assert [red(row) for row in stream] == [0, 2, 3, 5]
+    assert [json.loads(line)["sample_id"] for line in log.open()] == ["s1", "s4"]

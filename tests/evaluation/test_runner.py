@@ -315,6 +315,39 @@ def test_unreadable_rows_stop_or_count_as_failures(tmp_path, damaged):
         run(perfect, damaged, tmp_path, batch_size=1)
 
 
+class Choosy(Given):
+    """Refuses what asks for too much."""
+
+    def check_row(self, row):
+        if row["instruction"] == "too long":
+            raise ValueError("shorten it")
+
+
+def test_rows_whose_text_a_predictor_refuses_count_like_broken_images(tmp_path):
+    rows = [make_row(index, [box(0, 4)]) for index in range(3)]  # targets of 24 pixels
+    rows[1]["instruction"] = "too long"
+    perfect = Choosy({row["sample_id"]: [box(0, 4)] for row in rows})
+    with pytest.raises(ValueError, match=r"row 1 \('made-1'\) is unreadable: ValueError: shorten it"):
+        run(perfect, rows, tmp_path)
+    figures = run(perfect, rows, tmp_path, unreadable="count").figures
+    assert [(row["sample_id"], row["problem"]) for row in figures["unreadable"]] == [
+        ("made-1", "ValueError: shorten it")
+    ]
+    assert figures["metrics"]["gIoU"]["value"] == pytest.approx(2 / 3)
+    assert [(r["intersection"], r["union"]) for r in read_samples(tmp_path)] == [(24, 24), (0, 24), (24, 24)]
+
+
+def test_a_model_refuses_texts_that_it_cannot_read(tmp_path):
+    folder = segcompass_hf.bundled_checkpoint()
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    rows = [{**row, "sample_id": f"s{index}"} for index, row in enumerate(scenes.iterate("val", 4))]
+    for index, words in ((1, ""), (2, None), (3, "ring " * processor.tokenizer.model_max_length)):
+        rows[index]["instruction"] = words
+    figures = run(ModelPredictor(model, processor), rows, tmp_path, unreadable="count").figures
+    assert [row["sample_id"] for row in figures["unreadable"]] == ["s1", "s2", "s3"]
+    assert figures["counts"]["samples"] == 4
+
+
 def test_what_cannot_be_used_is_named(tmp_path):
     rows = make_rows(3)
     with pytest.raises(ValueError, match=r"row 0 \('made-0'\): masks of one sample differ in size"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from .schema import decode_masks
 
 logger = logging.get_logger(__name__)
 
+RowCheck = Callable[[dict[str, Any]], None]  # raises what is wrong with a row
 _UNREADABLE, _READABLE = 1, 2
 MAX_IN_A_ROW = 1000  # unreadable neighbours, after which the data set rather than a row is taken to be broken
 
@@ -57,14 +59,18 @@ class UnreadableLog:
 
     def __init__(self, file: str | Path | None, name: str):
         self.file, self.name = None if file is None else Path(file), name
+        self._named: set[tuple] = set()
 
     def add(self, index: int, sample_id: Any, reason: str, action: str, stable: bool = True) -> None:
         """`stable` tells whether the row has this index whenever it is read; in a stream it need not."""
+        known_by = index if stable or sample_id is None else None
+        if (known_by, sample_id) in self._named:
+            return
+        self._named.add((known_by, sample_id))
         shown = f"row {index}" + (f" ({printable(sample_id)})" if sample_id is not None else "")
         logger.warning(f"{self.name}: {shown} is unreadable and {action}: {reason}")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            known_by = index if stable or sample_id is None else None
             line = {"dataset": self.name, "index": known_by, "sample_id": sample_id, "reason": reason}
             with open(self.file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")  # one small write in append mode: lines do not mix
@@ -95,6 +101,7 @@ class ReadableRows(torch.utils.data.Dataset):
         on_unreadable (`str`, *optional*, defaults to `"skip"`): `"skip"` or `"error"`.
         log_file (`str` or `Path`, *optional*): `.jsonl` to list them in: index, `sample_id`, reason.
         name (`str`, *optional*, defaults to `"rows"`): of the data set, in messages.
+        check_text (`Callable`, *optional*): Raises for a row whose texts cannot be used, see `RowTextCheck`.
 
     Raises:
         RuntimeError: All rows, or a thousand in a row, are unreadable.
@@ -107,9 +114,11 @@ class ReadableRows(torch.utils.data.Dataset):
         on_unreadable: Literal["skip", "error"] = "skip",
         log_file: str | Path | None = None,
         name: str = "rows",
+        check_text: RowCheck | None = None,
     ):
         if on_unreadable not in ("skip", "error"):
             raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
+        self.check_text = check_text
         self.dataset, self.on_unreadable, self.log = dataset, on_unreadable, UnreadableLog(log_file, name)
         self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, shared by all workers
 
@@ -167,6 +176,8 @@ class ReadableRows(torch.utils.data.Dataset):
         row = self.dataset[index]
         if self.known[index] != _READABLE:
             check_row(row)
+            if self.check_text is not None:
+                self.check_text(row)
             self.known[index] = _READABLE
         return row
 
@@ -193,6 +204,7 @@ def readable_stream(
     on_unreadable: Literal["skip", "error"] = "skip",
     log_file: str | Path | None = None,
     name: str = "rows",
+    check_text: RowCheck | None = None,
 ) -> Any:
     """The same for a `datasets.IterableDataset`, which stays one: unreadable rows drop out of the stream.
 
@@ -207,7 +219,8 @@ def readable_stream(
     encoded = dataset
     for key in images:
         encoded = encoded.cast_column(key, datasets.Image(decode=False))
-    readable = encoded.filter(_StreamCheck(on_unreadable, UnreadableLog(log_file, name)), with_indices=True)
+    check = _StreamCheck(on_unreadable, UnreadableLog(log_file, name), check_text)
+    readable = encoded.filter(check, with_indices=True)
     return readable.map(_Decode({key: features[key] for key in images}), features=features) if images else readable
 
 
@@ -224,12 +237,14 @@ class _Decode:
 class _StreamCheck:
     """Filter of a stream whose images come as undecoded `{"bytes", "path"}`."""
 
-    def __init__(self, on_unreadable: str, log: UnreadableLog):
-        self.on_unreadable, self.log, self.in_a_row = on_unreadable, log, 0
+    def __init__(self, on_unreadable: str, log: UnreadableLog, check_text: RowCheck | None):
+        self.on_unreadable, self.log, self.check_text, self.in_a_row = on_unreadable, log, check_text, 0
 
     def __call__(self, row: dict[str, Any], index: int) -> bool:
         try:
             check_row(row)
+            if self.check_text is not None:
+                self.check_text(row)
         except MemoryError:
             raise
         except Exception as error:

@@ -81,8 +81,8 @@ def evaluate_dataset(
         batch_size (`int`, *optional*, defaults to 8): Rows at a time; part of what makes a run repeatable.
         num_samples (`int`, *optional*): The first so many rows; all by default.
         dataset_name (`str`, *optional*, defaults to `"dataset"`): What reports call it.
-        unreadable (`str`, *optional*, defaults to `"error"`): Rows whose image or masks cannot be read: `"error"`
-            stops; `"count"` lists them and counts each as a failure with IoU 0.
+        unreadable (`str`, *optional*, defaults to `"error"`): Rows whose image or masks cannot be read, or whose text
+            the predictor refuses: `"error"` stops; `"count"` lists them and counts each as a failure with IoU 0.
         resume (`bool`, *optional*, defaults to `True`): `False` drops the results that the folder holds.
         notes (`dict`, *optional*): Further entries of the summary, such as the command.
         page_samples (`int`, *optional*, defaults to 12): Worst and best samples on `samples.html`, so many of each.
@@ -204,7 +204,13 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable: str) -> list[dict[str, Any]]:
     """Records of a batch; the predictor sees the rows that can be read."""
+    check_row = getattr(predictor, "check_row", None)
     for row in rows:
+        if row.problem is None and check_row is not None:
+            try:
+                check_row(row.columns)
+            except ValueError as error:
+                row.problem = f"{type(error).__name__}: {error}"
         if row.problem is not None:
             logger.warning(f"row {row.index} ({row.sample_id!r}) is unreadable: {printable(row.problem)}")
             if unreadable == "error":
