@@ -6,6 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from ..image_files_segcompass import PIXELS_SETTING, max_image_pixels
+
+MASKS_IN_MEMORY = 20  # of the largest size; smaller ones as many more
+
 
 def _pycocotools():
     try:
@@ -30,6 +34,12 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     if mask.ndim != 2:
         raise ValueError(f"a mask has two dimensions (height, width); got shape {mask.shape}.")
     rle = _pycocotools().encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def merge_masks(rles: list[dict[str, Any]]) -> dict[str, Any]:
+    """The union of COCO RLEs of one size, as such an RLE; none of them is decoded."""
+    rle = _pycocotools().merge(rles)
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
@@ -71,7 +81,7 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
     """Decode one COCO RLE to a boolean array of shape `(height, width)`.
 
     Raises:
-        ValueError: It is none, or its runs do not cover the image.
+        ValueError: It is none, its runs do not cover the image, or it has more pixels than an image may have.
     """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise ValueError(
@@ -79,6 +89,7 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
         )
     counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
     height, width = rle["size"]
+    _check_pixels(1, height, width)
     runs = run_lengths(counts)
     # pycocotools does not check this and leaves memory as it is behind the last run.
     if (runs < 0).any() or runs.sum() != height * width:
@@ -98,13 +109,28 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
 
     Returns:
         `np.ndarray` of shape `(num_objects, height, width)`, bool.
+
+    Raises:
+        ValueError: One cannot be decoded, is of another size, or together they have more pixels than 20 images of the
+            largest size.
     """
+    _check_pixels(len(rles or []), *size)
     masks = np.zeros((len(rles or []), *size), dtype=bool)
     for index, rle in enumerate(rles or []):
         if tuple(rle["size"]) != tuple(size):
             raise ValueError(f"mask {index} is {tuple(rle['size'])} but its image is {tuple(size)} (height, width).")
         masks[index] = decode_mask(rle)
     return masks
+
+
+def _check_pixels(count: int, height: int, width: int) -> None:
+    """Before memory is taken for them: run lengths of a few bytes may stand for any number of pixels."""
+    most = max_image_pixels()
+    if height * width > most or count * height * width > MASKS_IN_MEMORY * most:
+        raise ValueError(
+            f"{count} masks of {height} x {width} pixels are more than is decoded: {most} pixels each and "
+            f"{MASKS_IN_MEMORY} times as many together; {PIXELS_SETTING} in the environment raises both."
+        )
 
 
 def row_features():

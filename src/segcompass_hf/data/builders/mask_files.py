@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ...image_files_segcompass import open_image
 from .build_report import RowProblem
 
 MAX_VALUES = 128  # more objects than any instruction means: such a file is a picture
@@ -31,10 +31,12 @@ def read_mask_file(image: str | os.PathLike | bytes) -> np.ndarray:
     if not encoded and not os.path.isfile(image):
         raise RowProblem("missing_mask", f"there is no file {os.fspath(image)!r}.")
     try:
-        with Image.open(io.BytesIO(image) if encoded else image) as opened:
+        with open_image(image, "mask") as opened:
             form = opened.format
             opened = ImageOps.exif_transpose(opened)
             values = np.asarray(opened.convert("RGBA") if opened.mode == "PA" else opened)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise about anything
         raise RowProblem("unreadable_mask", f"{name} cannot be read as an image ({error}).") from error
     if form in ("JPEG", "MPO"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..schema import decode_masks, encode_mask
+from ..schema import encode_mask, merge_masks
 from .build_report import RowProblem
 from .mask_files import objects_of_values, read_mask_file
 from .polygons import polygons_to_rle
@@ -54,7 +54,7 @@ def objects_of(
 
 def union_of(rles: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any] | None:
     """One RLE of several; `None` where there is none."""
-    return encode_mask(decode_masks(rles, size).any(axis=0)) if rles else None
+    return merge_masks(rles) if rles else None
 
 
 def _entries(value: Any, name: str) -> list[Any]:

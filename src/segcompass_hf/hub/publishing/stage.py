@@ -25,7 +25,12 @@ AUTO_MAP = {
 }
 PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
-PROCESSOR_CODE = ("images_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py")
+PROCESSOR_CODE = (
+    "image_files_segcompass.py",
+    "images_segcompass.py",
+    "processing_segcompass.py",
+    "vlm_processors_segcompass.py",
+)
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 # Files of a folder that belong to what is published, besides weights and code.
 KEPT = (
