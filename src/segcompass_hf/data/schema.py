@@ -89,7 +89,7 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
         )
     counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
     height, width = rle["size"]
-    _check_pixels(1, height, width)
+    check_mask_pixels(1, height, width)
     runs = run_lengths(counts)
     # pycocotools does not check this and leaves memory as it is behind the last run.
     if (runs < 0).any() or runs.sum() != height * width:
@@ -114,7 +114,7 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
         ValueError: One cannot be decoded, is of another size, or together they have more pixels than 20 images of the
             largest size.
     """
-    _check_pixels(len(rles or []), *size)
+    check_mask_pixels(len(rles or []), *size)
     masks = np.zeros((len(rles or []), *size), dtype=bool)
     for index, rle in enumerate(rles or []):
         if tuple(rle["size"]) != tuple(size):
@@ -123,8 +123,12 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
     return masks
 
 
-def _check_pixels(count: int, height: int, width: int) -> None:
-    """Before memory is taken for them: run lengths of a few bytes may stand for any number of pixels."""
+def check_mask_pixels(count: int, height: int, width: int) -> None:
+    """Refuse more masks than fit in memory, before any is taken: a few bytes may stand for any number of pixels.
+
+    Raises:
+        ValueError: One has more pixels than an image may have, or all together 20 times as many.
+    """
     most = max_image_pixels()
     if height * width > most or count * height * width > MASKS_IN_MEMORY * most:
         raise ValueError(

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import ImageOps
 
 from ...image_files_segcompass import open_image
+from ..schema import check_mask_pixels
 from .build_report import RowProblem
 
 MAX_VALUES = 128  # more objects than any instruction means: such a file is a picture
@@ -82,6 +83,10 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
             f"{name} has {len(found)} different values; expected 0 for background and one value per object. Is it a "
             "picture, or was the mask resized with smoothing?",
         )
+    try:
+        check_mask_pixels(len(found), *values.shape)
+    except ValueError as error:
+        raise RowProblem("bad_annotation", f"{name}: {error}") from error
     masks = {value: values == value for value in found}
     thin = [value for value, mask in masks.items() if not _has_inside(mask)]
     numbered = found == list(range(1, len(found) + 1))  # smooth edges have shades up to the object's own value

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import readable_size
+from ..parquet_sizes import check_parquet
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -161,6 +162,7 @@ def _checked_rows(path: Path) -> int:
     from datasets import Features
 
     name = f"data/{path.name}"
+    check_parquet(path, name, row_by_row=True)
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20) as shard:  # whole row groups are many images
             if Features.from_arrow_schema(shard.schema_arrow) != row_features():

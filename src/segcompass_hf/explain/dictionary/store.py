@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
+from ...data.parquet_sizes import check_parquet
 from ...files import write_whole
 
 NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
@@ -104,6 +105,7 @@ def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, d
             "or one of the two was replaced); write the dictionary again."
         )
     _, parquet = _pyarrow()
+    check_parquet(io.BytesIO(table), TABLE_FILE)
     return arrays, parquet.read_table(io.BytesIO(table)), json.loads(header["info"])
 
 

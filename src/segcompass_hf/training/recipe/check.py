@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...data.readable_rows import keep_images_encoded
 from ...data.schema import decode_masks
 from ...files import free_space, readable_size
 from ...images_segcompass import to_rgb_image
@@ -136,7 +137,7 @@ def _tokens_of_first_row(stage: Stage, rows: StageRows, processor: Any) -> tuple
     for name, some in (("dataset", rows.train), ("eval_dataset", rows.evaluation)):
         if some is None:
             continue
-        row = some[0]
+        row = keep_images_encoded(some)[0]
         try:
             if stage.name == "sae":
                 prompt = max(prompt, RowEncoder(processor, unreadable_rows="error")([(0, row)])["input_ids"].shape[1])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...data.readable_rows import UnreadableLog
+from ...data.readable_rows import UnreadableLog, keep_images_encoded
 from ...images_segcompass import to_rgb_image
 
 _SENTINEL = "\u2603"  # stands for the words when a chat template is looked through
@@ -85,21 +85,6 @@ class RowStream:
 
     def _indices(self) -> list[int]:
         return [index for index in range(len(self.dataset)) if self._is_chosen(index)]
-
-
-def keep_images_encoded(dataset: Any) -> Any:
-    """A `datasets` data set whose images come as bytes, so that a damaged image fails alone and can be named."""
-    features = getattr(dataset, "features", None)
-    if not features:
-        return dataset
-    from datasets import Image, List, Sequence
-
-    for name, feature in features.items():
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List | Sequence) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
 
 
 class UnreadableImage(ValueError):
