@@ -56,11 +56,15 @@ def open_image(source: str | os.PathLike | bytes, name: str = "image") -> Image.
         image = Image.open(io.BytesIO(source) if encoded else source, formats=formats)
     except MemoryError:
         raise
+    except Image.DecompressionBombError as error:  # before its sides are known here
+        raise ValueError(
+            f"{name}: {shown} cannot be read as an image ({error}). At most {limit} pixels are read; make it smaller, "
+            f"or raise {PIXELS_SETTING} in the environment."
+        ) from error
     except Exception as error:  # damaged files raise about anything
-        large = f" At most {limit} pixels are read; {PIXELS_SETTING} in the environment changes that."
         raise ValueError(
             f"{name}: {shown} cannot be read as an image ({error}); is it damaged or not an image "
-            f"({', '.join(formats)})?{large * isinstance(error, Image.DecompressionBombError)}"
+            f"({', '.join(formats)})?"
         ) from error
     check_size(image, name)
     return image

@@ -38,8 +38,8 @@ def check_parquet(file: Any, name: str, row_by_row: bool = False) -> None:
             ]
         if hasattr(file, "seek"):
             file.seek(0)
-        parquet = pq.ParquetFile(file, read_dictionary=strings)
-        groups = [_bytes_of_group(parquet, place, row_by_row) for place in range(parquet.num_row_groups)]
+        with pq.ParquetFile(file, read_dictionary=strings) as parquet:
+            groups = _bytes_of_rows(parquet) if row_by_row else _bytes_of_groups(parquet)
     except (pa.ArrowException, OSError):
         return
     finally:
@@ -59,18 +59,38 @@ def check_parquet(file: Any, name: str, row_by_row: bool = False) -> None:
         )
 
 
-def _bytes_of_group(parquet: Any, place: int, row_by_row: bool) -> int:
-    """Of one row group, or of a row of it on the average."""
-    group = parquet.metadata.row_group(place)
-    total = 0
-    for column in map(group.column, range(group.num_columns)):
-        places, content = column.num_values * _WIDTH, column.total_uncompressed_size
-        small = column.num_values * content <= MAX_BYTES  # even if all were the largest of the dictionary
-        may_grow = column.physical_type == "BYTE_ARRAY" and column.has_dictionary_page and not small
-        if may_grow and places + content <= MAX_BYTES and not row_by_row:
-            content = max(content, _repeated_bytes(parquet, place, column.path_in_schema))
-        total += places + content
-    return total // max(group.num_rows, 1) if row_by_row else total
+def _bytes_of_rows(parquet: Any) -> list[int]:
+    """Of a row of each row group, on the average; texts of a dictionary are read as they are, not written out."""
+    groups = map(parquet.metadata.row_group, range(parquet.num_row_groups))
+    return [sum(map(_stored_bytes, _columns(group))) // max(group.num_rows, 1) for group in groups]
+
+
+def _bytes_of_groups(parquet: Any) -> list[int]:
+    """Of each row group when it is read; dictionaries are looked at where that matters."""
+    groups = [_columns(parquet.metadata.row_group(place)) for place in range(parquet.num_row_groups)]
+    # As if all texts were the largest of their dictionary.
+    most = [
+        [_stored_bytes(one) * (one.num_values if one.has_dictionary_page else 1) for one in group] for group in groups
+    ]
+    if sum(map(sum, most)) <= MAX_BYTES or max(sum(map(_stored_bytes, group)) for group in groups) > MAX_BYTES:
+        return [sum(map(_stored_bytes, group)) for group in groups]
+    return [sum(_read_bytes(parquet, place, one) for one in group) for place, group in enumerate(groups)]
+
+
+def _columns(group: Any) -> list[Any]:
+    return [group.column(place) for place in range(group.num_columns)]
+
+
+def _stored_bytes(column: Any) -> int:
+    """Decompressed, with the places of its values."""
+    return column.num_values * _WIDTH + column.total_uncompressed_size
+
+
+def _read_bytes(parquet: Any, place: int, column: Any) -> int:
+    stored = _stored_bytes(column)
+    if column.physical_type != "BYTE_ARRAY" or not column.has_dictionary_page:
+        return stored
+    return max(stored, _repeated_bytes(parquet, place, column.path_in_schema))
 
 
 def _repeated_bytes(parquet: Any, place: int, column: str) -> int:

@@ -16,9 +16,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from ...image_files_segcompass import max_image_pixels, open_image
 from ...images_segcompass import to_rgb_image
 from .model import NUM_SHOWN, LiveAnswer, LiveModel
+from .uploads import bound_uploads
 
 MAX_INSTRUCTION = 500  # characters
 MAX_UPLOAD = "20mb"
@@ -67,7 +67,7 @@ def build_app(live: LiveModel, scenes: bool = False, note: str = "") -> gr.Block
                     height=420,
                     elem_id="picture",
                 )
-                picture.preprocess = _readable(picture)
+                bound_uploads(picture)
                 instruction = gr.Textbox(
                     label="What to find",
                     placeholder=_example(scenes),
@@ -233,29 +233,6 @@ def _another_scene() -> tuple[dict[str, Any], str]:
 
     scene = scenes.sample("val", int(np.random.default_rng().integers(100_000)))
     return {"background": scene.image, "layers": [], "composite": scene.image}, scene.instruction.text
-
-
-def _readable(editor: gr.ImageEditor) -> Any:
-    """A component's reading of what was sent, saying in the page's words what is wrong with a file. (A subclass would
-    make gradio write a stub file beside this one.)"""
-    preprocess, decode = editor.preprocess, editor.convert_and_format_image
-
-    def checked(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if file is not None:
-            open_image(file if isinstance(file, bytes) else file.path)  # gradio decodes any format of any size
-        return decode(file, *args, **kwargs)
-
-    editor.convert_and_format_image = checked
-
-    def read(payload: Any) -> Any:
-        try:
-            return preprocess(payload)
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            large = f" It has more than {max_image_pixels()} pixels." if "pixels" in str(error) else ""
-            message = f"This file cannot be read as a picture.{large} Choose a JPEG, PNG or WebP file."
-            raise gr.Error(message, print_exception=False) from error
-
-    return read
 
 
 def _image(editor: dict | None) -> Any:
