@@ -36,6 +36,11 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", help="what to evaluate on, see below")
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read files outside of the data set's folder too, where its annotations or links lead there",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks of any other model, from a folder")
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         datasets.disable_progress_bars()
     processes, kind = _processes(), args.dataset.partition(":")[0]
     with user_errors(kind), processes.main_first():
-        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
+        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples, args.allow_outside)
     make_folder(args.output)
     predictor = _predictor(args, named, processes.device)
     if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
