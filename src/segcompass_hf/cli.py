@@ -7,10 +7,11 @@ import argparse
 import os
 import sys
 
-from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve, train
+from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 
-_COMMANDS = (demo, predict, train, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
+# Each in a module of its own.
+_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
 
 
 class _Parser(argparse.ArgumentParser):
