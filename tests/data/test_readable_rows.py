@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -250,3 +251,26 @@ def test_refused_texts_drop_out_of_a_stream_and_are_named_once(tmp_path):
     for _ in range(2):
         assert [red(row) for row in stream] == [0, 2, 3, 5]
     assert [json.loads(line)["sample_id"] for line in log.open()] == ["s1", "s4"]
+
+
+SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n{} loop\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_would_run_a_program_or_fill_the_memory_are_unreadable(streaming, monkeypatch, tmp_path):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("another program was run"))
+    monkeypatch.setenv("SEGCOMPASS_MAX_IMAGE_PIXELS", "200")
+    bad = [{"bytes": SCRIPT, "path": None}, {"bytes": image_bytes(0, (21, 10)), "path": None}]
+    data = Dataset.from_list([row(0, image=bad[0]), row(1), row(2, image=bad[1]), row(3)], features=row_features())
+    log = tmp_path / "unreadable.jsonl"
+    if streaming:
+        assert [red(read) for read in readable_stream(data.to_iterable_dataset(), log_file=log)] == [1, 3]
+    else:
+        readable = ReadableRows(data, log_file=log)
+        assert [red(readable[index]) for index in range(4)] == [1, 1, 3, 3]
+    assert count_unreadable(log) == 2 and "21 x 10 = 210 pixels" in log.read_text()
+
+
+def test_a_transform_of_one_s_own_gets_images():
+    data = rows(number=2).with_transform(lambda batch: {**batch, "image": [one.rotate(0) for one in batch["image"]]})
+    assert red(ReadableRows(data)[1]) == 1

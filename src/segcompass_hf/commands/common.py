@@ -41,7 +41,10 @@ def user_errors(
 
 def add_question(parser: argparse.ArgumentParser) -> None:
     """Arguments of the commands that ask one question about one image; see [`ask`]."""
-    parser.add_argument("image", help="image file")
+    parser.add_argument(
+        "image",
+        help="image file of at most 50 million pixels; SEGCOMPASS_MAX_IMAGE_PIXELS in the environment raises that",
+    )
     parser.add_argument("instruction", help="what to find, in words")
     parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
     parser.add_argument(

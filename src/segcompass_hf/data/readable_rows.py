@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers.utils import logging
 
+from ..image_files_segcompass import open_image
 from ..images_segcompass import to_rgb_image
 from ..printable import printable
 from .schema import decode_masks
@@ -27,6 +29,21 @@ def is_image_dataset(dataset: Any) -> bool:
     return "image" in names or "images" in names
 
 
+def keep_images_encoded(dataset: Any) -> Any:
+    """A `datasets` data set whose images come as bytes, so that a damaged image fails alone and can be named."""
+    features = getattr(dataset, "features", None)
+    if not features or (getattr(dataset, "format", None) or {}).get("type") == "custom":  # which is made for images
+        return dataset
+    from datasets import Image, List, Sequence
+
+    for name, feature in features.items():
+        if isinstance(feature, Image) and feature.decode:
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List | Sequence) and isinstance(feature.feature, Image) and feature.feature.decode:
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
 def check_row(row: dict[str, Any]) -> None:
     """Decode a row's images and masks in full.
 
@@ -37,8 +54,7 @@ def check_row(row: dict[str, Any]) -> None:
     Raises:
         ValueError, FileNotFoundError: With what is wrong.
     """
-    images = row["images"] if row.get("images") is not None else [row.get("image")]
-    sizes = [to_rgb_image(image).size for image in images]
+    sizes = [to_rgb_image(image).size for image in _images_of(row)]
     for column in ("masks", "distractor_masks", "ignore"):
         rles = row.get(column)
         if rles is None:
@@ -47,6 +63,18 @@ def check_row(row: dict[str, Any]) -> None:
             decode_masks([rles] if isinstance(rles, dict) else rles, sizes[0][::-1])
         except Exception as error:
             raise ValueError(f"{column}: {error}") from error
+
+
+def _images_of(row: dict[str, Any]) -> list[Any]:
+    return row["images"] if row.get("images") is not None else [row.get("image")]
+
+
+def _check_files(row: dict[str, Any]) -> None:
+    """Look at the heads of image files before `datasets` decodes them, whatever their format and size."""
+    for image in _images_of(row):
+        source = image and (image["bytes"] if image["bytes"] is not None else image["path"])
+        if isinstance(source, bytes) or (source and os.path.isfile(source)):
+            open_image(source)
 
 
 class UnreadableLog:
@@ -120,6 +148,9 @@ class ReadableRows(torch.utils.data.Dataset):
             raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
         self.check_text = check_text
         self.dataset, self.on_unreadable, self.log = dataset, on_unreadable, UnreadableLog(log_file, name)
+        # Whoever transforms its rows itself gets them as they are.
+        plain = getattr(dataset, "format", {"type": None})["type"] is None
+        self._encoded = keep_images_encoded(dataset) if plain else dataset
         self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, shared by all workers
 
     def __len__(self) -> int:
@@ -173,8 +204,12 @@ class ReadableRows(torch.utils.data.Dataset):
             return None
 
     def _read_once(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        if self.known[index] != _READABLE:
+        row, new = self._encoded[index], self.known[index] != _READABLE
+        if self._encoded is not self.dataset:
+            if new:
+                _check_files(row)
+            row = self.features.decode_example(row)
+        if new:
             check_row(row)
             if self.check_text is not None:
                 self.check_text(row)
@@ -210,28 +245,27 @@ def readable_stream(
 
     Args: as [`ReadableRows`]; rows are numbered in the order in which they come.
     """
-    import datasets
-
     if on_unreadable not in ("skip", "error"):
         raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
-    features = dataset.features
-    images = [key for key, value in (features or {}).items() if isinstance(value, datasets.Image)]
-    encoded = dataset
-    for key in images:
-        encoded = encoded.cast_column(key, datasets.Image(decode=False))
+    encoded = keep_images_encoded(dataset)
     check = _StreamCheck(on_unreadable, UnreadableLog(log_file, name), check_text)
     readable = encoded.filter(check, with_indices=True)
-    return readable.map(_Decode({key: features[key] for key in images}), features=features) if images else readable
+    if encoded is dataset:
+        return readable
+    images = {key: feature for key, feature in dataset.features.items() if feature != encoded.features[key]}
+    return readable.map(_Decode(images), features=dataset.features)
 
 
 class _Decode:
     """Images of a row from their bytes; a cast to the first features would come too late for rows already typed."""
 
     def __init__(self, columns: dict[str, Any]):
-        self.columns = columns
+        import datasets
+
+        self.columns = datasets.Features(columns)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {key: column.decode_example(row[key]) for key, column in self.columns.items() if row[key] is not None}
+        return self.columns.decode_example({key: row[key] for key in self.columns if row[key] is not None})
 
 
 class _StreamCheck:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..data.builders.build_report import BuildReport
 from ..data.datasets_cache import named_cache
+from ..data.parquet_sizes import check_parquet
 
 SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
 MAX_LISTED_PROBLEMS = 100
@@ -218,7 +219,10 @@ def _load_stored(path: str) -> Any:
     if os.path.isfile(path):
         if not path.endswith(".parquet"):
             raise DatasetSpecError(f"{path!r} is a file but no .parquet file. Known are: {describe_known('; ')}.")
+        check_parquet(path, repr(path))
         return datasets.load_dataset("parquet", data_files=path, split="train")
     if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return datasets.load_from_disk(path)
+    for file in sorted(Path(path).rglob("*.parquet")) if os.path.isdir(path) else ():
+        check_parquet(file, repr(str(file)))
     return datasets.load_dataset(path)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets_cache import named_cache
+from ..parquet_sizes import check_parquet
 from ..schema import encode_mask, row_features
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
@@ -137,6 +138,7 @@ def _check_files(files: list[Path], report: BuildReport) -> None:
             report.add("bad_parquet", file.name, str(error), lost=False)
             raise ValueError(f"{str(file)!r} is no complete Parquet file ({error}); is it cut short?") from error
         _check_columns(columns, file)
+        check_parquet(file, repr(str(file)), row_by_row=True)
 
 
 def _check_columns(columns: list[str] | None, where: Any) -> None:

@@ -14,6 +14,7 @@ from ...files import readable_size, temporary_folder
 from ...printable import printable
 from ...private_text import check_file, check_inside
 from ..datasets_cache import named_cache
+from ..parquet_sizes import check_parquet
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -168,6 +169,7 @@ def _checked_rows(path: Path) -> int:
     from datasets import Features
 
     name = f"data/{path.name}"
+    check_parquet(path, name, row_by_row=True)
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20) as shard:  # whole row groups are many images
             if Features.from_arrow_schema(shard.schema_arrow) != row_features():

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
 from ...data.builders.polygons import check_no_grid, polygons_to_rle
-from ...data.schema import decode_mask
+from ...data.schema import check_mask_pixels, decode_mask
 from ...files import file_digest
 from ..prediction import Prediction
 from ..records import CHECKSUM, is_as_written
@@ -244,6 +244,7 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
         )
     if not isinstance(record["masks"], list):
         raise ValueError(f'"masks" is {record["masks"]!r:.60}; expected a list of RLEs, [] for no object.')
+    check_mask_pixels(len(record["masks"]), *size)
     check_no_grid(record["masks"], *size)
     masks = np.zeros((len(record["masks"]), *size), dtype=bool)
     for index, entry in enumerate(record["masks"]):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
+from ...data.parquet_sizes import check_parquet
 from ...files import write_whole
 from ...offloading_segcompass import weights_at_hand
 from .entries import ConceptEntry
@@ -112,6 +113,7 @@ def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, d
             "or one of the two was replaced); write the dictionary again."
         )
     _, parquet = _pyarrow()
+    check_parquet(io.BytesIO(table), TABLE_FILE)
     table, info = parquet.read_table(io.BytesIO(table)), _read_info(header.get("info"))
     problem = _what_is_wrong(arrays, table, info)
     if problem:

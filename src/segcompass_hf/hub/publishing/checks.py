@@ -182,9 +182,9 @@ def _load_adapter(stage: Stage) -> tuple[Any, Any]:
 
 
 def _check_answers(model: Any, processor: Any, examples: list[tuple[Path, str]]) -> str:
-    from PIL import Image
+    from ...images_segcompass import to_rgb_image
 
-    loaded = [(Image.open(path).convert("RGB"), text) for path, text in examples] or [(_probe(), PROBE_INSTRUCTION)]
+    loaded = [(to_rgb_image(path), text) for path, text in examples] or [(_probe(), PROBE_INSTRUCTION)]
     kept = []
     for image, instruction in loaded:
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)

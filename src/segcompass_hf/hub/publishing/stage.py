@@ -28,6 +28,7 @@ AUTO_MAP = {
 PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
 PROCESSOR_CODE = (
+    "image_files_segcompass.py",
     "images_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...data.readable_rows import keep_images_encoded
 from ...data.schema import decode_masks
 from ...files import free_space, readable_size
 from ...images_segcompass import to_rgb_image
@@ -135,7 +136,7 @@ def _tokens_of_first_row(stage: Stage, rows: StageRows, processor: Any) -> tuple
     """Tokens of a prompt and of a reference answer, of the first row that training will not skip."""
     prompt = completion = 0
     for name, some in (("dataset", rows.train), ("eval_dataset", rows.evaluation)):
-        problems: list[str] = []
+        problems, some = [], None if some is None else keep_images_encoded(some)
         for index in range(0 if some is None else min(len(some), FIRST_ROWS)):
             try:
                 lengths = _tokens_of_row(stage, some[index], processor)

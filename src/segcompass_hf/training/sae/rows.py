@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...data.readable_rows import UnreadableLog
+from ...data.readable_rows import UnreadableLog, keep_images_encoded
 from ...data.vlm_texts import TextsWithImages
 from ...images_segcompass import to_rgb_image
 
@@ -112,21 +112,6 @@ def held_out_every(dataset: Any, every: int, processes: int) -> int:
             "evaluation and one to train on. Set validation_share=0, or give an eval_dataset."
         )
     return min(every, length // processes)
-
-
-def keep_images_encoded(dataset: Any) -> Any:
-    """A `datasets` data set whose images come as bytes, so that a damaged image fails alone and can be named."""
-    features = getattr(dataset, "features", None)
-    if not features:
-        return dataset
-    from datasets import Image, List, Sequence
-
-    for name, feature in features.items():
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List | Sequence) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
 
 
 class UnreadableRow(ValueError):
