@@ -218,7 +218,7 @@ def test_a_changed_sample_of_a_finished_run_is_named(tmp_path, whole):
         with pytest.raises(ValueError, match="line 2 is damaged"):
             read_samples(tmp_path)
     # Records of older versions have no checksum.
-    older = [{k: v for k, v in json.loads(line).items() if k not in ("crc32", "left_out")} for line in lines]
+    older = [{k: v for k, v in json.loads(line).items() if k not in ("checksum", "left_out")} for line in lines]
     (tmp_path / SAMPLES_FILE).write_text("".join(json.dumps(record) + "\n" for record in older))
     assert compare_runs(tmp_path, whole[0]).differences == []
 

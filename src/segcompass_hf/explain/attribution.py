@@ -13,9 +13,9 @@ that come out first it is also measured what `f` loses without each of them alon
 is the mean of both (of the others, it shrinks as those of the first do together). What the sum then misses of the
 change (`quadrature_error`) is spread over the contributions by size.
 
-`paths`, the default, measures: features are taken away from the whole sequence, and put back into an empty one, group
-by group in two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
-contribution, shared out within the group by `levels`; the first features are groups of one. The readings of a path
+`paths`, the default, measures: features are taken away from the whole sequence, and put into an empty one, group by
+group in the order of `levels`, and `f` is read after every group. What a group changed is its contribution, the mean
+of both, shared out within the group by `levels`; the first features are groups of one. The readings of a path
 begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is.
 
 `straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
@@ -46,7 +46,7 @@ FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm
 POINTS = {"levels": 18, "paths": 6, "straight": 18}  # gradients; those of `paths` only order and share out
 TESTED = {"levels": 16, "paths": 8}  # features that are taken away alone
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
-SINGLES, GROUPS = 6, 6  # of a path: first features one by one, then groups, each larger than the one before
+SINGLES, GROUPS = 8, 4  # of a path: first features one by one, then groups, each larger than the one before
 
 
 @dataclass
@@ -232,27 +232,18 @@ def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor, tested: int
 
 def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
     """Measured contributions `(num_active,)` of one mask; `scores`, of the same shape, order and share out."""
-    concepts = scalars.replay.captured.concepts
-    features, index = concepts.features.unique(return_inverse=True)
-    nothing = scores.new_zeros(len(features))
-    by_score = nothing.index_add(0, index, scores)
-    by_activation = nothing.index_add(0, index, concepts.values.to(scores.dtype))
-    # Features that speak against the mask go last in both, as in the order by score.
-    by_activation = torch.where(by_score < 0, by_score, by_activation)
-    ends = _group_ends(len(features))
-    groups, keeps = [], []
-    for order in (by_score.argsort(descending=True, stable=True), by_activation.argsort(descending=True, stable=True)):
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device)
-        first = rank[None] < torch.tensor(ends, device=order.device)[:, None]  # (len(ends), num_features)
-        keeps += [~first, first]  # deletion, insertion
-        groups.append(torch.bucketize(rank, torch.tensor(ends[1:], device=order.device), right=True))
-    values = scalars.at_mask(torch.cat(keeps)[:, index].to(scalars.activations.dtype), mask).view(4, len(ends))
-    changes = values.diff(dim=1) * values.new_tensor([-1.0, 1.0, -1.0, 1.0])[:, None]  # what each group is worth
-    total = nothing
-    for number, group in enumerate(groups):
-        total = total + _share_out(by_score, group, changes[2 * number : 2 * number + 2].mean(0)) / len(groups)
-    return _share_out(scores, index, total)
+    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
+    by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
+    ends = torch.tensor(_group_ends(len(features)), device=index.device)
+    order = by_score.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    first = rank[None] < ends[:, None]  # (len(ends), num_features)
+    keeps = torch.cat([~first, first])  # deletion, insertion
+    values = scalars.at_mask(keeps[:, index].to(scalars.activations.dtype), mask).view(2, len(ends))
+    without, with_it = values.diff(dim=1)  # what each group is worth
+    group = torch.bucketize(rank, ends[1:], right=True)
+    return _share_out(scores, index, _share_out(by_score, group, (with_it - without) / 2))
 
 
 def _group_ends(count: int) -> list[int]:
