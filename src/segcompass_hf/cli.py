@@ -8,11 +8,12 @@ import os
 import sys
 
 from ._lazy import named_extras
-from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve, train
+from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 from .printable import printable_output
 
-_COMMANDS = (demo, predict, train, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
+# Each in a module of its own.
+_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
 
 
 class _Parser(argparse.ArgumentParser):

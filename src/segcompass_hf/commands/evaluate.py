@@ -119,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
 def _print_summary(summary: Any) -> None:
     figures, counts = summary.figures, summary.figures["counts"]
     samples = f"{counts['samples']} samples, {counts['no_target']} without target"
+    if counts["left_out"]:
+        samples += f", {counts['left_out']} left out, for all of their target is ignored"
     print(f"{figures['predictor']} on {figures['dataset']}: {samples}")
     kept = counts["samples"] - figures["timing"]["last_start"]["samples"]
     if kept:
@@ -126,6 +128,11 @@ def _print_summary(summary: Any) -> None:
     for name, figure in figures["metrics"].items():
         if figure["num_samples"]:
             print(f"  {name:14} {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
+    scores = figures["calibration"]
+    if scores is not None:
+        error, right = scores["expected_calibration_error"], scores["right"]
+        print(f"  scores: mean {scores['mean_score']:.3f}, right {right:.3f}, expected calibration error {error:.3f}")
+        print(f"  duplicates: {counts['duplicates']}, left out: {counts['duplicates_dropped']}")
     if counts["unreadable"]:
         print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
     print(f"{summary.output_dir}: {', '.join(figures['files'])}")

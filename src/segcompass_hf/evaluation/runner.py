@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ..files import read_json_object, write_whole
+from ..files import write_whole
 from ..printable import printable
 from .figures import summarize
 from .prediction import Predictor
@@ -140,8 +140,7 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
         for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
-        remedy = "choose another folder, or drop its results with resume=False (--restart)"
-        _check_settings(output_dir, read_json_object(run_file, remedy), settings)
+        _check_settings(output_dir, _settings_before(run_file), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -151,6 +150,19 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if known:
         logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
     return known
+
+
+def _settings_before(run_file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(run_file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        settings = f"no json ({error})"
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{os.fspath(run_file)!r} is damaged: it holds {settings!r:.100}; expected the settings of a run. Choose "
+            "another folder, or drop its results with resume=False (--restart)."
+        )
+    return settings
 
 
 def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
         `dict[int, np.ndarray]`: value -> bool mask, in increasing order; empty where all is 0.
 
     Raises:
-        RowProblem: `"bad_annotation"`: the values are shades of a smooth edge or of a picture.
+        RowProblem: `"bad_annotation"`: the values are shades of a smooth edge, of a picture or of a map of scores.
     """
     found = [int(value) for value in np.unique(values) if value]
     if len(found) > MAX_VALUES:
@@ -119,8 +119,16 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
             f"{name} has {len(found)} different values; expected 0 for background and one value per object. Is it a "
             "picture, or was the mask resized with smoothing?",
         )
+    numbered = found == list(range(1, len(found) + 1))
+    if found and not numbered and found not in ([255], [65535]) and values.all():
+        raise RowProblem(
+            "bad_annotation",
+            f"{name} has the values {_some(found)} and nowhere 0, which is the background: is it a map of scores? "
+            "Save 0 and one value per object.",
+        )
     masks = {value: values == value for value in found}
-    if len(found) > 2 and _are_edges(found, values):
+    of_two = len(found) == 2 and not numbered and _is_outline(*masks.values())
+    if of_two or (len(found) > 2 and _are_edges(found, values)):
         thin = sum(not _has_inside(mask) for mask in masks.values())
         raise RowProblem(
             "bad_annotation",
@@ -134,6 +142,15 @@ def _are_edges(found: list[int], values: np.ndarray) -> bool:
     """Whether most of these values are only lines; smooth edges have shades up to the object's own, no numbers."""
     thin = sum(not _has_inside(values == value) for value in found)
     return 2 * thin > len(found) and found != list(range(1, len(found) + 1))
+
+
+def _is_outline(mask: np.ndarray, other: np.ndarray) -> bool:
+    """Whether a mask is a line along most of another one's outside, and nothing else."""
+    height, width = mask.shape
+    padded = np.pad(other, 1)
+    near = np.any([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    outside = near & ~other
+    return not _has_inside(mask) and not (mask & ~outside).any() and 2 * mask.sum() > outside.sum()
 
 
 def _has_inside(mask: np.ndarray) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from ..schema import decode_masks, encode_mask
 from .build_report import RowProblem
 from .mask_files import objects_of_values, read_mask_file, split_void
-from .polygons import flat_polygons, polygons_to_rle
+from .polygons import check_no_grid, flat_polygons, polygons_to_rle
 from .values import parse_json
 
 FORMS = (
@@ -56,6 +56,7 @@ def objects_of(value: Any, size: tuple[int, int], find: Callable[[str], str], na
         RowProblem: With what is wrong, and in which object.
     """
     entries, found = _entries(value, name), Objects([], None, [])
+    check_no_grid(entries, *size)
     if len(entries) == 1 and isinstance(entries[0], str):
         where = f"{name}: {entries[0]}"
         masks = _masks_of_file(entries[0], size, find, name, where, found.void)

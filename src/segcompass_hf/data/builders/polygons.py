@@ -46,6 +46,7 @@ def polygons_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any
 
 
 def _drawn(polygons: list, height: int, width: int) -> dict[str, Any]:
+    check_no_grid(polygons, height, width)
     polygons = flat_polygons(polygons)
     checked = [checked_polygon(polygon, index, height, width) for index, polygon in enumerate(polygons)]
     check_pixels(np.concatenate(checked) if checked else np.zeros(0), height, width)
@@ -78,6 +79,21 @@ def _are_points(entries: Any) -> bool:
 
 def _flat(points: list) -> list:
     return [number for point in points for number in point]
+
+
+def check_no_grid(rows: list | tuple, height: int, width: int) -> None:
+    """Refuse a mask that is written out row by row, whose numbers would pass for coordinates.
+
+    Raises:
+        RowProblem: `"bad_annotation"`.
+    """
+    lengths = {len(row) if isinstance(row, (list, tuple)) else None for row in rows}
+    if len(rows) == height > 1 and lengths == {width} and np.ndim(rows[0][:1]) == 1:
+        raise RowProblem(
+            "bad_annotation",
+            f"{height} rows of {width} numbers are a mask written out; expected polygons in pixels, or a COCO RLE "
+            '{"size": [height, width], "counts": ...} for each object.',
+        )
 
 
 def check_pixels(coordinates: np.ndarray, height: int, width: int) -> None:
