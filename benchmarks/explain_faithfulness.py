@@ -31,6 +31,7 @@ from segcompass_hf.explain.faithfulness import (
 )
 from segcompass_hf.explain.replay import Replay, capture
 from segcompass_hf.explain.sufficient import minimal_sufficient_set
+from segcompass_hf.files import weights_digest
 from segcompass_hf.metrics.intervals import bootstrap_interval
 
 ORDERS = ("attribution", "activation", "random")
@@ -48,12 +49,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-sufficient", action="store_true", help="no minimal sufficient sets")
     parser.add_argument("--output", default="faithfulness", help="path of the results without ending")
     return parser.parse_args()
-
-
-def weights_mark(model) -> str:
-    """Tells checkpoints apart: sums over the weights that lead from concepts to masks."""
-    parts = (model.codebook, model.slot_encoder, model.slot_mapper, model.sae)
-    return " ".join(f"{sum(float(p.double().abs().sum()) for p in part.parameters()):.6f}" for part in parts)
 
 
 def measure(model, processor, row, arguments, seed: int) -> list[dict]:
@@ -199,7 +194,7 @@ def main() -> None:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(arguments, name) for name in ("split", "method", "target")}
-    settings["weights"] = weights_mark(model)
+    settings["weights"] = weights_digest(model)
     journal = output.with_suffix(".jsonl")
     lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
     if any(line["settings"] != settings for line in lines):

@@ -23,6 +23,7 @@ from segcompass_hf.files import (
     json_digest,
     readable_size,
     staged_folder,
+    weights_digest,
     whole_file,
     write_whole,
 )
@@ -257,6 +258,38 @@ class TestDigests:
         assert folder_digest(tmp_path) == first
         (tmp_path / "b").write_text("3")
         assert folder_digest(tmp_path) != first
+
+    def test_weights_know_every_value_and_its_place(self):
+        embedding = torch.nn.Embedding(100, 6)
+        first = weights_digest(embedding)
+        assert first == weights_digest(embedding) and len(first) == 64
+        whole = embedding.weight.detach().clone()
+
+        def digest_of(weight):
+            embedding.weight = torch.nn.Parameter(weight)
+            return weights_digest(embedding)
+
+        shuffled, one_row = whole.roll(1, 0), whole.clone()
+        one_row[57] += 1e-3  # one of a hundred words was trained
+        changed = [shuffled, one_row, whole.flip(1), whole.half(), whole.reshape(60, 10), whole[:, :5], -whole]
+        digests = [digest_of(weight) for weight in changed]
+        assert len({first, *digests}) == 8 and digest_of(whole.clone()) == first
+        assert digest_of(whole.T.contiguous().T) == first  # as it lies in memory does not count
+
+    def test_weights_of_every_kind(self):
+        norm = torch.nn.BatchNorm1d(3)  # with buffers, one of them a single number
+        first = weights_digest(norm)
+        norm.num_batches_tracked += 1
+        assert weights_digest(norm) != first
+        for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.bool, torch.complex64):
+            module = torch.nn.Module()
+            module.register_buffer("values", torch.ones(2, 2).to(dtype))
+            ones = weights_digest(module)
+            module.values[0, 1] = 0
+            assert weights_digest(module) != ones
+        swapped = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        before = weights_digest(swapped)
+        assert weights_digest(torch.nn.Sequential(*list(swapped)[::-1])) != before
 
     def test_json(self):
         assert json_digest({"a": 1, "b": [2.5, None]}) == json_digest({"b": [2.5, None], "a": 1})

@@ -333,6 +333,7 @@ class TestPostProcessing:
             "heatmap_logits": logits / 4,
             "slot_logits": torch.tensor([[0.4, -0.4], [2.0, 1.0]]),
             "slot_logit_threshold": 0.0,
+            "duplicate_iou_threshold": 2.0,  # the two masks are the same
         }
         return SimpleNamespace(**(fields | overrides))
 

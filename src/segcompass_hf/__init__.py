@@ -20,7 +20,9 @@ An image and an instruction go in; reasoning and one mask per object come out. E
         v
     modeling_masks          heatmaps as mask prompts -> SAM mask decoder -> masks
         v
-    processing_segcompass   masks at image size, scores, reasoning
+    scoring_segcompass      confidence, surprisal of the words, certainty of the mask -> calibrated scores
+        v
+    postprocessing_segcompass   masks at image size, without empty and double ones, scores, reasoning
 
 `reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and SAM,
 `losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`.

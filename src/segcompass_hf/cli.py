@@ -8,11 +8,12 @@ import os
 import shlex
 import sys
 
-from .commands import convert, data, demo, evaluate, explain, init, predict, push, serve, train
+from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 from .stopping import Stopped, handled, is_main_process, raise_stopped
 
-_COMMANDS = (demo, predict, train, explain, evaluate, serve, data, init, convert, push)  # each in a module of its own
+# Each in a module of its own.
+_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
 _GO_ON = ("train", "evaluate")  # which keep what they have done
 
 

@@ -2,13 +2,15 @@
 """Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and SAM."""
 
 import copy
-from typing import Literal
+import math
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig, SamConfig
 
 # Table 1 of the paper's supplement: index into `hidden_states` (0 = embeddings) per VLM family.
 PAPER_SAE_LAYERS = {"llava": 16, "qwen2_5_vl": 13}
+SCORE_FEATURES = ("slot_logit", "reasoning_surprisal", "mask_certainty")  # what a calibrated score may be made of
 
 
 @strict
@@ -84,6 +86,11 @@ class SegCompassConfig(PretrainedConfig):
         reference_order (`str`, defaults to `"earliest_first"`): Which of them slot 0 gets.
         slot_logit_threshold (`float`, defaults to 0.0): A slot counts as present above it (logit).
         mask_logit_threshold (`float`, defaults to 0.0): A pixel counts as inside above it (logit).
+        duplicate_iou_threshold (`float`, defaults to 0.5): A mask whose IoU with a better one of the same answer
+            reaches it is the same object again and left out; above 1 none is.
+        score_calibration (`dict`, *optional*): How the score of a kept slot follows from `features`, each with the
+            `mean`, `scale` and `weight` of a logistic regression, and its `bias`; `segcompass calibrate` writes it.
+            Without it scores are the plain confidences.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
@@ -127,6 +134,8 @@ class SegCompassConfig(PretrainedConfig):
 
     slot_logit_threshold: float | int = 0.0  # logit
     mask_logit_threshold: float | int = 0.0  # logit
+    duplicate_iou_threshold: float | int = 0.5  # IoU
+    score_calibration: dict | None = None
 
     reference_search: Literal["completion", "sequence"] = "completion"
     reference_order: Literal["earliest_first", "latest_first"] = "earliest_first"
@@ -215,6 +224,30 @@ class SegCompassConfig(PretrainedConfig):
             )
         if self.concept_threshold < 0:
             raise ValueError(f"concept_threshold is a magnitude and cannot be negative, got {self.concept_threshold}.")
+        if not self.duplicate_iou_threshold > 0:
+            raise ValueError(
+                f"duplicate_iou_threshold is an IoU above 0 (above 1: no mask is left out as a duplicate), got "
+                f"{self.duplicate_iou_threshold}."
+            )
+        if self.score_calibration is not None:
+            _check_calibration(self.score_calibration)
+
+
+def _check_calibration(calibration: dict[str, Any]) -> None:
+    """Refuse a calibration that scores cannot be computed from."""
+    features = calibration.get("features")
+    entries = list(features.values()) if isinstance(features, dict) else [None]
+    is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
+    numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
+    is_number = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
+        raise ValueError(
+            f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "
+            f"'scale', 'weight'}}}}, 'bias'}} with NAME of {', '.join(SCORE_FEATURES)}. Fit it again with `segcompass "
+            "calibrate`, or set it to null for plain confidences."
+        )
+    if not all(entry["scale"] > 0 for entry in entries):
+        raise ValueError("score_calibration holds a scale that is not positive; fit it again.")
 
 
 def _resolve_config(config: dict | PretrainedConfig | None, default: str | type) -> PretrainedConfig:

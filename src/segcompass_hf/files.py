@@ -67,9 +67,10 @@ def whole_file(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]
 
 
 def write_whole(path: str | os.PathLike, content: str | bytes, durable: bool = False) -> None:
-    """Write a file so that a kill leaves the old one or the new one; see [`whole_file`]. Text is written as UTF-8."""
+    """Write a file so that a kill leaves the old one or the new one; see [`whole_file`]. Text is written as UTF-8;
+    halves of characters, which have none, as their escapes."""
     with whole_file(path, durable) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
 def part_beside(path: str | os.PathLike) -> Path:
@@ -286,6 +287,24 @@ def file_digest(path: str | os.PathLike, digest: Any = None) -> str:
     return digest.hexdigest()
 
 
+def weights_digest(module: Any) -> str:
+    """SHA-256 of a torch module's weights and buffers, in hexadecimal: of every value, its place, name and dtype.
+
+    The same on every device. A tensor at a time is in the memory of the host; a gigabyte takes a second or two.
+
+    Args:
+        module (`torch.nn.Module`): As it is in memory.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def folder_digest(folder: str | os.PathLike) -> str:
     """SHA-256 of the names and contents of all files in a folder and its folders, in hexadecimal."""
     folder = Path(folder)
@@ -316,6 +335,7 @@ __all__ = [
     "readable_size",
     "staged_folder",
     "temporary_folder",
+    "weights_digest",
     "whole_file",
     "write_whole",
 ]

@@ -18,7 +18,8 @@ def freeze_for_training(
 
     Trainable: decoder layers with index >= `sae_layer`, codebook, slot encoder, slot mapper, SAM's mask prompt path
     and mask decoder, and the rows of the added tokens as `train_token_rows` says. The rest is frozen, SAM's parts
-    that mask prompts never use included.
+    that mask prompts never use included. The configuration's `score_calibration` goes: it was fitted to the model as
+    it was before.
 
     Args:
         model (`SegCompassForReasoningSegmentation`): Changed in place.
@@ -38,6 +39,7 @@ def freeze_for_training(
     for _, parameter in model.mask_stage.unused_parameters():
         parameter.requires_grad_(False)
     config = model.config
+    config.score_calibration = None
     ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
     train_rows(model, train_token_rows or config.train_token_rows, ids)
     return model

@@ -10,6 +10,8 @@ from transformers.pipelines import Pipeline
 
 from .images_segcompass import to_rgb_image
 
+THRESHOLDS = ("slot_logit_threshold", "mask_logit_threshold", "duplicate_iou_threshold")
+
 
 class ReasoningSegmentationPipeline(Pipeline):
     r"""Segments what an instruction asks for, and says why.
@@ -21,8 +23,9 @@ class ReasoningSegmentationPipeline(Pipeline):
     ```
 
     Each answer is a dictionary: `reasoning` (`str`) and `segments`, a list with, per mask kept, `score` (`float` in
-    [0, 1]), `label` (`str`, the instruction that the mask answers), `mask` (`PIL.Image.Image` of mode `L` at the
-    image's own size, 255 inside) and `slot` (`int`). No segment means that nothing in the image was found to fit.
+    [0, 1]: of a calibrated checkpoint how likely the mask is right), `label` (`str`, the instruction that the mask
+    answers), `mask` (`PIL.Image.Image` of mode `L` at the image's own size, 255 inside) and `slot` (`int`). No segment
+    means that nothing in the image was found to fit; no two segments show the same object.
 
     Images are `PIL` images, arrays, paths or URLs. A batch gives the same answers as its samples one by one.
     """
@@ -47,6 +50,8 @@ class ReasoningSegmentationPipeline(Pipeline):
             interventions (*optional*): See `segment`.
             slot_logit_threshold (`float`, *optional*): Slots above it are kept; the model's own by default.
             mask_logit_threshold (`float`, *optional*): Pixels above it are inside; the model's own by default.
+            duplicate_iou_threshold (`float`, *optional*): A mask whose IoU with a better one reaches it is the same
+                object and left out, above 1 none; the model's own by default.
             generate_kwargs (`dict`, *optional*): Anything else for `segment`, for example `{"do_sample": True}`.
 
         Returns:
@@ -72,7 +77,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         forward = dict(generate_kwargs or {})
         postprocess = {}
         for name, value in parameters.items():
-            if name in ("slot_logit_threshold", "mask_logit_threshold"):
+            if name in THRESHOLDS:
                 postprocess[name] = value
             elif name in ("reasoning", "max_new_tokens", "interventions"):
                 forward[name] = value
@@ -112,15 +117,13 @@ class ReasoningSegmentationPipeline(Pipeline):
                 f"num_return_sequences gives {len(segmentation.slot_logits)} answers for {len(images)} images, the "
                 "pipeline returns one each; call model.segment for several."
             )
-        thresholds = {
-            name: torch.full((len(images),), float(getattr(segmentation, name)))
-            for name in ("slot_logit_threshold", "mask_logit_threshold")
-        }
+        thresholds = {name: torch.full((len(images),), float(getattr(segmentation, name))) for name in THRESHOLDS}
         # Flat tensors and lists with one entry per sample: what `Pipeline` can take apart again.
         return {
             "sequences": segmentation.sequences,  # (batch_size, sequence_length)
             "completion_mask": getattr(segmentation, "completion_mask", None),  # (batch_size, sequence_length)
             "slot_logits": segmentation.slot_logits.float(),  # (batch_size, num_slots)
+            "slot_scores": segmentation.slot_scores,  # (batch_size, num_slots)
             "heatmap_logits": segmentation.heatmap_logits.float(),  # (batch_size, num_slots, height, width)
             "pred_masks": segmentation.pred_masks.float(),  # (batch_size, num_slots, height, width)
             "original_sizes": inputs["original_sizes"],  # (batch_size, 2)
@@ -132,20 +135,19 @@ class ReasoningSegmentationPipeline(Pipeline):
     def postprocess(
         self,
         outputs: dict[str, Any],
-        slot_logit_threshold: float | None = None,
-        mask_logit_threshold: float | None = None,
+        **thresholds: float | None,
     ) -> dict[str, Any]:
         """Turn one sample's tensors into reasoning and segments."""
         instruction = outputs.pop("instruction")
         instruction = instruction[0] if isinstance(instruction, list) else instruction
-        for name in ("slot_logit_threshold", "mask_logit_threshold"):
+        for name in THRESHOLDS:
             outputs[name] = outputs[name].item()
         result = self.processor.post_process_segmentation(
             SimpleNamespace(**outputs),
             original_sizes=outputs["original_sizes"],
             reshaped_input_sizes=outputs["reshaped_input_sizes"],
-            slot_logit_threshold=slot_logit_threshold,
-            mask_logit_threshold=mask_logit_threshold,
+            output_heatmaps=False,
+            **thresholds,
         )[0]
         segments = [
             {

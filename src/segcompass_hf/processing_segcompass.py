@@ -5,7 +5,6 @@ import copy
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,10 @@ from .images_segcompass import (
     check_masks,
     fit_objects_to_slots,
     resized_size,
-    restore_map,
     soft_mask_targets,
     to_rgb_image,
 )
+from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
 from .vlm_processors_segcompass import (
     is_own_folder,
     load_vlm_parts,
@@ -28,7 +27,6 @@ from .vlm_processors_segcompass import (
     to_sam_image_processor,
 )
 
-REF_TOKEN, THINK_START, THINK_END = "<REF_POS>", "<think>", "</think>"
 INSTRUCTION_TEMPLATE = (
     "Find what this asks for in the image: {instruction}\n"
     "Think first, inside <think> and </think>: name the candidates and rule out the wrong ones. Then write "
@@ -47,7 +45,7 @@ _SENTINEL = "\u2603"  # stands for a message's content when a chat template is l
 _MARKER_SHAPE = re.compile(r"^[<\[]\S+[>\]]$")  # <think>, <|im_start|>, [INST]: control tokens even where not special
 
 
-class SegCompassProcessor(ProcessorMixin):
+class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
 
     The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
@@ -461,79 +459,6 @@ class SegCompassProcessor(ProcessorMixin):
             labels[index, : len(objects)] = soft_mask_targets(objects, self.canvas_size, self.mask_size)
         return {"mask_labels": labels, "num_objects": counts}
 
-    # Outputs
-
-    def post_process_segmentation(
-        self,
-        outputs: Any,
-        original_sizes: torch.Tensor | Sequence[Sequence[int]],
-        reshaped_input_sizes: torch.Tensor | Sequence[Sequence[int]],
-        slot_logit_threshold: float | None = None,
-        mask_logit_threshold: float | None = None,
-    ) -> list[dict]:
-        """Masks at each image's own size, and the reasoning.
-
-        Args:
-            outputs (`SegCompassSegmentationOutput` or `SegCompassOutput`):
-                With `pred_masks`, `heatmap_logits` `(B, K, h, w)`, `slot_logits` `(B, K)` and, for the text,
-                `sequences`.
-            original_sizes, reshaped_input_sizes (of shape `(B, 2)`): (height, width), as the processor returned them.
-            slot_logit_threshold (`float`, *optional*):
-                Slots with a logit above it are kept; the model's own, from `outputs`, where not given (0 for a
-                `SegCompassOutput`, which does not hold it: pass the configuration's).
-            mask_logit_threshold (`float`, *optional*):
-                Pixels with a logit above it belong to the mask; likewise.
-
-        Returns:
-            `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1],
-            `slots` `(n,)`, `heatmaps` `(n, H, W)` in [0, 1], `reasoning` (inside the think block) and `text` (the
-            whole answer).
-        """
-        original, reshaped = (torch.as_tensor(size).tolist() for size in (original_sizes, reshaped_input_sizes))
-        batch_size = outputs.slot_logits.shape[0]
-        if len(original) != batch_size or len(reshaped) != batch_size:
-            raise ValueError(
-                f"the outputs hold {batch_size} samples, original_sizes {len(original)} and reshaped_input_sizes "
-                f"{len(reshaped)}; pass the sizes of the same batch."
-            )
-        if slot_logit_threshold is None:
-            slot_logit_threshold = getattr(outputs, "slot_logit_threshold", None) or 0.0
-        if mask_logit_threshold is None:
-            mask_logit_threshold = getattr(outputs, "mask_logit_threshold", None) or 0.0
-        texts = self._answers(outputs, batch_size)
-        results = []
-        for row in range(batch_size):
-            logits = outputs.slot_logits[row].detach().float().cpu()  # (K,)
-            if not (logits.isfinite().all() and outputs.pred_masks[row].isfinite().all()):
-                raise ValueError(
-                    f"the outputs of sample {row} hold NaN or infinity; the weights, the inputs or a dtype of too "
-                    "small a range (float16) are to blame."
-                )
-            slots = (logits > slot_logit_threshold).nonzero()[:, 0]  # (n,)
-            place = (self.canvas_size, reshaped[row], original[row])
-            masks = torch.zeros(len(slots), *original[row], dtype=torch.bool)
-            heatmaps = torch.zeros(len(slots), *original[row])
-            for index, slot in enumerate(slots.tolist()):
-                masks[index] = restore_map(outputs.pred_masks[row, slot].detach().cpu(), *place) > mask_logit_threshold
-                heatmaps[index] = restore_map(outputs.heatmap_logits[row, slot].detach().cpu(), *place).sigmoid()
-            kept = {"masks": masks, "scores": logits[slots].sigmoid(), "slots": slots, "heatmaps": heatmaps}
-            results.append(kept | {"reasoning": _think_block(texts[row]), "text": texts[row]})
-        return results
-
-    def _answers(self, outputs: Any, batch_size: int) -> list[str]:
-        """The generated text of each row: where `completion_mask` is 1, or without it from the last think tag on."""
-        sequences, mask = getattr(outputs, "sequences", None), getattr(outputs, "completion_mask", None)
-        if sequences is None:
-            return [""] * batch_size
-        texts = []
-        for row, ids in enumerate(sequences.tolist()):
-            if mask is not None:
-                ids = [token for token, flag in zip(ids, mask[row].tolist(), strict=True) if flag]
-            elif self.think_start_token_id in ids:
-                ids = ids[len(ids) - 1 - ids[::-1].index(self.think_start_token_id) :]
-            texts.append(self.tokenizer.decode(ids, skip_special_tokens=True).strip())
-        return texts
-
     # Saving and copying leave out what is built from the rest
 
     def to_dict(self) -> dict[str, Any]:
@@ -561,12 +486,6 @@ def _checked_text(words: Any, name: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds {words[error.start]!r}, which is no valid Unicode character.") from error
     return words.strip()
-
-
-def _think_block(text: str) -> str:
-    """What stands between the first think tag and its end, or else the first `<REF_POS>`, or the end of the text."""
-    _, tag, rest = text.partition(THINK_START)
-    return rest.split(THINK_END)[0].split(REF_TOKEN)[0].strip() if tag else ""
 
 
 def _depth(value: Any) -> int:

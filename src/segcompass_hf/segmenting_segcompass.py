@@ -23,6 +23,7 @@ from .generation_segcompass import (
 from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
+from .scoring_segcompass import ScoringMixin, TokenSurprisal
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
@@ -39,6 +40,10 @@ class SegCompassSegmentationOutput(ModelOutput):
         completion_mask (`torch.LongTensor` of shape `(rows, sequence_length)`): 1 on tokens the model wrote.
         slot_logit_threshold (`float`): The model's own; slots above it count as present.
         mask_logit_threshold (`float`): The model's own; pixels above it belong to a mask.
+        duplicate_iou_threshold (`float`): The model's own; of masks that overlap by it only the best counts.
+        slot_scores (`torch.Tensor` of shape `(rows, num_slots)`): In [0, 1]; see [`~ScoringMixin.score_slots`].
+        reasoning_surprisal (`torch.Tensor` of shape `(rows,)`): Mean of -log p over the tokens of the reasoning, in
+            nats; see [`~TokenSurprisal.of_reasoning`].
         heatmap_logits, slot_logits, pred_masks, slots, reference_states, concepts, slot_attentions, image_embeddings:
             As in [`SegCompassOutput`].
     """
@@ -48,6 +53,9 @@ class SegCompassSegmentationOutput(ModelOutput):
     completion_mask: torch.LongTensor | None = None
     slot_logit_threshold: float | None = None
     mask_logit_threshold: float | None = None
+    duplicate_iou_threshold: float | None = None
+    slot_scores: torch.Tensor | None = None
+    reasoning_surprisal: torch.Tensor | None = None
     heatmap_logits: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
@@ -58,7 +66,7 @@ class SegCompassSegmentationOutput(ModelOutput):
     image_embeddings: torch.Tensor | None = None
 
 
-class SegmentingMixin(ReadingMixin):
+class SegmentingMixin(ScoringMixin, ReadingMixin):
     """Inference of [`SegCompassForReasoningSegmentation`].
 
     Beside what [`ReadingMixin`] reads it needs a VLM that writes, and of its heir the methods named below.
@@ -127,7 +135,8 @@ class SegmentingMixin(ReadingMixin):
         end_ids = self._end_token_ids(kwargs)
         budget = self._max_new_tokens(max_new_tokens, kwargs)
         processors = self._logits_processors(prompt_length, reasoning, constrain_format, budget, end_ids)
-        arguments = self._generate_arguments(kwargs, processors, end_ids)
+        surprisal = TokenSurprisal()
+        arguments = self._generate_arguments(kwargs, [surprisal, *processors], end_ids)
         training = [module for module in self.modules() if module.training]
         self.eval()  # in training mode gradient checkpointing would silently drop the cache
         try:
@@ -146,12 +155,16 @@ class SegmentingMixin(ReadingMixin):
                 raise ValueError(
                     f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'
                 )
+            reasoning_surprisal = surprisal.of_reasoning(
+                sequences, written.bool() & ~self._is_format(sequences[:, prompt_length:], end_ids)
+            )
             image_inputs = {name: kwargs[name] for name in _VLM_IMAGE_INPUTS if name in kwargs}
             states = self.with_concept_states(states, interventions, **image_inputs)
+            sizes = None if reshaped_input_sizes is None else reshaped_input_sizes.repeat_interleave(copies, 0)
             output = self.read_finite_masks(
                 states,
                 image_embeddings.repeat_interleave(copies, 0),
-                None if reshaped_input_sizes is None else reshaped_input_sizes.repeat_interleave(copies, 0),
+                sizes,
                 interventions=interventions,
                 output_concepts=output_concepts,
                 output_slot_attentions=output_slot_attentions,
@@ -169,6 +182,9 @@ class SegmentingMixin(ReadingMixin):
             completion_mask=states.completion_mask,
             slot_logit_threshold=float(self.config.slot_logit_threshold),
             mask_logit_threshold=float(self.config.mask_logit_threshold),
+            duplicate_iou_threshold=float(self.config.duplicate_iou_threshold),
+            slot_scores=self.score_slots(output.slot_logits, output.pred_masks, reasoning_surprisal, sizes),
+            reasoning_surprisal=reasoning_surprisal,
             **fields,
         )
 
@@ -220,6 +236,12 @@ class SegmentingMixin(ReadingMixin):
                 f"cache_implementation={given!r} has no room for the step that completes the last token's states; use "
                 f"one of {', '.join(_GROWING_CACHES)}."
             )
+
+    def _is_format(self, completion: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
+        """True on the tokens of the format, which are no reasoning; `(rows, completion_length)`."""
+        ids = [getattr(self.config, name) for name in ADDED_TOKENS]
+        ids = [token for token in (*ids, *end_ids) if token is not None]
+        return torch.isin(completion, torch.tensor(ids, device=completion.device))
 
     def _max_new_tokens(self, max_new_tokens: int | None, kwargs: dict) -> int:
         given = (max_new_tokens, getattr(kwargs.get("generation_config"), "max_new_tokens", None))

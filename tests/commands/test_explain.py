@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from typing import get_args
 
 import pytest
 from explanations import INSTRUCTION, made_explanation
@@ -10,6 +11,8 @@ from PIL import Image
 import segcompass_hf.explain
 from segcompass_hf.commands import explain as command
 from segcompass_hf.commands.common import UserError
+from segcompass_hf.data.schema import decode_mask
+from segcompass_hf.explain.explanation import Target
 
 
 @pytest.fixture
@@ -64,6 +67,15 @@ def test_page_and_summary(asked, picture, tmp_path, monkeypatch, capsys):
     assert "+80.0 %  concept 0  red  (without it IoU" in printed and "-20.0 %  concept 2" in printed
     assert "page: scene.segcompass.html" in printed
     assert (tmp_path / "scene.segcompass.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+
+
+@pytest.mark.parametrize("target", ["mask_logit", "mask_contrast", "slot_logit"])
+def test_every_target(asked, picture, target, capsys):
+    assert target in get_args(Target)
+    _run(picture, INSTRUCTION, "--target", target, "--json")
+    assert asked["target"] == target and len(get_args(Target)) == 3
+    for mask in json.loads(capsys.readouterr().out)["masks"]:
+        assert list(decode_mask(mask["mask"]).shape) == mask["mask"]["size"]
 
 
 def test_contributions_are_printed_where_shares_say_nothing(capsys):

@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 import segcompass_hf
 from segcompass_hf.data import row_features, scenes
 from segcompass_hf.evaluation import ModelPredictor, Prediction, compare_runs, evaluate_dataset, read_samples
-from segcompass_hf.evaluation.records import RECORDS_FOLDER, SAMPLES_FILE
+from segcompass_hf.evaluation.records import RECORDS_FOLDER, SAMPLES_FILE, read_records
 from segcompass_hf.locks import alone_with
 
 SCRIPT = SUPPORT / "made_rows.py"
@@ -93,10 +93,13 @@ def test_figures_by_hand(tmp_path):
     assert figures["by_source"]["made"]["gIoU"]["value"] == pytest.approx((12 / 36 + 30 / 36 + 1) / 3)
     assert figures["counts"] == {
         "samples": 5,
+        "left_out": 0,
         "no_target": 2,
         "several_objects": 1,
         "empty_predictions": 1,
         "unreadable": 0,
+        "duplicates": 0,
+        "duplicates_dropped": 0,
     }
     assert records[1]["num_targets"] == 6 and [mask["size"] for mask in records[1]["masks"]] == [[6, 10]] * 2
 
@@ -178,6 +181,93 @@ def test_a_record_written_twice_or_damaged_counts_once(tmp_path, whole):
     figures = run(predictor, make_rows(), tmp_path).figures
     assert predictor.batches == [["made-6", "made-7", "made-8"], ["made-9", "made-10", "made-11"]]
     assert_same(tmp_path, figures, whole)
+
+
+def _with_another_digit(line, random):
+    """One digit of a line, at random, is another one."""
+    places = [place for place, character in enumerate(line) if character.isdigit()]
+    place = places[random.integers(len(places))]
+    return line[:place] + str((int(line[place]) + random.integers(1, 10)) % 10) + line[place + 1 :]
+
+
+def test_one_changed_digit_is_not_taken_over(tmp_path, whole):
+    run(SeededBoxes(), make_rows(), tmp_path)
+    shard, random = tmp_path / RECORDS_FOLDER / "process-00000.jsonl", np.random.default_rng(0)
+    lines = shard.read_text().splitlines(keepends=True)
+    for index in range(NUM_ROWS):
+        changed = [*lines[:index], _with_another_digit(lines[index], random), *lines[index + 1 :]]
+        shard.write_text("".join(changed))
+        assert set(range(NUM_ROWS)) - set(read_records(tmp_path)) == {index}
+    changed = [lines[0], *(_with_another_digit(line, random) for line in lines[1:3]), *lines[3:]]
+    shard.write_text("".join(changed))
+    predictor = SeededBoxes()
+    figures = run(predictor, make_rows(), tmp_path).figures
+    assert predictor.batches == [["made-0", "made-1", "made-2"]]
+    assert_same(tmp_path, figures, whole)
+
+
+def test_a_changed_sample_of_a_finished_run_is_named(tmp_path, whole):
+    lines = (whole[0] / SAMPLES_FILE).read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        changed = _with_another_digit(line, np.random.default_rng(number))
+        (tmp_path / SAMPLES_FILE).write_text("".join([*lines[: number - 1], changed, *lines[number:]]))
+        with pytest.raises(ValueError, match=f"{SAMPLES_FILE}, line {number} is damaged"):
+            compare_runs(tmp_path, whole[0])
+    for damage in ("", "[1]\n", lines[0][:40] + "\n", "\0" * 9 + "\n"):
+        (tmp_path / SAMPLES_FILE).write_text(lines[0] + damage + "\n")
+        with pytest.raises(ValueError, match="line 2 is damaged"):
+            read_samples(tmp_path)
+    # Records of older versions have no checksum.
+    older = [{k: v for k, v in json.loads(line).items() if k not in ("crc32", "left_out")} for line in lines]
+    (tmp_path / SAMPLES_FILE).write_text("".join(json.dumps(record) + "\n" for record in older))
+    assert compare_runs(tmp_path, whole[0]).differences == []
+
+
+def test_half_a_character_can_be_written(tmp_path):
+    """Byte-level tokenizers cut characters, and `json` reads halves of them."""
+    row = make_row(0, [box(0, 4)])
+    answer = Prediction(box(0, 4)[None], [0.5], text="\ud83d and a whole \U0001f600")
+    half = type("Half", (), {"name": "half", "predict": lambda _, rows: [answer] * len(rows)})()
+    run(half, [row], tmp_path, page_samples=1)
+    assert read_samples(tmp_path)[0]["text"] == answer.text
+    again = SeededBoxes()
+    with pytest.raises(ValueError, match="results of another run"):
+        run(again, [row], tmp_path)
+    run(half, [row], tmp_path)
+    assert len(read_records(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\0\0", "\xff", "[" * 100_000])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    run(SeededBoxes(), make_rows(3), tmp_path)
+    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match="run.json' is damaged: .*--restart"):
+        run(SeededBoxes(), make_rows(3), tmp_path)
+    assert run(SeededBoxes(), make_rows(3), tmp_path, resume=False).figures["counts"]["samples"] == 3
+
+
+def test_a_target_that_is_ignored_as_a_whole_is_left_out(tmp_path):
+    rows = [
+        make_row(0, [box(0, 4)]),
+        make_row(1, [box(0, 4)], ignore=box(0, 6), kind="hidden"),  # found, but it does not count
+        make_row(2, [box(0, 2), box(8, 1)], ignore=box(0, 6)),  # of its two objects one counts, and is missed
+        make_row(3, [], ignore=box(0, 6), kind="none"),  # means nothing, and a false alarm
+        make_row(4, [box(1, 2)], ignore=box(0, 6), kind="hidden"),  # something else is found
+    ]
+    answers = [[box(0, 4)], [box(0, 4)], NOTHING, [box(7, 1)], [box(7, 2)]]
+    answers = {f"made-{index}": masks for index, masks in enumerate(answers)}
+    figures = run(Given(answers), rows, tmp_path, page_samples=4).figures
+    values = {name: (figure["value"], figure["num_samples"]) for name, figure in figures["metrics"].items()}
+    assert values["gIoU"] == (pytest.approx(1 / 3), 3) and values["N-acc"] == (0.0, 1) and values["T-acc"] == (0.5, 2)
+    assert values["cIoU"][0] == 24 / (24 + 6 + 6)
+    assert figures["counts"]["left_out"] == 2 and figures["counts"]["no_target"] == 1
+    assert figures["counts"]["empty_predictions"] == 1
+    assert figures["by_kind"]["hidden"]["gIoU"]["num_samples"] == 0
+    assert [record["left_out"] for record in read_samples(tmp_path)] == [False, True, False, False, True]
+    assert "2 samples have no part in the metrics" in (tmp_path / "summary.md").read_text()
+    page = (tmp_path / "samples.html").read_text()
+    assert "made-2" in page and "made-1" not in page and "made-4" not in page
+    assert run(Given(answers), rows, tmp_path).figures["metrics"] == figures["metrics"]  # from the records
 
 
 @pytest.mark.parametrize(
@@ -314,5 +404,11 @@ def test_settings_of_a_model_change_with_what_decides_its_answers(bundled):
         changed = ModelPredictor(model, processor).settings
         weight.view(-1)[0] -= 1
     assert {name for name in before if before[name] != changed[name]} == {"weights"}
+    with torch.no_grad():  # the same numbers in other places
+        model.codebook.weight.copy_(model.codebook.weight.flip(0))
+        changed = ModelPredictor(model, processor).settings
+        model.codebook.weight.copy_(model.codebook.weight.flip(0))
+    assert {name for name in before if before[name] != changed[name]} == {"weights"}
+    assert ModelPredictor(model, processor).settings == before
     with pytest.raises(ValueError, match="greedily"):
         ModelPredictor(model, processor, do_sample=True)

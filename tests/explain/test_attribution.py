@@ -14,7 +14,7 @@ from segcompass_hf import (
     SparseConcepts,
     bundled_checkpoint,
 )
-from segcompass_hf.data import scenes
+from segcompass_hf.data import decode_mask, scenes
 from segcompass_hf.explain import attribute, explain, mask_to_rle
 from segcompass_hf.explain.attribution import FAINT, _levels, _Scalars
 from segcompass_hf.explain.faithfulness import (
@@ -210,6 +210,11 @@ def test_explain_the_bundled_checkpoint(bundled):
     assert kinds == {"special", "question", "image", "reasoning", "reference"}
     plain = json.loads(json.dumps(explanation.to_dict()))
     assert plain["masks"][0]["mask"] == mask_to_rle(explanation.masks[0].mask)
+    for written, mask in zip(plain["masks"], explanation.masks, strict=True):  # the package reads what it writes
+        assert np.array_equal(decode_mask(written["mask"]), mask.mask)
+        for concept, meant in zip(written["concepts"][:2], mask.concepts, strict=False):
+            changed = [decode_mask(rle) for rle in concept["ablation"]["masks"]]
+            assert np.array_equal(changed, meant.ablation.masks)
 
 
 def test_odd_answers_are_explained_too():

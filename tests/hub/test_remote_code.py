@@ -14,12 +14,13 @@ from PIL import Image
 from places import SUPPORT
 
 import segcompass_hf
-from segcompass_hf.evaluation.predictors.model import weights_digest
+from segcompass_hf.files import weights_digest
 from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, core_files, stage_checkpoint
 from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 
 SCRIPT = SUPPORT / "stranger.py"
-PROCESSORS_OWN = {"processing_segcompass.py", "vlm_processors_segcompass.py"}  # what the model does not import
+# What the model does not import.
+PROCESSORS_OWN = {"postprocessing_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py"}
 INSTRUCTION = "the largest red ring"
 
 

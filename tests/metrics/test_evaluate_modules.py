@@ -70,6 +70,32 @@ def test_every_form_of_masks(load):
     assert load().compute(predictions=predictions, references=references) == pytest.approx(EXPECTED)
 
 
+def test_uncompressed_run_lengths_and_one_name(load):
+    # Down the columns of 2: RIGHT is 1, 0, 1, 0, 0, 0; HALF is 1, 0, 0, 0, 0, 0.
+    right, half = {"size": [2, 3], "counts": [0, 1, 1, 1, 3]}, {"size": [2, 3], "counts": [0, 1, 5]}
+    metric = load()
+    assert metric.compute(predictions=[half], references=[RIGHT], metrics="gIoU") == {"gIoU": 0.5}
+    assert metric.compute(predictions=[[right, half]], references=[right], metrics=["cIoU"]) == {"cIoU": 1.0}
+    with pytest.raises(ValueError, match="sample 0 of the batch: the runs of the mask cover 5 pixels"):
+        metric.add_batch(predictions=[{"size": [2, 3], "counts": [0, 5]}], references=[RIGHT])
+
+
+def test_tensors(load):
+    torch = pytest.importorskip("torch")
+    predictions = [torch.tensor(HALF, dtype=torch.bfloat16), torch.tensor(RIGHT.astype(float), requires_grad=True)]
+    assert load().compute(predictions=predictions, references=[RIGHT, RIGHT], metrics="gIoU") == {"gIoU": 0.75}
+
+
+def test_a_target_that_is_ignored_as_a_whole_is_left_out(load):
+    metric = load()
+    metric.add(prediction=EMPTY, reference=HALF, ignore=RIGHT, group="hidden")
+    metric.add(prediction=HALF, reference=RIGHT, group="seen")
+    result = metric.compute(intervals=True)
+    assert result["gIoU"] == result["cIoU"] == 0.5 and result["T-acc"] == result["N-acc"] == 1.0
+    assert [result["intervals"][name]["num_samples"] for name in ("gIoU", "N-acc", "T-acc")] == [1, 0, 1]
+    assert result["by_group"]["hidden"]["gIoU"]["num_samples"] == 0
+
+
 def test_ignored_pixels_intervals_and_groups(load):
     metric = load(keep_in_memory=True)
     everything_else = ~HALF

@@ -1,9 +1,11 @@
 """Metrics against values derived by hand, an independent pixel loop, and the original's bookkeeping."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from places import FIXTURES
@@ -69,6 +71,53 @@ def test_ignored_pixels_count_nowhere():
     assert metrics == {"gIoU": 0.75, "cIoU": 0.5, "N-acc": 1.0, "T-acc": 1.0}
     # A prediction wholly inside the ignored area is no prediction.
     assert segmentation_metrics([mask("...", "#..")], [EMPTY], [ignore])["N-acc"] == 1.0
+
+
+def test_a_target_that_is_ignored_as_a_whole_is_left_out():
+    target, ignore = mask("##.", "..."), mask("###", "...")
+    # The answer is right, wrong or missing: none of it counts, and the sample is not one "without target".
+    for prediction in (target, mask("...", "##."), EMPTY):
+        score = score_sample(prediction, target, ignore)
+        assert score.left_out and score.target_pixels == 0
+        scores = [score, SampleScore(1, 2, 2, 1), SampleScore(0, 0, 0, 0)]
+        assert metrics_of_scores(scores) == {"gIoU": 0.75, "cIoU": 0.5, "N-acc": 1.0, "T-acc": 1.0}
+        assert [num_bearing_samples(scores, name) for name in METRIC_NAMES] == [2, 2, 1, 1]
+        assert bootstrap_intervals(scores) == bootstrap_intervals(scores[1:])
+    assert pickle.loads(pickle.dumps(score)).left_out  # from another process
+    # One pixel of the target is left: it counts. No target at all, and everything ignored: rightly nothing.
+    assert score_sample(EMPTY, mask("##.", "..."), mask("#.#", "###")) == (0, 1, 0, 1)
+    assert not score_sample(EMPTY, EMPTY, ~EMPTY).left_out
+    # Alone it bears on nothing: every figure says 1 and stands on no sample.
+    figures = metrics_with_intervals([score])
+    assert {(f["value"], f["low"], f["high"], f["num_samples"]) for f in figures.values()} == {(1.0, 0.0, 1.0, 0)}
+    accumulator = SegmentationAccumulator()
+    accumulator.update(EMPTY, target, ignore)
+    accumulator.update(target, target, None)
+    assert accumulator.compute()["N-acc"] == accumulator.compute()["gIoU"] == 1.0
+    assert segmentation_metrics([EMPTY, EMPTY], [target, EMPTY], [ignore, None])["gIoU"] == 1.0
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "int64", "float16", "bfloat16", "float32", "float64"])
+def test_tensors_of_every_dtype(dtype):
+    prediction = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=getattr(torch, dtype))
+    prediction = prediction.requires_grad_() if prediction.is_floating_point() else prediction
+    target = mask("#..", "...")
+    assert score_sample(prediction, target) == (1, 2, 2, 1) and score_sample(target, prediction) == (1, 2, 1, 2)
+    assert score_sample([prediction, prediction], target) == (1, 2, 2, 1)  # a list of tensors
+    assert score_sample(target, target, prediction[None]).left_out
+    if prediction.is_floating_point():
+        with pytest.raises(ValueError, match="values other than 0 and 1"):
+            score_sample(prediction * 3, target)
+
+
+def test_one_name_is_as_good_as_a_list_of_one():
+    scores = [SampleScore(1, 2, 2, 1), SampleScore(1, 1, 1, 1)]
+    assert metrics_of_scores(scores, "gIoU") == metrics_of_scores(scores, ["gIoU"]) == {"gIoU": 0.75}
+    assert bootstrap_intervals(scores, names="cIoU") == bootstrap_intervals(scores, names=("cIoU",))
+    assert list(metrics_with_intervals(scores, "precision@0.5")) == ["precision@0.5"]
+    assert breakdown(scores, "ab", names="gIoU")["a"]["gIoU"]["value"] == 0.5
+    with pytest.raises(ValueError, match="'giou' is no metric"):
+        metrics_of_scores(scores, "giou")
 
 
 def test_masks_as_numbers():
@@ -282,11 +331,12 @@ def test_ignoring_is_erasing_from_both(rows):
 @given(samples, st.integers(0, 3))
 def test_right_silence_raises_giou_and_leaves_ciou(rows, num_silent):
     """An empty prediction for an empty target counts 1 for gIoU and nothing for cIoU, however many there are."""
-    scores = [score_sample(*row) for row in rows]
+    scores = [score for row in rows if not (score := score_sample(*row)).left_out]
+    assume(scores)
     whole, more = (
         metrics_of_scores(scores + [score_sample([], EMPTY)] * n, ALL_METRIC_NAMES) for n in (0, num_silent)
     )
-    assert more["gIoU"] == pytest.approx((whole["gIoU"] * len(rows) + num_silent) / (len(rows) + num_silent))
+    assert more["gIoU"] == pytest.approx((whole["gIoU"] * len(scores) + num_silent) / (len(scores) + num_silent))
     for name in ("T-acc", *PRECISION_NAMES):
         assert more[name] == whole[name]
     assert more["cIoU"] == whole["cIoU"] and more["N-acc"] >= whole["N-acc"] - 1e-12
@@ -297,10 +347,10 @@ def test_right_silence_raises_giou_and_leaves_ciou(rows, num_silent):
 def test_perfect_predictions_score_one_and_swapping_keeps_the_iou(rows):
     predictions, references, ignore = map(list, zip(*rows, strict=True))
     assert segmentation_metrics(references, references, ignore) == dict.fromkeys(METRIC_NAMES, 1.0)
-    there, back = (
-        segmentation_metrics(predictions, references, ignore),
-        segmentation_metrics(references, predictions, ignore),
-    )
+    scores = [(score_sample(p, r, i), score_sample(r, p, i)) for p, r, i in rows]
+    judged = [pair for pair in scores if not (pair[0].left_out or pair[1].left_out)]
+    assume(judged)
+    there, back = map(metrics_of_scores, zip(*judged, strict=True))
     assert (there["gIoU"], there["cIoU"]) == (back["gIoU"], back["cIoU"])
 
 

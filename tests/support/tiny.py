@@ -314,6 +314,7 @@ def tiny_config(family: str = "llava", tie: bool = False, **overrides):
         "ref_token_id": ids("<REF_POS>"),
         "think_start_token_id": ids("<think>"),
         "think_end_token_id": ids("</think>"),
+        "duplicate_iou_threshold": 2.0,  # random weights draw much the same mask for every slot: none is left out
     }
     return SegCompassConfig(**(fields | overrides))
 

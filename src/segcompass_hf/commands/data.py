@@ -36,6 +36,11 @@ def add_parser(commands: Any) -> None:
     build.add_argument("--limit", type=positive, help="only the first so many rows of each SPEC (all; of Scenes 500)")
     build.add_argument("--license", help="a Hub identifier such as cc-by-4.0, or a file with the licence's text")
     build.add_argument("--name", help="title of the card (the folder's name)")
+    build.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read files outside of a SPEC's folder too, where its annotations or links lead there",
+    )
     build.add_argument("--shard-size", default="500MB", help="size of a file (%(default)s)")
     build.add_argument("--json", action="store_true", help="print the counts as JSON")
     build.set_defaults(run=_build)
@@ -51,8 +56,11 @@ def add_parser(commands: Any) -> None:
 def _build(args: argparse.Namespace) -> None:
     import datasets
 
-    from ..data.hosting.write import write_dataset
+    from ..data.hosting.write import check_split_name, write_dataset
 
+    if args.split is not None:
+        with user_errors("--split"):
+            check_split_name(args.split)
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     license = _license(args.license)
@@ -89,7 +97,7 @@ def _named_splits(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     origins = []
     for spec in args.specs:
         with user_errors(spec):
-            named = datasets_spec.load_dataset_of(spec, args.limit)
+            named = datasets_spec.load_dataset_of(spec, args.limit, args.allow_outside)
         split = args.split or named.split or _split_of_rows(named.dataset)
         joined = reports.setdefault(split, BuildReport())
         if named.report is not None:

@@ -36,6 +36,11 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dataset", help="what to evaluate on, see below")
+    parser.add_argument(
+        "--allow-outside",
+        action="store_true",
+        help="read files outside of the data set's folder too, where its annotations or links lead there",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--predictions", type=Path, metavar="FOLDER", help="masks of any other model, from a folder")
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         datasets.disable_progress_bars()
     processes, kind = _processes(), args.dataset.partition(":")[0]
     with user_errors(kind), processes.main_first():
-        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
+        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples, args.allow_outside)
     make_folder(args.output)
     predictor = _predictor(args, named, processes.device)
     if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
@@ -114,6 +119,8 @@ def run(args: argparse.Namespace) -> None:
 def _print_summary(summary: Any) -> None:
     figures, counts = summary.figures, summary.figures["counts"]
     samples = f"{counts['samples']} samples, {counts['no_target']} without target"
+    if counts["left_out"]:
+        samples += f", {counts['left_out']} left out, for all of their target is ignored"
     print(f"{figures['predictor']} on {figures['dataset']}: {samples}")
     kept = counts["samples"] - figures["timing"]["last_start"]["samples"]
     if kept:
@@ -121,6 +128,11 @@ def _print_summary(summary: Any) -> None:
     for name, figure in figures["metrics"].items():
         if figure["num_samples"]:
             print(f"  {name:14} {figure['value']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}]")
+    scores = figures["calibration"]
+    if scores is not None:
+        error, right = scores["expected_calibration_error"], scores["right"]
+        print(f"  scores: mean {scores['mean_score']:.3f}, right {right:.3f}, expected calibration error {error:.3f}")
+        print(f"  duplicates: {counts['duplicates']}, left out: {counts['duplicates_dropped']}")
     if counts["unreadable"]:
         print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
     print(f"{summary.output_dir}: {', '.join(figures['files'])}")

@@ -28,9 +28,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="print the explanation as JSON, masks as run lengths")
     parser.add_argument(
         "--target",
-        choices=("mask_logit", "slot_logit"),
+        choices=("mask_logit", "mask_contrast", "slot_logit"),
         default="mask_logit",
-        help="what to explain: where the mask is, or that there is one (%(default)s)",
+        help="what to explain: the mean logit inside the mask, that less the mean outside, or the slot's confidence "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--num-ablations",

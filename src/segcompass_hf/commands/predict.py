@@ -40,7 +40,7 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoning: str) -> dict[str, Any]:
-    """Post-processed answer of one image: `kept` (the slots above the model's threshold) and `every` (all slots)."""
+    """Post-processed answer of one image: `kept` (the slots that are its answer) and `every` (all slots)."""
     import torch
 
     with user_errors(), torch.no_grad():
@@ -51,7 +51,7 @@ def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoni
     sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
     return {
         "kept": processor.post_process_segmentation(segmentation, **sizes)[0],
-        "every": processor.post_process_segmentation(segmentation, **sizes, slot_logit_threshold=float("-inf"))[0],
+        "every": processor.post_process_slots(segmentation, **sizes)[0],
     }
 
 
@@ -88,6 +88,8 @@ def print_answer(answer: dict[str, Any], indent: str = "") -> None:
         print(f"{indent}nothing found (best slot {best:.2f})")
     for slot, score, mask in zip(kept["slots"], kept["scores"], kept["masks"], strict=True):
         print(f"{indent}slot {int(slot)}: score {float(score):.2f}, {int(mask.sum())} pixels")
+    for slot in kept["duplicates"]:
+        print(f"{indent}slot {slot}: left out, the same object as a better mask")
 
 
 def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, Any], output: Path | None) -> dict:
@@ -115,5 +117,6 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
         "text": kept["text"],
         "slot_scores": [float(score) for score in answer["every"]["scores"]],
         "segments": segments,
+        "duplicates": kept["duplicates"],  # slots left out: each the same object as a better one
         "figure": None if output is None else str(output),
     }

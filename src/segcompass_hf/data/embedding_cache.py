@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from ..files import free_space, json_digest, write_whole
+from ..files import free_space, json_digest, weights_digest, write_whole
 from ..images_segcompass import resized_size, to_rgb_image
 from .tensor_shards import DTYPES, TensorShards, check_dtype, gib
 
@@ -312,17 +312,9 @@ def _describe(model: Any, processor: Any) -> dict[str, Any]:
         "format": FORMAT,
         "encoder": type(encoder).__name__,
         "config": json.loads(json.dumps(config, default=str)),
-        "weights": _weights_digest(encoder),
+        "weights": weights_digest(encoder),
         "image_processor": json.loads(_processor_settings(processor)),
     }
-
-
-def _weights_digest(encoder: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _processor_settings(processor: Any) -> str:

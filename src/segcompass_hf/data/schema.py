@@ -67,8 +67,16 @@ def run_lengths(counts: bytes) -> np.ndarray:
     return runs
 
 
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """Decode one COCO RLE to a boolean array of shape `(height, width)`.
+def rle_runs(rle: dict[str, Any]) -> tuple[tuple[int, int], np.ndarray]:
+    """Size and runs of a COCO RLE in either form, which agree with each other.
+
+    Args:
+        rle (`dict`): `size`, [height, width] in pixels, and `counts`: a text or `bytes` (compressed), or the run
+            lengths as a list or an array (uncompressed).
+
+    Returns:
+        `tuple`: (height, width), and the lengths of the runs, background first, as `np.ndarray` of shape
+        `(num_runs,)`, int64.
 
     Raises:
         ValueError: It is none, or its runs do not cover the image.
@@ -77,16 +85,58 @@ def decode_mask(rle: dict[str, Any]) -> np.ndarray:
         raise ValueError(
             f"a mask is a COCO RLE with the keys 'size' and 'counts'; got {type(rle).__name__}: {rle!r:.80}."
         )
-    counts = rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"]
-    height, width = rle["size"]
-    runs = run_lengths(counts)
-    # pycocotools does not check this and leaves memory as it is behind the last run.
-    if (runs < 0).any() or runs.sum() != height * width:
+    size, counts = _whole_numbers(rle["size"]), rle["counts"]
+    if size is None or size.shape != (2,) or (size < 0).any():
+        raise ValueError(f"the size of an RLE is {rle['size']!r:.60}; expected [height, width] in whole pixels.")
+    if isinstance(counts, str):
+        if not counts.isascii():
+            raise ValueError(f"RLE counts hold {next(c for c in counts if not c.isascii())!a}, which is not ASCII.")
+        counts = counts.encode()
+    runs = run_lengths(counts) if isinstance(counts, bytes) else _whole_numbers(counts)
+    if runs is None:
+        raise ValueError(f"RLE counts are {rle['counts']!r:.60}; expected a text or a list of whole numbers.")
+    height, width = size.tolist()
+    # Numbers beyond the image are looked at one by one, for their sum may overflow.
+    if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(
-            f"the runs of the mask cover {runs.sum()} pixels, the shortest {runs.min(initial=0)}; expected {height} x "
-            f"{width} = {height * width} pixels in runs of 0 or more."
+            f"the runs of the mask cover {sum(runs.tolist())} pixels, the shortest {runs.min(initial=0)}; expected "
+            f"{height} x {width} = {height * width} pixels in runs of 0 or more."
         )
-    return _pycocotools().decode({"size": list(rle["size"]), "counts": counts}).astype(bool)
+    return (height, width), runs
+
+
+def _whole_numbers(values: Any) -> np.ndarray | None:
+    """A list of whole numbers, also such as 3.0, as int64 `(n,)`; `None` where it is none."""
+    try:
+        found = np.asarray(values) if len(values) else np.zeros(0, dtype=np.int64)
+    except (TypeError, ValueError):
+        return None
+    if found.ndim != 1 or found.dtype.kind not in "iuf" or (found != np.rint(found)).any():
+        return None
+    return found.astype(np.int64) if (np.abs(found) < 2**62).all() else None
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """Decode one COCO RLE, compressed or not (see [`rle_runs`]), to a boolean array of shape `(height, width)`.
+
+    Raises:
+        ValueError: It is none, or its runs do not cover the image.
+    """
+    return _painted(*rle_runs(rle))
+
+
+def _painted(size: tuple[int, int], runs: np.ndarray) -> np.ndarray:
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(size[::-1]).T  # COCO goes down the columns
+
+
+def compressed(rle: dict[str, Any]) -> dict[str, Any]:
+    """A COCO RLE in either form as the row schema stores it, with its counts as text.
+
+    Raises:
+        ValueError: An uncompressed one whose runs do not cover the image.
+    """
+    is_stored = isinstance(rle, dict) and isinstance(rle.get("counts"), str)
+    return rle if is_stored else encode_mask(decode_mask(rle))
 
 
 def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np.ndarray:
@@ -98,12 +148,19 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
 
     Returns:
         `np.ndarray` of shape `(num_objects, height, width)`, bool.
+
+    Raises:
+        ValueError: One is none, or of another size; says which.
     """
     masks = np.zeros((len(rles or []), *size), dtype=bool)
     for index, rle in enumerate(rles or []):
-        if tuple(rle["size"]) != tuple(size):
-            raise ValueError(f"mask {index} is {tuple(rle['size'])} but its image is {tuple(size)} (height, width).")
-        masks[index] = decode_mask(rle)
+        try:
+            own_size, runs = rle_runs(rle)
+        except ValueError as error:
+            raise ValueError(f"mask {index}: {error}") from error
+        if own_size != tuple(size):
+            raise ValueError(f"mask {index} is {own_size} but its image is {tuple(size)} (height, width).")
+        masks[index] = _painted(own_size, runs)
     return masks
 
 

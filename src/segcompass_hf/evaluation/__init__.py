@@ -17,6 +17,7 @@ _EXPORTS = {
     "predictors.external": ("FolderPredictor", "prediction_file_name"),
     "prediction": ("Prediction", "Predictor"),
     "predictors.model": ("ModelPredictor",),
+    "calibration": ("calibrate", "fit_calibration"),
     "comparison": ("compare_runs",),
     "datasets_spec": ("load_dataset_of",),
     "records": ("read_samples",),

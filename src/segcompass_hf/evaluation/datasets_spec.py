@@ -52,12 +52,14 @@ class NamedDataset:
         return notes
 
 
-def load_dataset_of(spec: str, num_samples: int | None = None) -> NamedDataset:
+def load_dataset_of(spec: str, num_samples: int | None = None, allow_outside: bool = False) -> NamedDataset:
     """Build or load what a specification names.
 
     Args:
         spec (`str`): Such as `"scenes:val"`; see `describe_known`.
         num_samples (`int`, *optional*): How many rows are wanted. Only Scenes needs to know; others are whole.
+        allow_outside (`bool`, *optional*, defaults to `False`): Read files outside of the data set's folder as well,
+            where its annotations, paths in its rows or links lead there.
 
     Raises:
         DatasetSpecError: it is not known, or has too few or too many arguments; with what is known.
@@ -67,14 +69,14 @@ def load_dataset_of(spec: str, num_samples: int | None = None) -> NamedDataset:
     if kind not in _KINDS:
         if not _is_path_or_id(spec):
             raise DatasetSpecError(f"there is no data set {spec!r}. Known are: {describe_known('; ')}.")
-        return _stored(spec)
+        return _stored(spec, allow_outside)
     loader, usage = _KINDS[kind]
     arguments = rest.split(":") if colon else []
-    places = list(inspect.signature(loader).parameters.values())[2:]
+    places = list(inspect.signature(loader).parameters.values())[3:]
     needed = sum(place.default is inspect.Parameter.empty for place in places)
     if not needed <= len(arguments) <= len(places) or not all(arguments[:needed]):
         raise DatasetSpecError(f"{spec!r} has {len(arguments)} arguments; expected {usage}.")
-    return loader(kind, num_samples, *arguments)
+    return loader(kind, num_samples, allow_outside, *arguments)
 
 
 def describe_known(separator: str = "\n") -> str:
@@ -82,7 +84,7 @@ def describe_known(separator: str = "\n") -> str:
     return separator.join(dict.fromkeys([*(usage for _, usage in _KINDS.values()), *_STORED_USAGES]))
 
 
-def _scenes(kind: str, num_samples: int | None, split: str, seed: str = "0") -> NamedDataset:
+def _scenes(kind: str, num_samples: int | None, _: bool, split: str, seed: str = "0") -> NamedDataset:
     from ..data import scenes
 
     if split not in scenes.SPLITS:
@@ -93,51 +95,57 @@ def _scenes(kind: str, num_samples: int | None, split: str, seed: str = "0") -> 
     return NamedDataset(scenes.build(split, num_samples or SCENES_SAMPLES, int(seed)), name, kind, split)
 
 
-def _refcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "") -> NamedDataset:
+def _refcoco(
+    kind: str, _: int | None, out: bool, root: str, images: str, split: str, split_by: str = ""
+) -> NamedDataset:
     from ..data.builders.refer import build_refcoco
 
     split_by, report = split_by or ("umd" if kind == "refcocog" else "unc"), BuildReport()
-    dataset = build_refcoco(root, images, kind, split_by, split, report=report)
+    dataset = build_refcoco(root, images, kind, split_by, split, report=report, allow_outside=out)
     return NamedDataset(dataset, f"{kind} {split_by} {split}", kind, split, report)
 
 
-def _grefcoco(kind: str, _: int | None, root: str, images: str, split: str, split_by: str = "unc") -> NamedDataset:
+def _grefcoco(
+    kind: str, _: int | None, out: bool, root: str, images: str, split: str, split_by: str = "unc"
+) -> NamedDataset:
     from ..data.builders.refer import build_grefcoco
 
     report = BuildReport()
-    dataset = build_grefcoco(root, images, split_by, split, report=report)
+    dataset = build_grefcoco(root, images, split_by, split, report=report, allow_outside=out)
     return NamedDataset(dataset, f"{kind} {split_by} {split}", kind, split, report)
 
 
-def _reasonseg(kind: str, _: int | None, root: str, split: str = "test") -> NamedDataset:
+def _reasonseg(kind: str, _: int | None, out: bool, root: str, split: str = "test") -> NamedDataset:
     from ..data.builders.reasonseg import build_reasonseg
 
     report = BuildReport()
-    return NamedDataset(build_reasonseg(root, split, report=report), f"{kind} {split}", kind, split, report)
+    dataset = build_reasonseg(root, split, report=report, allow_outside=out)
+    return NamedDataset(dataset, f"{kind} {split}", kind, split, report)
 
 
-def _hosted(kind: str, _: int | None, path_or_id: str, split: str = "test") -> NamedDataset:
+def _hosted(kind: str, _: int | None, out: bool, path_or_id: str, split: str = "test") -> NamedDataset:
     from ..data.builders.hosted import from_hosted_reasonseg
 
     report = BuildReport()
-    dataset = from_hosted_reasonseg(path_or_id, split, report=report)
+    dataset = from_hosted_reasonseg(path_or_id, split, report=report, allow_outside=out)
     name = Path(path_or_id).name
     return NamedDataset(dataset, f"{name} {split}", name if os.path.exists(path_or_id) else path_or_id, split, report)
 
 
-def _folder(kind: str, _: int | None, root: str, annotations: str = "", split: str = "") -> NamedDataset:
+def _folder(kind: str, _: int | None, out: bool, root: str, annotations: str = "", split: str = "") -> NamedDataset:
     from ..data.builders.folder import build_folder
 
     report = BuildReport()
-    dataset = build_folder(root, annotations or None, split=split or "test", report=report)
+    dataset = build_folder(root, annotations or None, split or "test", report, allow_outside=out)
     return NamedDataset(dataset, f"{Path(root).resolve().name} {split}".strip(), kind, split or None, report)
 
 
-def _coco(kind: str, _: int | None, annotations: str, images: str) -> NamedDataset:
+def _coco(kind: str, _: int | None, out: bool, annotations: str, images: str) -> NamedDataset:
     from ..data.builders.coco import build_coco
 
     report = BuildReport()
-    return NamedDataset(build_coco(annotations, images, report=report), Path(annotations).stem, kind, None, report)
+    dataset = build_coco(annotations, images, report=report, allow_outside=out)
+    return NamedDataset(dataset, Path(annotations).stem, kind, None, report)
 
 
 _REFER_USAGE = "refcoco|refcoco+|refcocog|grefcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]"
@@ -160,9 +168,11 @@ def _is_path_or_id(spec: str) -> bool:
     return os.path.exists(path) or re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
 
 
-def _stored(spec: str) -> NamedDataset:
+def _stored(spec: str, allow_outside: bool) -> NamedDataset:
     """A data set in the row schema, from a disk or the Hub."""
     import datasets
+
+    from ..data.builders.stored import rows_inside
 
     path, _, split = spec.partition(":")
     try:
@@ -177,8 +187,22 @@ def _stored(spec: str) -> NamedDataset:
             wanted = f"there is no split {split!r} in" if split else "name a split of"
             raise DatasetSpecError(f"{wanted} {path!r}: {', '.join(f'{path}:{name}' for name in loaded)}.")
         loaded = loaded[split]
+    report = BuildReport()
+    if not allow_outside:
+        loaded = rows_inside(loaded, _own_folders(path), report)
     name = Path(path).resolve().name if os.path.exists(path) else path
-    return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None)
+    return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None, report if report.problems else None)
+
+
+def _own_folders(path: str) -> list[str]:
+    """Where the files of a data set lie: its folder, or what the caches hold of it where it is of the Hub."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if os.path.exists(path):
+        return [path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))]
+    repository = os.path.join(HF_HUB_CACHE, f"datasets--{path.replace('/', '--')}")
+    return [repository, str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _load_stored(path: str) -> Any:

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..metrics.breakdown import breakdown, metrics_with_intervals
+from ..metrics.calibration import calibration_figures
 from .environment import commit, device, versions
 from .records import score_of
 
@@ -24,7 +25,8 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
 
     Returns:
         `dict`: `run`'s entries; `counts`; `metrics` (per name `value`, `low`, `high` in [0, 1] and `num_samples`, the
-        samples that bear on it); `by_source` and `by_kind` (per group the same); `unreadable`; `timing`, `date`,
+        samples that bear on it); `calibration` of the masks' scores, see [`calibration_figures`] (`None` without
+        scores); `by_source` and `by_kind` (per group the same); `unreadable`; `timing`, `date`,
         `versions`, `commit` and `device`.
     """
     seconds = sum(record["seconds"] for record in records)
@@ -34,6 +36,7 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
         **run,
         "counts": _counts(records),
         "metrics": metrics_with_intervals(scores),
+        "calibration": _calibration(records),
         "by_source": breakdown(scores, groups["source"]),
         "by_kind": breakdown(scores, groups["kind"]),
         "unreadable": [
@@ -54,10 +57,23 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
 
 
 def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
+    judged = [record for record in records if not record["left_out"]]
     return {
         "samples": len(records),
-        "no_target": sum(record["target_pixels"] == 0 for record in records),
+        "left_out": len(records) - len(judged),  # all of their target is ignored
+        "no_target": sum(record["target_pixels"] == 0 for record in judged),
         "several_objects": sum((record["num_targets"] or 0) > 1 for record in records),
-        "empty_predictions": sum(record["predicted_pixels"] == 0 for record in records),
+        "empty_predictions": sum(record["predicted_pixels"] == 0 for record in judged),
         "unreadable": sum(record["problem"] is not None for record in records),
+        "duplicates": sum(record.get("duplicates", 0) for record in records),
+        "duplicates_dropped": sum(record.get("duplicates_dropped", 0) for record in records),
     }
+
+
+def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the records whose masks have scores in [0, 1]."""
+    scored = [record for record in records if record["scores"] and "mask_ious" in record]
+    scores = [score for record in scored for score in record["scores"]]
+    if any(not 0 <= score <= 1 for score in scores):
+        return None  # another model's, on a scale of its own
+    return calibration_figures(scores, [iou for record in scored for iou in record["mask_ious"]])

@@ -69,11 +69,13 @@ def samples_page(
 def worst_and_best(
     records: Sequence[dict[str, Any]], num_samples: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The samples of lowest and of highest IoU, no sample in both; ties in the order of the data set.
+    """The samples of lowest and of highest IoU, no sample in both; ties in the order of the data set. None is left out
+    of the metrics.
 
     Among the best, samples with a target come first: a right "nothing there" shows little.
     """
-    ordered = sorted(records, key=lambda record: (score_of(record).iou, record["index"]))
+    judged = [record for record in records if not score_of(record).left_out]
+    ordered = sorted(judged, key=lambda record: (score_of(record).iou, record["index"]))
     worst = ordered[: min(num_samples, (len(ordered) + 1) // 2)]
     others = ordered[len(worst) :]
     others.sort(key=lambda record: (record["target_pixels"] == 0, -score_of(record).iou, record["index"]))

@@ -37,7 +37,7 @@ def draw_plots(output_dir: Path, figures: dict[str, Any], records: Sequence[dict
 
 
 def iou_histogram(records: Sequence[dict[str, Any]], num_bins: int = 20) -> tuple[np.ndarray, np.ndarray]:
-    """Samples per bin of IoU, bins of equal width over [0, 1], the last one with its upper end.
+    """Samples per bin of IoU, bins of equal width over [0, 1], the last one with its upper end; none that is left out.
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: of samples with and without target, `(num_bins,)` each.
@@ -45,6 +45,8 @@ def iou_histogram(records: Sequence[dict[str, Any]], num_bins: int = 20) -> tupl
     counts = np.zeros((2, num_bins), dtype=int)
     for record in records:
         score = score_of(record)
+        if score.left_out:
+            continue
         # Integers, for 3 / 5 * 20 is a little less than 12.
         place = score.intersection * num_bins // score.union if score.union else num_bins
         counts[int(score.target_pixels == 0), min(place, num_bins - 1)] += 1

@@ -19,12 +19,15 @@ class Prediction:
         scores (`list[float]`): One per mask, in [0, 1]; empty where the predictor has none.
         reasoning (`str`, *optional*): What the model thought.
         text (`str`, *optional*): The whole answer in words.
+        duplicates_dropped (`int`, defaults to 0): Masks that the predictor left out, since each showed the same object
+            as a better one.
     """
 
     masks: np.ndarray
     scores: list[float] = field(default_factory=list)
     reasoning: str | None = None
     text: str | None = None
+    duplicates_dropped: int = 0
 
     def __post_init__(self):
         self.masks = np.asarray(self.masks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers.utils import logging
 
 from ..data.schema import encode_mask
 from ..files import write_whole
-from ..metrics.segmentation import SampleScore, score_sample
+from ..metrics.calibration import best_ious, count_duplicates
+from ..metrics.segmentation import LeftOutScore, SampleScore, score_sample
 from .prediction import Prediction
 from .rows import EvaluationRow
 
@@ -23,6 +25,8 @@ logger = logging.get_logger(__name__)
 SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data set
 RECORDS_FOLDER = "records"  # of a run under way: a file per process
 _COUNTS = SampleScore._fields
+CHECKSUM = "crc32"  # of a line's other values: a digit that has changed since makes no figure
+_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
 _SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
 
 
@@ -35,8 +39,9 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
 
     Returns:
         `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
-        four counts of `SampleScore`, `scores` and COCO RLE `masks` of the prediction, `reasoning`, `text`, and
-        `problem`, which is `None` here.
+        counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `mask_ious` (of each
+        mask with the target that it overlaps most), `duplicates` (masks whose IoU with one of the prediction's before
+        them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, and `problem`, which is `None` here.
 
     Raises:
         ValueError: the masks do not have the size of the image.
@@ -47,9 +52,15 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         raise ValueError(f"row {row.index} ({row.sample_id!r}): {error}") from error
     return {
         **_described(row),
-        **score._asdict(),
+        **_counted(score),
         "scores": [round(float(value), _SCORE_DIGITS) for value in prediction.scores],
         "masks": [encode_mask(mask) for mask in prediction.masks],
+        "mask_ious": [
+            None if iou is None else round(iou, _SCORE_DIGITS)
+            for iou in best_ious(prediction.masks, row.targets, row.ignore)
+        ],
+        "duplicates": count_duplicates(prediction.masks),
+        "duplicates_dropped": prediction.duplicates_dropped,
         "reasoning": prediction.reasoning,
         "text": prediction.text,
         "problem": None,
@@ -65,8 +76,9 @@ def failed_record(row: EvaluationRow) -> dict[str, Any]:
     target = 0 if row.targets is None else int(np.count_nonzero(row.targets.any(axis=0)))
     nothing_meant = row.targets is not None and not target
     score = SampleScore(0, 1, 1, 0) if nothing_meant else SampleScore(0, max(target, 1), 0, max(target, 1))
-    empty = {"scores": [], "masks": [], "reasoning": None, "text": None}
-    return {**_described(row), **score._asdict(), **empty, "problem": row.problem}
+    empty = {"scores": [], "masks": [], "mask_ious": [], "duplicates": 0, "duplicates_dropped": 0}
+    empty |= {"reasoning": None, "text": None}
+    return {**_described(row), **_counted(score), **empty, "problem": row.problem}
 
 
 def _described(row: EvaluationRow) -> dict[str, Any]:
@@ -75,9 +87,14 @@ def _described(row: EvaluationRow) -> dict[str, Any]:
     return {"index": row.index, **columns, "num_targets": num_targets}
 
 
+def _counted(score: SampleScore) -> dict[str, Any]:
+    return score._asdict() | {"left_out": score.left_out}
+
+
 def score_of(record: dict[str, Any]) -> SampleScore:
-    """The pixel counts of a record."""
-    return SampleScore(*(record[name] for name in _COUNTS))
+    """The pixel counts of a record; those of older versions leave no sample out."""
+    kind = LeftOutScore if record.get("left_out") else SampleScore
+    return kind(*(record[name] for name in _COUNTS))
 
 
 class RecordWriter:
@@ -86,7 +103,7 @@ class RecordWriter:
     def __init__(self, output_dir: Path, process_index: int):
         folder = output_dir / RECORDS_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / f"process-{process_index:05d}.jsonl", "a", encoding="utf-8")
+        self._file = open(folder / f"process-{process_index:05d}.jsonl", "a", **_TEXT)
 
     def append(self, records: Iterable[dict[str, Any]], seconds: float) -> None:
         """Add a batch that took `seconds`, which are shared out to its records."""
@@ -120,26 +137,41 @@ def repair_records(output_dir: Path) -> None:
 
 
 def read_records(output_dir: Path) -> dict[int, dict[str, Any]]:
-    """Records of all processes by index; of one written twice, the first. Lines that are no record are left out."""
+    """Records of all processes by index; of one written twice, the first. Lines that are no record, or not as they
+    were written, are left out."""
     records: dict[int, dict[str, Any]] = {}
     for path in record_files(output_dir):
         with open(path, encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):
-                record = _parsed(line)
+                record = _parsed(line, needs_checksum=True)
                 if record is None:
-                    logger.warning(f"{path}, line {number} is no record; its batch is evaluated again.")
+                    logger.warning(f"{path}, line {number} is damaged or no record; its batch is evaluated again.")
                 else:
                     records.setdefault(record["index"], record)
     return records
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: str, needs_checksum: bool) -> dict[str, Any] | None:
+    """The record of a line; `None` where it is none, or not as it was written."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(record, dict) and all(isinstance(record.get(name), int) for name in ("index", *_COUNTS))
-    return record if whole else None
+    if not isinstance(record, dict) or (needs_checksum and CHECKSUM not in record) or not is_as_written(record):
+        return None
+    record.pop(CHECKSUM, None)
+    return record
+
+
+def is_as_written(record: dict[str, Any]) -> bool:
+    """Whether a record agrees with its checksum; older versions wrote none, and they count as they are."""
+    return CHECKSUM not in record or record[CHECKSUM] == _checksum(record)
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    """CRC-32 of a record's values, 8 hexadecimal digits."""
+    values = {name: value for name, value in record.items() if name != CHECKSUM}
+    return f"{zlib.crc32(json.dumps(values).encode()):08x}"
 
 
 def write_samples(output_dir: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -153,13 +185,22 @@ def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder holds no finished run.
+        ValueError: a line is no record, or not as it was written.
     """
     path = Path(output_dir) / SAMPLES_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{os.fspath(output_dir)!r} holds no finished evaluation: there is no {SAMPLES_FILE}.")
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    records = []
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            records.append(_parsed(line, needs_checksum=False))
+            if records[-1] is None:
+                raise ValueError(
+                    f"{path}, line {number} is damaged or no record; run the same evaluation again, which writes the "
+                    "file anew from what is there."
+                )
+    return records
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(record | {CHECKSUM: _checksum(record)}, ensure_ascii=False, allow_nan=False) + "\n"

@@ -81,7 +81,10 @@ def markdown(figures: dict[str, Any]) -> str:
         _table(groups),
         f"{counts['samples']} samples, {counts['no_target']} without target, {counts['several_objects']} with several "
         f"objects; {counts['empty_predictions']} empty predictions.",
+        *calibration_lines(figures),
     ]
+    if counts["left_out"]:
+        parts.append(f"{counts['left_out']} samples have no part in the metrics, for all of their target is ignored.")
     if figures["unreadable"]:
         lines = [f"- {row['index']} `{row['sample_id']}`: {row['problem']}" for row in figures["unreadable"]]
         parts.append(f"{len(lines)} samples are unreadable and count as failures:\n\n" + "\n".join(lines))
@@ -99,6 +102,21 @@ def markdown(figures: dict[str, Any]) -> str:
     )
     parts.append("Settings\n\n```json\n" + json.dumps(settings, indent=1) + "\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def calibration_lines(figures: dict[str, Any]) -> list[str]:
+    """What the scores of masks are worth and how many masks are double, in sentences; `[]` where no mask has one."""
+    scores, counts = figures.get("calibration"), figures["counts"]
+    if scores is None:
+        return []
+    ranking = "" if scores["ranking"] is None else f", area under the ROC curve {scores['ranking']:.3f}"
+    return [
+        f"Scores of {scores['num_masks']} masks: mean {scores['mean_score']:.3f}, {scores['right']:.3f} of the masks "
+        f"right (IoU of {scores['right_iou']} or more with an object asked for), expected calibration error "
+        f"{scores['expected_calibration_error']:.3f} ({scores['num_bins']} bins of equal width){ranking}. "
+        f"{counts['duplicates']} masks show an object that another mask of the answer shows; "
+        f"{counts['duplicates_dropped']} such masks were left out."
+    ]
 
 
 def _table(groups: dict[str, dict[str, dict[str, float]]]) -> str:

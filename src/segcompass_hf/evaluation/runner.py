@@ -167,7 +167,7 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
         for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
-        _check_settings(output_dir, json.loads(run_file.read_text(encoding="utf-8")), settings)
+        _check_settings(output_dir, _settings_before(run_file), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -177,6 +177,19 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if known:
         logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
     return known
+
+
+def _settings_before(run_file: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(run_file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        settings = f"no json ({error})"
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{os.fspath(run_file)!r} is damaged: it holds {settings!r:.100}; expected the settings of a run. Choose "
+            "another folder, or drop its results with resume=False (--restart)."
+        )
+    return settings
 
 
 def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -28,9 +28,10 @@ class Answer:
     Attributes:
         captured ([`CapturedSegmentation`]): Concepts, states and logits.
         replay ([`Replay`]): Makes masks from other concepts.
-        slots (`list[int]`): Slots the model keeps; the strongest alone where it keeps none (`kept` is then `False`).
+        slots (`list[int]`): Slots the model answers with; the strongest alone where there are none (`kept` is then
+            `False`).
         masks (`np.ndarray` of shape `(len(slots), H, W)`): bool, at the image's size.
-        scores (`np.ndarray` of shape `(K,)`): Confidence of every slot, in [0, 1].
+        scores (`np.ndarray` of shape `(K,)`): Score of every slot, in [0, 1].
     """
 
     def __init__(
@@ -53,14 +54,17 @@ class Answer:
         self.segment_kwargs = {"reasoning": reasoning, **segment_kwargs}
         self.captured = capture(model, self.inputs, **self.segment_kwargs)[0]
         self.replay = Replay(model, self.captured)
-        self.slots, self.kept = self.captured.kept_slots, True
+        self._answer = processor.post_process_segmentation(
+            self.captured,
+            self.captured.original_sizes,
+            self.captured.reshaped_input_sizes,
+            output_heatmaps=False,
+        )[0]
+        self.slots, self.kept = self._answer["slots"].tolist(), True
         if not self.slots:
             self.slots, self.kept = [int(self.captured.slot_logits[0].argmax())], False
         self.masks = self.full_size(self.captured.pred_masks[0, self.slots]) > model.config.mask_logit_threshold
-        self.scores = self.captured.slot_logits[0].float().sigmoid().cpu().numpy()
-        self._answer = processor.post_process_segmentation(
-            self.captured, self.captured.original_sizes, self.captured.reshaped_input_sizes
-        )[0]
+        self.scores = self.captured.slot_scores[0].cpu().numpy()
 
     @property
     def reasoning(self) -> str:

@@ -88,8 +88,9 @@ def steer_many(answer: Answer, changes: Sequence[Any], *, true_masks: Any = None
     embeddings = torch.cat([answer.replay.embed_interventions(change) for change in changes])
     output = answer.replay.run(embeddings, answer.slots)
     truths = match_truth(answer, true_masks)
+    surprisal = answer.captured.reasoning_surprisal  # what the VLM wrote stays
     return [
-        _tested(answer, change, masks, logits, truths)
+        _tested(answer, change, masks, logits[answer.slots], surprisal, truths)
         for change, masks, logits in zip(changes, output.pred_masks, output.slot_logits, strict=True)
     ]
 
@@ -113,16 +114,24 @@ def match_truth(answer: Answer, true_masks: Any) -> list[np.ndarray] | None:
 
 
 def _tested(
-    answer: Answer, items: list[ConceptIntervention], pred_masks: torch.Tensor, slot_logits: torch.Tensor, truths: Any
+    answer: Answer,
+    items: list[ConceptIntervention],
+    pred_masks: torch.Tensor,
+    slot_logits: torch.Tensor,
+    reasoning_surprisal: torch.Tensor,
+    truths: Any,
 ) -> Ablation:
-    """The difference between the answer and changed logits, `(len(slots), 4h, 4w)` and `(K,)`."""
+    """The difference between the answer and changed logits of its slots, `(slots, 4h, 4w)` and `(slots,)`."""
     masks = answer.full_size(pred_masks) > answer.model.config.mask_logit_threshold
-    scores = slot_logits.float().sigmoid().cpu().numpy()
+    sizes = answer.captured.reshaped_input_sizes
+    scores = answer.model.score_slots(slot_logits[None], pred_masks[None], reasoning_surprisal, sizes)[0]
     return Ablation(
         features=tuple(dict.fromkeys(item.feature for item in items)),
         masks=list(masks),
         iou=[mask_iou(*pair) for pair in zip(answer.masks, masks, strict=True)],
-        score_change=[float(scores[slot] - answer.scores[slot]) for slot in answer.slots],
+        score_change=[
+            after - float(answer.scores[slot]) for slot, after in zip(answer.slots, scores.tolist(), strict=True)
+        ],
         iou_to_truth=None if truths is None else [mask_iou(*pair) for pair in zip(truths, masks, strict=True)],
     )
 
@@ -133,9 +142,8 @@ def _answer_anew(answer: Answer, items: list[ConceptIntervention], true_masks: A
     before = normalize_interventions(answer.segment_kwargs.get("interventions"))
     kwargs = answer.segment_kwargs | {"interventions": before + items}
     output = answer.model.segment(**answer.inputs, **kwargs)
-    tested = _tested(
-        answer, items, output.pred_masks[0, answer.slots], output.slot_logits[0], match_truth(answer, true_masks)
-    )
+    maps = output.pred_masks[0, answer.slots], output.slot_logits[0, answer.slots]
+    tested = _tested(answer, items, *maps, output.reasoning_surprisal, match_truth(answer, true_masks))
     sizes = answer.captured.original_sizes, answer.captured.reshaped_input_sizes
     tested.reasoning = answer.processor.post_process_segmentation(output, *sizes)[0]["reasoning"]
     return tested

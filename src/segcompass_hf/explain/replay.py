@@ -32,8 +32,9 @@ class CapturedSegmentation:
         reference_states (`torch.Tensor` of shape `(1, K, hidden_size)`): Last states at the `<REF_POS>` tokens.
         image_embeddings (`torch.Tensor` of shape `(1, channels, h, w)`): SAM features.
         heatmap_logits, pred_masks (`torch.Tensor` of shape `(1, K, 4h, 4w)`): As `segment` gave them.
-        slot_logits (`torch.Tensor` of shape `(1, K)`): As `segment` gave them.
-        slot_logit_threshold (`float`): Slots above it are kept.
+        slot_logits, slot_scores (`torch.Tensor` of shape `(1, K)`): As `segment` gave them.
+        reasoning_surprisal (`torch.Tensor` of shape `(1,)`): As `segment` gave it.
+        slot_logit_threshold, mask_logit_threshold, duplicate_iou_threshold (`float`): The model's own.
         reshaped_input_sizes, original_sizes (`torch.LongTensor` of shape `(1, 2)`): (height, width) on SAM's canvas
             (`None`: the whole canvas is image) and of the image.
     """
@@ -47,13 +48,17 @@ class CapturedSegmentation:
     heatmap_logits: torch.Tensor
     pred_masks: torch.Tensor
     slot_logits: torch.Tensor
+    slot_scores: torch.Tensor
+    reasoning_surprisal: torch.Tensor
     slot_logit_threshold: float
+    mask_logit_threshold: float
+    duplicate_iou_threshold: float
     reshaped_input_sizes: torch.Tensor | None = None
     original_sizes: torch.Tensor | None = None
 
     @property
     def kept_slots(self) -> list[int]:
-        """Slots that the model answers with."""
+        """Slots above the threshold; post-processing leaves out those among them that are empty or double."""
         return (self.slot_logits[0] > self.slot_logit_threshold).nonzero()[:, 0].tolist()
 
     @property
@@ -104,7 +109,11 @@ def _captured_row(model: Any, output: Any, row: int, sizes: dict[str, Any]) -> C
         heatmap_logits=output.heatmap_logits[one],
         pred_masks=output.pred_masks[one],
         slot_logits=output.slot_logits[one],
+        slot_scores=output.slot_scores[one],
+        reasoning_surprisal=output.reasoning_surprisal[one],
         slot_logit_threshold=output.slot_logit_threshold,
+        mask_logit_threshold=output.mask_logit_threshold,
+        duplicate_iou_threshold=output.duplicate_iou_threshold,
         **{name: None if size is None else size[one] for name, size in sizes.items()},
     )
 

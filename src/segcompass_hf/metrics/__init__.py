@@ -2,11 +2,13 @@
 """Metrics of referring and reasoning segmentation, as plain functions on numpy arrays and as an `evaluate` module."""
 
 from .breakdown import breakdown, metrics_with_intervals
+from .calibration import best_ious, calibration_figures, count_duplicates, expected_calibration_error, ranking
 from .evaluate_module import evaluate_module_path
 from .segmentation import (
     ALL_METRIC_NAMES,
     METRIC_NAMES,
     PRECISION_NAMES,
+    LeftOutScore,
     SampleScore,
     SegmentationAccumulator,
     bootstrap_intervals,
@@ -20,14 +22,20 @@ __all__ = [
     "ALL_METRIC_NAMES",
     "METRIC_NAMES",
     "PRECISION_NAMES",
+    "LeftOutScore",
     "SampleScore",
     "SegmentationAccumulator",
+    "best_ious",
     "bootstrap_intervals",
     "breakdown",
+    "calibration_figures",
+    "count_duplicates",
     "evaluate_module_path",
+    "expected_calibration_error",
     "metrics_of_scores",
     "metrics_with_intervals",
     "num_bearing_samples",
+    "ranking",
     "score_sample",
     "segmentation_metrics",
 ]

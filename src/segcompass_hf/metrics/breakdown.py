@@ -8,6 +8,7 @@ from .segmentation import (
     SampleScore,
     SegmentationAccumulator,
     bootstrap_intervals,
+    metric_names,
     metrics_of_scores,
     num_bearing_samples,
 )
@@ -15,7 +16,7 @@ from .segmentation import (
 
 def metrics_with_intervals(
     scores: Iterable[SampleScore],
-    names: Sequence[str] = ALL_METRIC_NAMES,
+    names: str | Sequence[str] = ALL_METRIC_NAMES,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
@@ -24,15 +25,15 @@ def metrics_with_intervals(
 
     Args:
         scores (iterable of `SampleScore`): At least one, for instance a `SegmentationAccumulator`.
-        names (`Sequence[str]`, *optional*): As for `metrics_of_scores`; gIoU, cIoU, N-acc, T-acc and precision at 0.5,
-            0.7 and 0.9 by default.
+        names (`str` or `Sequence[str]`, *optional*): As for `metrics_of_scores`; gIoU, cIoU, N-acc, T-acc and
+            precision at 0.5, 0.7 and 0.9 by default.
         confidence, num_resamples, seed: As for `bootstrap_intervals`.
 
     Returns:
         `dict[str, dict[str, float]]`: by name `value`, `low`, `high` in [0, 1], and `num_samples`, those that bear on
         it.
     """
-    scores = list(scores)
+    scores, names = list(scores), metric_names(names)
     values = metrics_of_scores(scores, names)
     intervals = bootstrap_intervals(scores, confidence, num_resamples, seed, names)
     return {

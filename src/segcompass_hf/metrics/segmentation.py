@@ -1,8 +1,9 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """gIoU, cIoU, N-acc, T-acc and precision at an IoU, with the definitions of GRES (Liu, Ding, Jiang, CVPR 2023).
 
-Every sample is reduced to four integers (`SampleScore`), from which all figures follow. Integers add up exactly, so
-results do not depend on the order of samples or on how they were spread over processes.
+Every sample is reduced to four integers (`SampleScore`), or left out where its whole target is ignored. From these
+all figures follow. Integers add up exactly, so results do not depend on the order of samples or on how they were
+spread over processes.
 """
 
 import math
@@ -26,10 +27,18 @@ class SampleScore(NamedTuple):
     predicted_pixels: int
     target_pixels: int
 
+    left_out = False  # whether no metric counts it
+
     @property
     def iou(self) -> float:
         """Intersection over union in [0, 1]; 1 where neither prediction nor target has a pixel."""
         return self.intersection / self.union if self.union else 1.0
+
+
+class LeftOutScore(SampleScore):
+    """Of a sample with a target all of which is ignored: no answer is right or wrong, and no metric counts it."""
+
+    left_out = True
 
 
 def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleScore:
@@ -37,13 +46,13 @@ def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleS
 
     Args:
         prediction (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`): Boolean masks; also a
-            list of masks. No mask at all (`[]` or `num_masks == 0`) is an empty prediction.
+            list of masks, or a `torch.Tensor`. No mask at all (`[]` or `num_masks == 0`) is an empty prediction.
         reference (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`): Target masks.
         ignore (`np.ndarray` of shape `(height, width)` or `(num_masks, height, width)`, *optional*): Pixels left out
             of both.
 
     Returns:
-        `SampleScore`: pixel counts.
+        `SampleScore`: pixel counts; a `LeftOutScore` where there is a target and all of it is ignored.
 
     Raises:
         ValueError: if the sizes differ, the rank is not 2 or 3, or the values are not those of a mask.
@@ -66,16 +75,21 @@ def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleS
     empty = np.zeros(next(iter(shapes.values())), dtype=bool)
     prediction = empty if prediction is None else prediction
     reference = empty if reference is None else reference
+    kind = SampleScore
     if ignore is not None:
+        is_meant = reference.any()
         prediction, reference = prediction & ~ignore, reference & ~ignore
+        kind = LeftOutScore if is_meant and not reference.any() else kind
     intersection = int(np.count_nonzero(prediction & reference))
     predicted, target = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
-    return SampleScore(intersection, predicted + target - intersection, predicted, target)
+    return kind(intersection, predicted + target - intersection, predicted, target)
 
 
 def _union(masks: Any, name: str) -> np.ndarray | None:
     """Union of one or more masks `(height, width)`; `None` for an empty list, which has no size."""
-    masks = np.asarray(masks)
+    if isinstance(masks, (list, tuple)) and any(hasattr(mask, "detach") for mask in masks):
+        masks = [_as_array(mask) for mask in masks]
+    masks = np.asarray(_as_array(masks))
     if masks.ndim == 1 and masks.size == 0:
         return None
     if masks.ndim not in (2, 3):
@@ -88,6 +102,14 @@ def _union(masks: Any, name: str) -> np.ndarray | None:
         )
     masks = masks.astype(bool)
     return masks.any(axis=0) if masks.ndim == 3 else masks
+
+
+def _as_array(masks: Any) -> Any:
+    """A tensor of any device and dtype as an array, with numbers that numpy knows; anything else as it is."""
+    if not hasattr(masks, "detach"):
+        return masks
+    masks = masks.detach().cpu()
+    return (masks.float() if masks.is_floating_point() and masks.element_size() < 4 else masks).numpy()
 
 
 class SegmentationAccumulator:
@@ -146,11 +168,11 @@ class SegmentationAccumulator:
     def __iter__(self) -> Iterator[SampleScore]:
         return iter(self.scores())
 
-    def compute(self, *groups: Hashable, names: Sequence[str] = METRIC_NAMES) -> dict[str, float]:
+    def compute(self, *groups: Hashable, names: str | Sequence[str] = METRIC_NAMES) -> dict[str, float]:
         """Metrics over the given groups, over all samples without arguments; see `metrics_of_scores`."""
         return metrics_of_scores(self.scores(*groups), names)
 
-    def compute_by_group(self, names: Sequence[str] = METRIC_NAMES) -> dict[Hashable, dict[str, float]]:
+    def compute_by_group(self, names: str | Sequence[str] = METRIC_NAMES) -> dict[Hashable, dict[str, float]]:
         """Metrics of each group on its own."""
         return {group: metrics_of_scores(scores, names) for group, scores in self._scores.items()}
 
@@ -166,6 +188,8 @@ def segmentation_metrics(
     - `cIoU`: sum of intersections over sum of unions.
     - `N-acc`: share of no-target samples with an empty prediction.
     - `T-acc`: share of target samples with a non-empty prediction.
+
+    A sample whose target is ignored as a whole has no part in any of them.
 
     A figure without any sample or pixel to be wrong about is 1 (N-acc where every sample has a target, T-acc where
     none has, cIoU where nothing is there and nothing is predicted): report it with the number of samples it stands on.
@@ -198,7 +222,7 @@ def segmentation_metrics(
     return metrics_of_scores(scores)
 
 
-def metrics_of_scores(scores: Iterable[SampleScore], names: Sequence[str] = METRIC_NAMES) -> dict[str, float]:
+def metrics_of_scores(scores: Iterable[SampleScore], names: str | Sequence[str] = METRIC_NAMES) -> dict[str, float]:
     """Metrics from per-sample counts; see `segmentation_metrics` for the first four.
 
     `precision@t` is the share of target samples whose IoU is at least `t`: as in GRES, samples without target have no
@@ -206,7 +230,7 @@ def metrics_of_scores(scores: Iterable[SampleScore], names: Sequence[str] = METR
 
     Args:
         scores (iterable of `SampleScore`): At least one.
-        names (`Sequence[str]`, *optional*): Of `METRIC_NAMES`, or `precision@t` with any `t` in (0, 1];
+        names (`str` or `Sequence[str]`, *optional*): Of `METRIC_NAMES`, or `precision@t` with any `t` in (0, 1];
             `ALL_METRIC_NAMES` has the usual three.
 
     Returns:
@@ -219,9 +243,9 @@ def metrics_of_scores(scores: Iterable[SampleScore], names: Sequence[str] = METR
     if not scores:
         raise ValueError("got 0 samples; a metric needs at least one")
     values = {}
-    for name in names:
+    for name in metric_names(names):
         if name == "cIoU":
-            union = sum(score.union for score in scores)
+            union = sum(score.union for score in scores if not score.left_out)
             values[name] = sum(score.intersection for score in scores) / union if union else 1.0
         else:
             outcome = _outcome_of(name)
@@ -232,17 +256,23 @@ def metrics_of_scores(scores: Iterable[SampleScore], names: Sequence[str] = METR
 
 
 def num_bearing_samples(scores: Iterable[SampleScore], name: str) -> int:
-    """How many samples bear on a metric: those without target on N-acc, those with one on T-acc and precision."""
+    """How many samples bear on a metric: those without target on N-acc, those with one on T-acc and precision, none
+    that is left out."""
     outcome = _outcome_of("gIoU" if name == "cIoU" else name)
     return sum(outcome(score) is not None for score in scores)
+
+
+def metric_names(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of metrics; a text is one."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _outcome_of(name: str) -> Callable[[SampleScore], float | None]:
     """What a sample adds to the metric `name`, a mean; `None` where the sample has no part in it."""
     if name == "gIoU":
-        return lambda score: score.iou
+        return lambda score: None if score.left_out else score.iou
     if name == "N-acc":
-        return lambda score: None if score.target_pixels else float(score.predicted_pixels == 0)
+        return lambda score: None if score.target_pixels or score.left_out else float(score.predicted_pixels == 0)
     if name == "T-acc":
         return lambda score: float(score.predicted_pixels > 0) if score.target_pixels else None
     threshold = _precision_threshold(name)
@@ -267,7 +297,7 @@ def bootstrap_intervals(
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
-    names: Sequence[str] = METRIC_NAMES,
+    names: str | Sequence[str] = METRIC_NAMES,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals of the metrics, resampling whole samples.
 
@@ -276,7 +306,7 @@ def bootstrap_intervals(
         confidence (`float`, *optional*, defaults to 0.95): Share of resamples inside the interval.
         num_resamples (`int`, *optional*, defaults to 1000): Resamples drawn.
         seed (`int`, *optional*, defaults to 0): The same seed and samples give the same intervals.
-        names (`Sequence[str]`, *optional*): As for `metrics_of_scores`. Every metric sees the same resamples.
+        names (`str` or `Sequence[str]`, *optional*): As for `metrics_of_scores`. Every metric sees the same resamples.
 
     Returns:
         `dict[str, tuple[float, float]]`: lower and upper bound in [0, 1]; (0, 1) where no sample bears on a metric.
@@ -284,9 +314,13 @@ def bootstrap_intervals(
     Raises:
         ValueError: without samples, for a confidence outside (0, 1), or for a name that is not known.
     """
-    counts = np.array(list(scores), dtype=np.int64).reshape(-1, 4)
+    scores = list(scores)
+    judged = [score for score in scores if not score.left_out]
+    if scores and not judged:
+        return dict.fromkeys(metric_names(names), (0.0, 1.0))
+    counts = np.array(judged, dtype=np.int64).reshape(-1, 4)
     counts = counts[np.lexsort(counts.T)]  # the samples' order must not show
-    terms = {name: _terms(name, counts) for name in names}
+    terms = {name: _terms(name, counts) for name in metric_names(names)}
     intervals = bootstrap_ratios(terms, len(counts), confidence, num_resamples, seed)
     return {name: bounds or (0.0, 1.0) for name, bounds in intervals.items()}
 

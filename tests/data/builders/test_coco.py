@@ -108,8 +108,11 @@ def test_images_in_folders(tmp_path):
     (tmp_path / "secret.jpg").write_bytes((tmp_path / "images" / "day" / "0001.jpg").read_bytes())
     folders["images"][0]["file_name"] = "../secret.jpg"
     folders["images"].pop()
-    with pytest.raises(ValueError, match="missing_image x 2 .*there is no secret.jpg or COCO_train2014_0000000"):
+    with pytest.raises(ValueError, match="outside_folder x 2 .*secret.jpg' lies outside of .*images' and would"):
         build(tmp_path, folders)
+    dataset, _ = build(tmp_path, folders, allow_outside=True)
+    (entry, _) = dataset.cast_column("image", datasets.Image(decode=False))["image"]
+    assert entry["path"] == str(tmp_path / "secret.jpg")
 
 
 def changed(key: str, place: int, **fields) -> dict:
@@ -205,3 +208,170 @@ def test_objects_are_not_lost_for_their_ids(tmp_path):
     numbers = [number for row in dataset for number in row["instance_ids"]]
     assert len(set(numbers)) == len(numbers) == 4
     assert report.counts == {"duplicate_id": 3, "bad_annotation": 1} and report.num_lost == 0
+
+
+def cups(**fields) -> dict:
+    """One image with a cup, a category that is not on it, and its entries' fields by list."""
+    entry = image(1) | {"file_name": "a.jpg"}
+    files = {
+        "images": [entry],
+        "annotations": [annotation(1, 1, square(2, 3, 5), category_id=1)],
+        "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "dog"}],
+    }
+    for key, change in fields.items():
+        files[key][0] |= change
+    return files
+
+
+def answers(dataset) -> list[tuple[str, int]]:
+    return [(row["instruction"], len(row["masks"])) for row in dataset]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"annotations": {"image_id": "1"}},
+        {"annotations": {"image_id": 1.0}},
+        {"images": {"id": "1"}},
+        {"images": {"id": "5f3a"}, "annotations": {"image_id": "5f3a"}},
+        {"images": {"id": {"$oid": "5f3a"}}, "annotations": {"image_id": " 5f3a"}},
+        {"annotations": {"category_id": "1"}},
+        {"annotations": {"category_id": 1.0}},
+        {"categories": {"id": "1"}},
+        {"categories": {"id": "c0ffee"}, "annotations": {"category_id": "c0ffee"}},
+        {"annotations": {"id": "1", "iscrowd": False}},
+        {"annotations": {"iscrowd": "0"}},
+        {"annotations": {"iscrowd": "false"}},
+        {"annotations": {"iscrowd": 0.0}},
+        {"annotations": {"iscrowd": None}},
+        {"images": {"height": 30.0, "width": "40"}},
+        {"images": {"height": None, "width": None}},
+        {"images": {"file_name": None, "coco_url": "http://images.cocodataset.org/val2017/a.jpg"}},
+        {"images": {"file_name": "https://some.where/data/a.jpg?version=2"}},
+        {"images": {"file_name": "C:\\Users\\me\\images\\a.jpg"}},
+        {"images": {"file_name": "/data/a.jpg"}},
+        {"images": {"file_name": "./a.jpg"}},
+        {"annotations": {"segmentation": [[2, 3], [7, 3], [7, 8], [2, 8]]}},
+        {"annotations": {"segmentation": {"size": [30.0, 40.0], "counts": [63.0, 5.0, 1132.0]}}},
+    ],
+)
+def test_one_cup_however_the_file_says_so(tmp_path, changes):
+    files = cups(**changes)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "a.jpg")
+    (tmp_path / "instances.json").write_text(json.dumps(files))
+    report = BuildReport()
+    dataset = build_coco(tmp_path / "instances.json", tmp_path / "images", report=report, num_absent=5)
+    assert answers(dataset) == [("cup", 1), ("dog", 0)] and report.counts == {}
+    assert decode_mask(dataset[0]["masks"][0])[3, 2] and dataset["instance_ids"][0] == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "absent"),
+    [
+        ({"annotations": {"image_id": None}}, ["dog"]),  # a cup that may be on any image
+        ({"annotations": {"image_id": "a.jpg"}}, ["dog"]),
+        ({"annotations": {"image_id": float("inf")}}, ["dog"]),
+        ({"annotations": {"image_id": 7}}, ["cup", "dog"]),  # on an image that is not of this file
+        ({"annotations": {"image_id": None, "category_id": None}}, []),
+        ({"annotations": {"category_id": None}}, []),  # anything may be on this image
+        ({"annotations": {"category_id": 7}}, []),
+        ({"annotations": {"category_id": float("nan")}}, []),
+        ({"annotations": {"segmentation": []}}, ["dog"]),
+        ({"annotations": {"iscrowd": "perhaps"}}, ["dog"]),
+        ({"annotations": {"iscrowd": "true"}}, ["dog"]),
+        ({"annotations": {"ignore": 1}}, ["dog"]),
+        ({"categories": {"id": None}}, []),
+        ({"categories": {"name": " "}}, []),
+    ],
+)
+def test_what_is_dropped_is_not_absent(tmp_path, changes, absent):
+    files = cups(**changes)
+    files["images"].append(image(9))
+    files["annotations"].append(annotation(2, 9, square(2, 3, 5), category_id=2))
+    dataset, report = build(tmp_path, files, num_absent=5)
+    assert [row["instruction"] for row in dataset if row["image_id"] == "1" and not row["masks"]] == absent
+    assert not any(row["masks"] for row in dataset if row["image_id"] == "1")
+    assert report.counts or dict(report.left_out) == {"crowd regions only": 1}
+
+
+@pytest.mark.parametrize("twin", ["cup", "Cup ", "CUP", "cup\n"])
+def test_categories_of_one_name_are_one(tmp_path, twin):
+    files = cups()
+    files["categories"].append({"id": 3, "name": twin})
+    files["annotations"].append(annotation(2, 1, square(20, 3, 6), category_id=3))
+    dataset, report = build(tmp_path, files, num_absent=5)
+    assert answers(dataset) == [("cup", 2), ("dog", 0)] and report.counts == {}
+    assert dataset[0]["distractor_masks"] == [] and dataset["sample_id"][0] == "coco-train-1-1"
+    files["annotations"].pop(0)
+    dataset, _ = build(tmp_path, files, num_absent=5, categories=["Cup"])
+    assert answers(dataset) == [("cup", 1)]
+
+
+def two_named(*names: str) -> dict:
+    files = cups()
+    files["images"] = [image(place + 1) | {"file_name": name} for place, name in enumerate(names)]
+    files["annotations"] = [annotation(place + 1, place + 1, square(2, 3, 5)) for place in range(len(names))]
+    return files
+
+
+def found(root: Path, files: dict, *present: str) -> list[str | None]:
+    """File of each image, in the folder `images`, of which only `present` are there."""
+    for place, name in enumerate(present):
+        path = root / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (60 * place, 0, 0)).save(path)
+    (root / "instances.json").write_text(json.dumps(files))
+    report = BuildReport()
+    dataset = build_coco(root / "instances.json", root / "images", report=report)
+    rows = dataset.cast_column("image", datasets.Image(decode=False))
+    paths = {row["image_id"]: os.path.relpath(row["image"]["path"], root / "images") for row in rows}
+    return [paths.get(str(entry["id"])) for entry in files["images"]]
+
+
+@pytest.mark.parametrize(
+    ("names", "present", "expected"),
+    [
+        (["000000000002.jpg", "000000000003.jpg"], ["000000000002.jpg"], ["000000000002.jpg", None]),
+        (["a/x.jpg", "b/x.jpg"], ["a/x.jpg", "b/x.jpg"], ["a/x.jpg", "b/x.jpg"]),
+        (["a/x.jpg", "b/x.jpg", "c.jpg"], ["x.jpg", "c.jpg"], [None, None, "c.jpg"]),
+        (["a/x.jpg", "b/y.jpg"], ["x.jpg", "y.jpg"], ["x.jpg", "y.jpg"]),
+        (["a\\x.jpg", "b\\x.jpg"], ["a/x.jpg", "b/x.jpg"], ["a/x.jpg", "b/x.jpg"]),
+        (["a\\x%20y.jpg", "b/x y.jpg", "c.jpg"], ["x y.jpg", "c.jpg"], [None, None, "c.jpg"]),
+        (["my%20dog.jpg", "my cat.jpg"], ["my dog.jpg", "my%20cat.jpg"], ["my dog.jpg", "my%20cat.jpg"]),
+        (["my%20dog.jpg", "my dog.jpg"], ["my%20dog.jpg", "my dog.jpg"], ["my%20dog.jpg", "my dog.jpg"]),
+        (["x.jpg", "images/x.jpg"], ["images/x.jpg"], [None, "images/x.jpg"]),
+        (["x.jpg", "y.jpg"], ["train2017/x.jpg", "val2017/x.jpg", "y.jpg"], [None, "y.jpg"]),
+        (["x.jpg", "y.jpg"], ["train2017/x.jpg", "y.jpg"], ["train2017/x.jpg", "y.jpg"]),
+        (["COCO_val2014_000000000139.jpg", "000000000142.jpg"],
+         ["000000000139.jpg", "COCO_train2014_000000000142.jpg"],
+         ["000000000139.jpg", "COCO_train2014_000000000142.jpg"]),
+        (["COCO_train2014_000000000139.jpg", "000000000139.jpg"], ["000000000139.jpg"], [None, "000000000139.jpg"]),
+    ],
+)  # fmt: skip
+def test_no_image_takes_the_photograph_of_another(tmp_path, names, present, expected):
+    assert found(tmp_path, two_named(*names), *present) == expected
+
+
+def test_an_image_without_a_name_has_no_photograph(tmp_path):
+    files = two_named("000000000002.jpg", "b.jpg")
+    del files["images"][1]["file_name"]
+    assert found(tmp_path, files, "000000000002.jpg") == ["000000000002.jpg", None]
+
+
+def test_one_id_of_two_photographs_is_of_neither(tmp_path):
+    files = two_named("a.jpg", "b.jpg", "c.jpg")
+    files["images"][1]["id"] = "1"
+    dataset, report = build(tmp_path, files | {"annotations": files["annotations"][::2]})
+    assert dataset["image_id"][:] == ["3"] and report.counts == {"duplicate_id": 1} and report.num_lost == 1
+    assert "image 1 is a.jpg and b.jpg" in report.problems[0]["detail"]
+
+
+def test_photographs_behind_links_are_left_out_unless_allowed(tmp_path):
+    files = two_named("a.jpg", "b.jpg")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (40, 30)).save(tmp_path / "private.jpg")
+    (tmp_path / "images" / "b.jpg").symlink_to(tmp_path / "private.jpg")
+    assert found(tmp_path, files, "a.jpg") == ["a.jpg", None]
+    dataset = build_coco(tmp_path / "instances.json", tmp_path / "images", allow_outside=True)
+    assert len(dataset) == 2

@@ -405,7 +405,7 @@ def test_real_samples_as_a_folder_of_ones_own(tmp_path):
         ]  # fmt: skip
         image = os.path.relpath(path["image"]["path"], tmp_path)
         lines += [line(image=image, instruction=row["instruction"], masks=form) for form in forms]
-    dataset, report = build(tmp_path, *lines)
+    dataset, report = build(tmp_path, *lines, allow_outside=True)
     assert report.counts == {} and len(dataset) == 30
     for index, row in enumerate(theirs):
         by_polygon, by_rle, by_png = (dataset[3 * index + place] for place in range(3))
@@ -413,3 +413,102 @@ def test_real_samples_as_a_folder_of_ones_own(tmp_path):
         size = row["image"].size[::-1]
         assert len(by_png["masks"]) == len(row["masks"]) and by_png["image"].size == row["image"].size
         assert (decode_masks(by_png["masks"], size).any(0) == decode_masks(row["masks"], size).any(0)).all()
+
+
+def test_void_beside_objects_is_ignored(root):
+    values = LABELS.copy()
+    values[0, :], values[19, :5] = 255, 255
+    Image.fromarray(values).save(root / "masks" / "void.png")
+    one = np.where(values == 7, 0, values)
+    Image.fromarray(one).save(root / "masks" / "one.png")
+    Image.fromarray(np.where(values == 0, 255, values)).save(root / "masks" / "white.png")
+    dataset, report = build(
+        root, line(masks="void.png"), line(masks=["one.png", "second.png"], ignore="second.png"),
+        line(distractors="void.png"), line(ignore="void.png"), line(masks="white.png"),
+    )  # fmt: skip
+    assert [objects(row) for row in dataset] == [["first", "second"], ["first", "second"], ["first"], ["first"]]
+    assert dataset["instance_ids"][0] == [3, 7] and objects(dataset[2], "distractor_masks") == ["first", "second"]
+    void, everything = values == 255, values > 0
+    for row, expected in zip(dataset, (void, void | SECOND, void, everything), strict=True):
+        assert (decode_mask(row["ignore"]) == expected).all()
+    assert report.counts == {"bad_annotation": 1} and "save the background as 0" in report.problems[0]["detail"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mask_path": "first.png"},
+        {"Masks": [[FIRST_POLYGON]]},
+        {"maks": [[FIRST_POLYGON]], "masks": []},
+        {"segmentation": [FIRST_POLYGON], "masks": None},
+        {"bbox": [2, 3, 5, 5]},
+        {"outline": [points(FIRST_POLYGON)]},
+        {"gt": {"size": [HEIGHT, WIDTH], "counts": "0"}},
+        {"gt": [{"size": [HEIGHT, WIDTH], "counts": "0"}]},
+    ],
+)
+def test_masks_in_a_misnamed_column_are_not_nothing(root, fields):
+    entry = {"image": "dog.jpg", "instruction": "it"} | fields
+    dataset, report = build(root, line(instruction="fine"), entry)
+    assert dataset["instruction"][:] == ["fine"] and report.num_lost == 1
+    assert report.problems[0]["kind"] == "unknown_column" and "call it masks" in report.problems[0]["detail"]
+    cells = [json.dumps(value) if isinstance(value, (list, dict)) else value or "" for value in entry.values()]
+    with open(root / "lines.csv", "w", newline="") as lines:
+        header = list(entry) if "masks" in entry else [*entry, "masks"]
+        csv.writer(lines).writerows([header, [*cells, *[""] * (len(header) - len(cells))]])
+    with pytest.raises(ValueError, match="unknown_column x 1"):
+        build(root, annotations="lines.csv")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tags": ["a", "b"]}, {"size": [480, 640]}, {"num_masks": 0}, {"has_mask": False}, {"mask_author": "Ann"},
+        {"mask_path": ""}, {"polygon_list": []}, {"source": "http://some.where/a.png"}, {"camera": 4},
+    ],
+)  # fmt: skip
+def test_other_columns_beside_nothing_are_no_masks(root, fields):
+    dataset, report = build(root, line(), line(masks=[]) | fields)
+    assert dataset["kind"][:] == ["single", "none"] and report.num_lost == 0
+
+
+def test_names_as_other_systems_write_them(root):
+    for path in ("images/my dog.jpg", "sub/caf\u00e9.jpg"):
+        (root / path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / path)
+    names = ["images\\my dog.jpg", "images/my%20dog.jpg", "my%20dog.jpg", " sub/cafe\u0301.jpg"]
+    dataset, report = build(root, *(line(image=name, masks="masks\\first.png") for name in names))
+    assert report.counts == {} and set(dataset["image_id"]) == {"images/my dog.jpg", "sub/caf\u00e9.jpg"}
+
+
+def test_images_and_masks_of_one_name(root):
+    """`images/x.png` and `masks/x.png`: neither takes the place of the other, nor a photograph that of its mask."""
+    (root / "images").mkdir()
+    Image.new("L", (WIDTH, HEIGHT), 9).save(root / "images" / "x.png")
+    Image.fromarray(FIRST * np.uint8(255)).save(root / "masks" / "x.png")
+    Image.new("L", (WIDTH, HEIGHT), 9).save(root / "y.png")
+    Image.fromarray(SECOND * np.uint8(255)).save(root / "masks" / "y.png")
+    dataset, report = build(
+        root, line(image="x.png", masks="x.png"), line(image="y.png", masks="y.png"), line(image="second.png"),
+        line(image="x.png", masks="dog.png"),
+    )  # fmt: skip
+    assert [objects(row) for row in dataset] == [["first"], ["second"]]
+    assert dataset["image_id"][:] == ["images/x.png", "y.png"]
+    assert report.counts == {"missing_image": 1, "missing_mask": 1}
+
+
+def test_files_outside_are_left_out_unless_allowed(root):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root.parent / "id_card.png")
+    (root / "link.png").symlink_to(root.parent / "id_card.png")
+    Image.fromarray(FIRST * np.uint8(255)).save(root.parent / "mask.png")
+    lines = [line(image=name) for name in ("../id_card.png", str(root.parent / "id_card.png"), "link.png")]
+    lines.append(line(masks="../mask.png"))
+    dataset, report = build(root, line(instruction="fine"), *lines)
+    assert dataset["instruction"][:] == ["fine"] and report.counts == {"outside_folder": 4}
+    dataset, report = build(root, allow_outside=True)
+    assert len(dataset) == 4 + 1 and report.counts == {}
+    (root / "annotations.jsonl").rename(root.parent / "private.jsonl")
+    (root / "annotations.jsonl").symlink_to(root.parent / "private.jsonl")
+    with pytest.raises(ValueError, match="private.jsonl|annotations.jsonl' lies outside"):
+        build_folder(root)
+    assert len(build_folder(root, root.parent / "private.jsonl")) == 1  # named by the user; its folder is not inside

@@ -38,6 +38,27 @@ def test_a_bare_polygon_and_one_that_leaves_the_image():
     np.testing.assert_array_equal(decode_mask(polygons_to_rle(square(35, 25, 10), 30, 40)), box(30, 40, 35, 25, 5))
 
 
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        [[[2, 3], [7, 3], [7, 8], [2, 8]]],
+        [[2, 3], [7, 3], [7, 8], [2, 8]],
+        [[2.0, 3.0, 7.0, 3.0, 7.0, 8.0, 2.0, 8.0]],
+        [((2, 3), (7, 3), (7, 8), (2, 8))],
+    ],
+)
+def test_corners_as_pairs_are_the_same_polygon(segmentation):
+    np.testing.assert_array_equal(decode_mask(polygons_to_rle(segmentation, 30, 40)), box(30, 40, 2, 3, 5))
+
+
+@pytest.mark.parametrize("size", [[30, 40], [30.0, 40.0], ["30", "40"]])
+@pytest.mark.parametrize("write", [int, float, str])
+def test_run_lengths_and_sizes_as_floats_and_text(write, size):
+    counts = [write(run) for run in (600, 10, 590)]  # 20 columns of 30, then ten pixels of the next
+    mask = decode_mask(polygons_to_rle({"size": size, "counts": counts}, 30, 40))
+    assert mask.sum() == 10 and mask[:10, 20].all()
+
+
 def test_points_and_lines_beside_polygons_add_nothing():
     """Four numbers are a box to pycocotools; in a segmentation they are a line."""
     alone = polygons_to_rle(square(2, 3, 5), 30, 40)
@@ -67,7 +88,15 @@ GOOD = encode_mask(box(30, 40, 2, 3, 5))
         ([[1, 1, 5, 1, 5]], "bad_annotation", "5 numbers; x and y come in pairs"),
         ([[1, 1, 5, 1, 5, float("nan")]], "bad_annotation", "no list of finite numbers"),
         ([[1, 1, 5, 1, 5, "4"]], "bad_annotation", "no list of finite numbers"),
-        ([[[1, 1], [5, 1], [5, 5]]], "bad_annotation", "no list of finite numbers"),
+        ([[[1, 1], [5, 1], [5, "4"]]], "bad_annotation", "no list of finite numbers"),
+        ([[1, 1, 5, 1, 10**400, 5]], "bad_annotation", "no list of finite numbers"),
+        ([[1, 1, 5, 1, float("inf"), 5]], "bad_annotation", "no list of finite numbers"),
+        # Drawn on the image twice as large, in parts of 1000, of 100 and of 1.
+        (square(10, 10, 40), "bad_annotation", "x from 10 to 50 but the image is 30 x 40 .*in another size"),
+        ([[250, 200, 750, 200, 750, 700]], "bad_annotation", "x from 250 to 750"),
+        ([[5, 10, 75, 10, 75, 24]], "bad_annotation", "x from 5 to 75"),
+        ([[0.1, 0.2, 0.7, 0.2, 0.7, 1.0]], "bad_annotation", "multiply x by the width 40 and y by the height 30"),
+        (square(2, 3, 5) + square(50, 3, 5), "empty_mask", "polygon 1 has x from 50 to 55: no pixel inside"),
         ([[1, [1, 5], 1, 5, 5, 1]], "bad_annotation", "no list of finite numbers"),
         ([1, 1, 5, None, 5, 5], "bad_annotation", "no list of finite numbers"),
         ([square(1, 1, 4)[0], None], "bad_annotation", "polygon 1 is no list"),
@@ -90,7 +119,13 @@ GOOD = encode_mask(box(30, 40, 2, 3, 5))
         ({"size": [30, 40], "counts": [1300, -100]}, "bad_annotation", "the shortest -100"),
         ({"size": [30, 40], "counts": []}, "wrong_size", "cover 0 pixels"),
         ({"size": [30, 40], "counts": [1200]}, "empty_mask", "no pixel"),
-        ({"size": [30, 40], "counts": [600.0, 600.0]}, "bad_annotation", "expected run lengths"),
+        ({"size": [30, 40], "counts": [600.5, 599.5]}, "bad_annotation", "expected run lengths"),
+        ({"size": [30, 40], "counts": [600, True, 599]}, "bad_annotation", "expected run lengths"),
+        ({"size": [30, 40], "counts": [float("inf"), 600]}, "bad_annotation", "expected run lengths"),
+        ({"size": [float("inf"), 40], "counts": [600, 600]}, "bad_annotation", "two integers"),
+        ({"size": [30.5, 40], "counts": [600, 600]}, "bad_annotation", "two integers"),
+        (GOOD | {"counts": "\ud800"}, "bad_annotation", "other than ASCII"),
+        (GOOD | {"counts": "é".encode()}, "bad_annotation", "which no COCO RLE does"),
         (encode_mask(np.zeros((30, 40))), "empty_mask", "no pixel"),
     ],
 )

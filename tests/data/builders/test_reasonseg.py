@@ -16,7 +16,7 @@ from places import SAMPLES
 from scipy.ndimage import binary_dilation, binary_erosion
 
 from segcompass_hf.data import BuildReport, build_grefcoco, build_reasonseg, from_hosted_reasonseg
-from segcompass_hf.data.builders.reasonseg import draw_polygon
+from segcompass_hf.data.builders.shapes import draw_polygon
 from segcompass_hf.data.readable_rows import check_row
 from segcompass_hf.data.schema import decode_mask, decode_masks, encode_mask, row_features
 
@@ -99,6 +99,56 @@ def test_every_target_shape_is_a_mask_in_the_order_of_the_file(tmp_path):
     row = build(tmp_path)[0][0]
     assert masks_of(row).sum((1, 2)).tolist() == [4, 49, 16]
     assert masks_of(row).any(0).sum() == 4 + 49 + 16 - 4  # the last two share four pixels
+
+
+def test_shapes_of_labelme(tmp_path):
+    """A rectangle is drawn like its four corners; shapes of one group are one object; sizes are compared."""
+    rectangle = {"label": "target", "shape_type": "rectangle", "points": [[2, 3], [6, 7]]}
+    grouped = [shape("target", 2, 3, 4) | {"group_id": 0}, shape("target", 10, 5, 2), shape("target", 20, 5, 3)]
+    grouped[2]["group_id"] = 0
+    write(tmp_path, "a", shapes=[rectangle, {**rectangle, "label": "ignore", "points": [[20, 12], [11, 10]]}])
+    write(tmp_path, "b", shapes=grouped, imageHeight=HEIGHT, imageWidth=float(WIDTH))
+    write(tmp_path, "c", imageHeight=2 * HEIGHT, imageWidth=2 * WIDTH)
+    write(tmp_path, "d", imageHeight="x")
+    write(tmp_path, "e", shapes=[shape("target", 2, 3, 4), rectangle | {"shape_type": "line"}])
+    normalised = [[x / WIDTH, y / HEIGHT] for x, y in shape("target", 2, 3, 4)["points"]]
+    write(tmp_path, "f", shapes=[{"label": "target", "points": normalised}])
+    write(tmp_path, "g", shapes=[{"label": "target", "points": [[300, 200], [700, 200], [700, 600]]}])  # of 1000
+    write(tmp_path, "h", shapes=[shape("target", 20, 3, 25)])  # of the image twice as large
+    write(tmp_path, "i", shapes=[shape("target", 2, 3, 4), rectangle | {"shape_type": "point", "label": "flag"}])
+    dataset, report = build(tmp_path)
+    assert dataset["image_id"][:] == ["a", "b", "i"]
+    assert masks_of(dataset[0]).sum() == 25 and decode_mask(dataset[0]["ignore"]).sum() == 3 * 10
+    assert masks_of(dataset[1]).sum((1, 2)).tolist() == [25 + 16, 9]
+    lost = {problem["where"][-3]: (problem["kind"], problem["detail"]) for problem in report.problems}
+    assert {name: kind for name, (kind, _) in lost.items()} == {
+        "c": "wrong_size", "d": "wrong_size", **dict.fromkeys("efgh", "bad_annotation")
+    }  # fmt: skip
+    assert "(40, 60) but the photograph is (20, 30)" in lost["c"][1] and "'line' of 2 points" in lost["e"][1]
+    assert "between 0 and 1" in lost["f"][1] and all("in another size" in lost[name][1] for name in "gh")
+
+
+def test_two_photographs_of_one_name(tmp_path):
+    folder = write(tmp_path, "a")
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(folder / "a.png")
+    write(tmp_path, "b", imagePath="..\\pictures\\b.png")
+    Image.new("RGB", (WIDTH, HEIGHT), "red").save(folder / "b.png")
+    dataset, report = build(tmp_path)
+    assert dataset["image_id"][:] == ["b"] and dataset[0]["image"].getpixel((0, 0)) == (255, 0, 0)
+    assert report.counts == {"ambiguous_file": 1}
+
+
+def test_links_out_of_the_folder_are_left_out_unless_allowed(tmp_path):
+    folder = write(tmp_path / "root", "a")
+    private = write(tmp_path, "private")
+    for link, target in (("b.jpg", "private.jpg"), ("c.json", "private.json")):
+        write(tmp_path / "root", link[0])
+        (folder / link).unlink()
+        (folder / link).symlink_to(private / target)
+    dataset, report = build(tmp_path / "root")
+    assert dataset["image_id"][:] == ["a"] and report.counts == {"outside_folder": 2}
+    dataset, _ = build(tmp_path / "root", allow_outside=True)
+    assert dataset["image_id"][:] == ["a", "b", "c"]
 
 
 def test_covered_and_empty_shapes_are_named_and_passed_over(tmp_path):
@@ -338,6 +388,38 @@ def test_hosted_masks_in_every_form(tmp_path, mask, mask_type):
     assert (row["sample_id"], row["image_id"], row["source"]) == ("reasonseg-test-7-0", "7", "reasonseg")
     assert row["is_reasoning"] is True and row["kind"] is None and row["image"].size == (WIDTH, HEIGHT)
     check_row(row)
+
+
+@pytest.mark.parametrize("form", [png, lambda values: values.tolist()], ids=["png", "lists"])
+def test_hosted_masks_with_a_void(tmp_path, form):
+    values = MASK.astype(np.uint8)
+    values[12:15, 20:25] = 255
+    dataset, report = hosted(tmp_path, hosted_rows([form(values), form(MASK * np.uint8(255))]))
+    assert report.counts == {} and (masks_of(dataset[0]) == MASK).all() and (masks_of(dataset[1]) == MASK).all()
+    assert decode_mask(dataset[0]["ignore"]).sum() == 15 and dataset[1]["ignore"] is None
+
+
+def test_hosted_rows_with_paths_stay_in_their_folder(tmp_path):
+    (tmp_path / "near.jpg").write_bytes(jpeg()["bytes"])
+    private = tmp_path.with_name(tmp_path.name + "-private.jpg")
+    private.write_bytes(jpeg()["bytes"])
+    paths = ["near.jpg", str(private), f"../{private.name}", "http://127.0.0.1:9/a.jpg", "none.jpg"]
+    rows = hosted_rows([MASK.tolist()] * 5, image=[{"bytes": None, "path": path} for path in paths])
+    dataset, report = hosted(tmp_path, rows)
+    assert len(dataset) == 1 and report.counts == {"outside_folder": 2, "missing_image": 2}
+    dataset, report = hosted(tmp_path, rows, allow_outside=True)
+    assert len(dataset) == 3 and report.counts == {"missing_image": 2}
+    dataset, report = hosted(tmp_path, rows | {"image": paths})
+    assert len(dataset) == 1 and report.counts == {"outside_folder": 2, "missing_image": 2}
+
+
+def test_hosted_files_behind_links(tmp_path):
+    hosted(tmp_path / "elsewhere", hosted_rows([MASK.tolist()]))
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "data").symlink_to(tmp_path / "elsewhere" / "data")
+    with pytest.raises(ValueError, match="lies outside of .*root"):
+        from_hosted_reasonseg(tmp_path / "root")
+    assert len(from_hosted_reasonseg(tmp_path / "root", allow_outside=True)) == 1
 
 
 def test_hosted_arrays_of_datasets(tmp_path):

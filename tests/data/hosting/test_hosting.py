@@ -383,6 +383,18 @@ def test_a_dry_run_asks_nobody_and_shows_the_tree(written, hub):
     assert "data/train-00001-of-00002.parquet" in text and "in all" in text and "rows: train 4, val 1" in text
 
 
+def test_uncompressed_run_lengths_are_stored_as_others(tmp_path):
+    plain = {"size": [8, 12], "counts": [3, 8, 85]}  # down the columns of 8: 3 of background, 8 of the mask
+    rows = [row(0, masks=[plain], ignore=plain), row(1, masks=[plain | {"counts": [3, 8, 84]}])]
+    report = BuildReport()
+    folder = write_dataset(rows, tmp_path / "out", report).folder
+    assert [problem["kind"] for problem in report.problems] == ["bad_annotation"]
+    (stored,) = load(folder, tmp_path, split="train")
+    mask = np.zeros(96, dtype=bool)
+    mask[3:11] = True
+    assert stored["masks"] == [stored["ignore"]] == [encode_mask(mask.reshape(12, 8).T)]
+
+
 def test_push_of_rows_and_by_name_alone(hub, tmp_path):
     publication = push_dataset({"val": [row(0)]}, "mine")
     assert publication.rows == {"val": 1} and publication.url.endswith("/datasets/me/mine")

@@ -156,6 +156,127 @@ def test_damaged_files_are_named(tmp_path):
             predict(tmp_path, "a")
 
 
+GRID = np.zeros((30, 40), int)
+GRID[5:20, 5:20] = 1
+CORNERS = [5, 5, 20, 5, 20, 20, 5, 20]
+POINTS = [[5, 5], [20, 5], [20, 20], [5, 20]]
+
+
+def masks_in(tmp_path, masks):
+    write_lines(tmp_path / "lines.jsonl", {"sample_id": "a", "masks": masks})
+    return predict(tmp_path, "a")[0].masks
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ([CORNERS], GRID),
+        (CORNERS, GRID),
+        ([POINTS], GRID),
+        (POINTS, GRID),
+        ([CORNERS, [0, 0, 5, 0, 5, 5, 0, 5]], GRID + np.pad(np.ones((5, 5), int), ((0, 25), (0, 35)))),
+        ({"size": [30, 40], "counts": [5 * 30 + 5, *[15, 15] * 14, 15, 10 + 20 * 30]}, GRID),
+        ({"size": [30, 40], "counts": [float(run) for run in (5 * 30 + 5, *[15, 15] * 14, 15, 610)]}, GRID),
+        ({"size": [30, 40], "counts": [1200]}, GRID * 0),  # a model may well predict a mask without a pixel
+        (encode_mask(GRID * 0), GRID * 0),
+        ([], GRID * 0),
+        ([[]], GRID * 0),
+    ],
+)
+def test_forms_of_masks(tmp_path, mask, expected):
+    assert np.array_equal(masks_in(tmp_path, [mask]), expected[None])
+    assert np.array_equal(masks_in(tmp_path, [encode_mask(GRID), mask]), [GRID, expected])
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (
+            [[[value / (30 if i % 2 else 40) for i, value in enumerate(CORNERS)]]],
+            "all coordinates lie between 0 and 1",
+        ),
+        ([[[0, 0, 1, 0, 1, 1, 0, 1]]], "all coordinates lie between 0 and 1"),  # it would cover a pixel
+        ([[[5, 5, 20, 20]]], "no polygon of three or more points among 1. Is it a box"),
+        ([[5, 5, 20, 20]], "no polygon of three or more points among 1. Is it a box"),
+        ([[[5, 5, 20, 20], [22, 22, 30, 30]]], "no polygon of three or more points"),
+        ([[[5, 5]]], "no polygon of three or more points"),
+        (POINTS, "no polygon of three or more points"),  # one object per point
+        ([5, 5, 20, 20], "mask 0: the segmentation is 5"),
+        ([[[5, 5, 5, 5, 5, 5]]], "has no pixel"),
+        ([[[50, 35, 60, 35, 60, 38]]], "no pixel inside the image of 30 x 40"),  # beside the image
+        ([[[0, 0, 60, 0, 60, 45, 0, 45]]], "is it of another image, of the image in another size"),  # in another size
+        ([GRID.tolist()], "30 rows of 40 numbers are a mask written out"),
+        (GRID.tolist(), "30 rows of 40 numbers are a mask written out"),
+        ([(GRID * 255).tolist()], "30 rows of 40 numbers are a mask written out"),
+        ((GRID * 39).tolist(), "30 rows of 40 numbers are a mask written out"),
+        ([GRID.astype(float).tolist()], "30 rows of 40 numbers are a mask written out"),
+        (GRID.astype(bool).tolist(), "30 rows of 40 numbers are a mask written out"),
+        ([[GRID.tolist()]], "no list of finite numbers"),
+        ([[{"size": [30, 40], "counts": [1200]}]], "no list of finite numbers"),
+        ([{"points": POINTS}], 'an RLE has "size"'),
+        ([{"bbox": [5, 5, 15, 15]}], 'an RLE has "size"'),
+        ([None], "the segmentation is None"),
+        ([True], "the segmentation is True"),
+        (["s1.png"], "the segmentation is 's1.png'"),
+        ("masks.png", '"masks" is .masks.png'),
+        ({"size": [30, 40], "counts": [1200]}, '"masks" is {'),
+        ([{"size": [30, 40], "counts": [1199]}], "cover 1199 pixels"),
+        ([{"size": [40, 30], "counts": [1200]}], "It looks transposed"),
+        ([{"size": [30, 40], "counts": "1é"}], "ASCII"),
+        ([{"size": [30, 40], "counts": "\ud800"}], "ASCII"),
+    ],
+)
+def test_what_is_no_mask_is_an_error_and_not_an_empty_prediction(tmp_path, masks, message):
+    with pytest.raises(ValueError, match=f"the prediction of 'a' in .*{message}"):
+        masks_in(tmp_path, masks)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (20 + 200 * GRID, "has the values 20, 220 and nowhere 0"),  # scores of background and object
+        (20 + 0 * GRID, "has the values 20 and nowhere 0"),  # scores of an image without object
+        (20 + 100 * GRID + np.eye(30, 40, dtype=int), "has the values 20, 21, 120, 121 and nowhere 0"),
+        (127 * np.pad(np.ones((17, 17), int), ((4, 9), (4, 19))) + 128 * GRID, "the values 127, 255, .*smooth edges"),
+    ],
+)
+def test_grey_levels_are_no_objects(tmp_path, values, message):
+    save(tmp_path, "a", values)
+    with pytest.raises(ValueError, match=f"the prediction of 'a' in .*{message}"):
+        predict(tmp_path, "a")
+
+
+@pytest.mark.parametrize("values", [1 + GRID, 1 + 0 * GRID, 255 + 0 * GRID, 100 * GRID, 100 * GRID + 3 * (GRID[::-1])])
+def test_objects_may_cover_everything(tmp_path, values):
+    save(tmp_path, "a", values)
+    assert len(predict(tmp_path, "a")[0].masks) == len(set(values.flat) - {0})
+
+
+def test_endings_in_capitals(tmp_path):
+    Image.fromarray(GRID.astype(np.uint8)).save(tmp_path / "val%2F1.PNG")
+    write_lines(tmp_path / "lines.JSONL", line("val/2", [GRID]), line("../3", []))
+    one, two, none = FolderPredictor(tmp_path, IDS).predict([row(sample_id) for sample_id in IDS])
+    assert np.array_equal(one.masks, two.masks) and one.masks.sum() == 225 and len(none.masks) == 0
+    alone = FolderPredictor(tmp_path / "lines.JSONL")
+    assert alone.name == "lines" and alone.predict([row("val/2")])[0].masks.sum() == 225
+    Image.fromarray(GRID.astype(np.uint8)).save(tmp_path / "val%2F1.png")
+    if len(list(tmp_path.iterdir())) == 3:  # a disk that tells capitals
+        with pytest.raises(ValueError, match="a sample has two predictions"):
+            FolderPredictor(tmp_path)
+
+
+def test_a_changed_record_of_a_run_is_no_prediction(tmp_path):
+    save(tmp_path, "a", GRID)
+    evaluate_dataset(FolderPredictor(tmp_path), [row("a", [GRID])], tmp_path / "run", page_samples=0)
+    lines = tmp_path / "run" / "samples.jsonl"
+    content = lines.read_text()
+    lines.write_text(content.replace('"target_pixels": 225', '"target_pixels": 226'))
+    with pytest.raises(ValueError, match="'a' in .*samples.jsonl.* has changed since it was written"):
+        predict(lines, "a")
+    lines.write_text(content)
+    assert predict(lines, "a")[0].masks.sum() == 225
+
+
 def test_one_sample_has_one_prediction(tmp_path):
     save(tmp_path, "a", tiny_mask()[0])
     write_lines(tmp_path / "lines.jsonl", line("a", []))

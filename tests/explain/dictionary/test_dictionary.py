@@ -20,9 +20,10 @@ from segcompass_hf.cli import main
 from segcompass_hf.data import scenes
 from segcompass_hf.data.scenes.names import scenes_objects
 from segcompass_hf.explain import explain
+from segcompass_hf.explain.dictionary import store
 from segcompass_hf.explain.dictionary.counts import DictionaryCounts, PairCounts, TopExamples, bin_of, half_of
 from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
-from segcompass_hf.explain.dictionary.entries import ExampleStore
+from segcompass_hf.explain.dictionary.entries import ExampleStore, columns_of
 from segcompass_hf.explain.dictionary.labels import cofiring, derive_labels
 from segcompass_hf.explain.dictionary.objects import normalize_word, target_objects
 from segcompass_hf.explain.dictionary.page import page
@@ -269,6 +270,40 @@ def test_half_written_files_are_refused(made, tmp_path):
         ConceptDictionary.load(tmp_path)
     with pytest.raises(FileNotFoundError, match="concepts.safetensors and concepts.parquet missing"):
         ConceptDictionary.load(tmp_path / "nowhere")
+
+
+def test_a_dictionary_whose_fields_are_missing_is_refused(made, tmp_path):
+    """Both files are whole and belong together, and yet something is not there."""
+    made.save(tmp_path)
+    arrays, table, info = store.read_files(tmp_path)
+    columns = columns_of(list(made.entries))
+
+    def without(mapping, name):
+        return {key: value for key, value in mapping.items() if key != name}
+
+    def refused(match, arrays=arrays, columns=columns, info=info):
+        store.write_files(tmp_path, arrays, columns, info)
+        with pytest.raises(ValueError, match=match):
+            ConceptDictionary.load(tmp_path)
+        assert ConceptDictionary.find(tmp_path) is None  # explanations go on without labels
+
+    for name in ("sae_sketch", "pictures", "picture_ends", "scores.derived_f1_words"):
+        refused(f"lacks {name};", arrays=without(arrays, name))
+    for name in ("label", "words", "purity", "density", "cofiring"):
+        refused(f"lacks column {name};", columns=without(columns, name))
+    for name in ("d_sae", "sae_sha256", "rows_derive"):
+        refused(f"lacks info.{name};", info=without(info, name))
+    refused("lacks info.d_sae", info=info | {"d_sae": "many"})
+    refused("lacks info.d_sae, info.rows", info=["a list"])
+    refused(rf"describes 9 features, but the table is of shape \({D_SAE},\)", info=info | {"d_sae": 9})
+    short = arrays | {"scores.any_f1_words": arrays["scores.any_f1_words"][:-1]}
+    refused(f"scores.any_f1_words is of shape .{D_SAE - 1},", arrays=short)
+    refused("columns of another version: mood", columns=columns | {"mood": columns["density"]})
+    refused("beyond the last", arrays=arrays | {"picture_ends": np.array([10**6])})
+    refused("not in order", arrays=arrays | {"picture_ends": np.array([3, 1])})
+    refused("whole numbers in a row", arrays=arrays | {"picture_ends": np.array([[0.5]])})
+    store.write_files(tmp_path, arrays, columns, info)
+    assert ConceptDictionary.load(tmp_path).label(0) == "red"
 
 
 def test_search_and_ids(made):

@@ -208,7 +208,7 @@ class TestTextParts:
         inputs = processor(images=tiny_image(), instruction="red", return_tensors="pt")
         sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
         answer = model.segment(**inputs, max_new_tokens=3)
-        result = processor.post_process_segmentation(answer, **sizes, slot_logit_threshold=float("-inf"))[0]
+        result = processor.post_process_slots(answer, **sizes)[0]
         assert result["masks"].shape == (4, 30, 40)
 
 

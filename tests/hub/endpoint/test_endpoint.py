@@ -146,7 +146,8 @@ class TestAnswers:
         for segment, expected in zip(found, directly(handler, row, "full")["segments"], strict=True):
             mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(segment["mask"])))) == 255
             np.testing.assert_array_equal(mask, decode_mask(expected["mask"]))
-        assert len(handler(request(row, slot_logit_threshold=-1e5))["segments"]) == handler.processor.num_slots
+        every = {"slot_logit_threshold": -1e5, "duplicate_iou_threshold": 2.0}
+        assert len(handler(request(row, **every))["segments"]) == handler.processor.num_slots
         assert handler(request(row, slot_logit_threshold=1e5))["segments"] == []
         small = handler(request(row, mask_logit_threshold=5, **thinking))["segments"][0]["mask"]
         assert decode_mask(small).sum() < decode_mask(directly(handler, row, "full")["segments"][0]["mask"]).sum()

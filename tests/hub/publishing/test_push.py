@@ -18,7 +18,7 @@ from loopback_hub import LoopbackHub, hub  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from segcompass_hf.evaluation.predictors.model import weights_digest
+from segcompass_hf.files import weights_digest
 from segcompass_hf.hub import check_stage, push_to_hub, stage_checkpoint
 from segcompass_hf.hub.publishing.checks import check_weights
 from segcompass_hf.hub.publishing.stage import core_files, is_owned

@@ -47,6 +47,15 @@ def a_sample(processor, completion=ANSWER, rewards=None, **overrides) -> dict:
     return picture_sample(processor, a_row(**overrides), completion, [24, 48], torch.tensor([32, 64]), rewards)
 
 
+def test_masks_are_cut_at_the_models_own_threshold(processor):
+    logits = torch.zeros(2, 32, 32) - 5
+    logits[:, :, :16] = 1.0
+    sample = a_sample(processor, pred_masks=logits)  # above 0 without a threshold
+    assert sample["masks"].mean() == pytest.approx(0.5, abs=0.05)
+    assert not a_sample(processor, pred_masks=logits, mask_logit_threshold=2.0)["masks"].any()
+    assert a_sample(processor, pred_masks=logits, mask_logit_threshold=-9.0)["masks"].all()
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     """Messages of the module's warnings."""

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from sae import Stream, harvester, interleaved, rows
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
@@ -432,6 +433,30 @@ class TestCache:
             ActivationCache(tmp_path, cache_key(other_vlm))
         with pytest.raises(ValueError, match="dtype is 'bfloat16' there and 'float32' here"):
             ActivationCache(tmp_path, key, "float32")
+
+    def test_the_key_sees_single_rows_of_weights_and_of_data(self, processor):
+        model = tiny_model("llava")
+
+        def key(data=None):
+            stream = RowStream(data or rows(9), seed=0)
+            return cache_key(HarvestedTokens(harvester(model, processor), stream, 2))
+
+        before = key()
+        assert key() == before
+        embedding = model.get_input_embeddings().weight
+        with torch.no_grad():
+            embedding[57] += 0.01  # one word was trained
+            assert {name for name, value in key().items() if value != before[name]} == {"vlm_weights"}
+            embedding[57] -= 0.01
+            embedding.copy_(embedding.flip(0))  # the same numbers in other places
+            assert key()["vlm_weights"] != before["vlm_weights"]
+            embedding.copy_(embedding.flip(0))
+        changed = rows(9)
+        changed[5] = changed[5] | {"instruction": "other words"}  # neither the first row nor the number of rows
+        assert key(changed)["dataset"] != before["dataset"]
+        changed = rows(9)
+        changed[5] = changed[5] | {"image": changed[4]["image"].transpose(Image.Transpose.ROTATE_180)}
+        assert key(changed)["dataset"] != before["dataset"]
 
     def test_the_size_is_announced_and_checked(self, source, tmp_path, monkeypatch):
         from segcompass_hf.training.sae import cache as sae_cache

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from .build_report import RowProblem
 from .coco_instances import describe_folder
+from .values import parse_json
 
 SUFFIXES = (".jsonl", ".csv")
 NAMES = ("annotations", "metadata")
@@ -98,7 +98,7 @@ def _jsonl_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowProblem]
             if not line.strip():
                 continue
             try:
-                fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                fields = parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as error:
                 start = line[:60].decode("utf-8", "replace").strip()
                 detail = f"the line is no complete JSON object in UTF-8 ({error}): {start}"

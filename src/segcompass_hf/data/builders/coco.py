@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import os
 import random
+import unicodedata
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from .build_report import BuildReport, RowProblem
-from .coco_instances import CocoInstances, Photographs
+from .coco_instances import CocoInstances
 from .own_masks import union_of
+from .photographs import Photographs
 from .rows import dataset_from_rows, kind_by_number, make_row, usable_rows
+from .values import as_id
 
 
 def build_coco(
@@ -23,12 +26,15 @@ def build_coco(
     num_absent: int = 0,
     categories: Collection[str] | None = None,
     seed: int = 0,
+    allow_outside: bool = False,
 ) -> Any:
     """COCO-style instances in the row schema: one sample per image and category.
 
-    All instances of the category are `masks`, those of other categories `distractor_masks`. Crowd regions hold objects
-    that are not told apart: those of the category become `ignore`, and where there is nothing else of it the sample is
-    left out. `kind` is `none`, `single` or `multi` by the number of objects. Captions are not used.
+    All instances of the category are `masks`, those of other categories `distractor_masks`. Categories of one name are
+    one. Crowd regions (`iscrowd`, or `ignore`) hold objects that are not told apart: those of the category become
+    `ignore`, and where there is nothing else of it the sample is left out. Ids may be numbers or text. Where a file
+    states no `height` and `width`, those of the photographs count. `kind` is `none`, `single` or `multi` by the number
+    of objects. Captions are not used.
 
     Args:
         annotations: The json file, with `images`, `annotations` and `categories`.
@@ -37,9 +43,12 @@ def build_coco(
         split (`str`, *optional*, defaults to `"train"`): What the rows are called; the file is one split.
         report (`BuildReport`, *optional*): Lists what could not be used.
         num_absent (`int`, *optional*, defaults to 0): Samples without target per image, for categories that have no
-            annotation on it. True only where every object of every category is annotated.
+            annotation on it. True only where every object of every category is annotated. Images with an annotation
+            whose category is not known get none.
         categories (`Collection[str]`, *optional*): Names of the categories to ask for; by default all.
         seed (`int`, *optional*, defaults to 0): Chooses the absent categories, for every image on its own.
+        allow_outside (`bool`, *optional*, defaults to `False`): Use photographs outside of `images_dir` as well, where
+            links or the annotations lead there.
 
     Returns:
         `datasets.Dataset`, memory-mapped, with images as paths.
@@ -61,37 +70,41 @@ def build_coco(
     if isinstance(categories, str):
         raise ValueError(f"categories is the text {categories!r}; expected a collection of names.")
     report = BuildReport() if report is None else report
-    rows = _CocoRows(CocoInstances(annotations, report, renumber=True), images_dir, split, report)
+    instances = CocoInstances(annotations, report, Photographs(images_dir, allow_outside), renumber=True)
+    rows = _CocoRows(instances, split, report)
     rows.choose(categories)
     samples = usable_rows(rows.samples(num_absent, seed), lambda sample: rows.row(*sample, instruction), report)
     return dataset_from_rows(samples, f"coco-{split}", report)
 
 
 class _CocoRows:
-    def __init__(self, instances: CocoInstances, images_dir: str | os.PathLike, split: str, report: BuildReport):
-        self.instances, self.photographs = instances, Photographs(images_dir)
-        self.split, self.report = split, report
-        self.names = self._category_names()
+    def __init__(self, instances: CocoInstances, split: str, report: BuildReport):
+        self.instances, self.split, self.report = instances, split, report
+        self.first: dict[int | str, int | str] = {}  # category -> the first one of its name, which stands for all
+        self.names: dict[int | str, str] = {}
+        self._read_categories()
         self.chosen = set(self.names)
+        strays = {self._category(annotation) for annotation in instances.strays}
+        self.never_absent = strays if strays <= set(self.names) else set(self.names)
 
-    def _category_names(self) -> dict[int, str]:
+    def _read_categories(self) -> None:
         listed, file = self.instances.categories, self.instances.name
         if not isinstance(listed, list) or not listed:
             self.report.add("bad_json", file, "no list 'categories'", lost=False)
             raise ValueError(f"{file} has no list categories with an id and a name each: there is nothing to ask for.")
-        names: dict[int, str] = {}
+        of_name: dict[str, int | str] = {}
         for place, category in enumerate(listed):
-            number = category.get("id") if isinstance(category, dict) else None
+            number = as_id(category.get("id")) if isinstance(category, dict) else None
             name = category.get("name") if isinstance(category, dict) else None
-            if type(number) is not int or not isinstance(name, str) or not name.strip():
+            if number is None or not isinstance(name, str) or not name.strip():
                 detail = f"{category!r:.60} has no integer id or no name; its objects cannot be asked for"
                 self.report.add("bad_annotation", f"{file} category at {place}", detail, lost=False)
-            elif number in names:
+            elif number in self.first:
                 detail = f"the id appears again at {place}; the first is used"
                 self.report.add("duplicate_id", f"{file} category {number}", detail, lost=False)
             else:
-                names[number] = name.strip()
-        return names
+                self.first[number] = of_name.setdefault(_same_name(name), number)
+                self.names.setdefault(self.first[number], name.strip())
 
     def choose(self, categories: Collection[str] | None) -> None:
         """Ask for these categories only.
@@ -101,40 +114,52 @@ class _CocoRows:
         """
         if categories is None:
             return
-        missing = sorted(set(categories) - set(self.names.values()))
+        wanted, known = set(map(_same_name, categories)), set(map(_same_name, self.names.values()))
+        missing = sorted(name for name in set(categories) if _same_name(name) not in known)
         if missing:
             raise ValueError(f"there is no category {', '.join(missing)}; there are {', '.join(self.names.values())}.")
-        self.chosen = {number for number, name in self.names.items() if name in set(categories)}
+        self.chosen = {number for number, name in self.names.items() if _same_name(name) in wanted}
 
-    def samples(self, num_absent: int, seed: int) -> Iterator[tuple[str, tuple[int, Any, list[int]]]]:
+    def _category(self, annotation: dict[str, Any]) -> int | str:
+        """Its category, by the first one of that name; what it says instead where there is none."""
+        stated = annotation.get("category_id")
+        number = as_id(stated)
+        return self.first.get(number, repr(stated) if number is None else number)
+
+    def samples(self, num_absent: int, seed: int) -> Iterator[tuple[str, tuple[int | str, Any, list[int]]]]:
         """Sample id, and image, category and annotations, of every image and category that is asked for."""
         for image_id in self.instances.images:
             present: dict[Any, list[int]] = {}
             for number in self.instances.of_image.get(image_id, ()):
-                category = self.instances.annotations[number].get("category_id")
-                present.setdefault(category if type(category) is int else repr(category), []).append(number)
-            # Names count, not ids: a category listed twice is not absent where its twin is present.
-            named = {self.names.get(category) for category in present}
-            absent = sorted(number for number in self.chosen if self.names[number] not in named)
-            absent = random.Random(f"{seed}-{image_id}").sample(absent, min(num_absent, len(absent)))
+                present.setdefault(self._category(self.instances.annotations[number]), []).append(number)
+            absent = self._absent(image_id, present, num_absent, seed)
             for category, numbers in [*present.items(), *((category, []) for category in absent)]:
                 if category in self.names and category not in self.chosen:
                     continue
                 yield f"coco-{self.split}-{image_id}-{category}", (image_id, category, numbers)
 
-    def row(self, image_id: int, category: Any, numbers: list[int], instruction: str) -> dict[str, Any] | None:
+    def _absent(self, image_id: int | str, present: Collection[Any], num_absent: int, seed: int) -> list[int | str]:
+        """Categories that are not on an image; none where an annotation may be of any category."""
+        if any(category not in self.names for category in present):
+            return []
+        left = self.chosen - set(present) - self.never_absent
+        absent = sorted(left, key=lambda number: (isinstance(number, str), number))
+        return random.Random(f"{seed}-{image_id}").sample(absent, min(num_absent, len(absent)))
+
+    def row(self, image_id: int | str, category: Any, numbers: list[int], instruction: str) -> dict[str, Any] | None:
         """The row of an image and a category; `None` where there are crowd regions only."""
         if category not in self.names:
             detail = f"annotation {numbers[0]} has the category {category}, which is not in categories."
             raise RowProblem("bad_annotation", detail)
-        crowds = [number for number in numbers if self.instances.annotations[number].get("iscrowd")]
+        crowds = [number for number in numbers if self.instances.is_crowd(number)]
         targets = [number for number in numbers if number not in crowds]
         if crowds and not targets:
             self.report.left_out["crowd regions only"] += 1
             return None
+        image = self.instances.photograph(image_id)
         size = self.instances.size(image_id)
         return make_row(
-            image=self.photographs.path(image_id, size, [self.instances.images[image_id].get("file_name")]),
+            image=image,
             instruction=instruction.replace("{category}", self.names[category]),
             masks=[self.instances.rle(number, image_id) for number in targets],
             distractor_masks=self.instances.others(image_id, targets),
@@ -146,3 +171,8 @@ class _CocoRows:
             split=self.split,
             kind=kind_by_number(len(targets)),
         )
+
+
+def _same_name(name: str) -> str:
+    """What two names of one category have in common: "Cup " and "cup" ask for the same."""
+    return unicodedata.normalize("NFC", " ".join(name.split())).casefold()

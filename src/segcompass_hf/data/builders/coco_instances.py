@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from .build_report import BuildReport, RowProblem
+from .photographs import Photographs, names_of, once
 from .polygons import polygons_to_rle
 from .rows import image_size
+from .values import as_flag, as_id, as_whole, parse_json
 
-SUBFOLDERS = ("", "train2014", "val2014", "train2017", "val2017", "images")  # COCO 2017 dealt the same images anew
+CROWD_FLAGS = ("iscrowd", "ignore")  # the second as in CityPersons and other sets of detection
 
 
 def image_key(image: Any) -> str:
@@ -23,7 +24,8 @@ def image_key(image: Any) -> str:
     Raises:
         ValueError: there is no number in it.
     """
-    stem = re.sub(r"\.[A-Za-z]+$", "", str(image))
+    number = as_whole(image)
+    stem = re.sub(r"\.[A-Za-z]+$", "", str(image if number is None else number))
     found = re.search(r"(\d+)$", stem)
     if not found:
         raise ValueError(f"{image!r} is no image id: expected a number or a file name that ends with one.")
@@ -41,7 +43,7 @@ def read_json(path: str | os.PathLike, report: BuildReport) -> Any:
         report.add("missing_file", path.name, "there is no such file", lost=False)
         raise FileNotFoundError(f"there is no file {str(path)!r}; {describe_folder(path.parent)}")
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except ValueError as error:
         report.add("bad_json", path.name, str(error), lost=False)
         raise ValueError(f"{str(path)!r} is no complete json ({error}); is the download cut short?") from error
@@ -56,27 +58,21 @@ def describe_folder(folder: str | os.PathLike, shown: int = 8) -> str:
     return f"{os.fspath(folder)!r} holds {', '.join(names[:shown]) or 'nothing'}{more}."
 
 
-def _once(known: dict[int, Any], key: int, make: Callable[[], Any]) -> Any:
-    """What `make` returned, or the problem that it met, when it was first asked."""
-    if key not in known:
-        try:
-            known[key] = make()
-        except RowProblem as problem:
-            known[key] = problem
-    if isinstance(known[key], RowProblem):
-        raise RowProblem(known[key].kind, str(known[key]))
-    return known[key]
-
-
 class CocoInstances:
     """The annotations of some images.
 
     Args:
         path: of the json file.
         report (`BuildReport`): gets what is wrong with the file's entries.
+        photographs ([`Photographs`]): of the images.
         images (`Collection[str]`, *optional*): keys (`image_key`) of the images that matter; others are forgotten.
-        renumber (`bool`, *optional*, defaults to `False`): give annotations without an id, or with that of another,
+        renumber (`bool`, *optional*, defaults to `False`): give annotations without a number, or with that of another,
             one of their own: where nothing refers to ids, an object must not be lost for them.
+
+    Attributes:
+        images, annotations (`dict`): By id, see `as_id`.
+        of_image (`dict[int | str, list[int]]`): Annotations by image.
+        strays (`list[dict]`): Annotations of which it is not known on which image they are.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is not in this format.
@@ -86,10 +82,11 @@ class CocoInstances:
         self,
         path: str | os.PathLike,
         report: BuildReport,
+        photographs: Photographs,
         images: Collection[str] | None = None,
         renumber: bool = False,
     ):
-        self.name, self.report = Path(path).name, report
+        self.name, self.report, self.photographs = Path(path).name, report, photographs
         content = read_json(path, report)
         lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
         if not all(isinstance(entries, list) for entries in lists):
@@ -97,65 +94,117 @@ class CocoInstances:
             raise ValueError(
                 f"{os.fspath(path)!r} is no COCO annotation file: it has no lists images and annotations."
             )
-        self.images = self._by_id(lists[0], "image", lambda image: images is None or image_key(image["id"]) in images)
-
-        def belongs(annotation: dict) -> bool:
-            known = annotation["image_id"] in self.images
-            if images is None and not known:
-                raise ValueError(f"there is no image {annotation['image_id']!r}")
-            return known
-
-        self.annotations = self._by_id(lists[1], "annotation", belongs, renumber)
         self.categories = content.get("categories")
-        self.of_image: dict[int, list[int]] = {}
+        self._clashing: dict[int | str, str] = {}
+        self.images = self._read_images(lists[0], images)
+        photographs.claim(names_of(entry) for entry in lists[0])
+        self.strays: list[dict] = []
+        self.annotations = self._read_annotations(lists[1], images is None, renumber)
+        self.of_image: dict[int | str, list[int]] = {}
         for number, annotation in self.annotations.items():
             self.of_image.setdefault(annotation["image_id"], []).append(number)
         self._rles: dict[int, dict | RowProblem] = {}
         self._named: set[int] = set()
 
-    def _by_id(self, entries: list, what: str, wanted: Any, renumber: bool = False) -> dict[int, dict]:
-        found: dict[int, dict] = {}
-        given = (entry.get("id") for entry in entries if isinstance(entry, dict)) if renumber else ()
-        fresh = 1 + max((number for number in given if type(number) is int), default=0)
+    def _read_images(self, entries: list, wanted: Collection[str] | None) -> dict[int | str, dict]:
+        found: dict[int | str, dict] = {}
         for index, entry in enumerate(entries):
-            try:
-                if not wanted(entry):
-                    continue
-                if renumber and type(entry.get("id")) is not int:
-                    detail = f"has the id {entry.get('id')!r:.40}; it is called {fresh}"
-                    self.report.add("bad_annotation", f"{self.name} {what} at {index}", detail, lost=False)
-                    entry, fresh = {**entry, "id": fresh}, fresh + 1
-                number = int(entry["id"])
-            except (KeyError, TypeError, ValueError) as error:
-                detail = f"has no usable ids ({type(error).__name__}: {error})"
-                self.report.add("bad_annotation", f"{self.name} {what} at {index}", detail, lost=False)
+            number = as_id(entry.get("id")) if isinstance(entry, dict) else None
+            if number is None:
+                self._name_unusable("image", index, entry, "id")
+            elif wanted is not None and str(number) not in wanted:
                 continue
-            if number in found and renumber and entry != found[number]:
-                detail = f"the id appears again at {index}, for another object; that one is called {fresh}"
-                self.report.add("duplicate_id", f"{self.name} {what} {number}", detail, lost=False)
+            elif number not in found:
+                found[number] = entry
+            elif names_of(entry) != names_of(found[number]):
+                both = " and ".join(str((names_of(one) or ["no file"])[0]) for one in (found[number], entry))
+                self._clashing[number] = f"image {number} is {both}; whose its annotations are is not known."
+            else:
+                self._name_repeated("image", number, f"the id appears again at {index}; the first is used")
+        return found
+
+    def _read_annotations(self, entries: list, all_images: bool, renumber: bool) -> dict[int, dict]:
+        found: dict[int, dict] = {}
+        numbers = (as_whole(entry.get("id")) for entry in entries if isinstance(entry, dict))
+        fresh = 1 + max((number for number in numbers if number is not None), default=0)
+        numbered = all(isinstance(image_id, int) for image_id in self.images)
+        for index, entry in enumerate(entries):
+            image_id = as_id(entry.get("image_id")) if isinstance(entry, dict) else None
+            if image_id not in self.images:
+                if all_images or image_id is None:
+                    self._name_unusable("annotation", index, entry, "image_id")
+                if isinstance(entry, dict) and not (numbered and isinstance(image_id, int)):
+                    self.strays.append(entry)
+                continue
+            entry["image_id"], number = image_id, as_whole(entry.get("id"))
+            if number is None and not renumber:
+                self._name_unusable("annotation", index, entry, "id")
+                continue
+            if number is None:
+                detail = f"has the id {entry.get('id')!r:.40}; it is called {fresh}"
+                self.report.add("bad_annotation", f"{self.name} annotation at {index}", detail, lost=False)
+                number, fresh = fresh, fresh + 1
+            elif number in found and renumber and entry != found[number]:
+                again = f"the id appears again at {index}, for another object; that one is called {fresh}"
+                self._name_repeated("annotation", number, again)
                 number, fresh = fresh, fresh + 1
             if number in found:
-                detail = f"the id appears again at {index}; the first is used"
-                self.report.add("duplicate_id", f"{self.name} {what} {number}", detail, lost=False)
+                self._name_repeated("annotation", number, f"the id appears again at {index}; the first is used")
                 continue
             found[number] = entry
         return found
 
-    def size(self, image_id: int) -> tuple[int, int]:
-        """(height, width) of an image in pixels, as the file states it.
+    def _name_unusable(self, what: str, index: int, entry: Any, key: str) -> None:
+        value = entry.get(key) if isinstance(entry, dict) else entry
+        reason = f"there is no image {value!r:.40}" if key == "image_id" else f"the {key} is {value!r:.40}"
+        detail = f"has no usable ids ({reason})"
+        self.report.add("bad_annotation", f"{self.name} {what} at {index}", detail, lost=False)
+
+    def _name_repeated(self, what: str, number: int | str, detail: str) -> None:
+        self.report.add("duplicate_id", f"{self.name} {what} {number}", detail, lost=False)
+
+    def photograph(self, image_id: int | str) -> str:
+        """The image's file, which has the size that its annotations were made on.
 
         Raises:
-            RowProblem: `"bad_annotation"`.
+            RowProblem: `"missing_image"` and the like, or what `size` finds.
         """
+        stated = self._stated_size(image_id)
+        return self.photographs.path(image_id, stated, names_of(self.images[image_id]))
+
+    def size(self, image_id: int | str) -> tuple[int, int]:
+        """(height, width) of an image in pixels, as the file states it, or else as its photograph has it.
+
+        Raises:
+            RowProblem: `"bad_annotation"`, or what keeps the photograph from being used.
+        """
+        stated = self._stated_size(image_id)
+        return image_size(self.photograph(image_id)) if stated is None else stated
+
+    def _stated_size(self, image_id: int | str) -> tuple[int, int] | None:
         entry = self.images.get(image_id)
         if entry is None:
             raise RowProblem("bad_annotation", f"image {image_id} is not in {self.name}.")
+        if image_id in self._clashing:
+            raise RowProblem("duplicate_id", self._clashing[image_id])
         height, width = entry.get("height"), entry.get("width")
-        if not (isinstance(height, int) and isinstance(width, int) and min(height, width) > 0):
+        if height is None and width is None:
+            return None
+        size = as_whole(height), as_whole(width)
+        if None in size or min(size) <= 0:
             raise RowProblem("bad_annotation", f"image {image_id} has height {height!r} and width {width!r}.")
-        return height, width
+        return size
 
-    def rle(self, annotation_id: int, image_id: int) -> dict[str, Any]:
+    def is_crowd(self, annotation_id: int) -> bool:
+        """Whether an annotation is a region of objects that are not told apart, or to be ignored.
+
+        Raises:
+            RowProblem: `"bad_annotation"`: what it says is neither true nor false.
+        """
+        annotation = self.annotations[annotation_id]
+        return any(as_flag(annotation.get(name), f"annotation {annotation_id}: {name}") for name in CROWD_FLAGS)
+
+    def rle(self, annotation_id: int, image_id: int | str) -> dict[str, Any]:
         """One annotation's mask, drawn when first asked for.
 
         Raises:
@@ -166,7 +215,7 @@ class CocoInstances:
             raise RowProblem(
                 "missing_annotation", f"image {image_id} has no annotation {annotation_id} in {self.name}."
             )
-        return _once(self._rles, annotation_id, lambda: self._draw(annotation_id, annotation))
+        return once(self._rles, annotation_id, lambda: self._draw(annotation_id, annotation))
 
     def _draw(self, annotation_id: int, annotation: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -176,76 +225,21 @@ class CocoInstances:
         finally:
             annotation["segmentation"] = None  # its polygons are the bulk of the memory
 
-    def others(self, image_id: int, targets: Collection[int]) -> list[dict[str, Any]]:
+    def others(self, image_id: int | str, targets: Collection[int]) -> list[dict[str, Any]]:
         """Masks of the image's objects that are not meant; broken ones are named once and left out.
 
         Crowd regions are no objects but unseparated many, and stay out.
         """
         masks = []
         for number in self.of_image.get(image_id, ()):
-            if number in targets or self.annotations[number].get("iscrowd"):
+            if number in targets:
                 continue
             try:
-                masks.append(self.rle(number, image_id))
+                if not self.is_crowd(number):
+                    masks.append(self.rle(number, image_id))
             except RowProblem as problem:
                 if number not in self._named:
                     self._named.add(number)
                     detail = f"left out of the other objects: {problem}"
                     self.report.add(problem.kind, f"{self.name} annotation {number}", detail, lost=False)
         return masks
-
-
-class Photographs:
-    """Finds the files of COCO images, in the folder itself or in `train2014/` and the like.
-
-    Args:
-        folder: of the images.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-    """
-
-    def __init__(self, folder: str | os.PathLike):
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(
-                f"images_dir: there is no folder {os.fspath(folder)!r}; give the one that holds the photographs (COCO "
-                "train2014)."
-            )
-        self.folder = os.path.abspath(folder)
-        self._paths: dict[tuple, str | RowProblem] = {}
-
-    def path(self, image_id: int, size: tuple[int, int], file_names: Collection[str | None]) -> str:
-        """The image's file, which has the size that its annotations were made on.
-
-        Args:
-            image_id (`int`): names the file where it is called by 12 digits.
-            size (`tuple[int, int]`): (height, width) in pixels.
-            file_names (`Collection[str]`): as the annotations call it, with or without the folders in it.
-
-        Raises:
-            RowProblem: `"missing_image"`, `"unreadable_image"` or `"wrong_size"`.
-        """
-        return _once(self._paths, image_id, lambda: self._find(image_id, size, file_names))
-
-    def _find(self, image_id: int, size: tuple[int, int], file_names: Collection[str | None]) -> str:
-        plain = f"{image_id:012d}.jpg"
-        given = [
-            form
-            for name in file_names
-            if isinstance(name, str) and name
-            for form in (name, os.path.basename(name))
-            if not os.path.isabs(form) and ".." not in Path(form).parts  # stays inside the folder
-        ]
-        names = list(dict.fromkeys([*given, f"COCO_train2014_{plain}", plain]))
-        paths = [os.path.join(self.folder, sub, name) for sub in SUBFOLDERS for name in names]
-        path = next((path for path in paths if os.path.isfile(path)), None)
-        if path is None:
-            raise RowProblem(
-                "missing_image", f"there is no {' or '.join(names)} in {self.folder!r} or its train2014/ and the like."
-            )
-        actual = image_size(path)
-        if actual != tuple(size):
-            raise RowProblem(
-                "wrong_size", f"{path!r} is {actual} but its annotations are for {tuple(size)} (height, width)."
-            )
-        return path

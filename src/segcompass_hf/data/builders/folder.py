@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from transformers.utils import logging
 
 from .annotation_files import find_annotations, named_splits, read_lines
 from .build_report import BuildReport, RowProblem
-from .own_masks import FORMS, objects_of, union_of
+from .found_files import TrustedFolder, spellings
+from .own_masks import FORMS, Objects, is_number, objects_of, union_of
 from .rows import EXIF_ORIENTATION, SampleIds, dataset_from_rows, image_size, kind_by_number, make_row, usable_rows
+from .values import as_flag, parse_json
 
 logger = logging.get_logger(__name__)
 
@@ -35,7 +40,7 @@ FIELDS = {
     "split": ("split",),
 }
 KNOWN = [name for names in FIELDS.values() for name in names]
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False, "": False}
+MASK_WORDS = ("mask", "polygon", "segm", "contour", "box")  # in names of columns that hold masks or boxes elsewhere
 
 
 def build_folder(
@@ -43,6 +48,7 @@ def build_folder(
     annotations: str | os.PathLike | None = None,
     split: str = "train",
     report: BuildReport | None = None,
+    allow_outside: bool = False,
 ) -> Any:
     r"""A folder of your own in the row schema: images, and a JSONL or CSV file with one line per sample.
 
@@ -62,7 +68,8 @@ def build_folder(
 
     The first is one object of one polygon, the second one object in two parts, the third two objects. RLE is COCO's, as
     text or as a list of run lengths. A PNG that stands alone has one object per value above 0 (0 is background); among
-    several PNGs each is one object. In a CSV file lists stand as JSON in quotes, and paths with `;` between:
+    several PNGs each is one object. Beside other values 255 is the void of Pascal VOC, which metrics leave out. In a
+    CSV file lists stand as JSON in quotes, and paths with `;` between:
 
     ```text
     image,instruction,masks
@@ -77,13 +84,15 @@ def build_folder(
     and `split`. A line with anything wrong is left out as a whole, and named in the report.
 
     Args:
-        root: Folder of the images. Paths in lines start from the annotation file's folder or from `root`, also from
-            `images/` and `masks/` in it.
+        root: Folder of the images. Paths in lines start from the annotation file's folder or from `root`; images may
+            also lie in its `images/`, masks in its `masks/`, and both in a folder of the split's name.
         annotations (path, *optional*): The JSONL or CSV file. By default `{split}.jsonl`, `annotations.jsonl`,
             `metadata.jsonl`, the same as `.csv`, or the only file of these types.
         split (`str`, *optional*, defaults to `"train"`): Which lines to take. Without a column `split` all lines are
             taken, and called so.
         report (`BuildReport`, *optional*): Lists what could not be used.
+        allow_outside (`bool`, *optional*, defaults to `False`): Use files outside of `root` as well, where links or
+            the lines lead there.
 
     Returns:
         `datasets.Dataset`, memory-mapped, with images as paths.
@@ -103,16 +112,18 @@ def build_folder(
     """  # noqa: E501 - one line per sample is the format
     report = BuildReport() if report is None else report
     path = find_annotations(root, annotations, split)
-    rows = _FolderRows(Path(os.path.abspath(root)), Path(os.path.abspath(path)), split, report)
+    files = TrustedFolder(root, allow_outside)
+    if annotations is None:
+        files.check(path)
+    rows = _FolderRows(files, Path(os.path.abspath(path)), split, report)
     return dataset_from_rows(rows.rows(), f"folder-{split}", report)
 
 
 class _FolderRows:
-    def __init__(self, root: Path, path: Path, split: str, report: BuildReport):
-        self.path, self.split, self.report, self.source = path, split, report, root.name or "folder"
-        self.root = root
-        folders = (path.parent, root, root / "images", root / "masks", root / split)
-        self.folders = list(dict.fromkeys(map(str, folders)))
+    def __init__(self, files: TrustedFolder, path: Path, split: str, report: BuildReport):
+        self.files, self.root, self.path = files, Path(files.root), path
+        self.split, self.report, self.source = split, report, self.root.name or "folder"
+        self.starts = list(dict.fromkeys([str(path.parent), files.root]))
         self.has_splits = self._check_splits()
         self.ids = SampleIds(report)
         self.sizes: dict[str, tuple[int, int]] = {}
@@ -155,6 +166,13 @@ class _FolderRows:
             known[name] = fields[given[0]] if given else None
         self.has_masks |= any(key in fields for key in FIELDS["masks"])
         self.num_lines += 1
+        unused = {str(key): value for key, value in fields.items() if str(key) not in KNOWN and _is_given(value)}
+        meant = [key for key, value in unused.items() if _may_be_masks(key, value)]
+        if meant and (known["masks"] is None or str(known["masks"]).replace(" ", "") == "[]"):
+            raise RowProblem(
+                "unknown_column",
+                f"the line has no masks, but {meant[0]!r}, which is not used; if it holds them, call it masks.",
+            )
         for key in sorted(set(map(str, fields)) - set(KNOWN) - self.unknown):
             self.unknown.add(key)
             close = difflib.get_close_matches(key, KNOWN, n=1)
@@ -177,9 +195,9 @@ class _FolderRows:
         path = self._find(name, "missing_image")
         if path not in self.sizes:
             self.sizes[path] = image_size(path)
-        size = self.sizes[path]
-        masks, values = self._masks(fields, "masks", path)
-        others = None if fields["distractors"] is None else self._masks(fields, "distractors", path)[0]
+        found = {name: self._masks(fields, name, path) for name in ("masks", "distractors", "ignore")}
+        masks, others = found["masks"].masks, found["distractors"].masks
+        ignored = [*found["ignore"].masks, *(rle for objects in found.values() for rle in objects.void)]
         image_id = _text(fields["image_id"]) or Path(os.path.relpath(path, self.root)).as_posix()  # one per file
         wanted = _text(fields["sample_id"]) or f"{Path(name).as_posix()}-{self.per_image[path]}".replace("/", "_")
         self.per_image[path] += 1
@@ -188,21 +206,22 @@ class _FolderRows:
             image=path,
             instruction=instruction.strip(),
             masks=masks,
-            distractor_masks=others,
-            ignore=union_of(self._masks(fields, "ignore", path)[0], size),
-            instance_ids=values,
+            distractor_masks=None if fields["distractors"] is None else others,
+            ignore=union_of(ignored, self.sizes[path]),
+            instance_ids=found["masks"].values,
             sample_id=self.ids.unique(wanted, content),
             image_id=image_id,
             source=self.source,
             split=self.split,
             kind=_text(fields["kind"]) or kind_by_number(len(masks)),
-            is_reasoning=_boolean(fields["is_reasoning"], "is_reasoning"),
+            is_reasoning=as_flag(fields["is_reasoning"], "is_reasoning"),
             reasoning=_text(fields["reasoning"]) or None,
         )
 
-    def _masks(self, fields: dict[str, Any], name: str, image: str) -> tuple[list[dict], list[int] | None]:
+    def _masks(self, fields: dict[str, Any], name: str, image: str) -> Objects:
         try:
-            return objects_of(fields[name], self.sizes[image], lambda path: self._find(path, "missing_mask"), name)
+            find = partial(self._find, kind="missing_mask", image=image)
+            return objects_of(fields[name], self.sizes[image], find, name)
         except RowProblem as problem:
             detail = str(problem)
             if problem.kind == "wrong_size" and _is_turned(image):
@@ -212,14 +231,14 @@ class _FolderRows:
                 )
             raise RowProblem(problem.kind, detail) from problem
 
-    def _find(self, name: str, kind: str) -> str:
-        """The file of a path in a line."""
+    def _find(self, name: str, kind: str, image: str | None = None) -> str:
+        """The file of a path in a line; of an image, or of a mask of the given one, which is another file."""
         if "://" in name:
             raise RowProblem(kind, f"{name} is an address; download it into the folder and give its path.")
-        paths = [os.path.normpath(os.path.join(folder, name.strip())) for folder in self.folders]
-        path = next((path for path in paths if os.path.isfile(path)), None)
+        implied = [str(self.root / ("images" if image is None else "masks")), str(self.root / self.split)]
+        path = self.files.find(spellings(name), self.starts, implied, never=image)
         if path is None:
-            looked = ", ".join(repr(folder) for folder in self.folders if os.path.isdir(folder))
+            looked = ", ".join(repr(folder) for folder in (*self.starts, *implied) if os.path.isdir(folder))
             raise RowProblem(kind, f"there is no file {name!r} in {looked}.")
         return path
 
@@ -232,11 +251,21 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _boolean(value: Any, name: str) -> bool:
-    known = BOOLEANS.get(_text(value).lower())
-    if known is None:
-        raise RowProblem("bad_annotation", f"{name} is {value!r:.40}; expected true or false.")
-    return known
+def _may_be_masks(name: str, value: Any) -> bool:
+    """Whether a column that is not used holds masks or boxes, by its name and what it holds."""
+    named = any(word in name.lower() for word in MASK_WORDS)
+    named = named or bool(difflib.get_close_matches(name.lower(), FIELDS["masks"], n=1))
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
+        with suppress(ValueError):
+            value = parse_json(value)
+    if isinstance(value, str):
+        return named and bool(re.search(r"\.\w{2,4}\s*(;|$)", value))  # a path
+    if not isinstance(value, (list, dict)) or not value:
+        return False
+    while isinstance(value, list) and value and isinstance(value[0], (list, dict)):
+        value = value[0]
+        named = named or isinstance(value, list) and bool(value) and is_number(value[0])
+    return named or isinstance(value, dict) and "counts" in value
 
 
 def _is_turned(path: str) -> bool:

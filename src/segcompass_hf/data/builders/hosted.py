@@ -14,22 +14,29 @@ import numpy as np
 from ..schema import encode_mask, row_features
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
-from .mask_files import read_mask_file
+from .found_files import TrustedFolder, spellings
+from .mask_files import read_mask_file, split_void
 from .polygons import polygons_to_rle
 from .rows import SampleIds, dataset_from_rows, image_size, make_row, usable_rows
+from .values import as_whole
 
 COLUMNS = ("image", "text", "mask", "image_id", "ann_id")  # img_height and img_width are used where they are there
 SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "validation": "val", "dev": "val", "test": "test"}
 
 
 def from_hosted_reasonseg(
-    path_or_id: str | os.PathLike, split: str = "test", report: BuildReport | None = None, streaming: bool = False
+    path_or_id: str | os.PathLike,
+    split: str = "test",
+    report: BuildReport | None = None,
+    streaming: bool = False,
+    allow_outside: bool = False,
 ) -> Any:
     """A hosted mirror of ReasonSeg in the row schema: one sample per row, with one merged mask.
 
     Rows have `image`, `text`, `mask`, `image_id`, `ann_id` and usually `img_height` and `img_width`. A mask may be
     nested lists or an array of 0 and 1 (also flat, by `img_height` and `img_width`), an image, or a COCO RLE. As the
-    objects of a mask cannot be told apart, `masks` has one entry. `kind` and `ignore` are unknown in this format.
+    objects of a mask cannot be told apart, `masks` has one entry. `kind` is unknown in this format; `ignore` is what a
+    mask marks with 255 beside other values.
     Rows of local files are read one at a time, so that memory does not grow with the data set, streamed or not; a
     stream from the Hub holds what `datasets` reads ahead.
 
@@ -40,6 +47,8 @@ def from_hosted_reasonseg(
         report (`BuildReport`, *optional*): Lists what could not be used; for streams, as far as this process
             reads them.
         streaming (`bool`, *optional*, defaults to `False`): Return a `datasets.IterableDataset`.
+        allow_outside (`bool`, *optional*, defaults to `False`): Use files outside of the folder as well, where links
+            lead there, or rows with the path of a photograph in place of its bytes.
 
     Returns:
         `datasets.Dataset`, memory-mapped, or `datasets.IterableDataset`; images are kept as they are encoded.
@@ -52,9 +61,13 @@ def from_hosted_reasonseg(
 
     report = BuildReport() if report is None else report
     files = _local_files(path_or_id, split)
+    is_folder = os.path.isdir(path_or_id)
+    trusted = TrustedFolder(path_or_id if is_folder else Path(path_or_id).parent, allow_outside) if files else None
+    for file in files if is_folder else ():
+        trusted.check(file)
     if files:
         _check_files(files, report)
-    hosted = HostedRows(split, report)
+    hosted = HostedRows(split, report, trusted)
 
     def rows(files: list[str]) -> Iterator[dict[str, Any]]:
         hosted.start_again()
@@ -167,10 +180,11 @@ class HostedRows:
     Args:
         split (`str`): of the rows.
         report (`BuildReport`): gets those that cannot be used.
+        files ([`TrustedFolder`], *optional*): where photographs may lie whose rows have a path in place of bytes.
     """
 
-    def __init__(self, split: str, report: BuildReport):
-        self.split, self.report = split, report
+    def __init__(self, split: str, report: BuildReport, files: TrustedFolder | None = None):
+        self.split, self.report, self.files = split, report, files
         self._named: set[str] = set()
         self.start_again()
 
@@ -197,19 +211,18 @@ class HostedRows:
         if not isinstance(text, str) or not text.strip():
             raise RowProblem("empty_text", f"the text is {text!r:.60}.")
         image = table.column("image")[0].as_py()
-        encoded = image.get("bytes") if isinstance(image, dict) else image
-        if not isinstance(encoded, bytes) or not encoded:
-            raise RowProblem("missing_image", f"the image has no content: {image!r:.80}.")
+        encoded = self._content(image)
         size = image_size(encoded)
-        stated = (values.get("img_height"), values.get("img_width"))
+        stated = (as_whole(values.get("img_height")), as_whole(values.get("img_width")))
         if None not in stated and stated != size:
             detail = f"img_height and img_width are {stated} but the image is {size} (height, width); the image counts"
             self.add("wrong_size", sample_id, detail, lost=False)
-        rle = hosted_mask(table.column("mask").combine_chunks(), size)
+        rle, ignore = hosted_mask(table.column("mask").combine_chunks(), size)
         return make_row(
             image={"bytes": encoded, "path": image.get("path") if isinstance(image, dict) else None},
             instruction=text.strip(),
             masks=[rle],
+            ignore=ignore,
             sample_id=self.ids.unique(sample_id, (text.strip(), rle["counts"])),
             image_id=str(values["image_id"]),
             source="reasonseg",
@@ -217,9 +230,22 @@ class HostedRows:
             is_reasoning=True,
         )
 
+    def _content(self, image: Any) -> bytes:
+        """The bytes of a row's photograph."""
+        encoded = image.get("bytes") if isinstance(image, dict) else image
+        if isinstance(encoded, bytes) and encoded:
+            return encoded
+        name = image.get("path") if isinstance(image, dict) and encoded is None else image
+        path = None
+        if isinstance(name, str) and name and "://" not in name and self.files is not None:
+            path = self.files.find(spellings(name), [self.files.root])
+        if path is None:
+            raise RowProblem("missing_image", f"the image has no content: {image!r:.80}.")
+        return Path(path).read_bytes()
 
-def hosted_mask(column: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """The RLE of a mask in any of the forms in which mirrors hold it.
+
+def hosted_mask(column: Any, size: tuple[int, int]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The RLE of a mask in any of the forms in which mirrors hold it, and of its void (see `split_void`).
 
     Args:
         column (`pyarrow.Array` of length 1): the mask.
@@ -238,7 +264,7 @@ def hosted_mask(column: Any, size: tuple[int, int]) -> dict[str, Any]:
     else:
         value = column[0].as_py()
         if isinstance(value, dict) and "counts" in value:
-            return polygons_to_rle(value, *size)
+            return polygons_to_rle(value, *size), None
         value = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(value, bytes):
             raise RowProblem("bad_annotation", f"the mask is {column.type}; expected lists, an image or an RLE.")
@@ -248,9 +274,10 @@ def hosted_mask(column: Any, size: tuple[int, int]) -> dict[str, Any]:
     if mask.shape != tuple(size):
         hint = " It looks transposed: is it of the photograph before its EXIF rotation?" * (mask.shape == size[::-1])
         raise RowProblem("wrong_size", f"the mask is {mask.shape} but its image is {size} (height, width).{hint}")
+    mask, void = split_void(mask, "the mask")
     if not mask.any():
         raise RowProblem("empty_mask", "the mask has no pixel.")
-    return encode_mask(mask)
+    return encode_mask(mask), None if void is None else encode_mask(void)
 
 
 def _is_list(kind: Any) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .build_report import BuildReport, RowProblem
-from .coco_instances import CocoInstances, Photographs, describe_folder, image_key, read_json
+from .coco_instances import CocoInstances, describe_folder, image_key, read_json
+from .photographs import Photographs
 from .rows import SampleIds, dataset_from_rows, kind_by_number, make_row, usable_rows
 from .safe_pickle import load_plain_pickle
 
@@ -32,6 +33,7 @@ def build_refcoco(
     split: str = "train",
     exclude_images: Collection[Any] | None = None,
     report: BuildReport | None = None,
+    allow_outside: bool = False,
 ) -> Any:
     """RefCOCO, RefCOCO+ or RefCOCOg in the row schema: one object per sample, every sentence a sample.
 
@@ -47,6 +49,8 @@ def build_refcoco(
         split (`str`): `"train"`, `"val"`, and `"testA"` and `"testB"` (unc) or `"test"` (umd).
         exclude_images (`Collection`, *optional*): Ids or file names of images to leave out, see `eval_image_ids`.
         report (`BuildReport`, *optional*): Lists what could not be used.
+        allow_outside (`bool`, *optional*, defaults to `False`): Use photographs outside of `images_dir` as well, where
+            links or the annotations lead there.
 
     Returns:
         `datasets.Dataset`, memory-mapped, with images as paths.
@@ -57,7 +61,7 @@ def build_refcoco(
     """
     if name == "grefcoco":
         raise ValueError("gRefCOCO has several objects per sample: use build_grefcoco.")
-    return _build(name, root, images_dir, split_by, split, exclude_images, report)
+    return _build(name, root, images_dir, split_by, split, exclude_images, report, allow_outside)
 
 
 def build_grefcoco(
@@ -67,17 +71,19 @@ def build_grefcoco(
     split: str = "train",
     exclude_images: Collection[Any] | None = None,
     report: BuildReport | None = None,
+    allow_outside: bool = False,
 ) -> Any:
     """gRefCOCO in the row schema: none, one or several objects per sample; `kind` is `none`, `single` or `multi`.
 
     Args: as [`build_refcoco`]; `root` holds `grefs(unc).json` and `instances.json`, or them in `grefcoco/`.
     """
-    return _build("grefcoco", root, images_dir, split_by, split, exclude_images, report)
+    return _build("grefcoco", root, images_dir, split_by, split, exclude_images, report, allow_outside)
 
 
-def _build(name, root, images_dir, split_by, split, exclude_images, report) -> Any:
+def _build(name, root, images_dir, split_by, split, exclude_images, report, allow_outside) -> Any:
     report = BuildReport() if report is None else report
-    samples = _Samples(name, root, images_dir, split_by, split, exclude_images, report)
+    photographs = Photographs(images_dir, allow_outside, coco_ids=True)
+    samples = _Samples(name, root, photographs, split_by, split, exclude_images, report)
     rows = usable_rows(samples.sentences(), samples.row, report)
     return dataset_from_rows(rows, f"{name}-{split_by}-{split}", report)
 
@@ -140,7 +146,7 @@ def read_refs(folder: Path, name: str, split_by: str, report: BuildReport) -> li
 class _Samples:
     """Every sentence of one split as a row, in the order of the file."""
 
-    def __init__(self, name, root, images_dir, split_by, split, exclude_images, report: BuildReport):
+    def __init__(self, name, root, photographs, split_by, split, exclude_images, report: BuildReport):
         folder = find_folder(root, name)
         if split_by not in SPLITS[name]:
             raise ValueError(f"{name} is split by {' or '.join(SPLITS[name])}, not by {split_by!r}.")
@@ -148,7 +154,6 @@ class _Samples:
             raise ValueError(f"{name} ({split_by}) has the splits {', '.join(SPLITS[name][split_by])}, not {split!r}.")
         if isinstance(exclude_images, str):
             raise ValueError(f"exclude_images is the text {exclude_images!r}; expected a collection of image ids.")
-        self.photographs = Photographs(images_dir)
         self.name, self.split_by, self.split, self.report = name, split_by, split, report
         self.excluded = {image_key(image) for image in exclude_images or ()}
         refs = read_refs(folder, name, split_by, report)
@@ -158,7 +163,7 @@ class _Samples:
             path = str(folder / refs_file(name, split_by))
             raise ValueError(f"{path!r} has no refs of split {split!r}; it has {found or 'none'}.")
         wanted = {str(ref["image_id"]) for ref in self.refs} - self.excluded
-        self.instances = CocoInstances(folder / "instances.json", report, wanted)
+        self.instances = CocoInstances(folder / "instances.json", report, photographs, wanted)
         self.ids = SampleIds(report)
 
     def sentences(self) -> Iterator[tuple[str, Any]]:
@@ -189,11 +194,8 @@ class _Samples:
     def _fields(self, ref: dict[str, Any], stem: str) -> dict[str, Any]:
         """The columns that all sentences of a ref share."""
         image_id, targets = ref["image_id"], self._targets(ref, stem)
-        size = self.instances.size(image_id)
-        # RefCOCO's own file names end with the annotation's id, which no photograph's does.
-        path = self.photographs.path(image_id, size, [self.instances.images[image_id].get("file_name")])
         return {
-            "image": path,
+            "image": self.instances.photograph(image_id),
             "masks": [self.instances.rle(number, image_id) for number in targets],
             "distractor_masks": self.instances.others(image_id, targets),
             "instance_ids": targets,

@@ -54,6 +54,7 @@ def build_folder_splits(
     held_out_share: float = 0.2,
     seed: int = 0,
     report: BuildReport | None = None,
+    allow_outside: bool = False,
 ) -> tuple[Any, Any]:
     """A folder of your own (see [`build_folder`]) as rows to train on and rows to evaluate on.
 
@@ -66,6 +67,7 @@ def build_folder_splits(
         held_out_share (`float`, *optional*, defaults to 0.2): Of the images, where nothing says the splits.
         seed (`int`, *optional*, defaults to 0): Of that choice.
         report (`BuildReport`, *optional*): Lists what could not be used, of both; a broken line once.
+        allow_outside (`bool`, *optional*, defaults to `False`): As for [`build_folder`].
 
     Returns:
         `tuple[datasets.Dataset, datasets.Dataset]`: To train on, and held out.
@@ -79,11 +81,11 @@ def build_folder_splits(
     held_out = next((name for name in HELD_OUT_SPLITS if name in named), None)
     if held_out is None and annotations is None:
         held_out = next((name for name in HELD_OUT_SPLITS if _has_own_file(root, name, path)), None)
-    train = build_folder(root, annotations, "train", report)
+    train = build_folder(root, annotations, "train", report, allow_outside)
     if held_out is None:
         return split_by_image(train, held_out_share, seed)
     second = BuildReport()
-    evaluation = build_folder(root, annotations, held_out, second)
+    evaluation = build_folder(root, annotations, held_out, second, allow_outside)
     report.num_rows += second.num_rows
     report.problems += [problem for problem in second.problems if problem not in report.problems]
     report.left_out.pop("other splits", None)

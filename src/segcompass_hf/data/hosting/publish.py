@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...files import readable_size, temporary_folder
+from ..builders.found_files import TrustedFolder
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -121,6 +122,9 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     _check_loading(folder, shards)
     paths = [folder / name for name in PUBLISHED if (folder / name).is_file()]
     paths += [path for split in shards for path in shards[split]]
+    links = [str(path) for path in paths if not TrustedFolder(folder).holds(path)]
+    if links:
+        raise ValueError(f"{links[0]!r} is a link out of the folder, to a file that would be published; remove it.")
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return Publication(files, rows, [path for path in found if path not in files])

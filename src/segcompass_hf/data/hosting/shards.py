@@ -12,7 +12,7 @@ from typing import Any
 from ...images_segcompass import to_rgb_image
 from ..builders.build_report import BuildReport, RowProblem
 from ..builders.rows import encode_image, make_row, usable_rows
-from ..schema import decode_masks, row_features
+from ..schema import compressed, decode_masks, row_features
 from .statistics import SplitStatistics
 
 ROWS_PER_GROUP = 100
@@ -111,16 +111,20 @@ class SplitWriter:
             self.shown.setdefault(kind, []).append(row)
 
     def _check_masks(self, row: dict[str, Any], size: tuple[int, int]) -> None:
-        """Decode every mask; sentences about one image mostly share theirs."""
+        """Decode every mask, and store it compressed; sentences about one image mostly share theirs."""
         for column in ("masks", "distractor_masks", "ignore"):
-            rles = [row["ignore"]] if column == "ignore" and row["ignore"] is not None else row[column]
+            if row[column] is None:
+                continue
+            rles = [row["ignore"]] if column == "ignore" else row[column]
             try:
-                for rle in rles or []:
+                rles = [compressed(rle) for rle in rles]
+                row[column] = rles[0] if column == "ignore" else rles
+                for rle in rles:
                     key = (*size, *rle["size"], rle["counts"])
                     if key not in self._decoded:
                         decode_masks([rle], size)
                         self._decoded.add(key)
-            except Exception as error:  # pycocotools raises several kinds on damaged RLEs
+            except ValueError as error:
                 raise RowProblem("bad_annotation", f"{column}: {error}") from error
         if len(self._decoded) > REMEMBERED_MASKS:
             self._decoded.clear()

@@ -169,9 +169,20 @@ def _as_splits(splits: Any) -> dict[str, Any]:
     if not splits:
         raise ValueError("there is no split to write.")
     for split in splits:
-        if not re.fullmatch(r"\w+(\.\w+)*", str(split)):
-            raise ValueError(f"{split!r} is no name of a split; expected letters, digits, _ and dots inside.")
+        check_split_name(str(split))
     return {str(split): _encoded_rows(rows, str(split)) for split, rows in splits.items()}
+
+
+def check_split_name(split: str) -> None:
+    """Refuse a name that `datasets` would not read back.
+
+    Raises:
+        ValueError: It is no name, or means all splits together.
+    """
+    if not re.fullmatch(r"\w+(\.\w+)*", split):
+        raise ValueError(f"{split!r} is no name of a split; expected letters, digits, _ and dots inside.")
+    if split.lower() == "all":
+        raise ValueError(f"a split cannot be called {split!r}, which to datasets means all splits; name another.")
 
 
 def _encoded_rows(rows: Any, split: str) -> Iterable[dict[str, Any]]:

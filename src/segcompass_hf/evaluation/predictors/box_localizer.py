@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from ...files import weights_digest
 from ...vlm_processors_segcompass import load_vlm_parts, processor_class
 from ..prediction import Prediction
 from .box_answers import parse_answer
-from .model import _digest, _digest_of_configs, weights_digest
+from .model import _digest_of_configs, _digest_of_processor
 from .sam_prompts import PromptedSam, SamPrompt
 
 PROMPT_TEMPLATE = (
@@ -111,12 +112,10 @@ class BoxLocalizerPredictor:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the answers; of weights, configurations and the processor a digest."""
-        tokenizer = self.processor.tokenizer
-        parts = (self.processor.image_processor.to_json_string(), str(self.processor.chat_template))
         return {
             "vlm_weights": weights_digest(self.vlm),
             "vlm_configuration": _digest_of_configs(self.vlm.config, self.vlm.generation_config),
-            "vlm_processor": _digest(*parts, str(sorted(tokenizer.get_vocab()))),
+            "vlm_processor": _digest_of_processor(self.processor, self.processor.image_processor),
             "dtype": str(self.vlm.dtype).removeprefix("torch."),
             "device": self.vlm.device.type,
             "prompt": self.prompt,

@@ -3,12 +3,12 @@
 
 A prediction is either of:
 
-- `NAME.png` in the folder, at the size of the sample's image: 0 is background, every other value one object. A
-  file without object is an empty prediction. `prediction_file_name` gives NAME: letters, digits and `_.-~` of the
-  `sample_id` as they are, every other byte of its UTF-8 as `%XX` (`val/7` -> `val%2F7.png`).
+- `NAME.png` (or `.PNG`) in the folder, at the size of the sample's image: 0 is background, every other value one
+  object. A file without object is an empty prediction. `prediction_file_name` gives NAME: letters, digits and `_.-~`
+  of the `sample_id` as they are, every other byte of its UTF-8 as `%XX` (`val/7` -> `val%2F7.png`).
 - a line of a `.jsonl` in the folder (its records may be spread over several): `sample_id`, `masks` (COCO RLE or
-  polygons, one per object, `[]` for none), and optionally `scores` (one per mask), `reasoning` and `text`. The
-  `samples.jsonl` of our own runs has this form.
+  polygons in pixels, one per object, `[]` for none), and optionally `scores` (one per mask), `reasoning` and `text`.
+  The `samples.jsonl` of our own runs has this form.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from transformers.utils import logging
 
 from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
-from ...data.builders.polygons import polygons_to_rle
+from ...data.builders.polygons import check_no_grid, polygons_to_rle
 from ...data.schema import decode_mask
 from ...files import file_digest
 from ..prediction import Prediction
+from ..records import CHECKSUM, is_as_written
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +82,8 @@ class FolderPredictor:
         if missing not in ("error", "empty"):
             raise ValueError(f"missing is {missing!r}; it must be 'error' or 'empty'.")
         self.folder, self.missing, self.num_missing = Path(folder), missing, 0
-        self.name = name or self.folder.resolve().name.removesuffix(".jsonl")
+        path = self.folder.resolve()
+        self.name = name or (path.stem if path.suffix.lower() == ".jsonl" else path.name)
         self._files, self._lines, self.extra = _index(self.folder)
         self._checked, self.missing_ids = False, []
         if sample_ids is not None:
@@ -171,17 +173,21 @@ class FolderPredictor:
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, int]], list[str]]:
-    """PNGs by name, JSONL lines by sample id as (file, byte offset), and the names of everything else."""
+    """PNGs by name (ending in `.png`), JSONL lines by sample id as (file, byte offset), and the names of all else."""
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder of predictions {os.fspath(folder)!r}.")
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder]
     files, lines, extra = {}, {}, []
     for path in paths:
-        if path.name.startswith(".") and path.suffix != ".png":  # .DS_Store and the like
+        ending = path.suffix.lower()
+        if path.name.startswith(".") and ending != ".png":  # .DS_Store and the like
             continue
-        if path.suffix == ".png" and path.is_file():
-            files[path.name] = path
-        elif path.suffix == ".jsonl" and path.is_file():
+        if ending == ".png" and path.is_file():
+            name = path.stem + ending
+            if name in files:
+                raise ValueError(f"a sample has two predictions, {files[name].name!r} and {path.name!r}; leave one.")
+            files[name] = path
+        elif ending == ".jsonl" and path.is_file():
             for sample_id, offset in _record_ids(path):
                 if sample_id in lines:
                     where = lines[sample_id][0].name
@@ -231,15 +237,17 @@ def _read_png(path: Path, size: tuple[int, int]) -> Prediction:
 
 
 def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
+    if not is_as_written(record):
+        raise ValueError(
+            f"it has changed since it was written: its values and its {CHECKSUM} differ. Write it again, or without "
+            f'"{CHECKSUM}".'
+        )
     if not isinstance(record["masks"], list):
         raise ValueError(f'"masks" is {record["masks"]!r:.60}; expected a list of RLEs, [] for no object.')
+    check_no_grid(record["masks"], *size)
     masks = np.zeros((len(record["masks"]), *size), dtype=bool)
-    for index, segmentation in enumerate(record["masks"]):
-        try:
-            masks[index] = decode_mask(polygons_to_rle(segmentation, *size))
-        except RowProblem as error:
-            if error.kind != "empty_mask":  # a model may well predict a mask without a pixel
-                raise RowProblem(error.kind, f"mask {index}: {error}") from error
+    for index, entry in enumerate(record["masks"]):
+        masks[index] = _mask(entry, size, f"mask {index}")
     scores = record.get("scores") or []
     if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
         raise ValueError(f'"scores" is {scores!r:.60}; expected one finite number per mask.')
@@ -248,6 +256,18 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
         if text is not None and not isinstance(text, str):
             raise ValueError(f'"{name}" is a {type(text).__name__}; expected a text.')
     return Prediction(masks, [float(score) for score in scores], **texts)
+
+
+def _mask(entry: Any, size: tuple[int, int], where: str) -> np.ndarray:
+    """A mask as builders read it. A model may well predict one without a pixel: an RLE, or no polygon at all."""
+    nothing = isinstance(entry, list) and all(polygon == [] for polygon in entry)
+    try:
+        return np.zeros(size, dtype=bool) if nothing else decode_mask(polygons_to_rle(entry, *size))
+    except RowProblem as problem:
+        if problem.kind == "empty_mask" and isinstance(entry, dict):
+            return np.zeros(size, dtype=bool)
+        hint = " Is it a box? A mask without a pixel is written as []." if problem.kind == "empty_mask" else ""
+        raise RowProblem(problem.kind, f"{where}: {problem}{hint}") from problem
 
 
 def _is_score(value: Any) -> bool:

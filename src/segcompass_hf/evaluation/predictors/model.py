@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...data.collator import SegmentationCollator
+from ...files import weights_digest
 from ..prediction import Prediction
 
 
@@ -51,7 +52,7 @@ class ModelPredictor:
         return {
             "weights": weights_digest(self.model),
             "configuration": _digest_of_configs(self.model.config, self.model.generation_config),
-            "processor": _digest(self.processor.to_json_string(), str(sorted(self.processor.tokenizer.get_vocab()))),
+            "processor": _digest_of_processor(self.processor, self.processor),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
             "slot_logit_threshold": self.slot_logit_threshold,
@@ -61,7 +62,6 @@ class ModelPredictor:
             **self.segment_kwargs,
         }
 
-    @torch.no_grad()
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[Prediction]:
         """Segment a batch of rows.
 
@@ -71,6 +71,21 @@ class ModelPredictor:
         Returns:
             `list[Prediction]`: in the order of the rows, masks at the images' own sizes.
         """
+        _, _, results = self.segment(rows)
+        return [
+            Prediction(
+                result["masks"].numpy(),
+                result["scores"].tolist(),
+                result["reasoning"],
+                result["text"],
+                duplicates_dropped=len(result["duplicates"]),
+            )
+            for result in results
+        ]
+
+    @torch.no_grad()
+    def segment(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
+        """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
         inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
@@ -81,26 +96,9 @@ class ModelPredictor:
             batch["reshaped_input_sizes"],
             slot_logit_threshold=self.slot_logit_threshold,
             mask_logit_threshold=self.mask_logit_threshold,
+            output_heatmaps=False,
         )
-        return [
-            Prediction(result["masks"].numpy(), result["scores"].tolist(), result["reasoning"], result["text"])
-            for result in results
-        ]
-
-
-def weights_digest(model: torch.nn.Module) -> str:
-    """Changes with any weight or buffer; the same on every device.
-
-    Bits are added as integers, which is exact in any order, so that a GPU may do it.
-    """
-    parts = []
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-        bits = tensor.detach().contiguous().view(integers).sum(dtype=torch.int64)
-        parts.append((name, list(tensor.shape), str(tensor.dtype), int(bits)))
-    return _digest(json.dumps(parts))
+        return output, inputs["reshaped_input_sizes"], results
 
 
 def _digest_of_configs(*configs: Any) -> str:
@@ -110,6 +108,12 @@ def _digest_of_configs(*configs: Any) -> str:
         for name in ("_name_or_path", "transformers_version"):
             entries.pop(name, None)
     return _digest(json.dumps(dicts, sort_keys=True, default=str))
+
+
+def _digest_of_processor(processor: Any, settings: Any) -> str:
+    """Of its `settings` (whose json holds them), its chat template, and every token with its id."""
+    vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
+    return _digest(settings.to_json_string(), str(processor.chat_template), vocabulary)
 
 
 def _digest(*texts: str) -> str:

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import SamImageProcessorPil
 
+from ...files import weights_digest
 from ...images_segcompass import resized_size, restore_map
 from ...vlm_processors_segcompass import to_sam_image_processor
-from .model import weights_digest
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the mask decoder
 

@@ -123,9 +123,9 @@ class _Batch:
         sums = output.concepts.values.new_zeros(shape.numel(), dtype=torch.float32)
         sums.index_add_(0, output.concepts.token_index, output.concepts.values.float())
         self.activations = sums.view(shape).cpu().numpy()  # (batch_size, sequence_length)
-        self.answers = processor.post_process_segmentation(
-            output, inputs["original_sizes"], inputs["reshaped_input_sizes"], slot_logit_threshold=float("-inf")
-        )
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        self.answers = processor.post_process_segmentation(output, *sizes, output_heatmaps=False)
+        self.slots = processor.post_process_slots(output, *sizes)
 
     def record(self, index: int, row: dict[str, Any], reference: dict[str, Any]) -> ClaimRecord:
         size = tuple(self.inputs["original_sizes"][index].tolist())
@@ -138,11 +138,10 @@ class _Batch:
         parts = zip(IMAGE_PLACES, _parts_of_image(*covered), strict=True)
         places |= {name: patches[inside].tolist() for name, inside in parts}
         loss, objects = self._objects(index, targets, ignore)
-        kept = self.output.slot_logits[index].cpu() > self.output.slot_logit_threshold  # (K,)
         return ClaimRecord(
             sample_id=row.get("sample_id"),
             kind=row.get("kind"),
-            iou=score_sample(self.answers[index]["masks"][kept].numpy(), targets, ignore).iou,
+            iou=score_sample(self.answers[index]["masks"].numpy(), targets, ignore).iou,
             tokens={name: len(tokens) for name, tokens in places.items()},
             features={name: int(self.counts[index, tokens].sum()) for name, tokens in places.items()},
             coverage=_coverage_curves(self.activations[index, patches], self.counts[index, patches], *covered),
@@ -185,10 +184,10 @@ class _Batch:
             match_valid_area_only=config.valid_area_only,
         )
         targets = fit_objects_to_slots(torch.as_tensor(targets), config.num_slots, "merge", "sample").numpy()
-        answer, (slots, matched) = self.answers[index], loss.assignments[0]
+        maps_of, (slots, matched) = self.slots[index], loss.assignments[0]
         objects = []
         for slot, target in zip(slots.tolist(), matched.tolist(), strict=True):
-            maps = {"heatmap_iou": answer["heatmaps"][slot] > 0.5, "mask_iou": answer["masks"][slot]}
+            maps = {"heatmap_iou": maps_of["heatmaps"][slot] > 0.5, "mask_iou": maps_of["masks"][slot]}
             ious = {name: score_sample(mask.numpy(), targets[target], ignore).iou for name, mask in maps.items()}
             kept = bool(self.output.slot_logits[index, slot] > self.output.slot_logit_threshold)
             objects.append({**ious, "kept": kept})

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,13 @@ from safetensors.numpy import save
 from torch import nn
 
 from ...files import write_whole
+from .entries import ConceptEntry
 
 NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
 FORMAT = "segcompass-concepts-1"
+_ARRAYS = ("sae_sketch", "pictures", "picture_ends", "scores.derived_f1_words", "scores.derived_f1_patches")
+_INFO = {"d_sae": int, "rows": int, "rows_derive": int, "rows_score": int, "sae_sha256": str}
+_COLUMNS = [field.name for field in fields(ConceptEntry)]
 _SKETCH_SIZE = 512
 _SKETCH_TOLERANCE = 2.0**-7  # relative: weights may have been rounded to bfloat16 since
 
@@ -104,7 +109,42 @@ def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, d
             "or one of the two was replaced); write the dictionary again."
         )
     _, parquet = _pyarrow()
-    return arrays, parquet.read_table(io.BytesIO(table)), json.loads(header["info"])
+    table, info = parquet.read_table(io.BytesIO(table)), _read_info(header.get("info"))
+    problem = _what_is_wrong(arrays, table, info)
+    if problem:
+        raise ValueError(f"the concept dictionary in {folder} {problem}; write the dictionary again.")
+    return arrays, table, info
+
+
+def _read_info(text: str | None) -> dict[str, Any]:
+    try:
+        info = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        info = None
+    return info if isinstance(info, dict) else {}
+
+
+def _what_is_wrong(arrays: dict[str, np.ndarray], table: Any, info: dict[str, Any]) -> str | None:
+    """What a reader would miss or trip over, in words."""
+    lacking = [f"info.{name}" for name, kind in _INFO.items() if not isinstance(info.get(name), kind)]
+    lacking += [name for name in _ARRAYS if name not in arrays]
+    lacking += [f"column {name}" for name in _COLUMNS if name not in table.column_names]
+    if lacking:
+        return f"lacks {', '.join(lacking)}"
+    unknown = sorted(set(table.column_names) - set(_COLUMNS))
+    if unknown:
+        return f"has columns of another version: {', '.join(unknown)}"
+    d_sae, ends = info["d_sae"], arrays["picture_ends"]
+    shapes = {"the table": (table.num_rows,)}
+    shapes |= {name: array.shape for name, array in arrays.items() if name.startswith("scores.")}
+    wrong = [f"{name} is of shape {shape}" for name, shape in shapes.items() if shape != (d_sae,)]
+    if wrong:
+        return f"describes {d_sae} features, but {', '.join(wrong)}"
+    if ends.ndim != 1 or ends.dtype.kind not in "iu":
+        return f"has picture_ends of {ends.dtype} and shape {ends.shape}, expected whole numbers in a row"
+    if (np.diff(ends, prepend=0) < 0).any() or ends.max(initial=0) > len(arrays["pictures"]):
+        return "has pictures whose ends are not in order or beyond the last"
+    return None
 
 
 def _read_numbers(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

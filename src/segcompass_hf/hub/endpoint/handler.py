@@ -3,7 +3,8 @@
 
 Request: `{"inputs": {"image": ..., "instruction": "..."}, "parameters": {...}}`; `inputs` may be a list. An image is
 base64 (also as a `data:` URL), an `http(s)` URL, bytes or a PIL image. Parameters: `mask_format` (`rle`, `png`),
-`reasoning` (`full`, `short`, `none`), `max_new_tokens`, `slot_logit_threshold`, `mask_logit_threshold`.
+`reasoning` (`full`, `short`, `none`), `max_new_tokens`, `slot_logit_threshold`, `mask_logit_threshold`,
+`duplicate_iou_threshold`.
 
 Answer: `{"reasoning", "text", "size": [H, W], "segments": [{"slot", "score", "mask"}]}`, or
 `{"error": {"status": 4xx or 5xx, "message": ...}}`; of a list a list, where one bad input leaves the others alone.
@@ -16,14 +17,12 @@ import binascii
 import http.client
 import io
 import ipaddress
-import math
 import socket
 import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
@@ -39,7 +38,7 @@ _KEPT = "/%:=&?~+!$,;'@()*[]"  # characters of a URL that are sent as they are
 _PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")  # of base64 for URLs
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MASK_FORMATS, REASONING = ("rle", "png"), ("full", "short", "none")
-THRESHOLDS = ("slot_logit_threshold", "mask_logit_threshold")
+THRESHOLDS = ("slot_logit_threshold", "mask_logit_threshold", "duplicate_iou_threshold")
 _NAT64, _UNICAST = ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("2000::/3")
 _CLOUD_SERVICES = ("168.63.129.16",)  # Azure's, on a public address that only its machines reach
 
@@ -181,24 +180,13 @@ class EndpointHandler:
         except ValueError as error:
             raise RequestError(422, str(error)) from error
         sizes = {name: inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes")}
-        threshold = thresholds.pop("slot_logit_threshold", answer.slot_logit_threshold)
-        logits = answer.slot_logits[0].float().cpu()  # (K,)
-        none = self.processor.post_process_segmentation(answer, **sizes, slot_logit_threshold=math.inf)[0]
-        segments = []
-        for slot in (logits > threshold).nonzero()[:, 0].tolist():  # one at a time: maps of a photograph are large
-            alone = SimpleNamespace(
-                slot_logits=answer.slot_logits[:, slot : slot + 1],
-                pred_masks=answer.pred_masks[:, slot : slot + 1],
-                heatmap_logits=answer.heatmap_logits[:, slot : slot + 1],
-            )
-            kept = self.processor.post_process_segmentation(
-                alone, **sizes, slot_logit_threshold=-math.inf, **thresholds
-            )[0]
-            mask = np.asarray(kept["masks"][0])
-            score = float(kept["scores"][0])
-            segments.append({"slot": slot, "score": score, "mask": _ENCODERS[mask_format](mask)})
+        kept = self.processor.post_process_segmentation(answer, **sizes, **thresholds, output_heatmaps=False)[0]
+        segments = [
+            {"slot": slot, "score": score, "mask": _ENCODERS[mask_format](mask.numpy())}
+            for slot, score, mask in zip(kept["slots"].tolist(), kept["scores"].tolist(), kept["masks"], strict=True)
+        ]
         size = [image.height, image.width]
-        return {"reasoning": none["reasoning"], "text": none["text"], "size": size, "segments": segments}
+        return {"reasoning": kept["reasoning"], "text": kept["text"], "size": size, "segments": segments}
 
 
 def _with_instruction(sample: Any, instruction: str | None) -> Any:

@@ -39,7 +39,16 @@ def _model_lines(config: dict[str, Any]) -> list[list[str]]:
         ["SAE", sae_text],
         ["slots", str(config["num_slots"])],
         ["SAM", f"{vision.get('num_hidden_layers')} layers, {canvas} x {canvas} pixels"],
+        ["scores", _scores_text(config.get("score_calibration"))],
     ]
+
+
+def _scores_text(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
+        return "plain confidences, not calibrated"
+    fit = calibration.get("fit") or {}
+    on = f" on {fit['num_masks']} masks of {fit['dataset']}" if {"num_masks", "dataset"} <= fit.keys() else ""
+    return f"calibrated{on}, from {', '.join(calibration['features'])}"
 
 
 def weight_counts(folder: Path) -> tuple[int, int]:
@@ -78,7 +87,30 @@ def results_table(evaluations: Sequence[dict[str, Any]]) -> str:
         [run["dataset"], run["counts"]["samples"], *(figure_cell(run["metrics"].get(name)) for name in names)]
         for run in evaluations
     ]
-    return markdown_table(["data set", "samples", *names], lines)
+    table = markdown_table(["data set", "samples", *names], lines)
+    return "\n\n".join([table, scores_table(evaluations)]).strip()
+
+
+def scores_table(evaluations: Sequence[dict[str, Any]]) -> str:
+    """What the scores of masks are worth, one line per data set; empty where no evaluation says so."""
+    runs = [run for run in evaluations if run.get("calibration")]
+    if not runs:
+        return ""
+    lines = []
+    for run in runs:
+        scores = run["calibration"]
+        ranking = "–" if scores["ranking"] is None else f"{scores['ranking']:.3f}"
+        shares = [f"{scores[name]:.3f}" for name in ("mean_score", "right", "expected_calibration_error")]
+        lines.append([run["dataset"], scores["num_masks"], *shares, ranking, run["counts"].get("duplicates", "–")])
+    names = ["data set", "masks", "mean score", "right", "calibration error", "ranking", "duplicates"]
+    meant = runs[0]["calibration"]
+    how = (
+        f"Scores of masks. Right: IoU of {meant['right_iou']} or more with an object asked for. Calibration error: "
+        f"mean distance of score and share of right masks over {meant['num_bins']} bins of equal width (expected "
+        "calibration error, lower is better). Ranking: how often a right mask has a higher score than a wrong one "
+        "(area under the ROC curve). Duplicates: masks of an answer that show the object of another."
+    )
+    return f"{how}\n\n{markdown_table(names, lines)}"
 
 
 def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
@@ -103,4 +135,4 @@ def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-__all__ = ["architecture_table", "base_of_adapter", "results_how", "results_table", "weight_counts"]
+__all__ = ["architecture_table", "base_of_adapter", "results_how", "results_table", "scores_table", "weight_counts"]

@@ -210,7 +210,7 @@ def _probe() -> Image.Image:
 
 def _check_figures(model: Any, run: dict[str, Any]) -> str:
     """The evaluation was of these weights; where it ran in another precision that cannot be compared."""
-    from ...evaluation.predictors.model import weights_digest
+    from ...files import weights_digest
 
     settings = run.get("settings", {}).get("predictor", {})
     evaluated, precision = settings.get("weights"), str(model.dtype).removeprefix("torch.")

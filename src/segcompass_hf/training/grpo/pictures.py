@@ -36,7 +36,8 @@ def picture_sample(
         processor ([`SegCompassProcessor`]): Brings maps back to the image's size.
         row (`Mapping`):
             `image`, `instruction` (or `prompt`), `pred_masks`, `heatmap_logits`, `mask_labels` `(num_slots, h, w)`,
-            `slot_logits` `(num_slots,)`, `num_objects`, `slot_logit_threshold`; where present, `sample_id`.
+            `slot_logits` `(num_slots,)`, `num_objects`, `slot_logit_threshold`; where present, `mask_logit_threshold`
+            (0 otherwise) and `sample_id`.
         completion (`str` or `list[dict]`): The answer, as text or conversation.
         original_size, reshaped_input_size (`Sequence[int]`): (height, width), as the processor returns them.
         rewards (`Mapping[str, float]`, *optional*): By name.
@@ -49,12 +50,17 @@ def picture_sample(
     Raises:
         `ValueError`: masks or logits are not finite.
     """
-    outputs = {name: row[name][None] for name in ("pred_masks", "heatmap_logits", "slot_logits")}
+    outputs = SimpleNamespace(**{name: row[name][None] for name in ("pred_masks", "heatmap_logits", "slot_logits")})
     original_size, reshaped_input_size = (torch.as_tensor(s).tolist() for s in (original_size, reshaped_input_size))
-    (every,) = processor.post_process_segmentation(
-        SimpleNamespace(**outputs), [original_size], [reshaped_input_size], slot_logit_threshold=float("-inf")
+    sizes, threshold = ([original_size], [reshaped_input_size]), row.get("mask_logit_threshold")
+    (every,) = processor.post_process_slots(outputs, *sizes, mask_logit_threshold=threshold)
+    (kept,) = processor.post_process_segmentation(
+        outputs,
+        *sizes,
+        slot_logit_threshold=row["slot_logit_threshold"],
+        mask_logit_threshold=threshold,
+        output_heatmaps=False,
     )
-    kept = (row["slot_logits"].float().cpu() > row["slot_logit_threshold"]).nonzero()[:, 0]
     labels = row["mask_labels"][: int(row["num_objects"])].float().cpu()
     place = (processor.canvas_size, reshaped_input_size, original_size)
     true_masks = [restore_map(label, *place) > 0.5 for label in labels]
@@ -62,9 +68,9 @@ def picture_sample(
         "image": to_rgb_image(row["image"]),
         "instruction": _instruction(row),
         "completion": completion_text(completion),
-        "masks": every["masks"][kept].numpy(),
-        "scores": every["scores"][kept].numpy(),
-        "slots": kept.numpy(),
+        "masks": kept["masks"].numpy(),
+        "scores": kept["scores"].numpy(),
+        "slots": kept["slots"].numpy(),
         "heatmaps": every["heatmaps"].numpy(),
         "confidences": every["scores"].numpy(),
         "true_masks": torch.stack(true_masks).numpy() if true_masks else every["masks"][:0].numpy(),

@@ -56,6 +56,7 @@ class RolloutMasks:
                 "num_objects": counts[row],
                 "valid_area": areas[row],
                 "slot_logit_threshold": float(config.slot_logit_threshold),
+                "mask_logit_threshold": float(config.mask_logit_threshold),
                 "num_slots": config.num_slots,
             }
             for row in range(len(counts))
@@ -128,7 +129,8 @@ def rollout_metrics(
     for column in columns:
         kept = column["slot_logits"] > column["slot_logit_threshold"]
         kept_slots += int(kept.sum())
-        predicted = (column["pred_masks"][kept] > 0).any(0) & column["valid_area"]
+        predicted = (column["pred_masks"][kept] > column["mask_logit_threshold"]).any(0)
+        predicted &= column["valid_area"]
         wanted = (column["mask_labels"][: column["num_objects"]] > 0.5).any(0) & column["valid_area"]
         union = int((predicted | wanted).sum())
         ious.append(int((predicted & wanted).sum()) / union if union else 1.0)

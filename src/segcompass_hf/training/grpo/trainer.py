@@ -50,8 +50,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
       takes the place of the instruction template.
     - Masks are read from the states captured while sampling. Reward functions get them, one entry per completion, as
       `pred_masks`, `heatmap_logits`, `slot_logits`, `mask_labels`, `num_objects`, `valid_area`,
-      `slot_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and `mask_reward` with
-      weights 0.3 and 0.7. They stand behind what all trainers of this package begin with.
+      `slot_logit_threshold`, `mask_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and
+      `mask_reward` with weights 0.3 and 0.7. They stand behind what all trainers of this package begin with.
     - L_seg is a mean over the samples with objects, L_conf over all samples, of the whole accumulation window over all
       processes.
     - The reference policy is a copy of the layers that train, fed with the policy's own states at the SAE layer:

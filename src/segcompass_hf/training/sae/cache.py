@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from ...data.tensor_shards import DTYPES, NumberedShards, check_dtype
-from ...files import free_space
+from ...files import free_space, weights_digest
 from ...locks import alone_with
 from .activations import HarvestedTokens, Place, TokenStates
 
@@ -47,16 +46,19 @@ def estimate_tokens(source: HarvestedTokens) -> int | None:
 
 
 def cache_key(source: HarvestedTokens) -> dict[str, Any]:
-    """What the cached states depend on: VLM and its weights, layer, data set, and how rows become tokens."""
+    """What the cached states depend on: VLM and all its weights, layer, data set, and how rows become inputs.
+
+    Of a data set that has no fingerprint and is no list of rows, the length and the first row must do.
+    """
     harvester, stream = source.harvester, source.stream
     first = next(iter(stream.rows(0)), None)
     inputs = None if first is None else harvester.encoder([first])
     return {
         "vlm": getattr(harvester.vlm.config, "_name_or_path", "") or type(harvester.vlm).__name__,
-        "vlm_weights": _weights_digest(harvester.vlm),
+        "vlm_weights": weights_digest(harvester.vlm),
         "layer": harvester.layer,
-        "dataset": str(getattr(stream.dataset, "_fingerprint", None) or stream.rows_per_epoch),
-        "first_row": None if inputs is None else _digest(inputs["input_ids"].numpy().tobytes()),
+        "dataset": _dataset_digest(stream.dataset) or str(stream.rows_per_epoch),
+        "first_row": None if inputs is None else _inputs_digest(inputs),
         "order_seed": stream.seed,
         "hold_out_every": stream.hold_out_every,
         "process": f"{stream.rank} of {stream.world_size}",
@@ -65,18 +67,23 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
     }
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
+def _dataset_digest(dataset: Any) -> str | None:
+    """The fingerprint of a `datasets` data set, or what comes to the same for a list of rows."""
+    fingerprint = getattr(dataset, "_fingerprint", None)
+    if fingerprint or not isinstance(dataset, (list, tuple)):
+        return fingerprint
+    from datasets.fingerprint import Hasher
+
+    hasher = Hasher()
+    for row in dataset:
+        hasher.update(row)
+    return hasher.hexdigest()
 
 
-def _weights_digest(vlm: nn.Module) -> str:
-    """Of every parameter's name, shape and 64 of its values: another training shows, and it takes no time."""
+def _inputs_digest(inputs: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in vlm.named_parameters():
-        values = parameter.detach().flatten()
-        step = max(1, values.numel() // 64)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(values[::step][:64].float().cpu().numpy().tobytes())
+    for name, tensor in sorted(inputs.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

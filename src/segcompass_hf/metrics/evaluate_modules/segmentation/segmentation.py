@@ -11,6 +11,7 @@ import numpy as np
 from segcompass_hf.data.schema import decode_mask
 from segcompass_hf.metrics import (
     ALL_METRIC_NAMES,
+    LeftOutScore,
     SampleScore,
     breakdown,
     metrics_of_scores,
@@ -26,17 +27,19 @@ recognised as such; precision@t: share of target samples with an IoU of at least
 """
 
 _KWARGS_DESCRIPTION = """
-Of each sample only four integers are kept, so batches may be added of masks of any size and number, and the figures of
-several processes (`num_process`, `process_id`) are those of one.
+Of each sample only four integers and a flag are kept, so batches may be added of masks of any size and number, and the
+figures of several processes (`num_process`, `process_id`) are those of one.
 
 Args:
     predictions: per sample the predicted masks: an array `(height, width)` or `(num_masks, height, width)` of 0 and 1,
-        or COCO run-length encodings (a dict with `size` and `counts`, or a list of such); `[]` says that there is
-        nothing.
+        or COCO run-length encodings (a dict with `size` and `counts`, compressed or not, or a list of such); `[]` says
+        that there is nothing.
     references: per sample the target masks, in the same forms and size.
-    ignore: per sample the pixels left out, in the same forms, or `None` (`compute`, `add_batch`; optional).
+    ignore: per sample the pixels left out, in the same forms, or `None` (`compute`, `add_batch`; optional). A sample
+        whose target is ignored as a whole has no part in any metric.
     groups: per sample a text such as its kind, by which figures are broken down (`compute`, `add_batch`; optional).
-    metrics: names of the metrics (`compute`; gIoU, cIoU, N-acc, T-acc, precision@0.5, precision@0.7, precision@0.9).
+    metrics: names of the metrics, or one name (`compute`; gIoU, cIoU, N-acc, T-acc, precision@0.5, precision@0.7,
+        precision@0.9).
     intervals: also give 95 % bootstrap intervals (`compute`; False).
 
 Returns:
@@ -67,6 +70,7 @@ class Segmentation(evaluate.Metric):
         reference = {
             "union": datasets.Value("int64"),
             "pixels": datasets.Value("int64"),
+            "left_out": datasets.Value("bool"),
             "group": datasets.Value("string"),
         }
         return evaluate.MetricInfo(
@@ -97,7 +101,12 @@ class Segmentation(evaluate.Metric):
         super().add_batch(
             predictions=[{"intersection": score.intersection, "pixels": score.predicted_pixels} for score in counted],
             references=[
-                {"union": score.union, "pixels": score.target_pixels, "group": group}
+                {
+                    "union": score.union,
+                    "pixels": score.target_pixels,
+                    "left_out": score.left_out,
+                    "group": group,
+                }
                 for score, group in zip(counted, groups, strict=True)
             ],
         )
@@ -110,7 +119,9 @@ class Segmentation(evaluate.Metric):
 
     def _compute(self, predictions, references, metrics=ALL_METRIC_NAMES, intervals=False):
         scores = [
-            SampleScore(prediction["intersection"], reference["union"], prediction["pixels"], reference["pixels"])
+            (LeftOutScore if reference["left_out"] else SampleScore)(
+                prediction["intersection"], reference["union"], prediction["pixels"], reference["pixels"]
+            )
             for prediction, reference in zip(predictions, references, strict=True)
         ]
         groups = [reference["group"] for reference in references]

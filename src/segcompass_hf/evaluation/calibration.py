@@ -1,0 +1,123 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Fit scores that say how often masks are right, on rows that the model has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_segcompass import SCORE_FEATURES
+from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
+from ..scoring_segcompass import calibrated_scores
+from .rows import EvaluationRow
+
+# Which way each feature may move a score; what a sample fits the other way is chance, and left out.
+_SIGNS = {"slot_logit": 1, "reasoning_surprisal": -1, "mask_certainty": 1}
+MIN_MASKS = 10  # right ones, and wrong ones, below which nothing is fitted
+_RIDGE = 1e-3  # of the weights, per mask: keeps them finite where a feature separates right from wrong
+_NEWTON_STEPS = 50
+
+
+def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str, Any]:
+    """Logistic regression of "the mask is right" on standardised features, by Newton's method.
+
+    Args:
+        features (`np.ndarray` of shape `(num_masks, 3)`): In the order of `SCORE_FEATURES`; NaN where missing.
+        is_right (`Sequence[bool]`): Whether the mask is right.
+
+    Returns:
+        `dict`: `features` and `bias`, as in the configuration's `score_calibration`. A feature is left out that is the
+        same for all masks, or that would lower the score where slot or mask are surer or the reasoning less surprised.
+
+    Raises:
+        ValueError: There are fewer than 10 right or fewer than 10 wrong masks.
+    """
+    features, is_right = np.asarray(features, dtype=float), np.asarray(is_right, dtype=bool)
+    right, wrong = int(is_right.sum()), int((~is_right).sum())
+    if min(right, wrong) < MIN_MASKS:
+        raise ValueError(
+            f"{right} masks are right and {wrong} wrong; fitting needs at least {MIN_MASKS} of each. Take more rows "
+            "(num_samples, --num-samples), or harder ones."
+        )
+    known = np.isfinite(features)
+    counts = known.sum(0).clip(min=1)
+    means = np.where(known, features, 0.0).sum(0) / counts
+    centred = np.where(known, features - means, 0.0)  # what is missing counts as the mean
+    scales = np.sqrt((centred**2).sum(0) / counts)
+    used = [i for i, scale in enumerate(scales) if scale > 1e-9]
+    while True:
+        columns = np.column_stack([centred[:, used] / scales[used], np.ones(len(features))])
+        *weights, bias = _logistic_regression(columns, is_right).tolist()
+        signed = [weight * _SIGNS[SCORE_FEATURES[i]] for i, weight in zip(used, weights, strict=True)]
+        if min(signed, default=0.0) >= 0:
+            break
+        del used[int(np.argmin(signed))]
+    fitted = {
+        SCORE_FEATURES[i]: {"mean": float(means[i]), "scale": float(scales[i]), "weight": weight}
+        for i, weight in zip(used, weights, strict=True)
+    }
+    return {"features": fitted, "bias": bias}
+
+
+def _logistic_regression(columns: np.ndarray, is_right: np.ndarray) -> np.ndarray:
+    """Coefficients of columns `(num_masks, n)`, the last of which is the constant and not shrunk."""
+    penalty = np.full(columns.shape[1], _RIDGE * len(columns))
+    penalty[-1] = 0.0
+    coefficients = np.zeros(columns.shape[1])
+    for _ in range(_NEWTON_STEPS):
+        chances = 1 / (1 + np.exp(-np.clip(columns @ coefficients, -30, 30)))
+        gradient = columns.T @ (chances - is_right) + penalty * coefficients
+        curvature = (columns.T * (chances * (1 - chances))) @ columns + np.diag(penalty)
+        step = np.linalg.solve(curvature, gradient)
+        coefficients -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return coefficients
+
+
+def calibrate(
+    predictor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Segment held-out rows as a user would, and fit scores that say how often such masks are right.
+
+    Rows that cannot be read are left out. The model is not changed: set its configuration's `score_calibration`.
+
+    Args:
+        predictor (`ModelPredictor`): The model with its processor.
+        rows (`Iterable[EvaluationRow]`): Not seen in training, like those that the model is for.
+        batch_size (`int`, defaults to 8): Rows at a time.
+
+    Returns:
+        `tuple[dict, dict]`: the calibration, and figures: `before` and `after` as in [`calibration_figures`], both on
+        these rows, and `samples`.
+
+    Raises:
+        ValueError: see [`fit_calibration`].
+    """
+    features, plain, ious, samples = [], [], [], 0
+    readable = (row for row in rows if row.problem is None)
+    while batch := list(islice(readable, batch_size)):
+        output, sizes, results = predictor.segment([row.columns for row in batch])
+        maps = output.slot_logits, output.pred_masks, output.reasoning_surprisal
+        every = predictor.model.score_features(*maps, sizes).cpu()  # (rows, num_slots, 3)
+        confidences = output.slot_logits.float().sigmoid().cpu()  # (rows, num_slots)
+        for index, (row, result) in enumerate(zip(batch, results, strict=True)):
+            found = best_ious(result["masks"].numpy(), row.targets, row.ignore)
+            for slot, iou in zip(result["slots"].tolist(), found, strict=True):
+                if iou is not None:
+                    features.append(every[index, slot])
+                    plain.append(confidences[index, slot].item())
+                    ious.append(iou)
+        samples += len(batch)
+    features = torch.stack(features) if features else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
+    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in ious])
+    scores = calibrated_scores(features, calibration).tolist()
+    figures = {"before": calibration_figures(plain, ious), "after": calibration_figures(scores, ious)}
+    return calibration, figures | {"samples": samples}
+
+
+__all__ = ["calibrate", "fit_calibration"]
