@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 import signal
@@ -93,7 +94,6 @@ def _run_in_processes(argv: list[str], count: int) -> None:
     """This command again, as several processes of one thread each, under torch's own launcher."""
     os.environ |= {"OMP_NUM_THREADS": "1", STARTED_BY_US: str(os.getpid())}
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _PATIENCE)
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # of the launcher, whose pages of text say less than one line
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -101,6 +101,7 @@ def _run_in_processes(argv: list[str], count: int) -> None:
     one_node = {"min_nodes": 1, "max_nodes": 1, "max_restarts": 0, "run_id": uuid.uuid4().hex}
     place = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     launch = elastic_launch(LaunchConfig(nproc_per_node=count, **one_node, **place), sys.executable)
+    logging.disable(logging.ERROR)  # pages of text of the launcher, which say less than one line
     try:
         launch("-m", "segcompass_hf.cli", *argv)
     except SignalException as stop:
@@ -114,6 +115,7 @@ def _run_in_processes(argv: list[str], count: int) -> None:
         name = signal.Signals(-failure.exitcode).name
         raise UserError(f"process {rank + 1} of {count} was ended by {name}; the same command goes on.") from None
     finally:
+        logging.disable(logging.NOTSET)
         del os.environ[STARTED_BY_US]
 
 

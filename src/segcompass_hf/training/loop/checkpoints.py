@@ -244,7 +244,7 @@ class WholeCheckpointsMixin:
         run_dir = Path(super()._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         aside, final = run_dir / ASIDE / name, run_dir / name
-        with full_disk_in_words(run_dir), _removed_on_failure(aside):
+        with _removed_on_failure(aside), full_disk_in_words(run_dir):  # told before there is room again
             self._saving_aside = True
             try:
                 with self._names_of_the_model():
