@@ -288,7 +288,11 @@ def test_several_instructions_in_the_forms_that_pipelines_take(pipe, images_form
     assert [answer["segments"][0]["label"] for answer in answers] == WORDS
 
 
-@pytest.mark.parametrize("nothing", [[], (), KeyColumn([]), iter([]), np.zeros((0, 4, 4, 3))], ids=str)
+@pytest.mark.parametrize(
+    "nothing",
+    [[], (), KeyColumn([]), iter([]), np.zeros((0, 4, 4, 3))],
+    ids="list tuple column iterator array".split(),
+)
 def test_nothing_gives_no_answers(pipe, nothing):
     assert list(pipe(nothing)) == []
 

@@ -14,8 +14,8 @@ is the mean of both (of the others, it shrinks as those of the first do together
 change (`quadrature_error`) is spread over the contributions by size.
 
 `paths`, the default, measures: features are taken away from the whole sequence, and put into an empty one, group by
-group in the order of `levels`, and `f` is read after every group. What a group changed is its contribution, the mean
-of both, shared out within the group by `levels`; the first features are groups of one. The readings of a path
+group in the order of such gradients, and `f` is read after every group. What a group changed is its contribution, the
+mean of both, shared out within the group by gradients; the first features are groups of one. The readings of a path
 begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is.
 
 `straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
@@ -44,7 +44,7 @@ FULLNESS = 0.3  # the share of the company that is there goes from a half less t
 OUTLIERS = 0.08  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
 POINTS = {"levels": 18, "paths": 6, "straight": 18}  # gradients; those of `paths` only order and share out
-TESTED = {"levels": 16, "paths": 8}  # features that are taken away alone
+TESTED = 16  # features that `levels` takes away alone
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
 SINGLES, GROUPS = 8, 4  # of a path: first features one by one, then groups, each larger than the one before
 
@@ -172,9 +172,8 @@ def attribute(
         found, count = _straight(scalars, ends, num_points, tolerance)
     else:
         found, count = _levels(scalars, num_points, seed), num_points
-        found = torch.stack([_with_losses(scalars, mask, of, TESTED[method]) for mask, of in enumerate(found)])
-        if method == "paths":
-            found = torch.stack([_paths(scalars, mask, of) for mask, of in enumerate(found)])
+        measured = _paths if method == "paths" else _with_losses
+        found = torch.stack([measured(scalars, mask, gradients) for mask, gradients in enumerate(found)])
     results = []
     for mask, slot in enumerate(slots):
         missing = changes[mask] - found[mask].sum()
@@ -217,11 +216,11 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     return ((gradients + (cut / totals)[:, :, index] * sizes) * between[:, :, index]).sum(0) / judged
 
 
-def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor, tested: int) -> torch.Tensor:
+def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
     """Scores `(num_active,)` of one mask, averaged with what it loses without each of the first features alone."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
-    first = by_score.abs().argsort(descending=True, stable=True)[:tested]
+    first = by_score.abs().argsort(descending=True, stable=True)[:TESTED]
     keep = torch.ones(len(first) + 1, len(features), device=index.device)
     keep[torch.arange(len(first)), first] = 0.0
     values = scalars.at_mask(keep[:, index].to(scalars.activations.dtype), mask)
