@@ -253,10 +253,13 @@ def test_a_killed_writer_leaves_a_good_cache(tmp_path, model, processor, encoded
     cache = EmbeddingCache(tmp_path, model, processor)
     assert len(cache) == 2
     (unfinished,) = [path for path in shard_files(cache) if path.suffix == ".part"]
+    elsewhere = unfinished.with_name("shard-1-a.safetensors.0a1b2c3d-1-e4f5.part")  # of another machine
+    elsewhere.touch()
     assert cache.fill(IMAGES) == 3 and encoded == [3]
-    assert unfinished.exists()  # it might still have a writer
-    os.utime(unfinished, (0, 0))
-    assert len(EmbeddingCache(tmp_path, model, processor)) == 5 and not unfinished.exists()
+    assert not unfinished.exists()  # its writer is dead
+    assert elsewhere.exists()  # it might still have a writer
+    os.utime(elsewhere, (0, 0))
+    assert len(EmbeddingCache(tmp_path, model, processor)) == 5 and not elsewhere.exists()
 
 
 def test_a_half_or_foreign_shard_is_left_out(tmp_path, model, processor, encoded):
