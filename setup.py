@@ -15,6 +15,8 @@ CORE = [
     "huggingface-hub>=1.5",
     "numpy>=2",
     "pillow>=10",
+    "scipy>=1.13",  # matches slots to objects in the loss
+    "pycocotools>=2.0.8",  # masks as run lengths
 ]
 EXTRAS = {
     # The trainers override private methods of transformers' Trainer, that of GRPO some of TRL's: tested versions only.
@@ -25,11 +27,10 @@ EXTRAS = {
         "datasets>=4",
         "accelerate>=1.10",
         "bitsandbytes>=0.48",
-        "scipy>=1.13",
     ],
-    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6", "pycocotools>=2.0.8", "scipy>=1.13"],
+    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6"],
     "demo": ["matplotlib>=3.8"],
-    "explain": ["matplotlib>=3.8", "gradio>=6", "pycocotools>=2.0.8", "pyarrow>=15"],
+    "explain": ["matplotlib>=3.8", "gradio>=6", "pyarrow>=15"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
     "sae-lens>=6.54,<7",  # its SAEs must load here and ours there

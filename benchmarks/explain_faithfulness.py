@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=None, help="a checkpoint's folder; the bundled one when left out")
     parser.add_argument("--split", default="val", help="of Scenes")
     parser.add_argument("--num-samples", type=int, default=300)
-    parser.add_argument("--method", default="levels", help="of attribution")
+    parser.add_argument("--method", default="paths", help="of attribution")
     parser.add_argument("--target", default="mask_logit", help="what is explained")
     parser.add_argument("--no-sufficient", action="store_true", help="no minimal sufficient sets")
     parser.add_argument("--output", default="faithfulness", help="path of the results without ending")

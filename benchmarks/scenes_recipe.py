@@ -8,7 +8,8 @@ r"""A run of the recipe of scenes-tiny beside another checkpoint, on the same he
     python benchmarks/scenes_recipe.py --run runs/scenes-tiny --other out/evaluation
 
 Writes `scenes_recipe.md` and `.json` to `benchmarks/results`, and the curve of every stage to `scenes_recipe` there.
-What is recorded there holds a run of this recipe against the bundled checkpoint, of the one before (commit 4d0a3a0).
+What is recorded there holds the run that made the bundled checkpoint against the one bundled before it, which the
+former recipe made (commit 4d0a3a0: its folder `src/segcompass_hf/checkpoints/scenes-tiny`).
 """
 
 import argparse
@@ -79,10 +80,10 @@ def main() -> None:
     lines += [
         f"gIoU on {samples} samples per split, greedy, own reasoning; 95 % intervals over samples, of the difference "
         "over the same samples. One run: how far a second one would be is not in the brackets. Curves: "
-        "`scenes_recipe/STAGE.jsonl`. The other is the bundled checkpoint, of the former recipe (curves: "
-        "`scenes_tiny_training`).",
+        "`scenes_recipe/STAGE.jsonl`. This run made the bundled checkpoint; the checkpoint before it is the former "
+        "recipe's (curves: `scenes_tiny_training`).",
         "",
-        "| split | this run | bundled | difference |",
+        "| split | this run | the checkpoint before | difference |",
         "|---|---|---|---|",
     ]
     for split, of in figures.items():

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import set_seed
-from trl import TrlParser
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import BuildReport
@@ -24,6 +23,7 @@ from segcompass_hf.evaluation import ModelPredictor, evaluate_dataset
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.stopping import run_script
 from segcompass_hf.training.adapters import lora_config
+from segcompass_hf.training.arguments import read_arguments
 from segcompass_hf.training.segmentation.own_reasoning import with_own_reasoning
 from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
 
@@ -35,6 +35,7 @@ class ScriptArguments:
     held_out_share: float = field(default=0.2, metadata={"help": "Of the images, if nothing says the splits."})
     model: str = field(default=str(bundled_checkpoint()), metadata={"help": "Folder or Hub id."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    min_iou: float = field(default=0.0, metadata={"help": "Leave out rows that the start segments worse, in [0, 1]."})
 
 
 # Over the settings' own defaults, which are for billions of parameters; factors are on the learning rate.
@@ -43,9 +44,7 @@ DEFAULTS |= {"prompt_encoder_lr_factor": 0.1, "mask_decoder_lr_factor": 0.1}
 
 
 def main() -> None:
-    parser = TrlParser((ScriptArguments, SegmentationConfig))
-    parser.set_defaults(**DEFAULTS)
-    script, args = parser.parse_args_and_config()
+    script, args = read_arguments(ScriptArguments, SegmentationConfig, defaults=DEFAULTS)
     output, report, metrics = Path(args.output_dir), BuildReport(), {}
 
     def evaluate(name: str) -> None:
@@ -59,9 +58,10 @@ def main() -> None:
         model = SegCompassForReasoningSegmentation.from_pretrained(script.model).to(args.device)
         processor = SegCompassProcessor.from_pretrained(script.model)
         evaluate("before")
+        predictor, given = ModelPredictor(model, processor), len(train)
+        train = with_own_reasoning(train, predictor, args.per_device_eval_batch_size, script.min_iou)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    train = with_own_reasoning(train, ModelPredictor(model, processor), args.per_device_eval_batch_size)
     set_seed(args.seed)  # the adapters' start
     adapter = lora_config(model, r=script.lora_r, alpha=2 * script.lora_r)
     trainer = SegmentationTrainer(model, args, train, None, processor, adapter)  # puts the adapters into `model`
@@ -69,9 +69,10 @@ def main() -> None:
     trainer.save_model()
     evaluate(f"after-{trainer.state.global_step}-steps")
     if args.should_save:
-        summary = {"train_rows": len(train), "held_out_rows": len(held_out), "metrics": metrics}
-        (output / "summary.json").write_text(json.dumps(summary | {"build": report.to_dict()}, indent=1))
-        print(f"{script.folder}: {report.summary()}")
+        counts = {"train_rows": len(train), "left_out_rows": given - len(train), "held_out_rows": len(held_out)}
+        summary = counts | {"metrics": metrics, "build": report.to_dict()}
+        (output / "summary.json").write_text(json.dumps(summary, indent=1))
+        print(f"{script.folder}: {report.summary()}", *(f"{name} {count}" for name, count in counts.items()))
         for name, values in metrics.items():
             print(f"{name:18}", *(f"{key} {value:.3f}" for key, value in values.items()))
     Processes.current().finish()

@@ -6,10 +6,10 @@ Flags override the file. On several GPUs: `accelerate launch --config_file ... e
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import set_seed
-from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
@@ -17,6 +17,7 @@ from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.stopping import run_script
 from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass_hf.training.arguments import read_arguments
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ScriptArguments:
     sam: str | None = field(default=None, metadata={"help": "With a vlm: id or folder of a SAM."})
     sae: str | None = field(default=None, metadata={"help": "With a vlm: folder of an SAE trained on it."})
     num_slots: int = field(default=4, metadata={"help": "With a vlm: slots."})
-    dtype: str = field(default="float32", metadata={"help": "What weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     dataset: str = field(default="scenes", metadata={"help": "'scenes', or a data set in the row schema."})
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters above the SAE; 0 trains the layers."})
@@ -55,7 +56,7 @@ def load_model(script: ScriptArguments):
 
 
 def main() -> None:
-    script, arguments = TrlParser((ScriptArguments, SegCompassGRPOConfig)).parse_args_and_config()
+    script, arguments = read_arguments(ScriptArguments, SegCompassGRPOConfig)
     set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":

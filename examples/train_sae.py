@@ -8,21 +8,20 @@ With any VLM and any image-text data set of the Hub, in the row schema or interl
     accelerate launch examples/train_sae.py --output_dir runs/sae --bf16 --vlm llava-hf/llava-1.5-7b-hf \
         --dataset HuggingFaceM4/OBELICS --streaming --max_length 2048 --train_tokens 200000000 --eval_strategy steps
 
-The same command goes on from the last whole checkpoint. All settings: `--help`; `--config FILE.yaml` first
-takes them from a file, which flags override.
+The same command goes on from the last whole checkpoint. All settings: `--help`; `--config FILE.yaml` takes them from a
+file, which flags override.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
-import yaml
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import segcompass_hf  # registers SegCompass with the Auto classes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.stopping import run_script
 from segcompass_hf.training import SaeTrainer, SaeTrainingConfig
+from segcompass_hf.training.arguments import read_arguments
 
 
 @dataclass
@@ -35,20 +34,14 @@ class DataArguments:
     split: str = field(default="train", metadata={"help": "Split to read."})
     streaming: bool = field(default=False, metadata={"help": "Read the data set as a stream."})
     num_scenes: int = field(default=1000, metadata={"help": "Scenes to make when no data set is given."})
-    vlm_dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16 or auto: the checkpoint's."})
+    vlm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "What the VLM is loaded in; auto: as it is stored."}
+    )
     export_sae_lens: str | None = field(default=None, metadata={"help": "Folder for a copy in SAELens's format."})
 
 
 def main():
-    parser = HfArgumentParser((DataArguments, SaeTrainingConfig))
-    flags = sys.argv[1:]
-    if flags[:1] == ["--config"] and len(flags) > 1:  # a yaml of these settings first; flags override it
-        settings, flags = yaml.safe_load(Path(flags[1]).read_text()), flags[2:]
-        unknown = sorted(set(settings) - {action.dest for action in parser._actions})
-        if unknown:
-            parser.error(f"{sys.argv[2]} has settings that are not known: {', '.join(unknown)}")
-        parser.set_defaults(**settings)
-    data, args = parser.parse_args_into_dataclasses(flags)
+    data, args = read_arguments(DataArguments, SaeTrainingConfig)
     source = data.vlm or segcompass_hf.bundled_checkpoint()
     vlm = AutoModelForImageTextToText.from_pretrained(source, dtype=data.vlm_dtype)
     processor = AutoProcessor.from_pretrained(source)

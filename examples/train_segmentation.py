@@ -12,16 +12,17 @@ Flags override the file. With `--resume` the same command goes on from the last 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import set_seed
-from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.stopping import run_script
+from segcompass_hf.training.arguments import read_arguments
 from segcompass_hf.training.segmentation.trainer import SegmentationConfig, SegmentationTrainer
 
 
@@ -33,7 +34,7 @@ class ScriptArguments:
     sae: str | None = field(default=None, metadata={"help": "With a vlm: folder of an SAE trained on it."})
     num_slots: int = field(default=4, metadata={"help": "With a vlm: slots."})
     fresh_heads: bool = field(default=False, metadata={"help": "New codebook, slot encoder and slot mapper."})
-    dtype: str = field(default="float32", metadata={"help": "What weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     dataset: str = field(default="scenes", metadata={"help": "'scenes', or a data set in the row schema."})
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     num_eval_rows: int = field(default=0, metadata={"help": "Rows taken off the end for evaluation."})
@@ -56,7 +57,7 @@ def load_model(script: ScriptArguments):
 
 
 def main() -> None:
-    script, arguments = TrlParser((ScriptArguments, SegmentationConfig)).parse_args_and_config()
+    script, arguments = read_arguments(ScriptArguments, SegmentationConfig)
     set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":

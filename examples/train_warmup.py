@@ -12,16 +12,17 @@ Flags override the file. With `--resume` the same command goes on from the last 
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from trl import TrlParser
 
 import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.loading_segcompass import add_tokens
 from segcompass_hf.stopping import run_script
+from segcompass_hf.training.arguments import read_arguments
 from segcompass_hf.training.warmup.trainer import WarmupConfig, WarmupTrainer
 
 
@@ -30,7 +31,7 @@ class ScriptArguments:
     vlm: str = field(default="bundled", metadata={"help": "Id or folder of a VLM or a SegCompass, or 'bundled'."})
     fresh: bool = field(default=False, metadata={"help": "Random weights of the VLM's shape in place of its own."})
     num_slots: int = field(default=4, metadata={"help": "<REF_POS> tokens per answer; a SegCompass has its own."})
-    dtype: str = field(default="float32", metadata={"help": "What weights are loaded in."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
     dataset: str = field(default="scenes", metadata={"help": "'scenes', or a data set in the row schema."})
     num_samples: int = field(default=2000, metadata={"help": "Rows of Scenes that are made."})
     num_eval_rows: int = field(default=0, metadata={"help": "Rows taken off the end for evaluation."})
@@ -52,7 +53,7 @@ def load_model(script: ScriptArguments):
 
 
 def main() -> None:
-    script, arguments = TrlParser((ScriptArguments, WarmupConfig)).parse_args_and_config()
+    script, arguments = read_arguments(ScriptArguments, WarmupConfig)
     set_seed(arguments.seed)  # before new weights are drawn
     model, processor = load_model(script)
     if script.dataset == "scenes":

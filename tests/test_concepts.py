@@ -218,6 +218,11 @@ class TestInterventionForms:
             ({7: "much"}, "feature 7: scale must be a finite number, got 'much'"),
             ({7: math.nan}, "feature 7: scale must be a finite number, got nan"),
             ([{"feature": 7, "add": math.inf}], "feature 7: add must be a finite number, got inf"),
+            ({7: 10**400}, "feature 7: scale must be a finite number, got 1000"),
+            ({7: 1e300}, "feature 7: scale must be a finite number, got 1e[+]300"),  # infinite as float32
+            ([{"feature": 7, "add": "-inf"}], "feature 7: add must be a finite number, got '-inf'"),
+            ({math.inf: 0.0}, "id, an int of 0 or more, got inf"),
+            ({10**30: 0.0}, "but the SAE has d_sae=40"),
             ([{"feature": 7, "tokens": "images"}], "tokens must be one of all, image, text, got 'images'"),
             ([{"feature": 7, "where": "logits"}], "where must be one of concepts, residual, got 'logits'"),
             ([{"feature": 7, "factor": 2}], r"unknown fields \['factor'\].*'scale'"),

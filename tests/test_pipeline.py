@@ -196,3 +196,160 @@ def test_with_the_package_a_saved_pipeline_needs_no_trust(pipe, tmp_path):
     one, other = (p(image, instruction="the red square", **OPTIONS) for p in (pipe, again))
     assert one["reasoning"] == other["reasoning"]
     assert all(np.array_equal(a, b) for a, b in zip(_arrays(one), _arrays(other), strict=True))
+
+
+class KeyColumn(torch.utils.data.Dataset):
+    """A column as transformers' `KeyDataset` gives it: read by index, and no `Sequence`."""
+
+    def __init__(self, values: list):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: int):
+        return self.values[index]
+
+
+WORDS = ["the red circle", "the ring", "all the blue squares"]
+
+
+def images() -> list[Image.Image]:
+    return [tiny.tiny_image(number, (40, 30)) for number in range(3)]
+
+
+def column(name: str):
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(), "instruction": Value("string")})
+    return Dataset.from_dict({"image": images(), "instruction": WORDS}, features=features)[name]
+
+
+def undecoded():
+    from datasets import Image as ImageFeature
+
+    return column("image").source.cast_column("image", ImageFeature(decode=False))["image"]
+
+
+def series(values: list):
+    """With labels that are no positions, as after filtering."""
+    return pytest.importorskip("pandas").Series(values, index=[7, 3, 5])
+
+
+IMAGE_FORMS = {
+    "list": images,
+    "tuple": lambda: tuple(images()),
+    "array": lambda: np.stack([np.asarray(image) for image in images()]),
+    "tensor": lambda: torch.stack([torch.tensor(np.asarray(image)).permute(2, 0, 1) for image in images()]),
+    "column": lambda: column("image"),
+    "undecoded column": undecoded,
+    "streamed column": lambda: column("image").source.to_iterable_dataset()["image"],
+    "torch data set": lambda: KeyColumn(images()),
+    "generator": lambda: (image for image in images()),
+    "iterator": lambda: map(lambda image: image, images()),
+    "rows": lambda: [{"image": image} for image in images()],
+    "series": lambda: series(images()),
+    "view": lambda: dict(enumerate(images())).values(),
+}
+WORD_FORMS = {
+    "list": lambda: WORDS,
+    "tuple": lambda: tuple(WORDS),
+    "array": lambda: np.array(WORDS),
+    "column": lambda: column("instruction"),
+    "generator": lambda: (words for words in WORDS),
+    "series": lambda: series(WORDS),
+}
+BRIEF = {"reasoning": "none", "slot_logit_threshold": -1e9}
+
+
+@pytest.fixture(scope="module")
+def expected(pipe):
+    """Masks of each image with its own words, one by one, and of each image with the first words."""
+    own = [_arrays(pipe(image, instruction=words, **BRIEF)) for image, words in zip(images(), WORDS, strict=True)]
+    return own, [_arrays(pipe(image, instruction=WORDS[0], **BRIEF)) for image in images()]
+
+
+@pytest.mark.parametrize("form", IMAGE_FORMS)
+def test_several_images_in_the_forms_that_pipelines_take(pipe, expected, form):
+    own, first = expected
+    for words, masks in ((WORDS, own), (WORDS[0], first)):
+        answers = list(pipe(IMAGE_FORMS[form](), instruction=words, **BRIEF))
+        labels = [answer["segments"][0]["label"] for answer in answers]
+        assert labels == (WORDS if words is WORDS else WORDS[:1] * 3)
+        for answer, arrays in zip(answers, masks, strict=True):
+            assert all(np.array_equal(*pair) for pair in zip(_arrays(answer), arrays, strict=True))
+
+
+@pytest.mark.parametrize("images_form", ["list", "column", "generator"])
+@pytest.mark.parametrize("form", WORD_FORMS)
+def test_several_instructions_in_the_forms_that_pipelines_take(pipe, images_form, form):
+    answers = list(pipe(IMAGE_FORMS[images_form](), instruction=WORD_FORMS[form](), batch_size=2, **BRIEF))
+    assert [answer["segments"][0]["label"] for answer in answers] == WORDS
+
+
+@pytest.mark.parametrize("nothing", [[], (), KeyColumn([]), iter([]), np.zeros((0, 4, 4, 3))], ids=str)
+def test_nothing_gives_no_answers(pipe, nothing):
+    assert list(pipe(nothing)) == []
+
+
+@pytest.mark.parametrize("form", ["tuple", "column", "torch data set", "series"])
+def test_other_numbers_of_images_and_instructions_are_refused_before_the_first_answer(pipe, form):
+    for words in (WORDS[:2], (text for text in WORDS[:2])):
+        with pytest.raises(ValueError, match="got 3 images and 2 instructions; pass one instruction for all"):
+            pipe(IMAGE_FORMS[form](), instruction=words, **BRIEF)
+    with pytest.raises(ValueError, match="got 1 images and 2 or more instructions"):
+        pipe(images()[0], instruction=iter(WORDS), **BRIEF)
+
+
+def test_a_generator_that_ends_too_early_or_too_late_is_named(pipe):
+    with pytest.raises(ValueError, match="there are 2 pairs, and then more images"):
+        list(pipe((image for image in images()), instruction=WORDS[:2], **BRIEF))
+    with pytest.raises(ValueError, match="there are 1 pairs, and then more instructions"):
+        list(pipe((image for image in images()[:1]), instruction=WORDS, **BRIEF))
+
+
+def test_what_has_no_length_is_read_as_it_is_answered(pipe):
+    read = []
+    answers = pipe((read.append(index) or image for index, image in enumerate(images())), instruction="x", **BRIEF)
+    next(iter(answers))
+    assert len(read) < 3
+
+
+def test_an_instruction_of_a_row_counts_before_the_one_for_all(pipe):
+    rows = [{"image": images()[0], "instruction": "the ring"}, {"image": images()[1]}]
+    for words in ("x", ["x", "x"]):
+        answers = pipe(rows, instruction=words, **BRIEF)
+        assert [answer["segments"][0]["label"] for answer in answers] == ["the ring", "x"]
+
+
+SPAWNED = """
+import torch.multiprocessing
+if __name__ == "__main__":
+    torch.multiprocessing.set_start_method("spawn")
+    import sys
+    sys.path.insert(0, {support!r})
+    import tiny
+    import segcompass_hf
+    from datasets import Dataset
+    from transformers import pipeline
+    pipe = pipeline("reasoning-segmentation", model={checkpoint!r}, device="cpu")
+    rows = Dataset.from_list([{{"image": tiny.tiny_image(i), "instruction": "the ring"}} for i in range(3)])
+    options = {{"reasoning": "none", "slot_logit_threshold": -1e9}}
+    pipe(rows[0], **options)  # a model that has answered holds hooks of transformers that cannot be pickled
+    for inputs in (rows, rows.to_iterable_dataset(), (row for row in rows)):
+        print(len(list(pipe(inputs, num_workers=1, **options))))
+    print(len(list(pipe(rows["image"], instruction=rows["instruction"], num_workers=1, batch_size=2, **options))))
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_spawned_read_data_sets(checkpoint, tmp_path):
+    """As on macOS, on Windows, and on Linux from Python 3.14 on; a generator stays in this process."""
+    pytest.importorskip("datasets")
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED.format(support=os.path.dirname(tiny.__file__), checkpoint=checkpoint))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-4:] == ["3"] * 4
+    assert "an iterator cannot be sent to a worker process" in done.stderr

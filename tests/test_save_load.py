@@ -2,6 +2,7 @@
 """Saving and loading loses nothing: tied, sharded, bf16, through Trainer's resume; damaged folders say so."""
 
 import json
+from functools import partial
 
 import pytest
 import tiny
@@ -10,6 +11,9 @@ from model_inputs import inputs_of
 from transformers import AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import segcompass_hf  # noqa: F401  registers the Auto classes
+from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
+from segcompass_hf.loading_segcompass import load_part
+from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 
 
@@ -185,3 +189,152 @@ class TestResume:
         added = sorted([config.ref_token_id, config.think_start_token_id, config.think_end_token_id])
         head = trainer.model.get_output_embeddings().weight
         assert (head != before["vlm.lm_head.weight"]).any(1).nonzero().flatten().tolist() == added
+
+
+def with_config(folder, change):
+    """The same files with another configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+class TestWeightsWithoutAPlace:
+    """A configuration that says less than the weights hold loads everywhere, and answers differently."""
+
+    @pytest.mark.parametrize(
+        "part, counts, name",
+        [
+            ("vlm_config.text_config", {"num_hidden_layers": 3}, "vlm.model.language_model.layers.3"),
+            ("vlm_config.vision_config", {"num_hidden_layers": 1}, "vlm.model.vision_tower.*layers.1"),
+            ("sam_config.vision_config", {"num_hidden_layers": 1}, "sam.vision_encoder.layers.1"),
+            ("sam_config.mask_decoder_config", {"num_hidden_layers": 1}, "sam.mask_decoder.transformer.layers.1"),
+            ("", {"slot_encoder_layers": 1}, "slot_encoder.layers.1"),
+        ],
+    )
+    def test_fewer_layers(self, tmp_path, part, counts, name):
+        tiny.tiny_model().save_pretrained(tmp_path)
+
+        def change(config):
+            for key in filter(None, part.split(".")):
+                config = config[key]
+            assert config[next(iter(counts))] > next(iter(counts.values()))
+            config.update(counts)
+
+        with pytest.raises(ValueError, match=rf"holds \d+ weights \({name}.*its configuration has no place"):
+            AutoModel.from_pretrained(with_config(tmp_path, change))
+
+    def test_an_sae_of_its_own(self, tmp_path):
+        config = SegCompassSaeConfig(d_in=8, d_sae=16, finetuning_scaling_factor=True)
+        SegCompassSae(config).save_pretrained(tmp_path)
+        assert SegCompassSae.from_pretrained(tmp_path).config.finetuning_scaling_factor
+        with_config(tmp_path, lambda content: content.update(finetuning_scaling_factor=False))
+        with pytest.raises(ValueError, match=r"holds 1 weights \(finetuning_scaling_factor\)"):
+            SegCompassSae.from_pretrained(tmp_path)
+
+    def test_parts_of_a_composition(self, tmp_path):
+        model, tokenizer = tiny.tiny_model(), tiny.tiny_processor().tokenizer
+        model.vlm.save_pretrained(tmp_path / "vlm")
+        model.sam.save_pretrained(tmp_path / "sam")
+        compose = partial(SegCompassForReasoningSegmentation.from_pretrained_parts, tokenizer=tokenizer, sae_layer=1)
+        assert compose(str(tmp_path / "vlm"), str(tmp_path / "sam")).config.num_slots == 4
+        with_config(tmp_path / "sam", lambda config: config["vision_config"].update(num_hidden_layers=1))
+        with pytest.raises(ValueError, match="sam holds 14 weights .vision_encoder.layers.1.* does not count"):
+            compose(str(tmp_path / "vlm"), str(tmp_path / "sam"))
+        with_config(tmp_path / "vlm", lambda config: config["text_config"].update(num_hidden_layers=3))
+        with pytest.raises(ValueError, match="vlm holds 9 weights .*language_model.layers.3.* does not count"):
+            compose(str(tmp_path / "vlm"), model.sam)
+
+    def test_what_other_users_of_a_vlm_need_is_no_reason_to_refuse_it(self, tmp_path):
+        """A head for another task, and the frequencies that old checkpoints hold for every layer."""
+        model = tiny.tiny_model()
+        model.vlm.save_pretrained(tmp_path)
+        add_weights(tmp_path, {"score.weight": torch.ones(2, 2), f"{LAYER}.rotary_emb.inv_freq": torch.ones(8)})
+        assert type(load_part(AutoModelForImageTextToText, tmp_path)) is type(model.vlm)
+
+    def test_names_that_are_no_surplus(self, tmp_path):
+        """The second name of a tied weight, and buffers that were saved once and are computed today."""
+        model = tiny.tiny_model(tie=True)
+        model.save_pretrained(tmp_path)
+        twice = "sam.prompt_encoder.shared_embedding.positional_embedding"
+        weights = {twice: model.state_dict()[twice], "vlm.lm_head.weight": model.vlm.lm_head.weight.detach().clone()}
+        frequencies = {f"vlm.{LAYER}.rotary_emb.inv_freq": torch.ones(8)}
+        add_weights(tmp_path, {**weights, **frequencies})
+        assert_same_weights(model, AutoModel.from_pretrained(tmp_path))
+        add_weights(tmp_path, {"codebook.bias": torch.ones(3)})
+        with pytest.raises(ValueError, match=r"holds 1 weights \(codebook.bias\)"):
+            AutoModel.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+    def test_an_adapter_is_neither_surplus_nor_missing(self, tmp_path, capfd, tie):
+        """PEFT's rows of tied embeddings have two names and are stored under one."""
+        get_peft_model = pytest.importorskip("peft").get_peft_model
+        from segcompass_hf.training import lora_config
+
+        model = tiny.tiny_model(tie=tie)
+        model.save_pretrained(tmp_path / "base")
+        adapted = get_peft_model(AutoModel.from_pretrained(tmp_path / "base"), lora_config(model))
+        adapted.save_pretrained(tmp_path / "adapter")
+        capfd.readouterr()
+        loaded, info = AutoModel.from_pretrained(tmp_path / "adapter", output_loading_info=True)
+        assert loaded.peft_config and not info["missing_keys"] and not info["unexpected_keys"]
+        assert "MISSING" not in capfd.readouterr().err
+
+
+LAYER = "model.language_model.layers.0.self_attn"
+
+
+def add_weights(folder, weights: dict) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), **weights}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["whole", "vlm", "sam", "sae"])
+def test_pointers_that_git_left_in_place_of_weights(tmp_path, part):
+    model = tiny.tiny_model()
+    (model if part == "whole" else getattr(model, part)).save_pretrained(tmp_path / part)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234567\n"
+    (tmp_path / part / "model.safetensors").write_text(pointer)
+    given = {"vlm": model.vlm, "sam": model.sam, "tokenizer": tiny.tiny_processor().tokenizer}
+    with pytest.raises(ValueError, match="model.safetensors is no file of weights but a pointer .* `git lfs pull`"):
+        if part == "whole":
+            AutoModel.from_pretrained(tmp_path / part)
+        else:
+            SegCompassForReasoningSegmentation.from_pretrained_parts(**{**given, part: str(tmp_path / part)})
+
+
+class TestAttention:
+    @pytest.mark.parametrize("asked", ["sdpa", "eager", "flex_attention"])
+    def test_one_for_the_whole_reaches_every_part_that_can(self, tmp_path, asked):
+        """SAM computes no flex attention, and keeps its own; the SAE has none, and nothing to say."""
+        tiny.tiny_model().save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=asked)
+        changed = tiny.tiny_model()
+        changed.set_attn_implementation(asked)
+        for model in (loaded, changed):
+            parts = model.config, model.vlm.config.text_config, model.vlm.config.vision_config
+            assert {part._attn_implementation for part in parts} == {asked}
+            sam = "sdpa" if asked == "flex_attention" else asked
+            assert {model.sam.config._attn_implementation, model.sam.config.vision_config._attn_implementation} == {
+                sam
+            }
+
+    def test_one_for_a_part(self, tmp_path):
+        tiny.tiny_model().save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path, attn_implementation={"vlm_config": "eager"})
+        loaded.set_attn_implementation({"sam_config": "eager"})
+        configs = loaded.vlm.config.text_config, loaded.sam.config, loaded.config
+        assert [config._attn_implementation for config in configs] == ["eager", "eager", "sdpa"]
+
+    def test_what_nobody_knows_is_refused(self, tmp_path):
+        tiny.tiny_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="nonsense"):
+            AutoModel.from_pretrained(tmp_path, attn_implementation="nonsense")
+
+    def test_answers_are_the_same(self):
+        model = tiny.tiny_model()
+        expected = model(**inputs_of()).pred_masks
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(model(**inputs_of()).pred_masks, expected, rtol=1e-3, atol=1e-4)

@@ -4,9 +4,26 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from .files import read_json_object
+
+CONFIGURATIONS = ("config.json", "adapter_config.json", "generation_config.json", "processor_config.json")
+CONFIGURATIONS += ("preprocessor_config.json", "tokenizer_config.json")
+# Of generation_config.json.
+_NUMBERS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "max_length",
+    "min_length",
+    "num_beams",
+    "num_return_sequences",
+    "top_k",
+)
+_NUMBERS += ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
+_FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
 BUNDLED_DOMAIN = (
     "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
     "means nothing. Pass --model for another checkpoint."
@@ -33,21 +50,58 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
             raise FileNotFoundError(f"there is no checkpoint folder {model_name!r}.")
     _check_base(Path(path))
     import torch
+    from PIL import Image
     from transformers import AutoModel, AutoProcessor
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModel.from_pretrained(path)
-        processor = AutoProcessor.from_pretrained(path)
+        _check_configurations(Path(path))
+        # Nobody is asked whether to run code that lies beside the weights: ours is registered, other is not wanted.
+        model = AutoModel.from_pretrained(path, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the readers raise
         raise ValueError(f"cannot load a checkpoint from {path!r}: {error}") from error
     if not hasattr(model, "segment"):
         raise ValueError(f"{path!r} holds a {type(model).__name__}, which is not a SegCompass checkpoint.")
+    try:
+        processor(images=Image.new("RGB", (32, 32)), instruction="it", return_tensors="pt")
+    except Exception as error:  # settings of wrong types load, and fail when they are used
+        detail = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the processor of {path!r} cannot be used ({detail}); is its configuration damaged?"
+        ) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
+
+
+def _check_configurations(folder: Path) -> None:
+    """Name a damaged configuration of a folder: transformers passes over some, and fails at others when it answers.
+
+    Raises:
+        ValueError: One is no JSON object, or `generation_config.json` has a value of a wrong type.
+    """
+    for name in CONFIGURATIONS:
+        if (folder / name).is_file():
+            content = read_json_object(folder / name, "restore it, or save the checkpoint again")
+            if name == "generation_config.json":
+                _check_generation(folder / name, content)
+
+
+def _check_generation(path: Path, content: dict[str, Any]) -> None:
+    for name, value in content.items():
+        expected, right = None, True
+        if name.endswith("_token_id"):
+            ids = value if isinstance(value, list) else [value]
+            expected, right = "a token id of 0 or more", all(type(one) is int and 0 <= one < 2**31 for one in ids)
+        elif name in _NUMBERS:
+            expected, right = "a finite number", type(value) in (int, float) and math.isfinite(value)
+        elif name in _FLAGS:
+            expected, right = "true or false", isinstance(value, bool)
+        if value is not None and not right:
+            raise ValueError(f"{path} is damaged: {name} is {value!r:.80}, expected {expected}, or null.")
 
 
 def _check_base(folder: Path) -> None:

@@ -3,10 +3,16 @@
 
 import copy
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
+from .offloading_segcompass import execution_device
+from .threads_segcompass import CallLock, one_call_at_a_time
+
+logger = logging.get_logger(__name__)
 
 
 class VlmDelegationMixin:
@@ -16,12 +22,20 @@ class VlmDelegationMixin:
     """
 
     vlm: PreTrainedModel
+    sam: PreTrainedModel
     config: SegCompassConfig
+    call_lock: CallLock
 
     @property
     def base_model(self) -> nn.Module:
         """The VLM without its head (TRL's fused head runs it)."""
         return self.vlm.base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go; of offloaded weights, which lie nowhere between calls, where they are computed with."""
+        device = super().device
+        return execution_device(self) or device if device.type == "meta" else device
 
     @property
     def generation_config(self):
@@ -35,6 +49,14 @@ class VlmDelegationMixin:
     @classmethod
     def can_generate(cls) -> bool:
         return True
+
+    def set_attn_implementation(self, attn_implementation: str | dict, **kwargs) -> None:
+        """See `PreTrainedModel.set_attn_implementation`. Of one for all SAM keeps its own where it cannot follow."""
+        if isinstance(attn_implementation, str):
+            sam = supported_attention(type(self.sam), attn_implementation)
+            names = dict.fromkeys(("", *self.config.sub_configs), attn_implementation)
+            attn_implementation = {**names, "sam_config": sam}
+        super().set_attn_implementation(attn_implementation, **kwargs)
 
     def adjust_generation_fn(self, *args, **kwargs):
         self.vlm.adjust_generation_fn(*args, **kwargs)
@@ -66,6 +88,7 @@ class VlmDelegationMixin:
     def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
         return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
 
+    @one_call_at_a_time
     def generate(self, *args, **kwargs):
         """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`."""
         for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes"):
@@ -86,3 +109,13 @@ class VlmDelegationMixin:
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
         ids = [getattr(self.config.vlm_config, name, None) for name in names]
         return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size})
+
+
+def supported_attention(model_class: type, requested: str | None) -> str | None:
+    """The attention that a part computes where the whole is asked for one: its own where it cannot follow."""
+    kind = next((kind for kind in ("flash", "flex") if kind in str(requested)), None)
+    if kind is None or getattr(model_class, f"_supports_{kind}_attn"):
+        return requested
+    chosen = "sdpa" if model_class._supports_sdpa else "eager"
+    logger.info("%s has no %s attention and computes %s.", model_class.__name__, kind, chosen)
+    return chosen

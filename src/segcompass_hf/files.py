@@ -73,6 +73,28 @@ def write_whole(path: str | os.PathLike, content: str | bytes, durable: bool = F
         part.write_bytes(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
 
 
+def read_json_object(path: str | os.PathLike, remedy: str = "write it again") -> dict[str, Any]:
+    """A JSON object that this package or transformers has written.
+
+    Args:
+        path (`str` or `os.PathLike`): Of the file.
+        remedy (`str`, *optional*): What the message says to do about a damaged one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no JSON, or no object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{os.fspath(path)} is damaged ({error}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{os.fspath(path)} is damaged (it holds a {type(content).__name__}, expected an object); {remedy}."
+        )
+    return content
+
+
 def part_beside(path: str | os.PathLike) -> Path:
     """A new name beside `path` for what becomes it; those of killed processes of this machine are removed."""
     path = Path(path)
@@ -332,6 +354,7 @@ __all__ = [
     "full_disk_in_words",
     "json_digest",
     "part_beside",
+    "read_json_object",
     "readable_size",
     "staged_folder",
     "temporary_folder",

@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Pixels in, masks out: any image becomes RGB, object masks soft targets, and maps return to the image's size."""
 
+import base64
 import os
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import load_image
+from PIL import Image, ImageOps
 
-MAX_ASPECT_RATIO = 200  # beyond it the vision encoders resize to strips without content, or to gigapixels
-FETCH_SECONDS = 30.0
+from .image_files_segcompass import FORMATS, check_size, fetch_image, read_image
+
+LONGEST_NAME = 255  # characters of a file's name; what is longer and holds no separator is no path
+_FILE_STARTS = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")  # of the formats of the web
+_FILE_ALPHABET = bytes.maketrans(b"-_", b"+/")  # from that of base64 for URLs
 
 
 def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
@@ -21,8 +24,8 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `os.PathLike`, `bytes` or `dict`):
             Array layouts `(H, W)`, `(H, W, C)` and `(C, H, W)` with C in 1, 3, 4; values 0..255, 0..65535 (16 bit) or
-            floats in [0, 1]. A `dict` is a `datasets` image, with `bytes` or `path`. Addresses starting with `http`
-            are fetched.
+            floats in [0, 1], each clipped where resizing has overshot. A `dict` is a `datasets` image, with `bytes` or
+            `path`. Addresses starting with `http` are fetched; base64, also as a `data:` URL, is decoded.
         name (`str`, *optional*, defaults to `"image"`):
             What error messages call it.
 
@@ -31,14 +34,17 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
 
     Raises:
         `FileNotFoundError`: there is no such file.
-        `ValueError`: the file or the array is no image, or an address gives none within 30 seconds.
+        `ValueError`: the file or the array is no image, an address gives none within 30 seconds, or the image has more
+            pixels than `max_image_pixels()`.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
+    if isinstance(image, str):
+        image = _decode_text(image, name)
     if isinstance(image, str) and image.startswith(("http://", "https://")):
-        image = _fetch(image, name)
-    elif isinstance(image, (str, os.PathLike, bytes)):
-        image = _open(image, name)
+        image = fetch_image(image, name)
+    if isinstance(image, (str, os.PathLike, bytes)):
+        image = read_image(image, name)
     elif isinstance(image, (np.ndarray, torch.Tensor)):
         image = _from_array(image, name)
     if not isinstance(image, Image.Image):
@@ -46,56 +52,50 @@ def to_rgb_image(image: Any, name: str = "image") -> Image.Image:
             f"{name} is a {type(image).__name__}; expected a PIL image, an array or tensor of shape (height, width), "
             "(height, width, channels) or (channels, height, width), a path, or the bytes of an image file."
         )
-    width, height = image.size
-    if min(width, height) == 0 or max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    if image.format not in (None, "MPO", *FORMATS):  # opened, and perhaps not yet decoded, by somebody else
         raise ValueError(
-            f"{name} is {width} x {height} pixels; sides may differ by a factor of at most {MAX_ASPECT_RATIO} and "
-            "must not be empty. Crop or pad it first."
+            f"{name} is an open {image.format} file; files of {', '.join(FORMATS)} are read. Pass "
+            'image.convert("RGB") if you trust it.'
         )
-    return _to_rgb(_upright(image, name))
+    check_size(image, name)
+    return _to_rgb(_upright(image, name), name)
 
 
-def _fetch(address: str, name: str) -> Image.Image:
+def _decode_text(text: str, name: str) -> str | bytes:
+    """The bytes of an image that is written as base64, alone or in a `data:` URL; a path or an address as it is."""
+    head, comma, encoded = text.partition(",") if text[:5].lower() == "data:" else ("", "", text)
+    if head and not (comma and head.lower().endswith(";base64")):
+        raise ValueError(f"{name} is a data URL without base64; expected data:image/png;base64,...")
     try:
-        return load_image(address, timeout=FETCH_SECONDS)
-    except Exception as error:  # of whatever HTTP library transformers uses, or of PIL
+        plain = encoded.encode("ascii").translate(_FILE_ALPHABET, b" \t\r\n")
+        data = base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
+    except ValueError:  # no base64
+        data = b""
+    if head or ((data.startswith(_FILE_STARTS) or data[4:8] == b"ftyp") and not os.path.isfile(text)):
+        return data
+    if max(map(len, text.replace(os.sep, "/").split("/"))) > LONGEST_NAME and not text.startswith("http"):
         raise ValueError(
-            f"{name}: {address!r} gives no image ({type(error).__name__}: {error}); is it right and reachable?"
-        ) from error
-
-
-def _open(source: str | os.PathLike | bytes, name: str) -> Image.Image:
-    if isinstance(source, bytes):
-        import io
-
-        shown, source = f"{len(source)} bytes", io.BytesIO(source)
-    else:
-        shown = os.fspath(source)
-        if not os.path.isfile(source):
-            raise FileNotFoundError(f"{name}: there is no file {shown!r}; give the path of an image file.")
-    try:
-        image = Image.open(source)
-        image.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"{name}: {shown!r} cannot be read as an image ({error}); is it damaged or not an image?"
-        ) from error
-    return image
+            f"{name} is a text of {len(text)} characters that starts with {text[:20]!r}; expected a path, an address "
+            "or the base64 of an image file."
+        )
+    return text
 
 
 def _upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError) as error:  # a lazily read or damaged file
+    except MemoryError:
+        raise
+    except Exception as error:  # of a lazily read or damaged file: about anything
         raise ValueError(f"{name} cannot be read ({error}); is the file damaged?") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """PIL's own conversion clips 16-bit and float images to white and drops transparency: both are handled here."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_uint8(np.asarray(image), name)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
@@ -125,22 +125,27 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
         raise ValueError(f"{name} is an array holding NaN or infinity; expected finite values.")
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    return Image.fromarray(_to_uint8(array))
+    return Image.fromarray(_to_uint8(array, name))
 
 
-def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """0..255 stays, 0..65535 is divided by 257, floats in [0, 1] and bools are multiplied by 255.
+def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
+    """The range is the smallest of [0, 1] (floats and bools), 0..255 and 0..65535 whose double holds all values.
 
-    What resizing overshoots is cut off: floats up to 2 count as of [0, 1], since 0..255 so dark is no picture.
+    What resizing overshoots is cut off, and twice a range holds it: a picture of the next range so dark is none.
     """
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
-    top = array.max()
-    if array.dtype.kind == "b" or (array.dtype.kind == "f" and top <= 2):
-        array = array * 255.0
-    elif array.dtype == np.uint16 or top > 255:
-        array = array / 257.0
-    return np.clip(np.rint(array), 0, 255).astype(np.uint8)
+    lowest, highest = float(array.min()), float(array.max())
+    is_float = array.dtype.kind == "f"
+    ranges = (1, 255, 65535)[0 if array.dtype.kind in "bf" else 1 :]
+    top = next((top for top in ranges if highest <= 2 * top), None)
+    # Floats around 0 are normalised, and of any scale: undershooting stays small beside the brightest value.
+    if top is None or lowest < -(max(highest, 1) if is_float else top) / 2:
+        raise ValueError(
+            f"{name} is an array of values from {lowest:g} to {highest:g}; expected 0 to 1 (floats), 0 to 255 or 0 to "
+            "65535. Undo a normalisation first."
+        )
+    return np.clip(np.rint(array * (255 / top)), 0, 255).astype(np.uint8)
 
 
 def resized_size(size: tuple[int, int], canvas: int) -> tuple[int, int]:

@@ -11,9 +11,11 @@ import torch
 
 from .modeling_concepts import MAX_CHUNK_ELEMENTS, SparseConcepts, check_token_shape
 from .modeling_sae import SegCompassSae
+from .offloading_segcompass import weights_at_hand
 
 InterventionTokens = Literal["all", "image", "text"]
 InterventionPlace = Literal["concepts", "residual"]
+MAX_NUMBER = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class ConceptIntervention:
         value = getattr(self, name)
         try:
             number = default if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
-            raise ValueError(f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r}.")
+        if not abs(number) <= MAX_NUMBER:  # also where it is NaN
+            raise ValueError(
+                f"intervention on feature {self.feature}: {name} must be a finite number, got {value!r:.60}."
+            )
         return number
 
 
@@ -188,6 +192,17 @@ def steer_hidden_states(
     items = [i for i in normalize_interventions(interventions, sae.config.d_sae) if i.where == "residual"]
     if not items:
         return hidden_states
+    with weights_at_hand(sae):
+        return _steer(sae, hidden_states, items, attention_mask, modality_ids)
+
+
+def _steer(
+    sae: SegCompassSae,
+    hidden_states: torch.Tensor,
+    items: list[ConceptIntervention],
+    attention_mask: torch.Tensor | None,
+    modality_ids: torch.Tensor | None,
+) -> torch.Tensor:
     shape = hidden_states.shape[:2]
     names = torch.tensor([item.feature for item in items], device=hidden_states.device)  # (num_interventions,)
     _, normalization = sae.normalize(hidden_states, modality_ids)

@@ -15,6 +15,13 @@ from transformers.utils import logging
 from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
+from .weight_files_segcompass import (
+    check_no_layers_left,
+    check_nothing_left,
+    check_nothing_missing,
+    check_weight_files,
+    without_aliases,
+)
 
 if TYPE_CHECKING:  # never imported here, but saving copies every file that a line like this one names
     from .pipeline_segcompass import ReasoningSegmentationPipeline  # noqa: F401
@@ -85,9 +92,9 @@ class LoadingMixin:
         if _is_source(vlm, "vlm"):
             if tokenizer is None:
                 tokenizer = AutoTokenizer.from_pretrained(vlm)
-            vlm = AutoModelForImageTextToText.from_pretrained(vlm, **load)
+            vlm = load_part(AutoModelForImageTextToText, vlm, **load)
         if _is_source(sam, "sam"):
-            sam = SamModel.from_pretrained(sam)
+            sam = load_part(SamModel, sam)
             if load and dtype != "auto":
                 _cast_sam(sam, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         if _is_source(sae, "sae"):
@@ -127,20 +134,26 @@ class LoadingMixin:
 
         Raises:
             FileNotFoundError: A shard of the checkpoint is missing.
-            ValueError: The checkpoint lacks weights: they would be random, and so would the masks.
+            ValueError: The checkpoint lacks weights, which would be random, or holds some that its configuration has
+                no place for: either way the masks would be others. Or git left pointers in place of its files.
         """
-        _check_shards(pretrained_model_name_or_path, kwargs)
+        check_weight_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
         _fill_skip_list(cls, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _keep_gradients_on_cpu(model)
-        missing = _without_aliases(model, info["missing_keys"])
-        if missing and kwargs.get("state_dict") is None:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(missing)} weights of this model ({', '.join(missing[:3])}"
-                f"{', ...' if len(missing) > 3 else ''}), which would be random; complete the checkpoint, or compose "
-                "a new model with from_pretrained_parts."
-            )
+        if kwargs.get("state_dict") is None:
+            check_nothing_missing(model, info, pretrained_model_name_or_path)
+            check_nothing_left(model, info, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, *args, **kwargs):
+        """As in the parent, which reports the rows that PEFT trains of tied embeddings as missing: they have two
+        names, and are stored under one."""
+        info, *rest = PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
+        rows = {name for name in info.missing_keys if ".token_adapter." in name}
+        info.missing_keys -= rows - set(without_aliases(model, rows))
+        return info, *rest
 
     def save_pretrained(self, save_directory, save_original_format: bool = False, **kwargs):
         """Save weights, configuration and the code that loads them where this package is not installed.
@@ -170,26 +183,22 @@ def _is_source(part: Any, name: str) -> bool:
     return True
 
 
+def load_part(model_class: type, source: Any, **kwargs) -> PreTrainedModel:
+    """A VLM or segmenter of its own, by `from_pretrained`, with all its layers.
+
+    Raises:
+        FileNotFoundError, ValueError: See [`check_weight_files`] and [`check_no_layers_left`].
+    """
+    check_weight_files(source)
+    model, info = model_class.from_pretrained(source, output_loading_info=True, **kwargs)
+    check_no_layers_left(model, info, source)
+    return model
+
+
 def _cast_sam(sam: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a SAM but for its positional matrices, as loading a whole checkpoint does: bf16 would break them."""
     for name, parameter in sam.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if "positional_embedding" in name else dtype)
-
-
-def _check_shards(folder: Any, kwargs: dict) -> None:
-    """Raise where the index of a local checkpoint names files that are not there."""
-    folder = Path(str(folder), kwargs.get("subfolder") or "")
-    for index in folder.glob("*.safetensors.index*.json"):
-        variant = index.name.removeprefix("model.safetensors.index").removesuffix("json")  # "." or ".fp16."
-        if (folder / f"model{variant}safetensors").is_file():
-            continue  # loading prefers the one file
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        missing = [shard for shard in shards if not (folder / shard).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {len(missing)} of the {len(shards)} weight files that {index.name} names: "
-                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; copy or download them again."
-            )
 
 
 def _remove_stale_weights(folder: Any, variant: str | None) -> None:
@@ -201,13 +210,6 @@ def _remove_stale_weights(folder: Any, variant: str | None) -> None:
         # Saving one file removes the shards of the last time, but not their index.
         stale = single if all((folder / shard).is_file() for shard in shards) else index
         stale.unlink()
-
-
-def _without_aliases(model: nn.Module, missing: set[str]) -> list[str]:
-    """Missing names but for second names of weights that are there (PEFT's rows of tied embeddings have two)."""
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    found = {id(weight) for name, weight in weights.items() if name not in missing}
-    return sorted(name for name in missing if id(weights.get(name)) not in found)
 
 
 def _keep_gradients_on_cpu(model: nn.Module) -> None:

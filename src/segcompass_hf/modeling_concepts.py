@@ -6,17 +6,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.utils import ModelOutput
 
 from .modeling_sae import SegCompassSae
+from .offloading_segcompass import weights_at_hand
 
 # Bound on tokens x d_sae per chunk: 64 MiB in float32, 256 tokens at d_sae 65,536.
 MAX_CHUNK_ELEMENTS = 2**24
 
 
 @dataclass
-class SparseConcepts(ModelOutput):
+class SparseConcepts:
     """Active concepts of a batch as (token, feature, value) triples, sorted by token and feature.
+
+    No `ModelOutput`: as a mapping it would owe `values()` to all who look for tensors in what a module is given.
 
     Args:
         features (`torch.LongTensor` of shape `(num_active,)`): SAE feature ids in `[0, d_sae)`.
@@ -114,14 +116,15 @@ def encode_concepts(
     if attention_mask is not None:
         tokens = tokens[attention_mask.bool().flatten()]
     features, values, token_index = [], [], []
-    for chunk in tokens.split(max(1, min(chunk_size, MAX_CHUNK_ELEMENTS // sae.config.d_sae))):
-        modalities = None if modality_ids is None else modality_ids.flatten()[chunk]
-        feature_acts = sae.encode(flat_states[chunk], modalities)  # (chunk, d_sae)
-        position, feature = _reaches(feature_acts, threshold).nonzero(as_tuple=True)
-        features.append(feature)
-        values.append(feature_acts[position, feature])
-        token_index.append(chunk[position])
-        del feature_acts  # before the next chunk is encoded, so that one is alive at a time
+    with weights_at_hand(sae):
+        for chunk in tokens.split(max(1, min(chunk_size, MAX_CHUNK_ELEMENTS // sae.config.d_sae))):
+            modalities = None if modality_ids is None else modality_ids.flatten()[chunk]
+            feature_acts = sae.encode(flat_states[chunk], modalities)  # (chunk, d_sae)
+            position, feature = _reaches(feature_acts, threshold).nonzero(as_tuple=True)
+            features.append(feature)
+            values.append(feature_acts[position, feature])
+            token_index.append(chunk[position])
+            del feature_acts  # before the next chunk is encoded, so that one is alive at a time
     values = torch.cat(values)
     if not values.isfinite().all():
         raise ValueError(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from .offloading_segcompass import weights_at_hand
+
 PADDING_LOGIT = -50.0  # heatmap logit on the padded area, as the original feeds its prompt encoder
 
 
@@ -152,13 +154,14 @@ class SamMaskStage:
     def _decode_flat(self, image_embeddings: torch.Tensor, prompts: torch.Tensor) -> torch.Tensor:
         """Masks `(n, H, W)` of `n` prompts `(n, H, W)` over as many embeddings `(n, channels, h, w)`."""
         prompt_encoder, mask_decoder = self.sam.prompt_encoder, self.sam.mask_decoder
+        with weights_at_hand(self.sam.shared_image_embedding):
+            positional = positional_embeddings(self.sam)
         sparse, dense = prompt_encoder(  # sparse is None with mask prompts alone
             input_points=None,
             input_labels=None,
             input_boxes=None,
             input_masks=prompts[:, None].to(prompt_encoder.mask_embed.conv1.weight.dtype),
         )
-        positional = positional_embeddings(self.sam)
         dtype, cast = _one_dtype(mask_decoder)
         inputs = {
             "image_embeddings": image_embeddings.to(dtype),
@@ -167,7 +170,8 @@ class SamMaskStage:
             "dense_prompt_embeddings": dense.to(dtype),
             "multimask_output": False,
         }
-        pred_masks, _ = functional_call(mask_decoder, cast, kwargs=inputs) if cast else mask_decoder(**inputs)
+        with weights_at_hand(mask_decoder):
+            pred_masks, _ = functional_call(mask_decoder, cast, kwargs=inputs) if cast else mask_decoder(**inputs)
         return pred_masks.reshape(prompts.shape)  # from (n, 1, 1, H, W)
 
     def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

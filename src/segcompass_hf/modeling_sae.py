@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassSaeConfig
+from .weight_files_segcompass import check_nothing_left, check_weight_files
 
 JUMPRELU_BANDWIDTH = 0.05  # width of the window around a threshold in which it receives a gradient
 BATCHTOPK_THRESHOLD_MOMENTUM = 0.99  # of the running threshold that replaces batch top-k outside training
@@ -126,6 +127,11 @@ class SegCompassSae(PreTrainedModel):
     config_class = SegCompassSaeConfig
     base_model_prefix = "sae"
     main_input_name = "hidden_states"
+    # Without attention it has no say in how a model that holds it computes it.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
 
     def __init__(self, config: SegCompassSaeConfig):
         super().__init__(config)
@@ -164,6 +170,20 @@ class SegCompassSae(PreTrainedModel):
                 init.ones_(getattr(module, name))
         if getattr(module, "threshold", None) is not None:
             init.constant_(module.threshold, 0.01)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """Load an SAE; see `PreTrainedModel.from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: Files are missing or pointers of git, or hold weights that the configuration
+                has no place for (a scaling of features, a threshold): the features would be others.
+        """
+        check_weight_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if kwargs.get("state_dict") is None:
+            check_nothing_left(model, info, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
 
     @property
     def takes_top_k(self) -> bool:

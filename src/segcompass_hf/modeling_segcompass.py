@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel, SamModel
 from transformers import initialization as init
 
 from .configuration_segcompass import SegCompassConfig
-from .delegation_segcompass import VlmDelegationMixin
+from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
@@ -22,6 +22,7 @@ from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
+from .threads_segcompass import CallLock, one_call_at_a_time
 
 
 class SegCompassPreTrainedModel(PreTrainedModel):
@@ -85,8 +86,14 @@ class SegCompassForReasoningSegmentation(
         sae: SegCompassSae | None = None,
     ):
         super().__init__(config)
+        self.call_lock = CallLock()
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
-        self.sam = sam if sam is not None else SamModel._from_config(config.sam_config)
+        if sam is None:
+            asked = config.sam_config._attn_implementation
+            if (attention := supported_attention(SamModel, asked)) != asked:
+                config.sam_config._attn_implementation = attention
+            sam = SamModel._from_config(config.sam_config)
+        self.sam = sam
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
         # The children hold copies: resizing the VLM's embeddings must show in what we save.
         config.vlm_config, config.sam_config, config.sae_config = self.vlm.config, self.sam.config, self.sae.config
@@ -105,6 +112,7 @@ class SegCompassForReasoningSegmentation(
     freeze_for_training = freeze_for_training
     parameter_groups = parameter_groups
 
+    @one_call_at_a_time
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

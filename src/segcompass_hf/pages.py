@@ -15,6 +15,8 @@ from typing import Any
 
 from PIL import Image
 
+from .printable import printable
+
 
 def read_template(package: str, name: str) -> str:
     """Text of a file in the folder `templates` of a package, without blank lines at its ends."""
@@ -77,8 +79,20 @@ def data_address(encoded: bytes, form: str) -> str:
     return f"data:image/{form.lower()};base64,{base64.b64encode(encoded).decode('ascii')}"
 
 
+def code_block(text: str, language: str = "") -> str:
+    """A block of code in Markdown, whose fence is longer than any inside the text.
+
+    ```python
+    >>> code_block("```", "yaml").splitlines()
+    ['````yaml', '```', '````']
+    ```
+    """
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A table in Markdown, one line per row; a `|` inside a cell is escaped.
+    """A table in Markdown, one line per row; a `|` and a line break inside a cell are escaped.
 
     ```python
     >>> print(markdown_table(["split", "samples"], [["val", 1500]]))
@@ -88,4 +102,4 @@ def markdown_table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     ```
     """
     lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

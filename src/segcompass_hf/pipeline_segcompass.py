@@ -1,14 +1,25 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """`pipeline("reasoning-segmentation")`: an image and an instruction to reasoning and scored masks."""
 
+import io
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import islice, zip_longest
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers.pipelines import Pipeline
+from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
+from transformers.utils import logging
 
 from .images_segcompass import to_rgb_image
+
+logger = logging.get_logger(__name__)
 
 THRESHOLDS = ("slot_logit_threshold", "mask_logit_threshold", "duplicate_iou_threshold")
 
@@ -27,7 +38,8 @@ class ReasoningSegmentationPipeline(Pipeline):
     answers), `mask` (`PIL.Image.Image` of mode `L` at the image's own size, 255 inside) and `slot` (`int`). No segment
     means that nothing in the image was found to fit; no two segments show the same object.
 
-    Images are `PIL` images, arrays, paths or URLs. A batch gives the same answers as its samples one by one.
+    Images are `PIL` images, arrays, paths, URLs, base64 or `data:` URLs. A batch gives the same answers as its samples
+    one by one.
     """
 
     _load_processor = True
@@ -40,10 +52,10 @@ class ReasoningSegmentationPipeline(Pipeline):
         r"""Segment one image or several.
 
         Args:
-            inputs (image, `dict`, or a list, generator or `datasets.Dataset` of them):
+            inputs (image, `dict`, or a list, tuple, 4-d array, data set, column of one, or other iterable of them):
                 An image, or `{"image": ..., "instruction": ...}`.
-            instruction (`str` or `list[str]`, *optional*): What to find; one for all images, or one per image. Not
-                needed where every input brings its own.
+            instruction (`str`, or a list, column or other iterable of them, *optional*): What to find; one for all
+                images, or one per image. Not needed where every input brings its own, which then counts.
             batch_size (`int`, *optional*, defaults to 1): Samples that go through the model together.
             reasoning (`str`, *optional*): `full`, `short` or `none`; see `segment`.
             max_new_tokens (`int`, *optional*): Limit of the generated text in tokens.
@@ -55,22 +67,19 @@ class ReasoningSegmentationPipeline(Pipeline):
             generate_kwargs (`dict`, *optional*): Anything else for `segment`, for example `{"do_sample": True}`.
 
         Returns:
-            `dict`, or a list of them: see the class.
+            `dict`, a list of them, or for data sets and what has no length an iterator that answers as it is read:
+            see the class.
         """
-        if isinstance(instruction, (list, tuple)):
-            images = inputs if isinstance(inputs, (list, tuple)) else [inputs]
-            if len(images) != len(instruction):
-                raise ValueError(
-                    f"got {len(images)} images and {len(instruction)} instructions; pass one instruction for all "
-                    "images, or as many as there are images."
-                )
-            inputs = [{"image": image, "instruction": text} for image, text in zip(images, instruction, strict=True)]
-            instruction = None
-        if type(inputs).__module__.partition(".")[0] == "datasets":
-            inputs = (row for row in inputs)  # rows hold image and instruction; answers come as they are iterated
-        if isinstance(inputs, (list, tuple)) and len(inputs) == 0:
+        samples, instructions = _several(inputs), _several(instruction)
+        if instructions is not None:
+            samples, instruction = _pair([inputs] if samples is None else samples, instructions), None
+        if samples is None:
+            return super().__call__(inputs, instruction=instruction, **kwargs)
+        if not isinstance(samples, list):
+            samples = _Rows(samples) if isinstance(samples, Sized) else _Stream(samples)
+        elif not samples:
             return []
-        return super().__call__(inputs, instruction=instruction, **kwargs)
+        return super().__call__(samples, instruction=instruction, **kwargs)
 
     def _sanitize_parameters(self, instruction=None, generate_kwargs=None, **parameters):
         preprocess = {} if instruction is None else {"instruction": instruction}
@@ -87,11 +96,28 @@ class ReasoningSegmentationPipeline(Pipeline):
                 )
         return preprocess, forward, postprocess
 
-    def preprocess(self, inputs: Any, instruction: str | None = None) -> dict[str, Any]:
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        """As in the parent, but whatever goes to worker processes can be sent there where they are spawned: a function
+        that collates and one that loads images, without the model."""
+        if isinstance(inputs, Sized):
+            dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+        else:
+            dataset = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            num_workers = min(num_workers, 1)  # each would read everything
+        reads_once = isinstance(getattr(inputs, "samples", None), Iterator)
+        if num_workers and reads_once and multiprocessing.get_start_method() != "fork":
+            logger.warning("an iterator cannot be sent to a worker process and is read in this one.")
+            num_workers = 0
+        loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
+        answers = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
+        return PipelineIterator(answers, self.postprocess, postprocess_params)
+
+    @staticmethod
+    def preprocess(inputs: Any, instruction: str | None = None) -> dict[str, Any]:
         """Load one sample. The processor runs on the whole batch in `_forward`: how samples are joined (left padding,
         flattened patches) differs between VLM families, and the processor knows."""
         image = inputs
-        if isinstance(inputs, dict):
+        if isinstance(inputs, Mapping) and not _is_encoded_image(inputs):
             if "image" not in inputs:
                 raise ValueError(
                     f'an input needs the key "image"; got {sorted(inputs)}. '
@@ -170,6 +196,97 @@ class ReasoningSegmentationPipeline(Pipeline):
         finally:
             self.tokenizer, self.image_processor = parts
         self.processor.save_pretrained(save_directory)
+
+
+class _Rows(Dataset):
+    """Samples that are read where they are needed; a worker process can be given them, unlike a generator."""
+
+    def __init__(self, samples: Any, instructions: Any = None):
+        self.samples, self.instructions = samples, instructions
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        sample = self.samples[index]
+        return sample if self.instructions is None else _with_instruction(sample, self.instructions[index])
+
+
+class _Stream(IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __init__(self, samples: Iterable):
+        self.samples = samples
+
+    def __iter__(self) -> Iterator:
+        return iter(self.samples)
+
+
+class _PairedStream:
+    """Samples and instructions that are read side by side."""
+
+    def __init__(self, samples: Iterable, instructions: Iterable):
+        self.samples, self.instructions = samples, instructions
+
+    def __iter__(self) -> Iterator:
+        nothing = object()
+        for index, (sample, text) in enumerate(zip_longest(self.samples, self.instructions, fillvalue=nothing)):
+            if sample is nothing or text is nothing:
+                more = "instructions" if sample is nothing else "images"
+                raise ValueError(f"there are {index} pairs, and then more {more}; pass one instruction per image.")
+            yield _with_instruction(sample, text)
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    return samples[0] if len(samples) == 1 else {name: [sample[name] for sample in samples] for name in samples[0]}
+
+
+def _several(inputs: Any) -> Any:
+    """What holds several samples (or instructions), as a list, a sequence to be read by index, or an iterable; `None`
+    for one."""
+    if isinstance(inputs, (np.ndarray, torch.Tensor)):
+        return list(inputs) if inputs.ndim in (1, 4) else None  # (samples,) or (samples, height, width, channels)
+    if isinstance(inputs, (str, bytes, bytearray, os.PathLike, io.IOBase, Mapping, Image.Image)):
+        return None
+    if isinstance(inputs, (list, tuple)):
+        return list(inputs)
+    if isinstance(inputs, Sized):
+        by_index = isinstance(inputs, (Sequence, Dataset)) or type(inputs).__module__.startswith("datasets.")
+        return inputs if by_index else list(inputs)
+    return inputs if isinstance(inputs, Iterable) else None
+
+
+def _pair(samples: Any, instructions: Any) -> Any:
+    """Every sample with its instruction, in the form of `samples`.
+
+    Raises:
+        ValueError: There are not as many of one as of the other.
+    """
+    if not isinstance(samples, Sized):
+        pairs = _PairedStream(samples, instructions)
+        return iter(pairs) if isinstance(samples, Iterator) or isinstance(instructions, Iterator) else pairs
+    more = ""
+    if not isinstance(instructions, Sized):
+        instructions = list(islice(instructions, len(samples) + 1))
+        more = " or more" if len(instructions) > len(samples) else ""
+    if len(samples) != len(instructions):
+        raise ValueError(
+            f"got {len(samples)} images and {len(instructions)}{more} instructions; pass one instruction for all "
+            "images, or as many as there are images."
+        )
+    if isinstance(samples, list):
+        return [_with_instruction(sample, text) for sample, text in zip(samples, instructions, strict=True)]
+    return _Rows(samples, instructions)
+
+
+def _with_instruction(sample: Any, instruction: Any) -> Mapping:
+    is_row = isinstance(sample, Mapping) and not _is_encoded_image(sample)
+    return {"instruction": instruction, **(sample if is_row else {"image": sample})}
+
+
+def _is_encoded_image(sample: Mapping) -> bool:
+    """Whether a dictionary is an image of `datasets` that has not been decoded."""
+    return "image" not in sample and ("bytes" in sample or "path" in sample)
 
 
 __all__ = ["ReasoningSegmentationPipeline"]

@@ -5,6 +5,7 @@ import copy
 import os
 import re
 import unicodedata
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from .images_segcompass import (
     to_rgb_image,
 )
 from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
+from .threads_segcompass import tokenizer_lock, within_seconds
 from .vlm_processors_segcompass import (
     is_own_folder,
     load_vlm_parts,
@@ -41,7 +43,9 @@ MINIMAL_CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
+RENDER_SECONDS = 30.0  # a chat template comes with a checkpoint, and takes milliseconds unless it loops
 _SENTINEL = "\u2603"  # stands for a message's content when a chat template is looked through
+_ROLE_SHAPE = re.compile(r"([^\s:：]*\w)[ \t]*[:：]")  # USER:
 _MARKER_SHAPE = re.compile(r"^[<\[]\S+[>\]]$")  # <think>, <|im_start|>, [INST]: control tokens even where not special
 
 
@@ -217,25 +221,25 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         """Make control tokens inside somebody's words inert: they read the same to a person, but never encode to the
         token.
 
-        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags, chat markers)
-        gets a space after its first character, in any letter case; role markers of plain text (`ASSISTANT:`) lose
-        their colon.
+        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags) and every
+        marker in brackets of the chat template gets a space after its first character, in any letter case; role
+        markers of plain text (`ASSISTANT:`) lose their colon, also glued to another word.
 
         Raises:
             `ValueError`: the tokenizer still reads a control token, whatever is done.
         """
         control = self._control_data()
         for attempt in range(3):
-            broken = control["pattern"].sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-            broken = control["roles"].sub(lambda match: match[1], broken) if control["roles"] else broken
-            ids = self.tokenizer(broken, add_special_tokens=False)["input_ids"]
-            if control["ids"].isdisjoint(ids):
+            broken = _without_markers(text, control)
+            ids = self._ids_of(broken)
+            found = {self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control["ids"]}
+            found |= {match[0] for match in control["roles"].finditer(self.tokenizer.decode(ids))}
+            if not found:
                 return broken
-            # the tokenizer's own normalisation put a token together: spell it out first, then give up the brackets
-            text = unicodedata.normalize("NFKC", text) if attempt == 0 else re.sub(r"[<>|\[\]]+", " ", text)
-        found = sorted({self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control["ids"]})
+            # the tokenizer's own normalisation put one together: spell it out first, then give up what marks them
+            text = unicodedata.normalize("NFKC", text) if attempt == 0 else re.sub(r"[<>|\[\]:]+", " ", text)
         raise ValueError(
-            f"the text holds {found}, which this tokenizer always reads as control tokens; leave them out."
+            f"the text holds {sorted(found)}, which this tokenizer always reads as control tokens; leave them out."
         )
 
     def build_messages(self, instruction: str, image: Any = None, reasoning: str | None = None) -> list[dict]:
@@ -263,15 +267,32 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
     def build_prompt(self, instruction: str) -> str:
         """The rendered prompt, ready for `processor(images=..., text=...)`."""
-        return self.apply_chat_template(self.build_messages(instruction), add_generation_prompt=True, tokenize=False)
+        return self._render(self.build_messages(instruction), add_generation_prompt=True)
 
     def build_completion(self, reasoning: str) -> str:
         """The reference answer: think block and `num_slots` times `<REF_POS>`, without the end of turn."""
         text = self.completion_template.replace("{references}", REF_TOKEN * self.num_slots)
         return text.replace("{reasoning}", self.neutralize(reasoning))
 
+    def _ids_of(self, text: str) -> list[int]:
+        with tokenizer_lock:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def _render(self, messages: list[dict], **kwargs) -> str:
-        return self.apply_chat_template(messages, tokenize=False, **kwargs)
+        """Render a conversation.
+
+        Raises:
+            `ValueError`: the chat template does not end.
+        """
+        try:
+            return within_seconds(
+                RENDER_SECONDS, partial(self.apply_chat_template, messages, tokenize=False, **kwargs)
+            )
+        except TimeoutError as error:
+            raise ValueError(
+                f"the checkpoint's chat template is {error} and seems to loop for ever; do not use it, or pass "
+                "another chat_template."
+            ) from error
 
     def _control_data(self) -> dict:
         """Control tokens and role markers, looked up once per tokenizer, vocabulary and chat template."""
@@ -285,9 +306,9 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         added = self.tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or _MARKER_SHAPE.match(token.content)}
         tokens |= {*self.tokenizer.all_special_tokens, self.image_token, REF_TOKEN, THINK_START, THINK_END}
-        tokens = sorted((token for token in tokens if len(token.strip()) > 1), key=lambda token: (-len(token), token))
-        pattern = re.compile("|".join(map(re.escape, tokens)), re.IGNORECASE)
-        ids = set(self.tokenizer.convert_tokens_to_ids(tokens)) - {self.tokenizer.unk_token_id, None}
+        tokens = {token for token in tokens if len(token.strip()) > 1}
+        pattern = _any_of(tokens)
+        ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens))) - {self.tokenizer.unk_token_id, None}
 
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
         answer = {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]}
@@ -297,14 +318,15 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             self._render([user], add_generation_prompt=True).split(_SENTINEL)[-1],
         ]
         end = pattern.search(conversation.rpartition(_SENTINEL)[2])
-        literal = (piece.strip() for text in around for piece in pattern.sub("\n", text).split("\n"))
-        roles = sorted({piece[:-1].split()[-1] for piece in literal if re.match(r".*\w\s*:$", piece)})
+        literal = "\n".join(pattern.sub("\n", text) for text in around)
+        tokens |= {word for word in literal.split() if _MARKER_SHAPE.match(word)}  # [INST], where it is no token
+        roles = {word for word in _ROLE_SHAPE.findall(literal) if not word.isdigit()}
         self._control = {
             "key": key,
-            "pattern": pattern,
+            "pattern": _any_of(tokens),
             "ids": ids,
             "end_of_turn": end[0] if end else self.tokenizer.eos_token,
-            "roles": re.compile(rf"\b({'|'.join(map(re.escape, roles))})(\s*:)+") if roles else None,
+            "roles": re.compile(rf"({'|'.join(map(re.escape, sorted(roles))) or '(?!)'})(\s*[:：])+"),
         }
         return self._control
 
@@ -390,7 +412,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
         if bos and all(isinstance(words, str) and words.startswith(bos) for words in texts):
             kwargs.setdefault("add_special_tokens", False)
-        return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
+        with tokenizer_lock:
+            return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
 
     def _append_completions(self, data: dict, reasonings: list[str]) -> dict:
         """The reference answers behind the prompts: `[padding | prompt | answer | padding]`, as TRL lays them out."""
@@ -399,7 +422,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             if not isinstance(words, str):
                 raise ValueError(f"reasoning {index} is a {type(words).__name__}; expected a text (it may be empty).")
             texts.append(self.build_completion(words) + self.end_of_turn_token)
-        answers = [self.tokenizer(words, add_special_tokens=False)["input_ids"] for words in texts]
+        answers = [self._ids_of(words) for words in texts]
         width = max(map(len, answers))
         ids = torch.full((len(answers), width), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -486,6 +509,22 @@ def _checked_text(words: Any, name: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"{name} holds {words[error.start]!r}, which is no valid Unicode character.") from error
     return words.strip()
+
+
+def _any_of(markers: set[str]) -> re.Pattern:
+    """Finds any of some texts, the longest first, in any letter case."""
+    longest_first = sorted((marker.strip() for marker in markers), key=lambda marker: (-len(marker), marker))
+    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
+
+
+def _without_markers(text: str, control: dict) -> str:
+    """Break control tokens and role markers, also those that breaking others puts together."""
+    before = None
+    while text != before:
+        before = text
+        text = control["pattern"].sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+        text = control["roles"].sub(lambda match: match[1], text)
+    return text
 
 
 def _depth(value: Any) -> int:

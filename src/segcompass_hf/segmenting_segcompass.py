@@ -24,6 +24,7 @@ from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
 from .scoring_segcompass import ScoringMixin, TokenSurprisal
+from .threads_segcompass import CallLock, one_call_at_a_time
 
 # What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
 _VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
@@ -73,12 +74,14 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     """
 
     vlm: PreTrainedModel
+    call_lock: CallLock
     generation_config: GenerationConfig
     vision_token_ids: list[int]  # never written
     image_embeddings_of: Callable[..., torch.Tensor | None]
     capture_states: Callable[..., HiddenStateCapture]
     with_concept_states: Callable[..., SequenceStates]
 
+    @one_call_at_a_time
     @torch.no_grad()
     def segment(
         self,
@@ -122,7 +125,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             ValueError: A prompt with padding on the right or with a completion, beam search, drafts or a static cache,
                 too few `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
 
-        States are collected by hooks: one call at a time on a model, whatever the number of threads.
+        Threads may share the model: their calls are answered one after another.
         """
         batch_size, prompt_length = input_ids.shape
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -329,7 +332,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
 
 def _non_finite_parameters(module: nn.Module, name: str) -> str:
     """Name the weights that hold NaN or infinities, or say that none does."""
-    bad = [key for key, value in module.named_parameters() if not bool(torch.isfinite(value).all())]
+    weights = [(key, value) for key, value in module.named_parameters() if not value.is_meta]  # offloaded ones are
+    bad = [key for key, value in weights if not bool(torch.isfinite(value).all())]
     if bad:
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         return f"These weights are broken: {', '.join(f'{name}.{key}' for key in bad[:3])}{more}; reload them."

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -233,3 +234,104 @@ def test_demo_scenes_are_the_first_of_each_kind_in_order():
 
 def test_demo_refuses_an_unknown_split(capsys):
     assert "no split 'vall'" in _fails(capsys, "demo", "--split", "vall")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("generation_config.json", b"{", "generation_config.json is damaged"),  # which transformers passes over
+        ("generation_config.json", b"[1]", "generation_config.json is damaged .*list, expected an object"),
+        ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is 'x', expected a token id"),
+        ("generation_config.json", {"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\], expected a token id"),
+        ("generation_config.json", {"pad_token_id": 10**30}, "pad_token_id is 1000.*, expected a token id"),
+        ("generation_config.json", {"max_new_tokens": "7"}, "max_new_tokens is '7', expected a finite number"),
+        (
+            "generation_config.json",
+            {"repetition_penalty": float("inf")},
+            "repetition_penalty is inf, expected",
+        ),
+        ("generation_config.json", {"do_sample": "no"}, "do_sample is 'no', expected true or false"),
+        ("processor_config.json", b"\xff", "processor_config.json is damaged"),
+        ("processor_config.json", b"3", "processor_config.json is damaged .*int, expected an object"),
+        ("processor_config.json", {"num_slots": "x"}, "error: .*num_slots"),
+        ("processor_config.json", {"instruction_template": 7}, "error: "),
+        ("processor_config.json", {"image_processor": []}, "error: "),
+        ("processor_config.json", {"vlm_processor_kwargs": {"patch_size": "x"}}, "error: "),
+        ("tokenizer_config.json", b"null", "tokenizer_config.json is damaged"),
+        ("config.json", b"[" * 100_000, "config.json is damaged"),
+    ],
+)
+def test_damaged_configurations_end_in_one_line(damaged, image_file, capsys, name, change, message):
+    path = damaged / name
+    if isinstance(change, dict):
+        change = json.dumps(json.loads(path.read_text()) | change).encode()
+    path.write_bytes(change)
+    line = _fails(capsys, "predict", image_file, "x", "--reasoning", "none", "--model", str(damaged), "--json")
+    assert re.search(message, line), line
+
+
+def test_control_sequences_do_not_reach_the_terminal(image_file, capsys, tmp_path):
+    name = "\x1b[2J\x1b]0;owned\x07.png"
+    assert r"\x1b[2J\x1b]0;owned\x07.png" in _fails(capsys, "predict", str(tmp_path / name), "x")
+    assert "\\x1b" in _fails(capsys, "demo", "--samples", "1\x1b[2J")
+    assert "\\x1b" in _fails(capsys, "predict", image_file, "x", "--model", "./\x1b[2J\nsegcompass: done")
+    assert r"\xe4" not in _fails(capsys, "predict", "ä.png", "x")
+
+
+def test_what_the_machine_refuses_is_one_line(capsys, monkeypatch):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr(demo, "_demo", run)
+    error = OSError(28, "No space left on device", "out")
+    assert "No space left on device: 'out'" in _fails(capsys, "demo")
+    error = ModuleNotFoundError("No module named 'gradio.x'", name="gradio.x")
+    assert "needs gradio.x, which is not installed: pip install 'segcompass_hf[explain]'" in _fails(capsys, "demo")
+    error = ImportError("this needs something else")
+    assert "this needs something else" in _fails(capsys, "demo")
+    for error in (ModuleNotFoundError("x", name="segcompass_hf.x"), KeyError("x")):  # mistakes of ours stay visible
+        with pytest.raises(type(error)):
+            cli.main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "hint"),
+    [
+        (["predict", "a.png", "x"], "matplotlib, which is not installed: pip install 'segcompass_hf[demo]'"),
+        (["demo"], "matplotlib, which is not installed: pip install 'segcompass_hf[demo]'"),
+        (["explain", "a.png", "x", "--output", "a.png"], "matplotlib, which"),
+        (["evaluate", "--dataset", "scenes:val", "--output", "x"], "datasets, .*'segcompass_hf[data]'"),
+        (["data", "build", "scenes:val", "--output", "x"], "datasets, which"),
+    ],
+)
+def test_what_a_plain_installation_lacks_is_said_at_once(argv, hint, capsys, monkeypatch, tmp_path):
+    """Before an image or a checkpoint is looked for."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("matplotlib", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    for part in hint.split(".*"):
+        assert part in _fails(capsys, *argv)
+
+
+def test_public_names_say_which_extra_they_need(monkeypatch):
+    from segcompass_hf._lazy import MissingExtraError, named_extras
+
+    with pytest.raises(MissingExtraError, match=r"needs trl.core, .*'segcompass_hf\[train\]'"), named_extras():
+        raise ModuleNotFoundError("No module named 'trl.core'", name="trl.core")
+    with pytest.raises(ModuleNotFoundError, match="^x$"), named_extras():
+        raise ModuleNotFoundError("x", name="something.else")
+    import segcompass_hf.explain
+
+    monkeypatch.setattr("importlib.import_module", lambda *_: (_ for _ in ()).throw(ModuleNotFoundError(name="peft")))
+    vars(segcompass_hf.explain).pop("plot_segmentations", None)
+    with pytest.raises(ImportError, match=r"needs peft, .*'segcompass_hf\[train\]'"):
+        segcompass_hf.explain.plot_segmentations  # noqa: B018
+
+
+def test_code_beside_a_checkpoint_of_another_type_does_not_run(image_file, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = {"model_type": "of_nobody", "auto_map": {"AutoConfig": "code.C", "AutoModel": "code.M"}}
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(config))
+    assert "cannot load a checkpoint" in _fails(capsys, "predict", image_file, "x", "--model", str(tmp_path / "mine"))
+    assert not (tmp_path / "ran").exists()

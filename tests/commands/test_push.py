@@ -80,3 +80,18 @@ def test_a_moved_adapter_says_what_it_lacks(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/somewhere/else"}))
     with pytest.raises(UserError, match="adapter of the model in '/somewhere/else', which is not on this machine"):
         load_checkpoint(str(tmp_path))
+
+
+def test_training_that_names_keys_or_folders_is_refused(pushed, tmp_path, capsys):
+    path = tmp_path / "train.yaml"
+    path.write_text("learning_rate: 1\nhub_token: hf_" + "aB3" * 11)
+    assert f"--training {path}, line 2, holds what looks like a Hugging Face token" in fails(
+        capsys, tmp_path, "me/mine", "--training", path
+    ).replace("a key or password", "a Hugging Face token")
+    path.write_text("dataset: folder:/home/me/photos")
+    assert f"--training {path}, line 1, holds what looks like a folder of this machine ('/home/me')" in fails(
+        capsys, tmp_path, "me/mine", "--training", path
+    )
+    path.write_text("a: |\n  ```\n  x")
+    assert cli.main(["push", str(tmp_path), "me/mine", "--training", str(path)]) == 0
+    assert pushed.pop()[1]["training"] == "````yaml\na: |\n  ```\n  x\n````"

@@ -100,6 +100,34 @@ def test_missing_reasoning(reasoning):
     assert answer_labels("skip", reasoning) == []
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tags_spelled_as_text_teach_no_empty_thought_either(family):
+    # tokens of the answer: < t hin k > < / t hin k > <REF_POS> x 4, end of turn
+    processor = tiny_processor(family, think_tags="text")
+    answers = {}
+    for choice in ("format", "empty"):
+        labels = SegmentationCollator(processor, missing_reasoning=choice)([tiny_row(0, 1, None)])["labels"][0]
+        answers[choice] = processor.tokenizer.decode(labels[labels != -100])
+    refs = "<REF_POS>" * 4 + processor.end_of_turn_token
+    assert answers == {"format": "<think>" + refs, "empty": "<think></think>" + refs}
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        ("<think>\n{reasoning}\n</think>\n<answer>{references}</answer>", "<think>\n\n<answer>REFS</answer>"),
+        ("Thought: {reasoning} Answer: {references}", "Thought: REFS"),  # no tag: nothing up to the references
+        ("{references} for {reasoning}", "REFS for "),
+    ],
+)
+@pytest.mark.parametrize("think_tags", ["tokens", "text"])
+def test_missing_reasoning_in_other_templates(template, learned, think_tags):
+    processor = tiny_processor(completion_template=template, think_tags=think_tags)
+    labels = SegmentationCollator(processor)([tiny_row(0, 1, None)])["labels"][0]
+    expected = learned.replace("REFS", "<REF_POS>" * 4) + "</s>"
+    assert processor.tokenizer.decode(labels[labels != -100]) == expected
+
+
 def test_reasoning_that_is_there_is_learned_whatever_happens_to_rows_without():
     for choice in ("format", "empty", "skip"):
         tokens = answer_labels(choice, "red")
@@ -198,6 +226,24 @@ def test_errors_name_the_row():
             collator([tiny_row(0), tiny_row(1, sample_id="bad", **columns)])
     with pytest.raises(ValueError, match="no rows"):
         collator([])
+
+
+@pytest.mark.parametrize("inputs", ["segmentation", "language"])
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"instruction": ""}, "is empty"),
+        ({"instruction": None}, "is a NoneType"),
+        ({"instruction": "ring " * 300}, "model_max_length is 200"),
+        ({"reasoning": "ring " * 300}, "model_max_length is 200"),
+        ({"reasoning": 3}, "the reasoning is a int"),
+    ],
+)
+def test_refused_texts_are_named_by_their_row(inputs, columns, problem):
+    collator = SegmentationCollator(tiny_processor(model_max_length=200), inputs=inputs, with_masks=False)
+    with pytest.raises(ValueError, match=f"sample 'bad'.*{problem}"):
+        collator([tiny_row(0), tiny_row(1, sample_id="bad") | columns])
+    assert len(collator([tiny_row(0), tiny_row(1)])["input_ids"]) == 2
 
 
 def test_unknown_choices_are_refused():

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -226,3 +227,50 @@ def test_a_trainer_skips_counts_and_logs(tmp_path, streaming):
     assert [line["unreadable_rows"] for line in trainer.state.log_history if "unreadable_rows" in line][-1] == 2
     lines = [json.loads(line) for line in (tmp_path / "unreadable_rows.jsonl").read_text().splitlines()]
     assert {line["sample_id"] for line in lines} == {"s1", "s4"}
+
+
+def no_odd_texts(row: dict) -> None:
+    if row["instruction"] in ("row 1", "row 4"):
+        raise ValueError("odd")
+
+
+def test_rows_with_refused_texts_are_skipped_named_and_counted_like_broken_images(tmp_path):
+    log = tmp_path / "unreadable.jsonl"
+    readable = ReadableRows(rows(2), log_file=log, name="training", check_text=no_odd_texts)
+    assert [red(readable[i]) for i in range(6)] == [0, 3, 3, 3, 5, 5]
+    found = {(line["index"], line["sample_id"], "odd" in line["reason"]) for line in map(json.loads, log.open())}
+    assert found == {(1, "s1", True), (4, "s4", True), (2, "s2", False)}
+    assert readable.num_unreadable == count_unreadable(log) == 3
+    with pytest.raises(ValueError, match=r"training: row 1 \(s1\) is unreadable: ValueError: odd"):
+        ReadableRows(rows(), "error", name="training", check_text=no_odd_texts)[1]
+
+
+def test_refused_texts_drop_out_of_a_stream_and_are_named_once(tmp_path):
+    log = tmp_path / "unreadable.jsonl"
+    stream = readable_stream(rows().to_iterable_dataset(), log_file=log, check_text=no_odd_texts)
+    for _ in range(2):
+        assert [red(row) for row in stream] == [0, 2, 3, 5]
+    assert [json.loads(line)["sample_id"] for line in log.open()] == ["s1", "s4"]
+
+
+SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 10\n%%EndComments\n{} loop\n"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_that_would_run_a_program_or_fill_the_memory_are_unreadable(streaming, monkeypatch, tmp_path):
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("another program was run"))
+    monkeypatch.setenv("SEGCOMPASS_MAX_IMAGE_PIXELS", "200")
+    bad = [{"bytes": SCRIPT, "path": None}, {"bytes": image_bytes(0, (21, 10)), "path": None}]
+    data = Dataset.from_list([row(0, image=bad[0]), row(1), row(2, image=bad[1]), row(3)], features=row_features())
+    log = tmp_path / "unreadable.jsonl"
+    if streaming:
+        assert [red(read) for read in readable_stream(data.to_iterable_dataset(), log_file=log)] == [1, 3]
+    else:
+        readable = ReadableRows(data, log_file=log)
+        assert [red(readable[index]) for index in range(4)] == [1, 1, 3, 3]
+    assert count_unreadable(log) == 2 and "21 x 10 = 210 pixels" in log.read_text()
+
+
+def test_a_transform_of_one_s_own_gets_images():
+    data = rows(number=2).with_transform(lambda batch: {**batch, "image": [one.rotate(0) for one in batch["image"]]})
+    assert red(ReadableRows(data)[1]) == 1

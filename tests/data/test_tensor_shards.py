@@ -73,3 +73,12 @@ def test_sizes_and_dtypes():
     assert gib(2**20) == "1.00 MiB" and gib(2**28 - 1) == "256.00 MiB" and gib(2**28) == "0.25 GiB"
     with pytest.raises(ValueError, match="dtype='int8' is not known; expected one of float32, float16, bfloat16"):
         check_dtype("int8")
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"key": {}, "shards": [1], "next_row": 0}', '{"key": 1, "shards": []}']
+)
+def test_a_damaged_index_is_named(tmp_path, content):
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"index.json is damaged .*delete the folder {tmp_path}"):
+        NumberedShards(tmp_path, {"model": "a"}, next_row=0)

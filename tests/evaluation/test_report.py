@@ -201,3 +201,20 @@ def test_compare_refuses_other_samples_and_unfinished_runs(evaluated, tmp_path):
         compare_runs(evaluated.output_dir, tmp_path / "short")
     with pytest.raises(FileNotFoundError, match="no finished evaluation"):
         compare_runs(evaluated.output_dir, tmp_path)
+
+
+def test_names_and_problems_cannot_act_on_a_terminal_or_a_page(tmp_path):
+    """Sample ids, kinds, sources and problems are somebody else's words."""
+    rows = rows_of(("$x^{$", "a\n# b\x1b[2J", "none", "c|d"))
+    rows[3] |= {"image": b"no image", "sample_id": "`s`\n## t\x1b]0;title\x07", "source": "e\x1b[1A"}
+    notes = {"command": "segcompass ```"}
+    evaluate_dataset(Fixed(ANSWERS), rows, tmp_path, unreadable="count", notes=notes, page_samples=0)
+    text = (tmp_path / "summary.md").read_text()
+    assert not set(map(chr, range(32))) - {"\n"} & set(text)
+    assert r"`'s'\n## t\x1b]0;title\x07`: " in text and r"| kind: a\n# b\x1b[2J |" in text
+    assert r"| source: e\x1b[1A |" in text and r"| kind: c\|d |" in text and "````\nsegcompass ```\n````" in text
+    assert (tmp_path / "giou_by_kind.png").is_file()  # "$" starts no formula
+    others = [row | {"image": rows_of()[0]["image"]} for row in rows]
+    evaluate_dataset(Fixed(ANSWERS), others, tmp_path / "other", page_samples=0)
+    compared = compare_runs(tmp_path, tmp_path / "other").to_text()
+    assert r"3 `s`\n## t\x1b]0;title\x07: IoU" in compared and "\x1b" not in compared

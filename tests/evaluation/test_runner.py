@@ -218,7 +218,7 @@ def test_a_changed_sample_of_a_finished_run_is_named(tmp_path, whole):
         with pytest.raises(ValueError, match="line 2 is damaged"):
             read_samples(tmp_path)
     # Records of older versions have no checksum.
-    older = [{k: v for k, v in json.loads(line).items() if k not in ("crc32", "left_out")} for line in lines]
+    older = [{k: v for k, v in json.loads(line).items() if k not in ("checksum", "left_out")} for line in lines]
     (tmp_path / SAMPLES_FILE).write_text("".join(json.dumps(record) + "\n" for record in older))
     assert compare_runs(tmp_path, whole[0]).differences == []
 
@@ -235,15 +235,6 @@ def test_half_a_character_can_be_written(tmp_path):
         run(again, [row], tmp_path)
     run(half, [row], tmp_path)
     assert len(read_records(tmp_path)) == 1
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", "7", "\0\0", "\xff", "[" * 100_000])
-def test_a_damaged_run_file_is_named(tmp_path, content):
-    run(SeededBoxes(), make_rows(3), tmp_path)
-    (tmp_path / "run.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(ValueError, match="run.json' is damaged: .*--restart"):
-        run(SeededBoxes(), make_rows(3), tmp_path)
-    assert run(SeededBoxes(), make_rows(3), tmp_path, resume=False).figures["counts"]["samples"] == 3
 
 
 def test_a_target_that_is_ignored_as_a_whole_is_left_out(tmp_path):
@@ -322,6 +313,39 @@ def test_unreadable_rows_stop_or_count_as_failures(tmp_path, damaged):
     assert "made-2" in (tmp_path / "summary.md").read_text()
     with pytest.raises(ValueError, match="3 rows .* counted as failures by an earlier start"):
         run(perfect, damaged, tmp_path, batch_size=1)
+
+
+class Choosy(Given):
+    """Refuses what asks for too much."""
+
+    def check_row(self, row):
+        if row["instruction"] == "too long":
+            raise ValueError("shorten it")
+
+
+def test_rows_whose_text_a_predictor_refuses_count_like_broken_images(tmp_path):
+    rows = [make_row(index, [box(0, 4)]) for index in range(3)]  # targets of 24 pixels
+    rows[1]["instruction"] = "too long"
+    perfect = Choosy({row["sample_id"]: [box(0, 4)] for row in rows})
+    with pytest.raises(ValueError, match=r"row 1 \('made-1'\) is unreadable: ValueError: shorten it"):
+        run(perfect, rows, tmp_path)
+    figures = run(perfect, rows, tmp_path, unreadable="count").figures
+    assert [(row["sample_id"], row["problem"]) for row in figures["unreadable"]] == [
+        ("made-1", "ValueError: shorten it")
+    ]
+    assert figures["metrics"]["gIoU"]["value"] == pytest.approx(2 / 3)
+    assert [(r["intersection"], r["union"]) for r in read_samples(tmp_path)] == [(24, 24), (0, 24), (24, 24)]
+
+
+def test_a_model_refuses_texts_that_it_cannot_read(tmp_path):
+    folder = segcompass_hf.bundled_checkpoint()
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    rows = [{**row, "sample_id": f"s{index}"} for index, row in enumerate(scenes.iterate("val", 4))]
+    for index, words in ((1, ""), (2, None), (3, "ring " * processor.tokenizer.model_max_length)):
+        rows[index]["instruction"] = words
+    figures = run(ModelPredictor(model, processor), rows, tmp_path, unreadable="count").figures
+    assert [row["sample_id"] for row in figures["unreadable"]] == ["s1", "s2", "s3"]
+    assert figures["counts"]["samples"] == 4
 
 
 def test_what_cannot_be_used_is_named(tmp_path):
@@ -412,3 +436,11 @@ def test_settings_of_a_model_change_with_what_decides_its_answers(bundled):
     assert ModelPredictor(model, processor).settings == before
     with pytest.raises(ValueError, match="greedily"):
         ModelPredictor(model, processor, do_sample=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"7", b"null", b"\0\0", b"\xff", b"[" * 100_000])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"run.json is damaged .*resume=False \(--restart\)"):
+        run(SeededBoxes(), make_rows(2), tmp_path)
+    run(SeededBoxes(), make_rows(2), tmp_path, resume=False)

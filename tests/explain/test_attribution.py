@@ -77,16 +77,24 @@ def test_an_and_is_shared_by_halves():
 
     Taken away from the whole, each costs 1: the means of both, 3/4 each, are half a change too much.
     """
-    (found,) = attribute(ProductReplay(), [0], "slot_logit", num_points=256)
+    (found,) = attribute(ProductReplay(), [0], "slot_logit", "levels", num_points=256)
     features, index = torch.tensor([3, 8, 3]).unique(return_inverse=True)
     torch.testing.assert_close(found.per_feature(features, index), torch.tensor([0.5, 0.5]), rtol=0, atol=0.05)
     # feature 3 stands on two tokens, with activations 1 and 4 of the 5
     torch.testing.assert_close(found.contributions[2], 4 * found.contributions[0])
     assert found.quadrature_error == pytest.approx(0.5, abs=0.1) and found.completeness_error < 1e-5
-    (again,) = attribute(ProductReplay(), [0], "slot_logit", num_points=256)
+    (again,) = attribute(ProductReplay(), [0], "slot_logit", "levels", num_points=256)
     assert torch.equal(found.contributions, again.contributions), "nothing is random but by seed"
-    (few,) = attribute(ProductReplay(), [0], "slot_logit", num_points=2)
+    (few,) = attribute(ProductReplay(), [0], "slot_logit", "levels", num_points=2)
     assert torch.isfinite(few.contributions).all() and few.completeness_error < 1e-5
+
+
+def test_paths_measure_and_spread_nothing():
+    """Of "x and y" the first to go takes everything with it, the last to come brings everything: halves, measured."""
+    (found,) = attribute(ProductReplay(), [0], "slot_logit")  # the default
+    features, index = torch.tensor([3, 8, 3]).unique(return_inverse=True)
+    torch.testing.assert_close(found.per_feature(features, index), torch.tensor([0.5, 0.5]), rtol=0, atol=1e-5)
+    assert found.quadrature_error < 1e-5 and found.completeness_error < 1e-5
 
 
 class SquareReplay(LinearReplay):

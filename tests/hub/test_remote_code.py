@@ -15,7 +15,7 @@ from places import SUPPORT
 
 import segcompass_hf
 from segcompass_hf.files import weights_digest
-from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, core_files, stage_checkpoint
+from segcompass_hf.hub.publishing.stage import AUTO_MAP, PROCESSOR_CLASS, PROCESSOR_CODE, core_files, stage_checkpoint
 from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 
 SCRIPT = SUPPORT / "stranger.py"
@@ -63,6 +63,13 @@ def test_saving_copies_the_core_and_nothing_else_and_names_it(tmp_path):
     assert config["auto_map"] == AUTO_MAP and config["custom_pipelines"] == CUSTOM_PIPELINES
     processor = json.loads((tmp_path / "processor_config.json").read_text())
     assert processor["auto_map"] == {"AutoProcessor": PROCESSOR_CLASS}
+
+
+def test_a_processor_alone_brings_the_code_that_a_stage_of_an_adapter_brings(tmp_path):
+    import tiny
+
+    tiny.tiny_processor().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.glob("*.py")} == set(PROCESSOR_CODE)
 
 
 def test_what_is_staged_is_what_saving_writes(tmp_path):

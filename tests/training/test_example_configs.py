@@ -26,13 +26,13 @@ MEMORY = re.compile(
 
 def parse(name: str):
     """(arguments of the script, arguments of the trainer), by the dataclasses that the script parses."""
-    from trl import TrlParser
+    from segcompass_hf.training.arguments import read_arguments
 
     script, own, trainer = next(SCRIPTS[end] for end in SCRIPTS if name.endswith(end))
     example = module(f"examples/{script}.py")
     path = ROOT / "examples" / "configs" / f"{name}.yaml"
     flags = ["--config", str(path), "--use_cpu", "true"]  # bf16 is refused where there is neither GPU nor this flag
-    return TrlParser((getattr(example, own), getattr(example, trainer))).parse_args_and_config(flags)
+    return read_arguments(getattr(example, own), getattr(example, trainer), argv=flags)
 
 
 @pytest.mark.parametrize("name", NAMES)

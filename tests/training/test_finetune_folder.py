@@ -163,7 +163,8 @@ def test_the_example_trains_saves_an_adapter_and_can_be_resumed(monkeypatch, tmp
     assert "after-2-steps" in printed
     assert json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())["global_step"] == 2
     summary = json.loads((output / "summary.json").read_text())
-    assert (summary["train_rows"], summary["held_out_rows"]) == (4, 2)
+    assert (summary["train_rows"], summary["left_out_rows"], summary["held_out_rows"]) == (4, 0, 2)
+    assert "train_rows 4 left_out_rows 0" in printed
     assert list(summary["metrics"]) == ["before", "after-2-steps"]
 
     assert not (output / "model.safetensors").exists()
@@ -238,13 +239,33 @@ def test_damaged_images_are_left_out_and_named(rows_with_one_reasoning, root, ca
         with_own_reasoning(rows.select([0, 1]), None)
 
 
-def test_rows_whose_own_reasoning_leads_elsewhere_are_left_out(rows_with_one_reasoning):
+def test_rows_whose_own_reasoning_leads_elsewhere_stay_unless_min_iou_leaves_them_out(rows_with_one_reasoning):
     rows = rows_with_one_reasoning
-    filled = with_own_reasoning(rows, Thinker(rows, misses=["thing 0", "thing 2"]))
+    wrong = Thinker(rows, misses=["thing 0", "thing 2"])
+    kept = with_own_reasoning(rows, wrong)
+    expected = [f"I see thing {number} (30, 20)" for number in range(4)]
+    assert list(kept["reasoning"]) == [*expected[:2], "known", expected[3]]
+    filled = with_own_reasoning(rows, wrong, min_iou=0.5)
     assert list(filled["instruction"]) == ["thing 1", "thing 2", "thing 3"]  # thing 2 has reasoning and is not asked
     assert list(filled["reasoning"])[1] == "known"
-    kept = with_own_reasoning(rows, Thinker(rows, misses=["thing 0"]), min_iou=0.0)
-    assert len(kept) == 4
     alone = rows.select([0, 1])
-    with pytest.raises(ValueError, match="led to other masks in every row"):
-        with_own_reasoning(alone, Thinker(rows, misses=["thing 0", "thing 1"]))
+    everything_wrong = Thinker(rows, misses=["thing 0", "thing 1"])
+    assert len(with_own_reasoning(alone, everything_wrong)) == 2
+    with pytest.raises(ValueError, match=r"led to other masks in every row \(IoU below 0.5\); lower min_iou"):
+        with_own_reasoning(alone, everything_wrong, min_iou=0.5)
+
+
+def test_rows_whose_text_the_model_refuses_are_left_out_and_named(rows_with_one_reasoning, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    def refuse(row):
+        if row["instruction"] == "thing 1":
+            raise ValueError("too long")
+
+    for name in ("transformers", "segcompass_hf"):
+        monkeypatch.setattr(logging.get_logger(name), "propagate", True)
+    rows = rows_with_one_reasoning
+    thinker = Thinker(rows)
+    thinker.check_row = refuse
+    assert list(with_own_reasoning(rows, thinker)["instruction"]) == ["thing 0", "thing 2", "thing 3"]
+    assert f"row 1 ({rows[1]['sample_id']}) is unreadable and left out: ValueError: too long" in caplog.text

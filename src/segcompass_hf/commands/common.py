@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .._lazy import named_extras
 from ..checkpoint import BUNDLED_DOMAIN
 from ..checkpoint import load_checkpoint as _load_checkpoint
 
@@ -40,7 +41,10 @@ def user_errors(
 
 def add_question(parser: argparse.ArgumentParser) -> None:
     """Arguments of the commands that ask one question about one image; see [`ask`]."""
-    parser.add_argument("image", help="image file")
+    parser.add_argument(
+        "image",
+        help="image file of at most 50 million pixels; SEGCOMPASS_MAX_IMAGE_PIXELS in the environment raises that",
+    )
     parser.add_argument("instruction", help="what to find, in words")
     parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
     parser.add_argument(
@@ -72,6 +76,16 @@ def ask(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
     return image, model, processor, name
 
 
+def need_figures() -> None:
+    """Say that matplotlib is missing before anything is loaded, not when the answer is there.
+
+    Raises:
+        MissingExtraError: It is.
+    """
+    with named_extras():
+        import matplotlib  # noqa: F401
+
+
 def positive(text: str) -> int:
     """A positive number of the command line."""
     value = int(text) if text.isdigit() else 0
@@ -94,7 +108,7 @@ def make_folder(path: Path) -> None:
         raise UserError(f"cannot make the folder {path}: {error.strerror}.") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception | str) -> str:
     """The message of an error without line breaks, and not longer than a few lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:398] + " …"

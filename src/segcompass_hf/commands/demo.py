@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .common import load_checkpoint, make_folder, positive, user_errors
+from .common import load_checkpoint, make_folder, need_figures, positive, user_errors
 from .predict import answer_row, figure_row, print_answer, save_figure
 
 
@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    need_figures()
     rows = _demo_rows(args.split, args.samples, args.seed)
     model, processor, name = load_checkpoint(args.model)
 

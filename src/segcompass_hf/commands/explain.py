@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import FIGURES, add_question, ask, check_question, make_folder, positive, user_errors
+from .common import FIGURES, add_question, ask, check_question, make_folder, need_figures, positive, user_errors
 
 _PAGES = (".html", ".htm")
 
@@ -50,6 +50,8 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Explain what the command line names."""
     check_question(args, (*_PAGES, *FIGURES), f"neither a page (.html) nor a picture ({', '.join(FIGURES)})")
+    if args.output is not None and args.output.suffix.lower() in FIGURES:
+        need_figures()
     dictionary = None if args.dictionary is None else _load_dictionary(args.dictionary)
     image, model, processor, name = ask(args)
     explanation = _explain(args, model, processor, image, dictionary)

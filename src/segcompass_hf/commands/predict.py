@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, user_errors
+from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, need_figures, user_errors
 
 
 def add_parser(commands: Any) -> None:
@@ -24,6 +24,8 @@ def add_parser(commands: Any) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     check_question(args, FIGURES, "not a picture; name a .png, .jpg, .pdf or .svg file")
+    if args.output is not None or not args.json:
+        need_figures()
     image, model, processor, name = ask(args)
     answer = answer_row(model, processor, image, args.instruction, args.reasoning)
     output = args.output

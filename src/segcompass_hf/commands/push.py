@@ -90,6 +90,11 @@ def _read_summary(path: Path) -> dict[str, Any]:
 def _read_training(path: Path | None) -> str | None:
     if path is None:
         return None
+    from ..pages import code_block
+    from ..private_text import check_publishable
+
     with user_errors(f"cannot read --training {path}"):
         text = path.read_text(encoding="utf-8").strip()
-    return f"```yaml\n{text}\n```" if path.suffix in (".yaml", ".yml") else text
+    with user_errors():
+        check_publishable(f"--training {path}", text)
+    return code_block(text, "yaml") if path.suffix in (".yaml", ".yml") else text

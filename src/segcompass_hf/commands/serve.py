@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def _write_space(args: argparse.Namespace) -> None:
     with user_errors():
         written = write_space(args.space, args.model, args.package)
     print(f"{args.space}: {', '.join(path.name for path in written)}")
-    print(f"upload with: hf upload OWNER/NAME {args.space} . --repo-type space")
+    files = [path.name for path in written] + [args.package] * str(args.package).endswith(".whl")
+    names = " ".join(f"--include {shlex.quote(name)}" for name in files)  # whatever else lies there stays there
+    print(f"upload with: hf upload OWNER/NAME {shlex.quote(str(args.space))} . --repo-type space {names}")
 
 
 def _port(text: str) -> int:

@@ -12,8 +12,11 @@ from torch.utils.data import get_worker_info
 from transformers import BatchFeature
 
 from ..images_segcompass import to_rgb_image
+from ..processing_segcompass import REF_TOKEN, THINK_END
 from .schema import decode_mask, decode_masks
+from .vlm_texts import RowTextCheck, reasoning_of
 
+_MARK = "\u2603"  # stands for the reasoning when a completion is taken apart
 MAX_WORKERS = 64  # data loader workers that count apart; beyond that two share a counter
 
 
@@ -26,8 +29,8 @@ class SegmentationCollator:
     A row without reference reasoning (real referring data has none) still gets an answer, with an empty think block,
     so that its `<REF_POS>` states and masks can be trained. `missing_reasoning` says what its language loss sees:
 
-    - `"format"`: the opening tag, the `<REF_POS>` tokens and the end, but not the closing tag. Predicting that one
-      right behind the opening tag is what would teach the model not to think.
+    - `"format"`: the opening tag, the `<REF_POS>` tokens and the end, but not the closing tag, however it is spelled.
+      Predicting it right behind the opening tag is what would teach the model not to think.
     - `"empty"`: all of it; the model learns to answer such data without thinking.
     - `"skip"`: nothing of that row.
 
@@ -101,8 +104,8 @@ class SegmentationCollator:
             `BatchFeature`: what `SegCompassProcessor` returns, see there.
 
         Raises:
-            ValueError: an image or mask cannot be read, or a row has too many objects with `overflow="error"`; the
-                message starts with the row's `sample_id`.
+            ValueError: an image or mask cannot be read, a text is empty or too long, or a row has too many objects
+                with `overflow="error"`; the message starts with the row's `sample_id`.
         """
         if not rows:
             raise ValueError("there are no rows to collate.")
@@ -125,15 +128,23 @@ class SegmentationCollator:
         return batch
 
     def _inputs(self, rows: Sequence[dict[str, Any]], images: list, masks: list | None) -> BatchFeature:
-        reasonings = [_reasoning(row) for row in rows] if self.with_reasoning else None
-        instructions = [row["instruction"] for row in rows]
-        if self.inputs == "segmentation":
-            cache = self.embedding_cache
-            processor = self.processor if cache is None else cache.caching_processor(self.processor)
-            return processor(
-                images=images, instruction=instructions, reasoning=reasonings, masks=masks, overflow=self.overflow
-            )
-        return language_inputs(self.processor, images, instructions, reasonings)
+        reasonings = [_of_row(row, reasoning_of, row) for row in rows] if self.with_reasoning else None
+        instructions = [row.get("instruction") for row in rows]
+        try:
+            if self.inputs == "segmentation":
+                cache = self.embedding_cache
+                processor = self.processor if cache is None else cache.caching_processor(self.processor)
+                return processor(
+                    images=images, instruction=instructions, reasoning=reasonings, masks=masks, overflow=self.overflow
+                )
+            batch = language_inputs(self.processor, images, instructions, reasonings)
+            self.processor._check_length(batch["attention_mask"])
+            return batch
+        except ValueError:
+            check = RowTextCheck(self.processor, self.with_reasoning)
+            for row in rows:  # the processor counts within the batch; alone it is known which row it is
+                _of_row(row, check, row)
+            raise
 
     def _count_overflow(self, row: dict[str, Any], num_objects: int) -> None:
         extra = num_objects - self.processor.num_slots
@@ -152,10 +163,37 @@ class SegmentationCollator:
         if self.missing_reasoning == "empty":
             return
         for index, row in enumerate(rows):
-            if not _reasoning(row):
-                labels = batch["labels"][index]
-                hidden = labels == self.processor.think_end_token_id if self.missing_reasoning == "format" else ...
-                labels[hidden] = -100
+            if reasoning_of(row):
+                continue
+            labels = batch["labels"][index]
+            if self.missing_reasoning == "skip":
+                labels[:] = -100
+                continue
+            answer = (labels != -100).nonzero()[:, 0]  # places of the answer's tokens
+            labels[answer[self._end_of_an_empty_thought(labels[answer].tolist())]] = -100
+
+    def _end_of_an_empty_thought(self, answer: list[int]) -> slice:
+        """Where the tokens of an answer without reasoning end its thought.
+
+        The tags may be spelled with several tokens, and `></` be one of them: what counts is which tokens differ from
+        those of the text before the reasoning and of the text behind the closing tag.
+        """
+        processor = self.processor
+        opening, _, closing = processor.build_completion(_MARK).partition(_MARK)
+        _, tag, rest = closing.partition(THINK_END)
+        if not tag:  # a template of other words: all of them up to the references
+            rest = "".join(closing.partition(REF_TOKEN)[1:])
+        before, after = (
+            processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (opening, rest + processor.end_of_turn_token)
+        )
+        return slice(_num_equal(answer, before), len(answer) - _num_equal(answer[::-1], after[::-1]))
+
+
+def _num_equal(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of what two sequences begin with in common."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, two) in pairs if one != two), min(len(first), len(second)))
 
 
 def language_inputs(
@@ -176,11 +214,6 @@ def language_inputs(
     if reasonings is not None:
         batch.update(processor._append_completions(batch, reasonings))
     return batch
-
-
-def _reasoning(row: dict[str, Any]) -> str:
-    words = row.get("reasoning") or ""
-    return words if words.strip() else ""
 
 
 def _reference(row: dict[str, Any], masks: Any) -> dict[str, Any]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers.utils import logging
 
+from ..image_files_segcompass import open_image
 from ..images_segcompass import to_rgb_image
+from ..printable import printable
 from .schema import decode_masks
 
 logger = logging.get_logger(__name__)
 
+RowCheck = Callable[[dict[str, Any]], None]  # raises what is wrong with a row
 _UNREADABLE, _READABLE = 1, 2
 MAX_IN_A_ROW = 1000  # unreadable neighbours, after which the data set rather than a row is taken to be broken
 
@@ -22,6 +27,21 @@ def is_image_dataset(dataset: Any) -> bool:
     """Whether a `datasets` data set has an `image` or `images` column."""
     names = getattr(dataset, "column_names", None) or []
     return "image" in names or "images" in names
+
+
+def keep_images_encoded(dataset: Any) -> Any:
+    """A `datasets` data set whose images come as bytes, so that a damaged image fails alone and can be named."""
+    features = getattr(dataset, "features", None)
+    if not features or (getattr(dataset, "format", None) or {}).get("type") == "custom":  # which is made for images
+        return dataset
+    from datasets import Image, List, Sequence
+
+    for name, feature in features.items():
+        if isinstance(feature, Image) and feature.decode:
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List | Sequence) and isinstance(feature.feature, Image) and feature.feature.decode:
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
 
 
 def check_row(row: dict[str, Any]) -> None:
@@ -34,8 +54,7 @@ def check_row(row: dict[str, Any]) -> None:
     Raises:
         ValueError, FileNotFoundError: With what is wrong.
     """
-    images = row["images"] if row.get("images") is not None else [row.get("image")]
-    sizes = [to_rgb_image(image).size for image in images]
+    sizes = [to_rgb_image(image).size for image in _images_of(row)]
     for column in ("masks", "distractor_masks", "ignore"):
         rles = row.get(column)
         if rles is None:
@@ -44,6 +63,18 @@ def check_row(row: dict[str, Any]) -> None:
             decode_masks([rles] if isinstance(rles, dict) else rles, sizes[0][::-1])
         except Exception as error:
             raise ValueError(f"{column}: {error}") from error
+
+
+def _images_of(row: dict[str, Any]) -> list[Any]:
+    return row["images"] if row.get("images") is not None else [row.get("image")]
+
+
+def _check_files(row: dict[str, Any]) -> None:
+    """Look at the heads of image files before `datasets` decodes them, whatever their format and size."""
+    for image in _images_of(row):
+        source = image and (image["bytes"] if image["bytes"] is not None else image["path"])
+        if isinstance(source, bytes) or (source and os.path.isfile(source)):
+            open_image(source)
 
 
 class UnreadableLog:
@@ -56,14 +87,18 @@ class UnreadableLog:
 
     def __init__(self, file: str | Path | None, name: str):
         self.file, self.name = None if file is None else Path(file), name
+        self._named: set[tuple] = set()
 
     def add(self, index: int, sample_id: Any, reason: str, action: str, stable: bool = True) -> None:
         """`stable` tells whether the row has this index whenever it is read; in a stream it need not."""
-        shown = f"row {index}" + (f" ({sample_id})" if sample_id is not None else "")
+        known_by = index if stable or sample_id is None else None
+        if (known_by, sample_id) in self._named:
+            return
+        self._named.add((known_by, sample_id))
+        shown = f"row {index}" + (f" ({printable(sample_id)})" if sample_id is not None else "")
         logger.warning(f"{self.name}: {shown} is unreadable and {action}: {reason}")
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            known_by = index if stable or sample_id is None else None
             line = {"dataset": self.name, "index": known_by, "sample_id": sample_id, "reason": reason}
             with open(self.file, "a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")  # one small write in append mode: lines do not mix
@@ -94,6 +129,7 @@ class ReadableRows(torch.utils.data.Dataset):
         on_unreadable (`str`, *optional*, defaults to `"skip"`): `"skip"` or `"error"`.
         log_file (`str` or `Path`, *optional*): `.jsonl` to list them in: index, `sample_id`, reason.
         name (`str`, *optional*, defaults to `"rows"`): of the data set, in messages.
+        check_text (`Callable`, *optional*): Raises for a row whose texts cannot be used, see `RowTextCheck`.
 
     Raises:
         RuntimeError: All rows, or a thousand in a row, are unreadable.
@@ -106,10 +142,15 @@ class ReadableRows(torch.utils.data.Dataset):
         on_unreadable: Literal["skip", "error"] = "skip",
         log_file: str | Path | None = None,
         name: str = "rows",
+        check_text: RowCheck | None = None,
     ):
         if on_unreadable not in ("skip", "error"):
             raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
+        self.check_text = check_text
         self.dataset, self.on_unreadable, self.log = dataset, on_unreadable, UnreadableLog(log_file, name)
+        # Whoever transforms its rows itself gets them as they are.
+        plain = getattr(dataset, "format", {"type": None})["type"] is None
+        self._encoded = keep_images_encoded(dataset) if plain else dataset
         self.known = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()  # by index, shared by all workers
 
     def __len__(self) -> int:
@@ -163,9 +204,15 @@ class ReadableRows(torch.utils.data.Dataset):
             return None
 
     def _read_once(self, index: int) -> dict[str, Any]:
-        row = self.dataset[index]
-        if self.known[index] != _READABLE:
+        row, new = self._encoded[index], self.known[index] != _READABLE
+        if self._encoded is not self.dataset:
+            if new:
+                _check_files(row)
+            row = self.features.decode_example(row)
+        if new:
             check_row(row)
+            if self.check_text is not None:
+                self.check_text(row)
             self.known[index] = _READABLE
         return row
 
@@ -174,8 +221,8 @@ class ReadableRows(torch.utils.data.Dataset):
         if self.on_unreadable == "error":
             self.log.add(index, sample_id, reason, "training stops")
             raise ValueError(
-                f"{self.log.name}: row {index} ({sample_id}) is unreadable: {reason}. Repair or remove it, or skip "
-                'such rows with unreadable_rows="skip".'
+                f"{self.log.name}: row {index} ({printable(sample_id)}) is unreadable: {reason}. Repair or remove it, "
+                'or skip such rows with unreadable_rows="skip".'
             ) from error
         self.known[index] = _UNREADABLE
         self.log.add(index, sample_id, reason, "skipped")
@@ -192,43 +239,46 @@ def readable_stream(
     on_unreadable: Literal["skip", "error"] = "skip",
     log_file: str | Path | None = None,
     name: str = "rows",
+    check_text: RowCheck | None = None,
 ) -> Any:
     """The same for a `datasets.IterableDataset`, which stays one: unreadable rows drop out of the stream.
 
     Args: as [`ReadableRows`]; rows are numbered in the order in which they come.
     """
-    import datasets
-
     if on_unreadable not in ("skip", "error"):
         raise ValueError(f"on_unreadable is {on_unreadable!r}; it must be 'skip' or 'error'.")
-    features = dataset.features
-    images = [key for key, value in (features or {}).items() if isinstance(value, datasets.Image)]
-    encoded = dataset
-    for key in images:
-        encoded = encoded.cast_column(key, datasets.Image(decode=False))
-    readable = encoded.filter(_StreamCheck(on_unreadable, UnreadableLog(log_file, name)), with_indices=True)
-    return readable.map(_Decode({key: features[key] for key in images}), features=features) if images else readable
+    encoded = keep_images_encoded(dataset)
+    check = _StreamCheck(on_unreadable, UnreadableLog(log_file, name), check_text)
+    readable = encoded.filter(check, with_indices=True)
+    if encoded is dataset:
+        return readable
+    images = {key: feature for key, feature in dataset.features.items() if feature != encoded.features[key]}
+    return readable.map(_Decode(images), features=dataset.features)
 
 
 class _Decode:
     """Images of a row from their bytes; a cast to the first features would come too late for rows already typed."""
 
     def __init__(self, columns: dict[str, Any]):
-        self.columns = columns
+        import datasets
+
+        self.columns = datasets.Features(columns)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {key: column.decode_example(row[key]) for key, column in self.columns.items() if row[key] is not None}
+        return self.columns.decode_example({key: row[key] for key in self.columns if row[key] is not None})
 
 
 class _StreamCheck:
     """Filter of a stream whose images come as undecoded `{"bytes", "path"}`."""
 
-    def __init__(self, on_unreadable: str, log: UnreadableLog):
-        self.on_unreadable, self.log, self.in_a_row = on_unreadable, log, 0
+    def __init__(self, on_unreadable: str, log: UnreadableLog, check_text: RowCheck | None):
+        self.on_unreadable, self.log, self.check_text, self.in_a_row = on_unreadable, log, check_text, 0
 
     def __call__(self, row: dict[str, Any], index: int) -> bool:
         try:
             check_row(row)
+            if self.check_text is not None:
+                self.check_text(row)
         except MemoryError:
             raise
         except Exception as error:
@@ -239,7 +289,7 @@ class _StreamCheck:
             self.log.add(index, row.get("sample_id"), reason, action, stable=False)
             if fatal:
                 raise ValueError(
-                    f"{self.log.name}: row {index} ({row.get('sample_id')}) is unreadable: {reason}"
+                    f"{self.log.name}: row {index} ({printable(row.get('sample_id'))}) is unreadable: {reason}"
                     + (f"; so are the {self.in_a_row - 1} before it." if self.on_unreadable != "error" else ".")
                 ) from error
             return False

@@ -6,13 +6,17 @@ from typing import Any
 
 import numpy as np
 
+from ..image_files_segcompass import PIXELS_SETTING, max_image_pixels
+
+MASKS_IN_MEMORY = 20  # of the largest size; smaller ones as many more
+
 
 def _pycocotools():
     try:
         from pycocotools import mask as coco_mask
     except ImportError as error:
         raise ImportError(
-            "masks are COCO run-length encodings, which needs pycocotools: pip install 'segcompass_hf[data]'."
+            "masks are COCO run-length encodings, which needs pycocotools: pip install pycocotools."
         ) from error
     return coco_mask
 
@@ -30,6 +34,12 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     if mask.ndim != 2:
         raise ValueError(f"a mask has two dimensions (height, width); got shape {mask.shape}.")
     rle = _pycocotools().encode(np.asfortranarray(mask != 0, dtype=np.uint8))
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def merge_masks(rles: list[dict[str, Any]]) -> dict[str, Any]:
+    """The union of COCO RLEs of one size, as such an RLE; none of them is decoded."""
+    rle = _pycocotools().merge(rles)
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
@@ -79,7 +89,7 @@ def rle_runs(rle: dict[str, Any]) -> tuple[tuple[int, int], np.ndarray]:
         `(num_runs,)`, int64.
 
     Raises:
-        ValueError: It is none, or its runs do not cover the image.
+        ValueError: It is none, its runs do not cover the image, or it has more pixels than an image may have.
     """
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
         raise ValueError(
@@ -96,6 +106,7 @@ def rle_runs(rle: dict[str, Any]) -> tuple[tuple[int, int], np.ndarray]:
     if runs is None:
         raise ValueError(f"RLE counts are {rle['counts']!r:.60}; expected a text or a list of whole numbers.")
     height, width = size.tolist()
+    check_mask_pixels(1, height, width)
     # Numbers beyond the image are looked at one by one, for their sum may overflow.
     if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(
@@ -150,8 +161,10 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
         `np.ndarray` of shape `(num_objects, height, width)`, bool.
 
     Raises:
-        ValueError: One is none, or of another size; says which.
+        ValueError: One is none, or of another size; says which. Or together they have more pixels than 20 images of
+            the largest size.
     """
+    check_mask_pixels(len(rles or []), *size)
     masks = np.zeros((len(rles or []), *size), dtype=bool)
     for index, rle in enumerate(rles or []):
         try:
@@ -162,6 +175,20 @@ def decode_masks(rles: list[dict[str, Any]] | None, size: tuple[int, int]) -> np
             raise ValueError(f"mask {index} is {own_size} but its image is {tuple(size)} (height, width).")
         masks[index] = _painted(own_size, runs)
     return masks
+
+
+def check_mask_pixels(count: int, height: int, width: int) -> None:
+    """Refuse more masks than fit in memory, before any is taken: a few bytes may stand for any number of pixels.
+
+    Raises:
+        ValueError: One has more pixels than an image may have, or all together 20 times as many.
+    """
+    most = max_image_pixels()
+    if height * width > most or count * height * width > MASKS_IN_MEMORY * most:
+        raise ValueError(
+            f"{count} masks of {height} x {width} pixels are more than is decoded: {most} pixels each and "
+            f"{MASKS_IN_MEMORY} times as many together; {PIXELS_SETTING} in the environment raises both."
+        )
 
 
 def row_features():

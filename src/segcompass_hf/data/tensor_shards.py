@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ..files import PART_SUFFIX, free_space, whole_file, write_whole
+from ..files import PART_SUFFIX, free_space, read_json_object, whole_file, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -196,7 +196,11 @@ class NumberedShards:
         key = json.loads(json.dumps(key))  # as it comes back from the index
         self.index = {"key": key, "shards": [], **index}
         if self._index_path.is_file():
-            found = json.loads(self._index_path.read_text("utf-8"))
+            remedy = f"delete the folder {self.folder}, or give another one"
+            found = read_json_object(self._index_path, remedy)
+            wrong = [name for name, value in self.index.items() if not isinstance(found.get(name), type(value))]
+            if wrong or not all(isinstance(shard, dict) and "file" in shard for shard in found["shards"]):
+                raise ValueError(f"{self._index_path} is damaged ({', '.join(wrong) or 'shards'}); {remedy}.")
             self._check_key(key, found["key"])
             self.index = found
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.segmentation import ALL_METRIC_NAMES, metrics_of_scores
+from ..printable import printable
 from .records import read_samples, score_of
 
 SCORE_TOLERANCE = 0.001
@@ -55,7 +56,7 @@ class RunComparison:
         lines = [f"{len(self.differences)} of {self.num_samples} samples differ; metrics differ by {deltas}."]
         for row in self.differences[:limit]:
             lines.append(
-                f"  {row.index} {row.sample_id}: IoU {row.iou:.4f} against {row.other_iou:.4f} "
+                f"  {row.index} {printable(row.sample_id)}: IoU {row.iou:.4f} against {row.other_iou:.4f} "
                 f"({', '.join(row.differs)})"
             )
         if len(self.differences) > limit:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from ..data.builders.build_report import BuildReport
+from ..data.datasets_cache import named_cache
+from ..data.parquet_sizes import check_parquet
 
 SCENES_SAMPLES = 500  # of a split of Scenes, which has no end of its own
 MAX_LISTED_PROBLEMS = 100
@@ -137,7 +139,7 @@ def _folder(kind: str, _: int | None, out: bool, root: str, annotations: str = "
 
     report = BuildReport()
     dataset = build_folder(root, annotations or None, split or "test", report, allow_outside=out)
-    return NamedDataset(dataset, f"{Path(root).resolve().name} {split}".strip(), kind, split or None, report)
+    return NamedDataset(dataset, f"{Path(os.path.realpath(root)).name} {split}".strip(), kind, split or None, report)
 
 
 def _coco(kind: str, _: int | None, out: bool, annotations: str, images: str) -> NamedDataset:
@@ -180,6 +182,11 @@ def _stored(spec: str, allow_outside: bool) -> NamedDataset:
     except datasets.exceptions.DatasetGenerationError as error:  # which hides what it met
         reason = " ".join(str(error.__cause__ or error).split())
         raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
+    except (OSError, DatasetSpecError):
+        raise
+    except Exception as error:  # damaged files raise about anything, from KeyError to NotImplementedError
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DatasetSpecError(f"{path!r} cannot be read ({reason}); is a file damaged?") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             split = next(iter(loaded))
@@ -190,7 +197,7 @@ def _stored(spec: str, allow_outside: bool) -> NamedDataset:
     report = BuildReport()
     if not allow_outside:
         loaded = rows_inside(loaded, _own_folders(path), report)
-    name = Path(path).resolve().name if os.path.exists(path) else path
+    name = Path(os.path.realpath(path)).name if os.path.exists(path) else path
     return NamedDataset(loaded, f"{name} {split}".strip(), name, split or None, report if report.problems else None)
 
 
@@ -205,13 +212,17 @@ def _own_folders(path: str) -> list[str]:
     return [repository, str(datasets.config.DOWNLOADED_DATASETS_PATH)]
 
 
+@named_cache()
 def _load_stored(path: str) -> Any:
     import datasets
 
     if os.path.isfile(path):
         if not path.endswith(".parquet"):
             raise DatasetSpecError(f"{path!r} is a file but no .parquet file. Known are: {describe_known('; ')}.")
+        check_parquet(path, repr(path))
         return datasets.load_dataset("parquet", data_files=path, split="train")
     if os.path.isfile(os.path.join(path, "state.json")) or os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return datasets.load_from_disk(path)
+    for file in sorted(Path(path).rglob("*.parquet")) if os.path.isdir(path) else ():
+        check_parquet(file, repr(str(file)))
     return datasets.load_dataset(path)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..figure import INK, error_sizes, new_figure, write_figure
+from ..printable import printable
 from .records import score_of
 
 TARGET_COLOUR, NO_TARGET_COLOUR = "#2A9DF4", "#E8910C"
@@ -63,7 +64,7 @@ def _histogram(axes: Any, figures: dict[str, Any], records: Sequence[dict[str, A
     giou = figures["metrics"]["gIoU"]["value"]
     axes.axvline(giou, color=INK, linestyle="--", linewidth=1)
     axes.set(xlim=(0, 1), xlabel=f"IoU of a sample (gIoU {giou:.3f})", ylabel="samples")
-    axes.set_title(f"{figures['predictor']} on {figures['dataset']}", fontsize=10)
+    axes.set_title(f"{figures['predictor']} on {figures['dataset']}", fontsize=10, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -71,7 +72,8 @@ def _bars(axes: Any, figures: dict[str, Any]) -> None:
     kinds = list(figures["by_kind"])[::-1]  # bars are drawn upwards
     giou = [figures["by_kind"][kind]["gIoU"] for kind in kinds]
     values, errors = error_sizes(giou)
-    labels = [f"{kind} ({figure['num_samples']})" for kind, figure in zip(kinds, giou, strict=True)]
+    names = [printable(kind).replace("$", r"\$") for kind in kinds]  # two of them would make a formula
+    labels = [f"{name} ({figure['num_samples']})" for name, figure in zip(names, giou, strict=True)]
     axes.barh(labels, values, xerr=errors, color=TARGET_COLOUR, ecolor=INK, capsize=3)
     axes.set(xlim=(0, 1), xlabel="gIoU, 95 % interval")
     axes.spines[["top", "right"]].set_visible(False)

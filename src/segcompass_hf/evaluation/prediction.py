@@ -50,7 +50,9 @@ class Predictor(Protocol):
     random must be seeded by the row, for instance by its `sample_id`.
 
     A predictor may also have `settings`, a `dict` that json can hold with whatever decides its answers (weights,
-    thresholds, seeds). They are part of the summary, and a folder of results is not continued with others.
+    thresholds, seeds). They are part of the summary, and a folder of results is not continued with others. With a
+    `check_row`, which raises a `ValueError` for a row that it cannot answer (no instruction, too long a one), such
+    rows are named and counted like those whose image is broken.
     """
 
     name: str

@@ -12,7 +12,8 @@ from typing import Any
 from transformers.utils import logging
 
 from ..files import write_whole
-from ..pages import markdown_table
+from ..pages import code_block, markdown_table
+from ..printable import printable
 from .html_page import samples_page
 from .plots import draw_plots
 from .records import SAMPLES_FILE
@@ -76,7 +77,7 @@ def markdown(figures: dict[str, Any]) -> str:
             groups |= {f"{column}: {name}": metrics for name, metrics in by.items()}
     counts, timing, settings = figures["counts"], figures["timing"], figures["settings"]
     parts = [
-        f"# `{figures['predictor']}` on {figures['dataset']}",
+        f"# {_code(figures['predictor'])} on {printable(figures['dataset'])}",
         PROTOCOL,
         _table(groups),
         f"{counts['samples']} samples, {counts['no_target']} without target, {counts['several_objects']} with several "
@@ -86,14 +87,15 @@ def markdown(figures: dict[str, Any]) -> str:
     if counts["left_out"]:
         parts.append(f"{counts['left_out']} samples have no part in the metrics, for all of their target is ignored.")
     if figures["unreadable"]:
-        lines = [f"- {row['index']} `{row['sample_id']}`: {row['problem']}" for row in figures["unreadable"]]
+        named = ((row, _code(row["sample_id"])) for row in figures["unreadable"])
+        lines = [f"- {row['index']} {name}: {printable(row['problem'])}" for row, name in named]
         parts.append(f"{len(lines)} samples are unreadable and count as failures:\n\n" + "\n".join(lines))
     if "plots_skipped" in figures:
         parts.append(f"No plots: {figures['plots_skipped']}")
     pictures = [name for name in figures.get("files", []) if name.endswith(".png")]
     parts += [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in pictures]
     if "command" in figures:
-        parts.append(f"Made by\n\n```\n{figures['command']}\n```")
+        parts.append(f"Made by\n\n{code_block(figures['command'])}")
     made_with = ", ".join(f"{name} {version}" for name, version in figures["versions"].items())
     parts.append(
         f"Batch size {settings['batch_size']}, {timing['processes']} process(es), device {figures['device']['name']}, "
@@ -117,6 +119,11 @@ def calibration_lines(figures: dict[str, Any]) -> list[str]:
         f"{counts['duplicates']} masks show an object that another mask of the answer shows; "
         f"{counts['duplicates_dropped']} such masks were left out."
     ]
+
+
+def _code(text: Any) -> str:
+    """Somebody's name for something, as code within a line."""
+    return "`" + printable(text).replace("`", "'") + "`"
 
 
 def _table(groups: dict[str, dict[str, dict[str, float]]]) -> str:

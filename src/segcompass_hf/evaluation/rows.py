@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.readable_rows import keep_images_encoded
 from ..data.schema import decode_masks
 from ..images_segcompass import to_rgb_image
 
@@ -57,7 +58,8 @@ class EvaluationRows:
     def __init__(self, dataset: Any, num_samples: int | None = None):
         if num_samples is not None and num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; expected a positive number, or None for all rows.")
-        dataset = _with_encoded_images(dataset)
+        if getattr(dataset, "features", None) is not None:
+            dataset = keep_images_encoded(dataset.with_format(None))
         if not hasattr(dataset, "__len__"):
             dataset = list(islice(dataset, num_samples))
         self._length = len(dataset) if num_samples is None else num_samples
@@ -110,17 +112,6 @@ class EvaluationRows:
         if hasattr(rows, "select_columns"):
             rows = rows.select_columns([name for name in _DIGESTED if name in rows.column_names])
         return islice(rows, len(self))
-
-
-def _with_encoded_images(dataset: Any) -> Any:
-    """A `datasets` data set whose images come as bytes or paths, so that a damaged one spoils no more than itself."""
-    features = getattr(dataset, "features", None)
-    if features is None:
-        return dataset
-    from datasets import Image
-
-    dataset = dataset.with_format(None)
-    return dataset.cast_column("image", Image(decode=False)) if isinstance(features.get("image"), Image) else dataset
 
 
 def _read_image(encoded: Any) -> Any:

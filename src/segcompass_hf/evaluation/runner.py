@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from transformers.utils import logging
 
-from ..files import write_whole
+from ..files import read_json_object, write_whole
 from ..locks import alone_with
+from ..printable import printable
 from .figures import summarize
 from .prediction import Predictor
 from .processes import Processes
@@ -80,8 +81,8 @@ def evaluate_dataset(
         batch_size (`int`, *optional*, defaults to 8): Rows at a time; part of what makes a run repeatable.
         num_samples (`int`, *optional*): The first so many rows; all by default.
         dataset_name (`str`, *optional*, defaults to `"dataset"`): What reports call it.
-        unreadable (`str`, *optional*, defaults to `"error"`): Rows whose image or masks cannot be read: `"error"`
-            stops; `"count"` lists them and counts each as a failure with IoU 0.
+        unreadable (`str`, *optional*, defaults to `"error"`): Rows whose image or masks cannot be read, or whose text
+            the predictor refuses: `"error"` stops; `"count"` lists them and counts each as a failure with IoU 0.
         resume (`bool`, *optional*, defaults to `True`): `False` drops the results that the folder holds.
         notes (`dict`, *optional*): Further entries of the summary, such as the command.
         page_samples (`int`, *optional*, defaults to 12): Worst and best samples on `samples.html`, so many of each.
@@ -167,7 +168,8 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
         for name in (RUN_FILE, SAMPLES_FILE, SUMMARY_FILE):
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
-        _check_settings(output_dir, _settings_before(run_file), settings)
+        remedy = "choose another folder, or drop its results with resume=False (--restart)"
+        _check_settings(output_dir, read_json_object(run_file, remedy), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -177,19 +179,6 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if known:
         logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
     return known
-
-
-def _settings_before(run_file: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(run_file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        settings = f"no json ({error})"
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{os.fspath(run_file)!r} is damaged: it holds {settings!r:.100}; expected the settings of a run. Choose "
-            "another folder, or drop its results with resume=False (--restart)."
-        )
-    return settings
 
 
 def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -215,9 +204,15 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable: str) -> list[dict[str, Any]]:
     """Records of a batch; the predictor sees the rows that can be read."""
+    check_row = getattr(predictor, "check_row", None)
     for row in rows:
+        if row.problem is None and check_row is not None:
+            try:
+                check_row(row.columns)
+            except ValueError as error:
+                row.problem = f"{type(error).__name__}: {error}"
         if row.problem is not None:
-            logger.warning(f"row {row.index} ({row.sample_id}) is unreadable: {row.problem}")
+            logger.warning(f"row {row.index} ({row.sample_id!r}) is unreadable: {printable(row.problem)}")
             if unreadable == "error":
                 raise ValueError(
                     f"row {row.index} ({row.sample_id!r}) is unreadable: {row.problem} Repair it, or count such rows "

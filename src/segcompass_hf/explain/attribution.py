@@ -3,8 +3,8 @@
 
 `f` is a scalar of one mask as a function of the activations `v`; contributions share out `f(v) - f(0)` among them.
 
-`levels`, the default, takes gradients at random levels of the features, from absent (0) to as they were (1) in the
-whole sequence. Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes, the
+`levels` takes gradients at random levels of the features, from absent (0) to as they were (1) in the whole sequence.
+Of a feature whose level is uniform, `v df/dv` is on average what `f` changes by when it comes, the
 others being where they happen to be: a Shapley-like value of `f` itself, jumps included as far as levels of the others
 smooth them. In half of the rows a feature is judged so, its levels stratified; in the others it is there or not, as
 company of the others. Gradients next to a jump (where the last concept of a token goes, the slot encoder's LayerNorm
@@ -13,11 +13,10 @@ that come out first it is also measured what `f` loses without each of them alon
 is the mean of both (of the others, it shrinks as those of the first do together). What the sum then misses of the
 change (`quadrature_error`) is spread over the contributions by size.
 
-`paths` measures: features are taken away from the whole sequence, and put back into an empty one, group by group in
-two orders (by `levels`, and by activation), and `f` is read after every group. What a group changed is its
-contribution, shared out within the group by `levels`; the first features are groups of one. The readings of a path
-begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is. It costs twice as much as
-`levels`.
+`paths`, the default, measures: features are taken away from the whole sequence, and put into an empty one, group by
+group in the order of `levels`, and `f` is read after every group. What a group changed is its contribution, the mean
+of both, shared out within the group by `levels`; the first features are groups of one. The readings of a path
+begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is.
 
 `straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
 hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts (`FAINT` of their
@@ -44,9 +43,10 @@ JUDGED = 0.5  # share of the rows in which a feature's level is between 0 and 1,
 FULLNESS = 0.3  # the share of the company that is there goes from a half less this to a half and this
 OUTLIERS = 0.08  # share of each feature's values cut to the nearest kept one, at either end
 FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm's epsilon acts at about 0.004)
-TESTED = 16  # features that are taken away alone
+POINTS = {"levels": 18, "paths": 6, "straight": 18}  # gradients; those of `paths` only order and share out
+TESTED = {"levels": 16, "paths": 8}  # features that are taken away alone
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
-SINGLES, GROUPS = 8, 10  # of a path: first features one by one, then groups, each larger than the one before
+SINGLES, GROUPS = 8, 4  # of a path: first features one by one, then groups, each larger than the one before
 
 
 @dataclass
@@ -132,9 +132,9 @@ def attribute(
     replay: Replay,
     slots: list[int],
     target: Target = "mask_logit",
-    method: Method = "levels",
+    method: Method = "paths",
     *,
-    num_points: int = 18,
+    num_points: int | None = None,
     tolerance: float = 0.01,
     seed: int = 0,
 ) -> list[Attribution]:
@@ -145,8 +145,9 @@ def attribute(
         slots (`list[int]`): Whose masks.
         target (`str`, defaults to `"mask_logit"`): The mean logit inside the mask, `mask_contrast` or `slot_logit`;
             see [`MaskScalar`].
-        method (`str`, defaults to `"levels"`): `levels`, `paths` or `straight`, see above.
-        num_points (`int`, defaults to 18): Gradients taken; `straight` doubles them while they do not do.
+        method (`str`, defaults to `"paths"`): `levels`, `paths` or `straight`, see above.
+        num_points (`int`, *optional*): Gradients taken, `POINTS` of the method when left out; `straight` doubles them
+            while they do not do.
         tolerance (`float`, defaults to 0.01): Quadrature error that `straight` refines down to.
         seed (`int`, defaults to 0): Of the levels, which depend on it and on the features active, on nothing else.
 
@@ -156,6 +157,7 @@ def attribute(
     for name, value, known in (("method", method, Method), ("target", target, Target)):
         if value not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(get_args(known))}, got {value!r}.")
+    num_points = POINTS[method] if num_points is None else num_points
     if num_points < 2:
         raise ValueError(f"num_points={num_points} is too few; an average takes at least 2.")
     if not slots:
@@ -170,9 +172,9 @@ def attribute(
         found, count = _straight(scalars, ends, num_points, tolerance)
     else:
         found, count = _levels(scalars, num_points, seed), num_points
-        found = torch.stack([_with_losses(scalars, mask, gradients) for mask, gradients in enumerate(found)])
+        found = torch.stack([_with_losses(scalars, mask, of, TESTED[method]) for mask, of in enumerate(found)])
         if method == "paths":
-            found = torch.stack([_paths(scalars, mask, gradients) for mask, gradients in enumerate(found)])
+            found = torch.stack([_paths(scalars, mask, of) for mask, of in enumerate(found)])
     results = []
     for mask, slot in enumerate(slots):
         missing = changes[mask] - found[mask].sum()
@@ -215,11 +217,11 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     return ((gradients + (cut / totals)[:, :, index] * sizes) * between[:, :, index]).sum(0) / judged
 
 
-def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
+def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor, tested: int) -> torch.Tensor:
     """Scores `(num_active,)` of one mask, averaged with what it loses without each of the first features alone."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
-    first = by_score.abs().argsort(descending=True, stable=True)[:TESTED]
+    first = by_score.abs().argsort(descending=True, stable=True)[:tested]
     keep = torch.ones(len(first) + 1, len(features), device=index.device)
     keep[torch.arange(len(first)), first] = 0.0
     values = scalars.at_mask(keep[:, index].to(scalars.activations.dtype), mask)
@@ -230,27 +232,18 @@ def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Te
 
 def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
     """Measured contributions `(num_active,)` of one mask; `scores`, of the same shape, order and share out."""
-    concepts = scalars.replay.captured.concepts
-    features, index = concepts.features.unique(return_inverse=True)
-    nothing = scores.new_zeros(len(features))
-    by_score = nothing.index_add(0, index, scores)
-    by_activation = nothing.index_add(0, index, concepts.values.to(scores.dtype))
-    # Features that speak against the mask go last in both, as in the order by score.
-    by_activation = torch.where(by_score < 0, by_score, by_activation)
-    ends = _group_ends(len(features))
-    groups, keeps = [], []
-    for order in (by_score.argsort(descending=True, stable=True), by_activation.argsort(descending=True, stable=True)):
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(len(order), device=order.device)
-        first = rank[None] < torch.tensor(ends, device=order.device)[:, None]  # (len(ends), num_features)
-        keeps += [~first, first]  # deletion, insertion
-        groups.append(torch.bucketize(rank, torch.tensor(ends[1:], device=order.device), right=True))
-    values = scalars.at_mask(torch.cat(keeps)[:, index].to(scalars.activations.dtype), mask).view(4, len(ends))
-    changes = values.diff(dim=1) * values.new_tensor([-1.0, 1.0, -1.0, 1.0])[:, None]  # what each group is worth
-    total = nothing
-    for number, group in enumerate(groups):
-        total = total + _share_out(by_score, group, changes[2 * number : 2 * number + 2].mean(0)) / len(groups)
-    return _share_out(scores, index, total)
+    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
+    by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
+    ends = torch.tensor(_group_ends(len(features)), device=index.device)
+    order = by_score.argsort(descending=True, stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device)
+    first = rank[None] < ends[:, None]  # (len(ends), num_features)
+    keeps = torch.cat([~first, first])  # deletion, insertion
+    values = scalars.at_mask(keeps[:, index].to(scalars.activations.dtype), mask).view(2, len(ends))
+    without, with_it = values.diff(dim=1)  # what each group is worth
+    group = torch.bucketize(rank, ends[1:], right=True)
+    return _share_out(scores, index, _share_out(by_score, group, (with_it - without) / 2))
 
 
 def _group_ends(count: int) -> list[int]:

@@ -22,7 +22,7 @@ def explain(
     instruction: str,
     *,
     target: Target = "mask_logit",
-    method: Method = "levels",
+    method: Method = "paths",
     num_ablations: int = 5,
     dictionary: Any = None,
     true_masks: Any = None,
@@ -39,7 +39,7 @@ def explain(
         instruction (`str`): What to look for.
         target (`str`, defaults to `"mask_logit"`): The scalar explained: the mean logit inside the mask, that minus
             the mean outside (`mask_contrast`), or the slot's confidence (`slot_logit`).
-        method (`str`, defaults to `"levels"`): See [`attribute`].
+        method (`str`, defaults to `"paths"`): See [`attribute`].
         num_ablations (`int`, defaults to 5): Of how many concepts per mask the answer without them is shown.
         dictionary ([`ConceptDictionary`], *optional*): Names the concepts; the checkpoint's own when it has one.
         true_masks (`np.ndarray` of shape `(n, H, W)`, *optional*): bool; the objects asked for.
@@ -75,7 +75,7 @@ def explain_answer(
     answer: Answer,
     *,
     target: Target = "mask_logit",
-    method: Method = "levels",
+    method: Method = "paths",
     num_ablations: int = 5,
     dictionary: Any = None,
     true_masks: Any = None,

@@ -11,6 +11,7 @@ import torch
 
 from ..interventions_segcompass import apply_interventions, normalize_interventions
 from ..modeling_concepts import SparseConcepts
+from ..offloading_segcompass import weights_at_hand
 from ..reading_segcompass import SegCompassOutput
 
 # Bound on the activations kept of the rows that run together: about 64 per mask value are held for a backward pass.
@@ -132,7 +133,8 @@ class Replay:
     @torch.inference_mode(False)
     def __init__(self, model: Any, captured: CapturedSegmentation):
         self.model, self.captured = model, captured
-        self.codes = model.codebook.weight.detach()[captured.concepts.features]  # (num_active, d_slot)
+        with weights_at_hand(model.codebook):
+            self.codes = model.codebook.weight.detach()[captured.concepts.features]  # (num_active, d_slot)
         self.sizes, self.valid_area = captured.reshaped_input_sizes, None  # (1, 2), (1, 1, 4h, 4w)
         if self.sizes is not None:
             self.valid_area = model.mask_stage.valid_area(self.sizes.to(self.codes.device))

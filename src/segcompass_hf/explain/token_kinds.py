@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from ..threads_segcompass import tokenizer_lock
 from ..token_places import Box, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
@@ -93,7 +94,8 @@ def _question_places(processor: Any, ids: list[int], instruction: str) -> list[i
         spans.append((start, start + length))
         start += length
     has_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_start)
+    with tokenizer_lock:
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_start)
     bare = encoding["input_ids"]  # as the prompt, but with one placeholder for the image
     head, tail = _common_prefix(bare, ids), _common_prefix(bare[::-1], ids[::-1])
     places = []

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.utils import logging
 
 from ..data.embedding_cache import EmbeddingCache
+from ..data.readable_rows import keep_images_encoded
 from ..images_segcompass import to_rgb_image
 
 logger = logging.get_logger(__name__)
@@ -99,7 +100,7 @@ class DifferentImages:
         first = {}
         for index, name in enumerate(ids):
             first.setdefault(name, index)
-        self.rows, self.indices = rows, list(first.values())
+        self.rows, self.indices = keep_images_encoded(rows), list(first.values())
 
     def __len__(self) -> int:
         return len(self.indices)

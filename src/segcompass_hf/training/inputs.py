@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from ..loading_segcompass import load_part
+
 
 def load_model(model: nn.Module | str | os.PathLike, **options: Any) -> nn.Module:
     """A model given as such, or the SegCompass or VLM of a folder or id.
@@ -21,7 +23,7 @@ def load_model(model: nn.Module | str | os.PathLike, **options: Any) -> nn.Modul
     """
     if isinstance(model, nn.Module):
         return model
-    return AutoModelForImageTextToText.from_pretrained(model, **{"dtype": torch.float32, **options})
+    return load_part(AutoModelForImageTextToText, model, **{"dtype": torch.float32, **options})
 
 
 def load_processor(processing_class: Any, model: nn.Module, needed: type | None = None) -> Any:

@@ -4,7 +4,9 @@
 import collections
 import os
 import pickle
+import struct
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -101,3 +103,57 @@ def test_calling_plain_data_is_no_way_round(tmp_path):
     (tmp_path / "refs.p").write_bytes(b"S'text'\n(tR.")  # REDUCE of a text
     with pytest.raises(RefusedPickleError, match="no complete pickle"):
         load_plain_pickle(tmp_path / "refs.p")
+
+
+def _nested(kind, depth=60):
+    """A list (or tuple) of itself twice, `depth` times: 2**depth values in some 300 bytes."""
+    value = kind(["a"])
+    for _ in range(depth):
+        value = kind([value, value])
+    return value
+
+
+def _in_itself():
+    value = []
+    value.append(value)
+    return value
+
+
+_KEY = pickle.dumps(_nested(tuple), 2)[2:-1]
+BOMBS = {
+    "a far place in the memory": (b"\x80\x02]r\xff\xff\xff\x3f.", None),  # 9 bytes, a list
+    "the same as text": (b"]p1073741823\n.", None),
+    "a long bytearray": (b"\x80\x05\x96" + struct.pack("<Q", 1 << 34) + b".", "no complete pickle"),
+    "long bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 1 << 34) + b".", "no complete pickle"),
+    "a long frame": (b"\x80\x04\x95" + struct.pack("<Q", 1 << 34) + b".", "no complete pickle"),
+    "lists that multiply": (pickle.dumps(_nested(list)), "stand in so many places"),
+    "tuples that multiply": (pickle.dumps(_nested(tuple), 2), "stand in so many places"),
+    "texts that multiply": (pickle.dumps([["y" * 10_000] * 2_000] * 50), "stand in so many places"),
+    "a list in itself": (pickle.dumps(_in_itself()), "holds itself"),
+    "a key that takes for ever": (b"\x80\x02}" + _KEY + b"Ns.", "a tuple as its key"),
+    "keys that take for ever": (b"\x80\x02}(" + _KEY + b"Nu.", "a tuple as its key"),
+    "a dict of such": (b"(" + _KEY + b"Nd.", "a tuple as its key"),
+    "a set of such": (b"\x80\x04\x8f(" + _KEY + b"\x90.", "no complete pickle"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_stay_small(tmp_path, name):
+    data, message = BOMBS[name]
+    (tmp_path / "refs.p").write_bytes(data)
+    tracemalloc.start()
+    try:
+        if message is None:
+            assert load_plain_pickle(tmp_path / "refs.p") == []
+        else:
+            with pytest.raises(RefusedPickleError, match=message):
+                load_plain_pickle(tmp_path / "refs.p")
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000  # bytes
+    finally:
+        tracemalloc.stop()
+
+
+def test_lists_in_several_places_load(tmp_path):
+    box = [1, 2, 3, 4]
+    (tmp_path / "refs.p").write_bytes(pickle.dumps([{"box": box, "same": box}] * 3))
+    assert load_plain_pickle(tmp_path / "refs.p") == [{"box": box, "same": box}] * 3

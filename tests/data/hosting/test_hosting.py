@@ -26,7 +26,7 @@ from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
 from segcompass_hf.data.hosting import figure, publish, write
 from segcompass_hf.data.hosting import shards as parquet_shards
 from segcompass_hf.data.hosting.publish import push_dataset
-from segcompass_hf.data.hosting.write import without_folders, write_dataset
+from segcompass_hf.data.hosting.write import write_dataset
 from segcompass_hf.data.schema import encode_mask, row_features
 from segcompass_hf.images_segcompass import to_rgb_image
 
@@ -215,17 +215,6 @@ def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path, caplog):
     assert "mask 0 is (12, 8) but its image is (8, 12)" in report.problems[2]["detail"]
     published = (written.folder / "build_report.json").read_text("utf-8")
     assert "'x.png'" in published and str(tmp_path) not in published and str(tmp_path) in str(report.problems)
-
-
-def test_folders_are_taken_out_of_reports():
-    assert without_folders({"a": ["there is no file '/home/me/my pictures/x.png'."]}) == {
-        "a": ["there is no file 'x.png'."]
-    }
-    assert without_folders("/data/coco/a.jpg: bad") == "a.jpg: bad"
-    assert without_folders(r"no 'C:\Users\me\x.png'") == "no 'x.png'"
-    kept = "images/x.png is 3/4 of it, https://example.org/a/b, and/or nothing"
-    assert without_folders(kept) == kept
-    assert without_folders(7) == 7
 
 
 def test_nothing_usable_leaves_nothing(tmp_path):
@@ -469,3 +458,31 @@ def test_real_photographs_are_their_files(tmp_path):
     assert len(distinct) < len(rows) and written.statistics["train"].bytes_on_disk < 1.2 * sum(distinct.values())
     assert push_dataset is publish.push_dataset
     assert publish.check_written_dataset(written.folder).rows == {"train": len(rows)}
+
+
+def test_links_out_of_the_folder_are_not_published(written, tmp_path):
+    (tmp_path / "private").write_text("mine")
+    (written / "LICENSE").symlink_to("../private")
+    with pytest.raises(ValueError, match="^'LICENSE' is a link out of"):
+        push_dataset(written, "me/mine", dry_run=True)
+    (written / "LICENSE").unlink()
+    shard = sorted((written / "data").iterdir())[0]
+    shard.rename(tmp_path / "moved")
+    shard.symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match=f"^'data/{shard.name}' is a link out of"):
+        push_dataset(written, "me/mine", dry_run=True)
+
+
+def test_keys_and_folders_are_not_published(written, tmp_path):
+    (written / "build_report.json").write_text('{"train": {"problems": [{"where": "/home/me/x.png"}]}}')
+    with pytest.raises(ValueError, match="build_report.json, line 1, .*'/home/me'"):
+        push_dataset(written, "me/mine", dry_run=True)
+    token = "hf_" + "aB3" * 11
+    folder = write_dataset([row(0), row(1, instruction=f"use {token}")], tmp_path / "other").folder
+    with pytest.raises(ValueError, match="column instruction, row group 0, line 2, .*a Hugging Face token"):
+        push_dataset(folder, "me/mine", dry_run=True)
+    folder = write_dataset([row(0, sample_id="/home/me/x.png")], tmp_path / "third").folder
+    with pytest.raises(ValueError, match="column sample_id, row group 0, line 1, .*'/home/me'"):
+        push_dataset(folder, "me/mine", dry_run=True)
+    folder = write_dataset([row(0, instruction="what is in /home/me?")], tmp_path / "fourth").folder
+    assert push_dataset(folder, "me/mine", dry_run=True).rows == {"train": 1}

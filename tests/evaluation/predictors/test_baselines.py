@@ -221,4 +221,4 @@ def test_every_baseline_is_made_under_its_name(sam):
         assert make_baseline(name, seed=3, unknown="empty", **needed).name == name
     assert make_baseline("random-object", seed=3, unknown="empty").settings == {"unknown": "empty", "seed": 3}
     settings = make_baseline("sam-box", sam, tiny_processor()).settings
-    assert settings["prompt"] == "box" and settings["sam_canvas"] == 64 and len(settings["sam_weights"]) == 16
+    assert settings["prompt"] == "box" and settings["sam_canvas"] == 64 and len(settings["sam_weights"]) == 64

@@ -180,6 +180,26 @@ BAD = {
     "no image": ({"inputs": {"instruction": "red"}}, 400, "image is a NoneType"),
     "a number": ({"inputs": {"image": 3, "instruction": "red"}}, 400, "image is a int"),
     "no base64": ({"inputs": {"image": "/etc/passwd.", "instruction": "red"}}, 400, "neither base64 nor"),
+    "an open file of another format": (
+        {
+            "inputs": {
+                "image": Image.open(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),
+                "instruction": "a",
+            }
+        },
+        400,
+        "of format EPS; expected PNG",
+    ),
+    "an open file that is cut": (
+        {
+            "inputs": {
+                "image": Image.open(io.BytesIO(as_png(Image.effect_noise((99, 99), 9))[:900])),
+                "instruction": "a",
+            }
+        },
+        400,
+        "cannot be read",
+    ),
     "no picture": ({"inputs": {"image": "AAAA", "instruction": "red"}}, 400, "cannot be read; expected PNG"),
     "a cut picture": ({"inputs": {"image": PIXEL[:60], "instruction": "red"}}, 400, "cannot be read"),
     "a bare data url": ({"inputs": {"image": "data:image/png,x", "instruction": "a"}}, 400, "must be base64"),
@@ -340,6 +360,11 @@ class TestFetching:
             ("/to/http://[::1]:80/", 400, "not on the public internet"),
             ("/to/file:///etc/passwd", 400, "a URL is http"),
             ("/to//to//to//to//a.png", 400, "redirects more than 3 times"),
+            *(
+                (f"/to/http://{host}/a.png", 400, "cannot be read")
+                for host in ("[::1", "[x]", "a:b", "a:99999")
+            ),
+            ("/to///[/a.png", 400, "cannot be read"),
             ("/nothing", 400, "status 404"),
             ("/large", 413, "more than 2000000 bytes"),
         ],

@@ -1,5 +1,6 @@
 """Model cards: what they state and where it comes from, the committed ones, and that their examples run."""
 
+import ast
 import json
 
 import numpy as np
@@ -174,3 +175,56 @@ def test_the_hub_reads_the_card_back(hub, checkpoint):  # noqa: F811
     write_model_card(checkpoint, license="mit", evaluations=[run_of("val")]).push_to_hub("me/mine")
     assert model_info("me/mine").sha == hub.repos["models", "me/mine"].branches["main"]
     assert len(ModelCard.load("me/mine").data.eval_results) == 7
+
+
+WORDS = [
+    'the "red" mug',
+    "it's \\ there",
+    'a\nb"); import os; ("',
+    "```\n# x",
+    "grün\u202etxet\x1b[2J",
+    '"""',
+    "{{ x }}",
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
+def test_the_cards_code_holds_the_words_of_an_example(checkpoint, words):
+    """Whatever they are, the code parses and asks for just these words."""
+    card = write_model_card(checkpoint, repo_id="me/mine", license="mit", examples=[(Image.new("RGB", (8, 6)), words)])
+    code = card.text.split("```python\n")[1].split("\n```\n")[0]
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    call = next(call for call in calls if getattr(call.func, "id", None) == "pipe")
+    assert call.args[0].value == "https://huggingface.co/me/mine/resolve/main/examples/example_0.png"
+    assert call.keywords[0].value.value == words and len(calls) == 2  # `pipeline` and `pipe`
+    assert ModelCard.load(checkpoint / "README.md").data.widget[0]["text"] == words
+
+
+def test_evaluations_come_without_folders_and_keys(checkpoint):
+    command = "segcompass evaluate --dataset coco:/home/me/a.json:/home/me/images --model /root/runs/x ```"
+    run = run_of("val") | {"command": command, "predictor": "/home/me/mine"}
+    card = write_model_card(checkpoint, license="mit", evaluations=[run])
+    assert "````\nsegcompass evaluate --dataset coco:a.json:images --model x ```\n````\n" in card.text
+    assert "/home" not in str(card) and "/root" not in str(card)
+    with pytest.raises(ValueError, match=r"evaluations\[0\], command, line 1, .*a key or password"):
+        write_model_card(checkpoint, license="mit", evaluations=[run | {"command": "HF_TOKEN=hf_" + "aB3" * 11}])
+
+
+@pytest.mark.parametrize("given", ["training", "details"])
+def test_what_is_written_for_a_card_holds_no_folder(checkpoint, given):
+    with pytest.raises(ValueError, match=f"^{given}, line 2, holds .*'/home/me'"):
+        write_model_card(checkpoint, license="mit", **{given: "on\n/home/me/photos"})
+    with pytest.raises(ValueError, match="^the recipe, summary, line 1, .*'/home/me'"):
+        write_model_card(checkpoint, {"summary": "see /home/me/x"}, license="mit")
+
+
+def test_tables_keep_a_cell_in_its_line(checkpoint):
+    card = write_model_card(checkpoint, license="mit", evaluations=[run_of("val") | {"dataset": "a|b\n# c\x1b[2J"}])
+    assert r"| a\|b\n# c\x1b[2J | 500 |" in card.text
+
+
+def test_damaged_configurations(checkpoint):
+    for content, message in (("[", "config.json is damaged"), ("[]", "expected an object"), ("{}", "'vlm_config'")):
+        (checkpoint / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            write_model_card(checkpoint, license="mit")

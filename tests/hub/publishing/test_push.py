@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from segcompass_hf.files import weights_digest
 from segcompass_hf.hub import check_stage, push_to_hub, stage_checkpoint
-from segcompass_hf.hub.publishing.checks import check_weights
+from segcompass_hf.hub.publishing.checks import check_texts, check_weights
 from segcompass_hf.hub.publishing.stage import core_files, is_owned
 
 CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# Mine, at OWNER/NAME\n"
@@ -369,3 +369,86 @@ def test_the_base_of_an_adapter_that_was_moved(tmp_path):
     assert written == config | {"base_model_name_or_path": "owner/name"}
     assert (stage.kind, stage.base, stage.local_base) == ("adapter", "owner/name", None)
     assert set(stage.files()) == {"adapter_config.json", "adapter_model.safetensors"}  # its base brings the code
+
+
+class TestWhatIsNotPublished:
+    SECRET = "hf_" + "aB3" * 11
+
+    def staged(self, folder, tmp_path):
+        return stage_checkpoint(folder, tmp_path / "stage")
+
+    def test_secrets_beside_the_checkpoint_stay(self, folder, tmp_path):
+        """Only what is listed by its whole name goes: no pattern that a key or a note could fit."""
+        (folder / "examples").mkdir()
+        names = ["LICENSE_key.pem", "NOTICE.key", "token.json", ".env", "examples/notes.txt", "examples/other.png"]
+        names += ["examples/shown.png.txt", "config.json.bak", "additional_chat_templates.txt"]
+        for name in names:
+            (folder / name).write_text(self.SECRET)
+        Image.new("RGB", (4, 4)).save(folder / "examples" / "shown.png")
+        (folder / "LICENSE").write_text("mine")
+        (folder / "README.md").write_text(CARD + "![answers](examples/shown.png)")
+        stage = self.staged(folder, tmp_path)
+        assert set(names) <= set(stage.left_behind) and not set(names) & set(stage.files())
+        assert {"LICENSE", "examples/shown.png"} <= set(stage.files())
+        assert "no key and no folder of this machine" in check_texts(stage)
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md", "examples/0.png"])
+    def test_links_out_of_the_folder(self, folder, tmp_path, name):
+        (folder / "README.md").write_text(CARD + "![answers](examples/0.png)")
+        (tmp_path / "elsewhere").mkdir()
+        target = tmp_path / "elsewhere" / "file"
+        (folder / "examples").mkdir()
+        if name.startswith("examples"):
+            target.write_bytes(b"a private photograph")
+        else:
+            (folder / name).rename(target)
+        (folder / name).symlink_to(target)
+        with pytest.raises(ValueError, match=f"^'{name}' is a link out of "):
+            self.staged(folder, tmp_path)
+
+    def test_links_within_the_folder_are_files(self, folder, tmp_path):
+        (folder / "model.safetensors").rename(folder / "weights.bin")
+        (folder / "model.safetensors").symlink_to("weights.bin")
+        assert "model.safetensors" in self.staged(folder, tmp_path).files()
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("handler.py", "KEY = 'SECRET'", "handler.py, line 1, .*a Hugging Face token"),
+            ("LICENSE.md", "by\n/home/me", "LICENSE.md, line 2, .*'/home/me'"),
+            ("chat_template.jinja", "{# SECRET #}", "chat_template.jinja, line 1"),
+            ("README.md", CARD + "password: hunter2", "README.md, line 7, .*a key or password"),
+            (".eval_results/a.yaml", "by: /root/x", ".eval_results/a.yaml, line 1"),
+        ],
+    )
+    def test_texts(self, folder, tmp_path, name, text, message):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text.replace("SECRET", self.SECRET))
+        with pytest.raises(ValueError, match=message):
+            check_texts(self.staged(folder, tmp_path))
+
+    def test_configurations(self, folder, tmp_path):
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | {
+            "name_or_path": "/home/me/llava",
+            "list": [{"_name_or_path": "/root"}],
+        }
+        path.write_text(json.dumps(config))
+        stage = self.staged(folder, tmp_path)
+        assert "llava" not in (stage.folder / path.name).read_text() and check_texts(stage)
+        path.write_text(json.dumps(config | {"auth": {"token": "0123456789abcdef"}}))
+        with pytest.raises(ValueError, match="tokenizer_config.json.* a key or password"):
+            check_texts(stage_checkpoint(folder, tmp_path / "other"))
+
+    @pytest.mark.parametrize("named", ["../../secret.safetensors", "/etc/passwd", "optimizer.pt", 7, None])
+    def test_an_index_names_weight_files_only(self, folder, tmp_path, named):
+        shard(folder)
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["a"] = named
+        path.write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="names .* as a weight file; expected names such as model-00001-of-00001"):
+            self.staged(folder, tmp_path)
+        path.write_text("{}")
+        with pytest.raises(ValueError, match="names None as a weight file"):
+            self.staged(folder, tmp_path)

@@ -1,6 +1,7 @@
 """The files of a Space, and `segcompass serve` without serving."""
 
 import ast
+import shlex
 
 import pytest
 
@@ -44,3 +45,27 @@ def test_command(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--port", "70000"])
     assert stopped.value.code == 2
+
+
+def test_packages_hold_no_token_and_are_one_line(tmp_path):
+    with pytest.raises(ValueError, match="package, line 1, holds what looks like a password in an address"):
+        write_space(tmp_path / "space", package="git+https://me:s3cret@example.org/x")
+    with pytest.raises(ValueError, match="package, line 1, holds .*'/home/me'"):
+        write_space(tmp_path / "space", package="/home/me/a.whl")
+    for package in ("a\nb", " "):
+        with pytest.raises(ValueError, match="expected a line for requirements.txt"):
+            write_space(tmp_path / "space", package=package)
+    assert not (tmp_path / "space").exists()
+
+
+def test_a_link_is_replaced_and_other_files_stay_where_they_are(tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "a space").mkdir()
+    (tmp_path / "a space" / "README.md").symlink_to("../mine")
+    (tmp_path / "a space" / ".env").write_text("private")
+    assert main(["serve", "--space", str(tmp_path / "a space"), "--package", "x-1.0-py3-none-any.whl"]) == 0
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "a space" / "README.md").is_symlink()
+    upload = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert upload[:5] == ["hf", "upload", "OWNER/NAME", str(tmp_path / "a space"), "."]
+    included = [name for flag, name in zip(upload, upload[1:], strict=False) if flag == "--include"]
+    assert included == ["README.md", "app.py", "requirements.txt", "x-1.0-py3-none-any.whl"]

@@ -1,6 +1,7 @@
 """Joint training: what it samples, what it learns from, what it leaves alone."""
 
 import inspect
+import json
 import math
 
 import pytest
@@ -648,6 +649,28 @@ def test_streams_train_too(tmp_path):
     trainer = tiny_trainer(tmp_path, rows=tiny_rows().to_iterable_dataset(), max_steps=1)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+def test_fewer_rows_than_one_generation_are_an_error_and_not_a_run_without_steps(tmp_path):
+    # 4 completions x 3 accumulated batches / 2 per prompt = 6 prompts; TRL drops what is less than that
+    layout = {"gradient_accumulation_steps": 3, "max_steps": 1}
+    for rows in (tiny_rows((1,) * 5), tiny_rows((1,) * 5).to_iterable_dataset()):
+        with pytest.raises(ValueError, match="train_dataset has 5 rows, but one generation takes 6 prompts"):
+            tiny_trainer(tmp_path, rows=rows, **layout)
+    tiny_trainer(tmp_path, rows=tiny_rows((1,) * 6), **layout)
+
+
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_rows_with_refused_texts_are_skipped_named_and_counted(tmp_path, as_stream):
+    words = {1: "", 2: None, 4: "ring " * 9000}  # the tokenizer reads 4,096 tokens
+    rows = tiny_rows((1, 0, 2, 1, 1, 1))
+    rows = rows.map(lambda row, index: {"instruction": words.get(index, row["instruction"])}, with_indices=True)
+    trainer = tiny_trainer(tmp_path, rows=rows.to_iterable_dataset() if as_stream else rows, max_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 3
+    lines = [json.loads(line) for line in (tmp_path / "unreadable_rows.jsonl").read_text().splitlines()]
+    assert {line["sample_id"] for line in lines} == {"row-1", "row-2", "row-4"}
+    assert trainer.state.log_history[-2]["unreadable_rows"] == 3
 
 
 def test_rows_with_a_prompt_keep_it():

@@ -379,3 +379,11 @@ def test_load_best_model_checks_the_fit(tmp_path):
     trainer.model.new = nn.Linear(1, 1)
     with pytest.raises(ValueError, match="2 of the model's weights are missing: new.weight, new.bias"):
         trainer._load_best_model()
+
+
+def test_the_trainers_own_push_is_refused(tmp_path):
+    """It uploads whatever lies in the output folder."""
+    with pytest.raises(ValueError, match="push_to_hub=True would upload all .*segcompass push"):
+        make_trainer(tmp_path, [1], push_to_hub=True)
+    with pytest.raises(ValueError, match="push_to_hub of a trainer would upload all"):
+        make_trainer(tmp_path, [1]).push_to_hub()

@@ -120,6 +120,16 @@ def test_what_a_stream_has_left_for_less_than_a_window_is_left_out(tmp_path):
         assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
+def test_rows_for_less_than_one_step_are_an_error_and_not_a_run_without_steps(tmp_path):
+    # 3 rows in batches of 2 are 2 batches; a step takes 3
+    from grpo import tiny_rows
+
+    layout = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
+    trainer = make_trainer("segmentation", "llava", tmp_path, tiny_rows((1, 0, 2)).to_iterable_dataset(), **layout)
+    with pytest.raises(ValueError, match="give 2 batches of 2 rows per process, but a step takes 3"):
+        trainer.train()
+
+
 def test_a_window_cut_short_by_the_end_of_the_data_counts_what_it_has(tmp_path):
     # 8 rows in batches of 3 accumulated twice: windows of 6 and of 2 rows.
     gradients = Gradients()

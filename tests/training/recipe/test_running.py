@@ -19,7 +19,7 @@ from recipe_runs import EVERY_STEP, STAGES, write_recipe  # noqa: E402
 from segcompass_hf import SegCompassSae, cli  # noqa: E402
 from segcompass_hf.training.recipe.check import check_recipe, describe_plans  # noqa: E402
 from segcompass_hf.training.recipe.parts import Parts  # noqa: E402
-from segcompass_hf.training.recipe.record import DONE, alone_in, weights_digest  # noqa: E402
+from segcompass_hf.training.recipe.record import BEGUN, DONE, alone_in, read_record, weights_digest  # noqa: E402
 from segcompass_hf.training.recipe.running import run_recipe  # noqa: E402
 from segcompass_hf.training.recipe.settings import RecipeError, read_recipe  # noqa: E402
 from segcompass_hf.training.recipe.summary import curves  # noqa: E402
@@ -225,6 +225,16 @@ def test_two_processes_share_a_run(tmp_path):
     assert done.stdout.count("stage 1 of 3: warmup") == 1, "one process speaks"
     marker = json.loads((tmp_path / "out" / "segmentation" / DONE).read_text())
     assert marker["processes"] == 2 and (tmp_path / "out" / "checkpoint" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"\xff", b"{}", b'{"fingerprint": [], "processes": 1, "starts": []}']
+)
+def test_damaged_records_of_a_stage_are_named(tmp_path, content):
+    (tmp_path / DONE).write_bytes(content)
+    with pytest.raises(RecipeError, match=f"{DONE} is damaged.*delete {tmp_path} to train the stage again"):
+        read_record(tmp_path, DONE)
+    assert read_record(tmp_path, BEGUN) is None
 
 
 @pytest.mark.slow

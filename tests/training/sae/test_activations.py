@@ -19,7 +19,7 @@ from segcompass_hf.training.sae.activations import (
     layer_states,
 )
 from segcompass_hf.training.sae.cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
-from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableImage
+from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableRow
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,18 @@ class TestRowStream:
         parts = {part: [i for i, _ in RowStream(range(20), 5, part).rows(0)] for part in ("train", "held_out")}
         assert parts["held_out"] == [4, 9, 14, 19]
         assert sorted(parts["train"] + parts["held_out"]) == list(range(20))
+
+    def test_rows_are_counted_without_walking_them(self):
+        class Long:
+            def __len__(self):
+                return 10**12  # whatever touches each of them would never end
+
+            def __getitem__(self, index):
+                raise AssertionError
+
+        for part, held_out in (("train", 19), ("held_out", 1)):  # of 20
+            assert RowStream(Long(), 20, part, world_size=2).rows_per_epoch == 10**12 * held_out // 20 // 2
+        assert RowStream(Long()).rows_per_epoch == 10**12
 
     def test_a_seed_shuffles_every_epoch_anew(self):
         stream = RowStream(range(20), seed=3)
@@ -153,28 +165,58 @@ class TestRowEncoder:
         encoder = RowEncoder(tiny_processor(family))
         texts = ["the ring", f"{encoder.image_markup} the ring {encoder.image_markup}", encoder.image_markup]
         images = [[], [tiny_image(1), tiny_image(2, (200, 50))], [tiny_image(3)]]
-        exact = [int(encoder._tensors([t], [i])["attention_mask"].sum()) for t, i in zip(texts, images, strict=True)]
-        encoder._length(texts[2], images[2])  # looks at one image as a whole
+        exact = [int(encoder.tensors([t], [i])["attention_mask"].sum()) for t, i in zip(texts, images, strict=True)]
+        encoder.num_tokens(texts[2], images[2])  # looks at one image as a whole
         processed = []
         monkeypatch.setattr(type(encoder.processor.image_processor), "__call__", lambda *a, **k: processed.append(a))
-        assert [encoder._length(t, i) for t, i in zip(texts[1:], images[1:], strict=True)] == exact[1:]
+        assert [encoder.num_tokens(t, i) for t, i in zip(texts[1:], images[1:], strict=True)] == exact[1:]
         assert not processed
 
     def test_long_rows_of_the_schema_are_refused(self, processor):
-        with pytest.raises(ValueError, match="row 7 is .* tokens long, max_length is 9"):
-            RowEncoder(processor, max_length=9)([(7, rows()[0])])
+        with pytest.raises(UnreadableRow, match="row 7: it is .* tokens long, max_length is 9"):
+            RowEncoder(processor, max_length=9, unreadable_rows="error")([(7, rows()[0])])
+        assert RowEncoder(processor, max_length=9)([(7, rows()[0])]) is None  # cut off, a prompt would mean nothing
+
+    def test_without_max_length_the_tokenizer_s_limit_counts(self):
+        long = rows()[0] | {"instruction": "ring " * 200, "sample_id": "long"}
+        encoder = RowEncoder(tiny_processor(model_max_length=100), unreadable_rows="error")
+        with pytest.raises(UnreadableRow, match=r"row 2 \(long\): .* model_max_length of the tokenizer is 100"):
+            encoder([(2, long)])
+        document = {"images": [None], "texts": ["ring " * 200]}
+        assert encoder([(3, document)])["input_ids"].shape[1] == 100
+
+    @pytest.mark.parametrize(
+        ("damage", "reason"),
+        [
+            ({"instruction": None}, "the instruction is a NoneType"),
+            ({"instruction": "  "}, "the instruction is empty"),
+            ({"reasoning": 3}, "the reasoning is a int"),
+            ({"image": None}, "the image is a NoneType"),
+        ],
+    )
+    def test_one_refused_text_among_many_is_skipped_and_named(self, processor, tmp_path, damage, reason):
+        from segcompass_hf.data.readable_rows import UnreadableLog
+
+        log = UnreadableLog(tmp_path / "unreadable.jsonl", "rows")
+        encoder = RowEncoder(processor, unreadable_log=log)
+        batch = [(0, rows()[0]), (1, rows()[0] | {"sample_id": "bad"} | damage)]
+        for _ in range(2):
+            assert encoder(batch)["input_ids"].shape[0] == 1
+        (line,) = map(json.loads, log.file.open())  # named once
+        assert (line["index"], line["sample_id"]) == (1, "bad") and line["reason"].startswith(reason)
 
     def test_rows_that_are_neither(self, processor):
         with pytest.raises(ValueError, match=r"row 3 has the columns \['caption'\]"):
             RowEncoder(processor)([(3, {"caption": "a cat"})])
         with pytest.raises(ValueError, match="row 4.*None in exactly one"):
-            RowEncoder(processor)([(4, {"images": [None], "texts": [None]})])
+            RowEncoder(processor, unreadable_rows="error")([(4, {"images": [None], "texts": [None]})])
+        assert RowEncoder(processor)([(4, {"images": [None], "texts": [None]})]) is None  # one row, not the data set
 
     def test_unreadable_images(self, processor, tmp_path):
         from segcompass_hf.data.readable_rows import UnreadableLog, count_unreadable
 
         broken = {"image": {"bytes": b"no image"}, "instruction": "the ring", "sample_id": "seven"}
-        with pytest.raises(UnreadableImage, match="image of row 5"):
+        with pytest.raises(UnreadableRow, match=r"row 5 \(seven\): the image: .* cannot be read as an image"):
             RowEncoder(processor, unreadable_rows="error")([(5, broken)])
         log = UnreadableLog(tmp_path / "unreadable.jsonl", "rows")
         encoder = RowEncoder(processor, unreadable_log=log)

@@ -526,6 +526,27 @@ class TestTraining:
         by_its_old_name = SaeTrainer(model=None, vlm=vlm, **given)
         assert by_its_old_name.is_new_sae and by_its_old_name.vlm is getattr(vlm, "vlm", vlm)
 
+    @pytest.mark.parametrize("count", [2, 5])
+    def test_a_small_stream_holds_rows_out_as_a_small_table_does(self, model, processor, tmp_path, count):
+        # 5 rows are fewer than every 20th: the last one is held out, for a stream as for a table
+        held_out = []
+        for dataset in (rows(count), Stream(rows(count))):
+            trainer = trainer_of(model, processor, tmp_path, train_dataset=dataset, validation_share=0.05)
+            held_out.append([index for index, _ in trainer.eval_stream.rows(0)])
+            assert len(list(trainer.source.stream.rows(0))) == count - 1
+        trainer.train()
+        assert held_out == [[count - 1]] * 2 and math.isfinite(trainer.evaluate()["eval_loss"])
+
+    def test_what_cannot_be_evaluated_on_is_said_before_training(self, model, processor, tmp_path):
+        for dataset in (rows(1), Stream(rows(1))):
+            with pytest.raises(ValueError, match="has 1 rows, fewer than 2 for each of 1 processes"):
+                trainer_of(model, processor, tmp_path, train_dataset=dataset, validation_share=0.05)
+            trainer_of(model, processor, tmp_path, train_dataset=dataset, validation_share=0.0)
+        bad = {"image": tiny_image(0), "instruction": "", "sample_id": "bad"}
+        for train, evaluation in (([*rows(4), bad], None), (rows(4), [bad])):  # every 5th is held out, or rows given
+            with pytest.raises(ValueError, match="none of the rows to evaluate on can be read"):
+                SaeTrainer(model, settings(tmp_path, validation_share=0.05), train, evaluation, processor)
+
     def test_a_stream_needs_steps(self, model, processor, tmp_path):
         with pytest.raises(ValueError, match="max_steps has to be specified"):
             trainer_of(model, processor, tmp_path, train_dataset=Stream(rows(4)), max_steps=-1)

@@ -290,3 +290,22 @@ def test_corrupt_rows_of_a_dataset_are_skipped(tmp_path):
     trainer = make_trainer("segmentation", "llava", tmp_path, dataset, per_device_train_batch_size=4)
     trainer.train()
     assert trainer.state.log_history[0]["unreadable_rows"] == 1
+
+
+@pytest.mark.parametrize("stage", ["warmup", "segmentation"])
+def test_rows_with_refused_texts_are_skipped_named_and_counted(stage, tmp_path):
+    import json
+
+    from grpo import tiny_rows
+
+    damage = {1: {"instruction": ""}, 2: {"instruction": None}, 4: {"reasoning": "ring " * 9000}}  # it reads 4,096
+    rows = tiny_rows((1, 0, 2, 1, 1, 1))
+    rows = rows.map(lambda row, index: damage.get(index, {}), with_indices=True)
+    trainer = make_trainer(stage, "llava", tmp_path, rows, per_device_train_batch_size=6)
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "unreadable_rows.jsonl").read_text().splitlines()]
+    assert {(line["index"], line["sample_id"]) for line in lines} == {(1, "row-1"), (2, "row-2"), (4, "row-4")}
+    assert trainer.state.log_history[0]["unreadable_rows"] == 3
+    trainer = make_trainer(stage, "llava", tmp_path / "strict", rows, unreadable_rows="error", max_steps=6)
+    with pytest.raises(ValueError, match=r"row \d \(row-[124]\) is unreadable: .*skip such rows"):
+        trainer.train()

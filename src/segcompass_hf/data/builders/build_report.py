@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...files import write_whole
+from ...printable import printable
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +88,7 @@ class BuildReport:
         for problem in self.problems:
             first.setdefault(problem["kind"], problem)
         kinds = [
-            f"{kind} x {number} (first: {first[kind]['where']}: {first[kind]['detail']:.200})"
+            f"{kind} x {number} (first: {printable(first[kind]['where'])}: {printable(first[kind]['detail']):.200})"
             for kind, number in self.counts.items()
         ]
         return f"{text}, {self.num_lost} lost. Problems: " + "; ".join(kinds)

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from transformers.utils import logging
 
+from ...image_files_segcompass import is_turned, open_image
 from .annotation_files import find_annotations, named_splits, read_lines
 from .build_report import BuildReport, RowProblem
 from .found_files import TrustedFolder, spellings
 from .own_masks import FORMS, Objects, is_number, objects_of, union_of
-from .rows import EXIF_ORIENTATION, SampleIds, dataset_from_rows, image_size, kind_by_number, make_row, usable_rows
+from .rows import SampleIds, dataset_from_rows, image_size, kind_by_number, make_row, usable_rows
 from .values import as_flag, parse_json
 
 logger = logging.get_logger(__name__)
@@ -269,5 +269,5 @@ def _may_be_masks(name: str, value: Any) -> bool:
 
 
 def _is_turned(path: str) -> bool:
-    with Image.open(path) as image:
-        return image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+    with open_image(path) as image:
+        return is_turned(image)

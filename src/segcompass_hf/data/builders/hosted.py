@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets_cache import named_cache
+from ..parquet_sizes import check_parquet
 from ..schema import encode_mask, row_features
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
@@ -80,7 +82,8 @@ def from_hosted_reasonseg(
     if files:
         return dataset_from_rows(rows(files), f"hosted-reasonseg-{split}", report, rows_per_batch=16)
     try:
-        loaded = datasets.load_dataset(path_or_id, split=split, streaming=streaming)
+        with named_cache():
+            loaded = datasets.load_dataset(path_or_id, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"there is no file or folder {path_or_id!r}, and on the Hub: {error}") from error
     _check_columns(loaded.column_names, path_or_id)
@@ -135,6 +138,7 @@ def _check_files(files: list[Path], report: BuildReport) -> None:
             report.add("bad_parquet", file.name, str(error), lost=False)
             raise ValueError(f"{str(file)!r} is no complete Parquet file ({error}); is it cut short?") from error
         _check_columns(columns, file)
+        check_parquet(file, repr(str(file)), row_by_row=True)
 
 
 def _check_columns(columns: list[str] | None, where: Any) -> None:
@@ -152,10 +156,13 @@ def _tables(files: list[str] | list[Path]) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     for file in files:
-        with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
-            wanted = [name for name in (*COLUMNS, "img_height", "img_width") if name in parquet.schema_arrow.names]
-            for batch in parquet.iter_batches(batch_size=1, columns=wanted, use_threads=False):
-                yield pa.Table.from_batches([batch])
+        try:
+            with pq.ParquetFile(file, buffer_size=1 << 20) as parquet:
+                wanted = [name for name in (*COLUMNS, "img_height", "img_width") if name in parquet.schema_arrow.names]
+                for batch in parquet.iter_batches(batch_size=1, columns=wanted, use_threads=False):
+                    yield pa.Table.from_batches([batch])
+        except pa.ArrowException as error:
+            raise ValueError(f"{os.fspath(file)!r} is damaged ({error}); copy or download it again.") from error
 
 
 def _stream(stream: Any, hosted: HostedRows) -> Any:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import io
 import os
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ...image_files_segcompass import open_image
+from ..schema import check_mask_pixels
 from .build_report import RowProblem
 
 MAX_VALUES = 128  # more objects than any instruction means: such a file is a picture
@@ -32,10 +33,12 @@ def read_mask_file(image: str | os.PathLike | bytes) -> np.ndarray:
     if not encoded and not os.path.isfile(image):
         raise RowProblem("missing_mask", f"there is no file {os.fspath(image)!r}.")
     try:
-        with Image.open(io.BytesIO(image) if encoded else image) as opened:
+        with open_image(image, "mask") as opened:
             form = opened.format
             opened = ImageOps.exif_transpose(opened)
             values = np.asarray(opened.convert("RGBA") if opened.mode == "PA" else opened)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files raise about anything
         raise RowProblem("unreadable_mask", f"{name} cannot be read as an image ({error}).") from error
     if form in ("JPEG", "MPO"):
@@ -126,6 +129,10 @@ def objects_of_values(values: np.ndarray, name: str) -> dict[int, np.ndarray]:
             f"{name} has the values {_some(found)} and nowhere 0, which is the background: is it a map of scores? "
             "Save 0 and one value per object.",
         )
+    try:
+        check_mask_pixels(len(found), *values.shape)
+    except ValueError as error:
+        raise RowProblem("bad_annotation", f"{name}: {error}") from error
     masks = {value: values == value for value in found}
     of_two = len(found) == 2 and not numbered and _is_outline(*masks.values())
     if of_two or (len(found) > 2 and _are_edges(found, values)):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..schema import decode_masks, encode_mask
+from ..schema import encode_mask, merge_masks
 from .build_report import RowProblem
 from .mask_files import objects_of_values, read_mask_file, split_void
 from .polygons import check_no_grid, flat_polygons, polygons_to_rle
@@ -70,7 +70,7 @@ def objects_of(value: Any, size: tuple[int, int], find: Callable[[str], str], na
 
 def union_of(rles: list[dict[str, Any]], size: tuple[int, int]) -> dict[str, Any] | None:
     """One RLE of several; `None` where there is none."""
-    return encode_mask(decode_masks(rles, size).any(axis=0)) if rles else None
+    return merge_masks(rles) if rles else None
 
 
 def _entries(value: Any, name: str) -> list[Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -14,11 +13,12 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ...files import file_digest, part_beside, whole_file
+from ...image_files_segcompass import is_turned, open_image
+from ..datasets_cache import named_cache
 from ..schema import row_features
 from .build_report import BuildReport, RowProblem
 
 ROWS_PER_BATCH = 1000
-EXIF_ORIENTATION = 0x0112
 
 _DEFAULTS = {
     "image": None,
@@ -77,7 +77,7 @@ def _check_storable(row: dict[str, Any]) -> None:
 
 
 def image_size(image: str | os.PathLike | bytes) -> tuple[int, int]:
-    """(height, width) of an image as it is shown, that is with its EXIF rotation, from the file's header alone.
+    """(height, width) of an image as it is shown, that is with its EXIF rotation; only turned ones are decoded for it.
 
     Args:
         image: Path, or the content of a file.
@@ -90,12 +90,14 @@ def image_size(image: str | os.PathLike | bytes) -> tuple[int, int]:
     if not encoded and not os.path.isfile(image):
         raise RowProblem("missing_image", f"there is no file {name}.")
     try:
-        with Image.open(io.BytesIO(image) if encoded else image) as opened:
-            width, height = opened.size
-            turned = opened.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with open_image(image) as opened:
+            # Some of Pillow's readers state the size before, others after turning: what they turn it to counts.
+            shown = ImageOps.exif_transpose(opened) if is_turned(opened) else opened
+            return shown.height, shown.width
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files raise about anything
         raise RowProblem("unreadable_image", f"{name} cannot be read as an image ({error}).") from error
-    return (width, height) if turned else (height, width)
 
 
 def encode_image(feature: Any, image: Any) -> dict[str, Any]:
@@ -174,6 +176,7 @@ class SampleIds:
         return sample_id
 
 
+@named_cache()
 def dataset_from_rows(
     rows: Iterable[dict[str, Any]],
     name: str = "rows",

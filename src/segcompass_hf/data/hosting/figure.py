@@ -65,7 +65,7 @@ def _draw(axes: Any, row: dict[str, Any]) -> None:
     number = len(row["masks"])
     caption = f"{'no object' if not number else f'{number} object' + 's' * (number > 1)}"
     caption += f", {row['kind']}" if row["kind"] else ""
-    axes.text(0, -0.03, caption, fontsize=8, color=MUTED, transform=axes.transAxes, va="top")
+    axes.text(0, -0.03, caption, fontsize=8, color=MUTED, transform=axes.transAxes, va="top", parse_math=False)
 
 
 def _outline(axes: Any, mask: np.ndarray, colour: str) -> None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ...files import readable_size, temporary_folder
-from ..builders.found_files import TrustedFolder
+from ...printable import printable
+from ...private_text import check_file, check_inside
+from ..datasets_cache import named_cache
+from ..parquet_sizes import check_parquet
 from ..readable_rows import check_row
 from ..schema import row_features
 
@@ -107,7 +110,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     """Look at a data set as a stranger would load it.
 
     Every shard is there, complete and in the row schema, and its first image and masks can be decoded; the card
-    promises the rows and columns that the shards have; `load_dataset` gives each split.
+    promises the rows and columns that the shards have; `load_dataset` gives each split. No file is a link out of the
+    folder, and no text, of the rows either, holds a key or a folder of this machine.
 
     Raises:
         FileNotFoundError: There is no such folder, or no shard or card in it.
@@ -115,6 +119,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     """
     folder = Path(folder)
     shards = _shards_by_split(folder)
+    for path in (*(folder / name for name in PUBLISHED), *(path for paths in shards.values() for path in paths)):
+        check_inside(path, folder)
     if not (folder / "README.md").is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no README.md; write it with `segcompass data build`.")
     rows = {split: sum(map(_checked_rows, paths)) for split, paths in shards.items()}
@@ -122,9 +128,8 @@ def check_written_dataset(folder: str | os.PathLike) -> Publication:
     _check_loading(folder, shards)
     paths = [folder / name for name in PUBLISHED if (folder / name).is_file()]
     paths += [path for split in shards for path in shards[split]]
-    links = [str(path) for path in paths if not TrustedFolder(folder).holds(path)]
-    if links:
-        raise ValueError(f"{links[0]!r} is a link out of the folder, to a file that would be published; remove it.")
+    for path in paths:
+        check_file(path, path.relative_to(folder).as_posix())
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     found = (path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file())
     return Publication(files, rows, [path for path in found if path not in files])
@@ -164,6 +169,7 @@ def _checked_rows(path: Path) -> int:
     from datasets import Features
 
     name = f"data/{path.name}"
+    check_parquet(path, name, row_by_row=True)
     try:
         with pq.ParquetFile(path, buffer_size=1 << 20) as shard:  # whole row groups are many images
             if Features.from_arrow_schema(shard.schema_arrow) != row_features():
@@ -174,12 +180,14 @@ def _checked_rows(path: Path) -> int:
             row, count = first.to_pylist()[0], shard.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{name} is no complete Parquet file ({error}); is it cut short?") from error
+    except (KeyError, TypeError, AttributeError) as error:  # of a header that names no columns
+        raise ValueError(f"{name} is damaged ({type(error).__name__}: {error}); build it again.") from error
     try:
         if not row["image"] or not row["image"]["bytes"]:
             raise ValueError("its image is not in the file")
         check_row(row)
     except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
-        raise ValueError(f"{name}: its first row ({row['sample_id']}) cannot be read: {error}") from error
+        raise ValueError(f"{name}: its first row ({printable(row['sample_id'])}) cannot be read: {error}") from error
     return count
 
 
@@ -196,6 +204,7 @@ def _check_card(folder: Path, rows: dict[str, int]) -> None:
         raise ValueError(f"README.md promises {stated} rows, but the shards hold {rows}; build the data set again.")
 
 
+@named_cache()
 def _check_loading(folder: Path, shards: dict[str, list[Path]]) -> None:
     import datasets
 

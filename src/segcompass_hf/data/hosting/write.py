@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ...files import staged_folder
+from ...private_text import without_folders
 from ..builders.build_report import BuildReport
 from ..schema import row_features
 from .card import is_license_id, render_card
@@ -148,18 +149,6 @@ def _write_card(
     (part / REPORT_FILE).write_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if license is not None and not is_license_id(license):
         (part / "LICENSE").write_text(license.strip() + "\n", encoding="utf-8")
-
-
-def without_folders(value: Any) -> Any:
-    """A report with the names of files but not of the folders they lie in, which are nobody's business."""
-    if isinstance(value, dict):
-        return {without_folders(key): without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_folders(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"(['\"])(?:/|~/|[A-Za-z]:\\)(?:(?!\1).)*[/\\]((?:(?!\1)[^/\\])+)\1", r"\1\2\1", value)
-    return re.sub(r"(?<![\w./:-])(?:~?/|[A-Za-z]:\\)(?:[^\s'\"/\\:,;()]+[/\\])+(?=[^\s/\\])", "", value)
 
 
 def _as_splits(splits: Any) -> dict[str, Any]:

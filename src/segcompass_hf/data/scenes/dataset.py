@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..datasets_cache import named_cache
 from ..schema import encode_mask, row_features
 from .drawing import SceneObject, draw, sample_layout
 from .instructions import KINDS, Instruction, sample_instruction
@@ -159,6 +160,7 @@ def iterate(
         yield rows[index]
 
 
+@named_cache()
 def build(split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = ()):
     """`datasets.Dataset` with the rows of `iterate`."""
     from datasets import Dataset

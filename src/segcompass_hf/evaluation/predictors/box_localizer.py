@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
+from ...data.vlm_texts import TextsWithImages
 from ...files import weights_digest
 from ...vlm_processors_segcompass import load_vlm_parts, processor_class
 from ..prediction import Prediction
@@ -84,6 +85,7 @@ class BoxLocalizerPredictor:
         self.processor = getattr(vlm_processor, "vlm_processor", vlm_processor)
         if not getattr(self.processor, "chat_template", None):
             raise ValueError("the VLM's processor has no chat template; set processor.chat_template.")
+        self._texts = TextsWithImages(self.processor)
         self.vlm, self.coordinates, self.image_size, self.name = vlm, coordinates, image_size, name
         self.generate_kwargs = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1} | generate_kwargs
         self.num_malformed, self._sam = 0, PromptedSam(sam, sam_processor)
@@ -100,14 +102,14 @@ class BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
         from transformers import AutoModelForImageTextToText, SamModel
 
+        from ...loading_segcompass import load_part
+
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
         processor = processor_class(class_name)(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
         )
-        model = AutoModelForImageTextToText.from_pretrained(vlm).to(device)
-        return cls(
-            model, processor, SamModel.from_pretrained(sam, dtype="float32").to(device), os.fspath(sam), **kwargs
-        )
+        model = load_part(AutoModelForImageTextToText, vlm).to(device)
+        return cls(model, processor, load_part(SamModel, sam, dtype="float32").to(device), os.fspath(sam), **kwargs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -125,6 +127,16 @@ class BoxLocalizerPredictor:
             **self._sam.settings,
         }
 
+    def check_row(self, row: dict[str, Any]) -> None:
+        """Refuse, with a `ValueError`, a row whose instruction is missing, empty or too long for the VLM."""
+        words, limit = row.get("instruction"), self._texts.max_tokens
+        if not isinstance(words, str) or not words.strip():
+            raise ValueError(f"the instruction is {words!r}; say what to look for in the image.")
+        if limit is not None and (length := self._texts.num_tokens(self._text(words), [self._shown(row)])) > limit:
+            raise ValueError(
+                f"the prompt has {length} tokens, the tokenizer's model_max_length is {limit}; shorten it."
+            )
+
     @torch.no_grad()
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[Prediction]:
         """Segment a batch of rows.
@@ -137,7 +149,7 @@ class BoxLocalizerPredictor:
             IoU; `text` is the answer, `reasoning` what stands inside its think tags.
         """
         images = [row["image"] for row in rows]
-        shown = [image.resize(self.image_size[::-1]) if self.image_size else image for image in images]
+        shown = [self._shown(row) for row in rows]
         inputs = self._inputs(shown, [row["instruction"] for row in rows])
         answers = self._answers(inputs)
         seen = self._sizes_seen(inputs, shown)
@@ -148,12 +160,16 @@ class BoxLocalizerPredictor:
             for answer, (masks, scores) in zip(answers, results, strict=True)
         ]
 
+    def _shown(self, row: dict[str, Any]) -> Image.Image:
+        return row["image"].resize(self.image_size[::-1]) if self.image_size else row["image"]
+
+    def _text(self, words: str) -> str:
+        text = self.prompt.replace("{instruction}", self._inert(words.strip()))
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
     def _inputs(self, images: list[Image.Image], instructions: list[str]) -> dict[str, Any]:
-        texts = []
-        for words in instructions:
-            text = self.prompt.replace("{instruction}", self._inert(words.strip()))
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-            texts.append(self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False))
+        texts = [self._text(words) for words in instructions]
         bos, kwargs = self.processor.tokenizer.bos_token, {}
         if bos and texts[0].startswith(bos):  # the template wrote it; a second one must not be added
             kwargs["add_special_tokens"] = False

@@ -29,7 +29,7 @@ from transformers.utils import logging
 from ...data.builders.build_report import RowProblem
 from ...data.builders.mask_files import objects_of_values, read_mask_file
 from ...data.builders.polygons import check_no_grid, polygons_to_rle
-from ...data.schema import decode_mask
+from ...data.schema import check_mask_pixels, decode_mask
 from ...files import file_digest
 from ..prediction import Prediction
 from ..records import CHECKSUM, is_as_written
@@ -82,7 +82,7 @@ class FolderPredictor:
         if missing not in ("error", "empty"):
             raise ValueError(f"missing is {missing!r}; it must be 'error' or 'empty'.")
         self.folder, self.missing, self.num_missing = Path(folder), missing, 0
-        path = self.folder.resolve()
+        path = Path(os.path.realpath(self.folder))
         self.name = name or (path.stem if path.suffix.lower() == ".jsonl" else path.name)
         self._files, self._lines, self.extra = _index(self.folder)
         self._checked, self.missing_ids = False, []
@@ -244,6 +244,7 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
         )
     if not isinstance(record["masks"], list):
         raise ValueError(f'"masks" is {record["masks"]!r:.60}; expected a list of RLEs, [] for no object.')
+    check_mask_pixels(len(record["masks"]), *size)
     check_no_grid(record["masks"], *size)
     masks = np.zeros((len(record["masks"]), *size), dtype=bool)
     for index, entry in enumerate(record["masks"]):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...data.collator import SegmentationCollator
+from ...data.vlm_texts import RowTextCheck
 from ...files import weights_digest
 from ..prediction import Prediction
 
@@ -45,6 +46,7 @@ class ModelPredictor:
         self.slot_logit_threshold, self.mask_logit_threshold = slot_logit_threshold, mask_logit_threshold
         self.segment_kwargs = segment_kwargs
         self._collate = SegmentationCollator.for_evaluation(processor)
+        self.check_row = RowTextCheck(processor, with_reasoning=False)
 
     @property
     def settings(self) -> dict[str, Any]:

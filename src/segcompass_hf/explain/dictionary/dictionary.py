@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 from transformers.utils import logging
 
+from ...data.readable_rows import keep_images_encoded
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
@@ -109,7 +110,7 @@ class ConceptDictionary:
         was_training = model.training
         model.eval()
         try:
-            stream = enumerate(itertools.islice(iter(rows), num_rows))
+            stream = enumerate(itertools.islice(iter(keep_images_encoded(rows)), num_rows))
             while batch := list(itertools.islice(stream, batch_size)):
                 for reading in reader.read(batch):
                     counts.add(reading)

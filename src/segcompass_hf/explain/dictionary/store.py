@@ -20,7 +20,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
+from ...data.parquet_sizes import check_parquet
 from ...files import write_whole
+from ...offloading_segcompass import weights_at_hand
 from .entries import ConceptEntry
 
 NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
@@ -35,18 +37,20 @@ _SKETCH_TOLERANCE = 2.0**-7  # relative: weights may have been rounded to bfloat
 def sae_hash(sae: nn.Module) -> str:
     """SHA-256 of an SAE's weights as float32, the same for every dtype that holds them exactly."""
     digest = hashlib.sha256()
-    for name, weight in sorted(sae.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    with weights_at_hand(sae):
+        for name, weight in sorted(sae.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
 def sae_sketch(sae: nn.Module) -> np.ndarray:
     """Some weights of an SAE, spread evenly over encoder and decoder: float32 `(1024,)`."""
     parts = []
-    for weight in (sae.W_enc, sae.W_dec):
-        flat = weight.detach().flatten()
-        parts.append(flat[:: max(1, flat.numel() // _SKETCH_SIZE)][:_SKETCH_SIZE].float().cpu().numpy())
+    with weights_at_hand(sae):
+        for weight in (sae.W_enc, sae.W_dec):
+            flat = weight.detach().flatten()
+            parts.append(flat[:: max(1, flat.numel() // _SKETCH_SIZE)][:_SKETCH_SIZE].float().cpu().numpy())
     return np.concatenate(parts)
 
 
@@ -109,6 +113,7 @@ def read_files(folder: str | os.PathLike) -> tuple[dict[str, np.ndarray], Any, d
             "or one of the two was replaced); write the dictionary again."
         )
     _, parquet = _pyarrow()
+    check_parquet(io.BytesIO(table), TABLE_FILE)
     table, info = parquet.read_table(io.BytesIO(table)), _read_info(header.get("info"))
     problem = _what_is_wrong(arrays, table, info)
     if problem:

@@ -13,14 +13,18 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 import numpy as np
+from PIL import Image
 
 from ...files import temporary_folder
 from ...images_segcompass import to_rgb_image
 from .model import NUM_SHOWN, LiveAnswer, LiveModel
+from .uploads import bound_uploads
 
 MAX_INSTRUCTION = 500  # characters
 MAX_UPLOAD = "20mb"
-MAX_SESSIONS = 64  # answers kept, the oldest are dropped first
+MAX_SESSIONS = 16  # answers kept, the oldest are dropped first
+MAX_SIDE = 1024  # pixels; larger pictures are reduced, which bounds an answer's memory and shows all that is shown
+MAX_WAITING = 32  # questions in the queue, beyond which the page says that it is full
 _FONTS = ("Inter", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 _CSS = (Path(__file__).parents[1] / "templates" / "app.css").read_text("utf-8")
 
@@ -63,7 +67,7 @@ def build_app(live: LiveModel, scenes: bool = False, note: str = "") -> gr.Block
                     height=420,
                     elem_id="picture",
                 )
-                picture.preprocess = _readable(picture.preprocess)
+                bound_uploads(picture)
                 instruction = gr.Textbox(
                     label="What to find",
                     placeholder=_example(scenes),
@@ -115,7 +119,7 @@ def build_app(live: LiveModel, scenes: bool = False, note: str = "") -> gr.Block
         reset.click(_reset, [session], [*sliders, result, summary], api_visibility="private")
         if scenes:
             another.click(_another_scene, None, [picture, instruction], api_visibility="private")
-    return app
+    return app.queue(max_size=MAX_WAITING)
 
 
 def launch_options() -> dict[str, Any]:
@@ -231,20 +235,6 @@ def _another_scene() -> tuple[dict[str, Any], str]:
     return {"background": scene.image, "layers": [], "composite": scene.image}, scene.instruction.text
 
 
-def _readable(preprocess: Any) -> Any:
-    """A component's reading of what was sent, saying in the page's words what is wrong with a file. (A subclass would
-    make gradio write a stub file beside this one.)"""
-
-    def read(payload: Any) -> Any:
-        try:
-            return preprocess(payload)
-        except Exception as error:  # whatever a damaged file makes the readers raise
-            message = "This file cannot be read as a picture. Choose a JPEG, PNG or WebP file."
-            raise gr.Error(message, print_exception=False) from error
-
-    return read
-
-
 def _image(editor: dict | None) -> Any:
     """What was drawn or uploaded.
 
@@ -255,7 +245,9 @@ def _image(editor: dict | None) -> Any:
     if picture is None or (editor.get("background") is None and not any(_drawn(layer) for layer in editor["layers"])):
         raise gr.Error("Upload, paste or draw a picture first.", print_exception=False)
     try:
-        return to_rgb_image(picture)
+        image = to_rgb_image(picture)
+        image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+        return image
     except ValueError as error:
         raise gr.Error(escape(str(error)), print_exception=False) from error
 

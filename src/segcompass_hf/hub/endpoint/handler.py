@@ -150,18 +150,20 @@ class EndpointHandler:
             return RequestError(500, "the request failed for a reason that is in the server's log.").to_dict()
 
     def _read_image(self, image: Any) -> Image.Image:
-        if isinstance(image, Image.Image):
-            return _checked_image(image, self.limits)
         if isinstance(image, str):
             image = _decode_base64(image, self.limits)
-        if not isinstance(image, (bytes, bytearray, memoryview)):
+        if not isinstance(image, (bytes, bytearray, memoryview, Image.Image)):
             raise RequestError(
                 400, f"image is a {type(image).__name__}; expected base64, a URL, or the bytes of an image file."
             )
-        if len(image) > self.limits.image_bytes:
+        if not isinstance(image, Image.Image) and len(image) > self.limits.image_bytes:
             raise RequestError(413, f"the image has {len(image)} bytes; at most {self.limits.image_bytes} are read.")
         try:
-            return _checked_image(Image.open(io.BytesIO(image), formats=FORMATS), self.limits)
+            if not isinstance(image, Image.Image):
+                image = Image.open(io.BytesIO(image), formats=FORMATS)
+            elif image.format not in (None, "MPO", *FORMATS):  # opened elsewhere, but decoded here
+                raise RequestError(400, f"the image is of format {image.format}; expected {', '.join(FORMATS)}.")
+            return _checked_image(image, self.limits)
         except RequestError:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # before we see its size
@@ -327,13 +329,13 @@ def fetch(url: str, limits: Limits) -> bytes:
     for _ in range(limits.redirects + 1):
         try:
             target, content = _fetch_once(url, limits, deadline)
+            url = urljoin(url, target or "")  # a redirect may name what is no URL
         except (OSError, http.client.HTTPException, ValueError) as error:  # ssl.SSLError is an OSError
             late = time.monotonic() >= deadline
             reason = f"took more than {limits.fetch_seconds:g} seconds" if late else "cannot be read"
             raise RequestError(400, f"the URL {reason}.") from error
         if target is None:
             return content
-        url = urljoin(url, target)
     raise RequestError(400, f"the URL redirects more than {limits.redirects} times.")
 
 

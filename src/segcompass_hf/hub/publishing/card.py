@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...pages import markdown_table
+from ...printable import printable
+from ...private_text import check_values, without_folders
 from .card_facts import architecture_table, base_of_adapter, results_how, results_table
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -74,11 +77,20 @@ def write_model_card(
 
     Raises:
         FileNotFoundError: There is no such folder or recipe.
-        ValueError: No licence is known, or an adapter names no base.
+        ValueError: No licence is known, an adapter names no base, or what was given holds a key or a folder of this
+            machine; from the commands of evaluations folders are taken out.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}.")
+    given = {"training": training, "details": details, "base_model": base_model, "license": license, "figure": figure}
+    given |= {"datasets": datasets, "space": space, "examples": [instruction for _, instruction in examples]}
+    for name, value in given.items():
+        check_values(name, value)
+    if not isinstance(recipe, str) or Path(recipe).is_file():
+        check_values(f"the recipe {recipe}" if isinstance(recipe, str) else "the recipe", load_recipe(recipe or {}))
+    for number, run in enumerate(evaluations):
+        check_values(f"evaluations[{number}]", without_folders(run))
     stated = _stated_header(folder / "README.md")
     widget = _write_examples(folder, examples) or stated.get("widget") or []
     base = base_model or stated.get("base_model") or base_of_adapter(folder)
@@ -128,7 +140,7 @@ def render_model_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    facts = load_recipe(recipe)
+    facts, evaluations = load_recipe(recipe), [without_folders(dict(run)) for run in evaluations]
     own = {name: facts[name] for name in _HEADER_FACTS if name in facts}
     header = own | dict(header or {})
     if not header.get("license"):
@@ -158,12 +170,18 @@ def render_model_card(
     table = markdown_table(["data set", "metric", "value"], quoted)
     values["quoted"] = table if quoted else facts.get("quoted_missing")
     values |= {"repo_id": repo_id, "base": header.get("base_model")}
-    values |= {"example_image": _address(example["src"], repo_id), "example_instruction": example["text"]}
+    values["example_image"] = _literal(_address(example["src"], repo_id))
+    values["example_instruction"] = _literal(example["text"])
     # What the template tests for has to be there: without a name it would read the header's field of that name.
     values = {"space": None, "figure": None, "dictionary": False, "details": ""} | values
     card = ModelCard.from_template(data, template_path=str(TEMPLATES / "model_card.md"), **values)
     card.text = card.text.rstrip() + "\n"
     return card
+
+
+def _literal(text: str) -> str:
+    """A text as Python writes it in code, whatever quotes and line breaks it holds."""
+    return printable(json.dumps(str(text), ensure_ascii=False))
 
 
 def _address(source: str, repo_id: str) -> str:

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ...pages import markdown_table
+from ...files import read_json_object
+from ...pages import code_block, markdown_table
 
 
 def architecture_table(folder: Path) -> str:
@@ -17,13 +17,16 @@ def architecture_table(folder: Path) -> str:
     parameters, size = weight_counts(folder)
     lines = []
     if (folder / "adapter_config.json").is_file():
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = read_json_object(folder / "adapter_config.json")
         method, rank, alpha = (config.get(name) for name in ("peft_type", "r", "lora_alpha"))
         lines.append(["adapter", f"{method}, rank {rank}, alpha {alpha}"])
         saved = sorted({name.split(".")[0] for name in config.get("modules_to_save") or []})
         lines.append(["trained whole", ", ".join(saved) or "nothing"])
     else:
-        lines += _model_lines(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        try:
+            lines += _model_lines(read_json_object(folder / "config.json"))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"config.json is not that of a SegCompass ({type(error).__name__}: {error}).") from error
     lines.append(["weights", f"{parameters / 1e6:,.1f} million, {size / 1e6:,.1f} MB"])
     return markdown_table(["part", ""], lines)
 
@@ -70,7 +73,7 @@ def base_of_adapter(folder: Path) -> str | None:
     path = folder / "adapter_config.json"
     if not path.is_file():
         return None
-    base = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = read_json_object(path).get("base_model_name_or_path")
     if not base:
         raise ValueError("the adapter does not say which model it was trained on; pass base_model=.")
     return base
@@ -120,7 +123,7 @@ def results_how(evaluations: Sequence[dict[str, Any]]) -> str:
     parts = []
     commands = list(dict.fromkeys(run["command"] for run in evaluations if run.get("command")))
     if commands:
-        parts.append("Made by\n\n```\n" + "\n".join(commands) + "\n```")
+        parts.append("Made by\n\n" + code_block("\n".join(commands)))
     first = evaluations[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     precision = first["settings"]["predictor"].get("dtype", "unknown precision")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...private_text import PICTURES, check_file
 from .stage import ADAPTER, INDEX, WEIGHTS, Stage
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ LICENSED = ("license", "license_name")
 def check_stage(stage: Stage, evaluations: Sequence[dict[str, Any]] = (), device: Any = None) -> list[str]:
     """Look at what would be published as a stranger would use it.
 
-    Every weight is there and finite; the folder loads; it answers the card's examples (without any, a drawn image)
-    with finite maps; the card's header is valid; figures belong to these weights.
+    Every weight is there and finite; no text holds a key or a folder of this machine; the folder loads; it answers
+    the card's examples (without any, a drawn image) with finite maps; the card's header is valid; figures belong to
+    these weights.
 
     Args:
         stage ([`Stage`]): What would be published.
@@ -35,7 +37,7 @@ def check_stage(stage: Stage, evaluations: Sequence[dict[str, Any]] = (), device
     Raises:
         ValueError: Something does not hold, with what to do.
     """
-    done = [check_weights(stage.folder)]
+    done = [check_weights(stage.folder), check_texts(stage)]
     examples, line = check_card(stage.folder)
     done.append(line)
     model, processor = load_stage(stage, device)
@@ -45,6 +47,18 @@ def check_stage(stage: Stage, evaluations: Sequence[dict[str, Any]] = (), device
         done.append(_check_dictionary(stage.folder, model))
     done += [_check_figures(model, run) for run in evaluations]
     return done
+
+
+def check_texts(stage: Stage) -> str:
+    """No key, token or password and no folder of this machine stands in what would be published.
+
+    Raises:
+        ValueError: One does, with the file and line.
+    """
+    files = {name: path for name, path in stage.files().items() if path.suffix.lower() not in PICTURES}
+    for name, path in files.items():
+        check_file(path, name)
+    return f"no key and no folder of this machine in {len(files)} files"
 
 
 def check_weights(folder: Path) -> str:
@@ -132,11 +146,7 @@ def load_stage(stage: Stage, device: Any = None) -> tuple[Any, Any]:
         if stage.kind == "adapter":
             model, processor = _load_adapter(stage)
         else:
-            model, info = SegCompassForReasoningSegmentation.from_pretrained(
-                stage.folder, output_loading_info=True, local_files_only=True
-            )
-            if info["unexpected_keys"]:
-                raise ValueError(f"the model has no place for {sorted(info['unexpected_keys'])[:3]}")
+            model = SegCompassForReasoningSegmentation.from_pretrained(stage.folder, local_files_only=True)
             processor = SegCompassProcessor.from_pretrained(stage.folder)
     except Exception as error:  # whatever damaged files make the readers raise
         raise ValueError(f"what would be published does not load: {error}") from error
@@ -172,9 +182,9 @@ def _load_adapter(stage: Stage) -> tuple[Any, Any]:
 
 
 def _check_answers(model: Any, processor: Any, examples: list[tuple[Path, str]]) -> str:
-    from PIL import Image
+    from ...images_segcompass import to_rgb_image
 
-    loaded = [(Image.open(path).convert("RGB"), text) for path, text in examples] or [(_probe(), PROBE_INSTRUCTION)]
+    loaded = [(to_rgb_image(path), text) for path, text in examples] or [(_probe(), PROBE_INSTRUCTION)]
     kept = []
     for image, instruction in loaded:
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
@@ -230,4 +240,4 @@ def _check_figures(model: Any, run: dict[str, Any]) -> str:
     return f"figures on {run['dataset']}: of these weights"
 
 
-__all__ = ["check_card", "check_stage", "check_weights", "load_stage"]
+__all__ = ["check_card", "check_stage", "check_texts", "check_weights", "load_stage"]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ...loading_segcompass import CUSTOM_PIPELINES
+from ...private_text import PICTURES, check_inside
 
 PACKAGE = Path(__file__).parents[2]
 _MODEL_CLASS = "modeling_segcompass.SegCompassForReasoningSegmentation"
@@ -25,7 +27,15 @@ AUTO_MAP = {
 }
 PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 # All that the processor imports of ours.
-PROCESSOR_CODE = ("images_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py")
+PROCESSOR_CODE = (
+    "image_files_segcompass.py",
+    "images_segcompass.py",
+    "postprocessing_segcompass.py",
+    "processing_segcompass.py",
+    "threads_segcompass.py",
+    "vlm_processors_segcompass.py",
+)
+SHARDS = "model-*-of-*.safetensors"
 WEIGHTS, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 # Files of a folder that belong to what is published, besides weights and code.
 KEPT = (
@@ -45,15 +55,19 @@ KEPT = (
     "vocab.json",
     "merges.txt",
     "README.md",
-    "examples/*",
     "concepts.safetensors",
     "concepts.parquet",
 )
 # Published too where the folder has them; what somebody put into the repository by hand stays where it has none.
-GUESTS = ("handler.py", "LICENSE*", "NOTICE*", ".eval_results/*.yaml")
+GUESTS = (
+    "handler.py",
+    *(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".txt", ".md")),
+    ".eval_results/*.yaml",
+)
+EXAMPLES = "examples/*"  # pictures that the card names
 CODE = ("modeling_*.py", "*_segcompass.py")  # of this package, beside the weights
 # What a push may remove from a repository: what an earlier push put there and this one does not.
-OWNED = (*KEPT, *CODE, WEIGHTS, "model-*-of-*.safetensors", INDEX, ADAPTER)
+OWNED = (*KEPT, EXAMPLES, *CODE, WEIGHTS, SHARDS, INDEX, ADAPTER)
 
 
 @dataclass
@@ -90,7 +104,7 @@ def stage_checkpoint(
 ) -> Stage:
     """Put what of a folder is published into another one, completed by the code that loads it.
 
-    Optimizer states, logs, pickles and whatever else training leaves are not taken along. Names of folders of this
+    Optimizer states, logs, pickles, notes and whatever else lies there are not taken along. Names of folders of this
     machine are taken out of the configurations.
 
     Args:
@@ -103,7 +117,8 @@ def stage_checkpoint(
 
     Raises:
         FileNotFoundError: There is no such folder, or it lacks the configuration, the processor or weights.
-        ValueError: It is no SegCompass checkpoint, or an adapter whose base nobody else can find.
+        ValueError: It is no SegCompass checkpoint, an adapter whose base nobody else can find, or a file of it is a
+            link that leads out of the folder.
     """
     source, destination = Path(source).expanduser(), Path(destination)
     if not source.is_dir():
@@ -112,7 +127,10 @@ def stage_checkpoint(
     weights = _adapter_weights(source) if kind == "adapter" else _model_weights(source)
     destination.mkdir(parents=True, exist_ok=True)
     found = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    kept = [name for name in found if name not in weights and _matches(name, (*KEPT, *GUESTS))]
+    shown = _pictures_of_card(source)
+    kept = [name for name in found if name not in weights and (name in shown or _matches(name, (*KEPT, *GUESTS)))]
+    for name in (*kept, *weights):
+        check_inside(source / name, source)
     if "processor_config.json" not in kept and kind == "model":
         raise FileNotFoundError(
             f"{str(source)!r} has no processor_config.json; save the processor beside the model with "
@@ -127,6 +145,8 @@ def stage_checkpoint(
     if kind == "adapter":
         base, local_base = _write_base(source, destination, base_model)
     _write_code(destination, kind)
+    for path in (destination / name for name in kept if fnmatch.fnmatchcase(name, "*config.json")):
+        write_json(path, _without_sources(_read_json(path)))
     ours = {*kept, *weights, *(path.name for path in core_files())}
     return Stage(destination, kind, base, local_base, [name for name in found if name not in ours])
 
@@ -144,6 +164,17 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 def is_owned(name: str) -> bool:
     """Whether a file of a repository is of the kind that a push writes."""
     return _matches(name, OWNED)
+
+
+def _pictures_of_card(source: Path) -> list[str]:
+    """Pictures below `examples/` that the card of a folder shows."""
+    card = source / "README.md"
+    if not card.is_file():
+        return []
+    check_inside(card, source)
+    text = card.read_text(encoding="utf-8", errors="replace")
+    names = (path.relative_to(source).as_posix() for path in source.glob(EXAMPLES) if path.suffix.lower() in PICTURES)
+    return [name for name in names if re.search(rf"(?<![\w/]){re.escape(name)}(?![\w.])", text)]
 
 
 def _kind_of(source: Path) -> Literal["model", "adapter"]:
@@ -167,7 +198,15 @@ def _model_weights(source: Path) -> list[str]:
         pickles = sorted(path.name for path in source.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, load it and save it as safetensors" if pickles else ""
         raise FileNotFoundError(f"{str(source)!r} has neither {WEIGHTS} nor {INDEX}{hint}.")
-    shards = sorted(set(_read_json(source / INDEX)["weight_map"].values()))
+    shards = _read_json(source / INDEX).get("weight_map")
+    shards = list(shards.values()) if isinstance(shards, dict) else [shards]
+    odd = [shard for shard in shards if not isinstance(shard, str) or not _matches(shard, (SHARDS,))]
+    if odd or not shards:
+        named = f"{odd[0]!r:.80}" if odd else "nothing"
+        raise ValueError(
+            f"{INDEX} names {named} as a weight file; expected names such as {SHARDS.replace('*', '00001')}."
+        )
+    shards = sorted(set(shards))
     missing = [shard for shard in shards if not (source / shard).is_file()]
     if missing:
         raise FileNotFoundError(
@@ -211,7 +250,6 @@ def _write_code(destination: Path, kind: str) -> None:
     if kind == "model":
         config = _read_json(destination / "config.json")
         config.update(auto_map=AUTO_MAP, custom_pipelines=CUSTOM_PIPELINES)
-        _drop_folders(config)
         write_json(destination / "config.json", config)
     processor = destination / "processor_config.json"
     if processor.is_file():
@@ -221,13 +259,14 @@ def _write_code(destination: Path, kind: str) -> None:
             (destination / name).unlink()
 
 
-def _drop_folders(config: dict) -> None:
-    """Take out where the parts came from."""
-    for name in ("_name_or_path", "name_or_path"):
-        config.pop(name, None)
-    for value in config.values():
-        if isinstance(value, dict):
-            _drop_folders(value)
+def _without_sources(value: Any) -> Any:
+    """A configuration without where its parts came from."""
+    if isinstance(value, list):
+        return [_without_sources(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kept = ((name, item) for name, item in value.items() if name not in ("_name_or_path", "name_or_path"))
+    return {name: _without_sources(item) for name, item in kept}
 
 
 def _link(source: Path, destination: Path) -> None:
@@ -241,7 +280,7 @@ def _link(source: Path, destination: Path) -> None:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.name} holds a {type(content).__name__}, expected an object.")

@@ -25,10 +25,13 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
         `list[pathlib.Path]`: the files.
 
     Raises:
-        ValueError: `model_id` is no id on the Hub, or is also a path here: a Space sees no folder of this machine.
+        ValueError: `model_id` is no id on the Hub, or is also a path here: a Space sees no folder of this machine; or
+            `package` holds a token or a folder of this machine.
     """
     from ... import __version__
+    from ...files import write_whole
     from ...pages import fill_template
+    from ...private_text import check_publishable
 
     if model_id is not None and not _REPO_ID.fullmatch(model_id):
         raise ValueError(f"model {model_id!r} is no id on the Hub; a Space needs owner/name.")
@@ -37,6 +40,9 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
             f"model {model_id!r} is a path on this machine, where a Space cannot see it; publish it with `segcompass "
             "push` and name its id on the Hub. If this is its id, call from another folder."
         )
+    if package is not None and (not package.strip() or not package.isprintable()):
+        raise ValueError(f"package is {package!r}; expected a line for requirements.txt, such as segcompass_hf.")
+    check_publishable("package", package or "")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     values = {
@@ -47,5 +53,5 @@ def write_space(folder: str | os.PathLike, model_id: str | None = None, package:
     }
     for name in FILES:
         text = (resources.files(__package__) / name).read_text("utf-8")
-        (folder / name).write_text(fill_template(text, values), "utf-8")
+        write_whole(folder / name, fill_template(text, values))  # a link of that name is replaced, not followed
     return [folder / name for name in FILES]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -39,6 +40,24 @@ class SegmentationTargets:
         """What goes with TRL's own inputs through shuffling and splitting."""
         names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes")
         return {name: getattr(self, name) for name in names}
+
+
+def check_num_rows(rows: Any, args: Any) -> None:
+    """Refuse, with a `ValueError`, too few rows for one generation: TRL leaves them out, and would train no step.
+
+    Args:
+        rows (`datasets.Dataset` or `datasets.IterableDataset`): To train on; of a stream the first ones are counted.
+        args ([`SegCompassGRPOConfig`]): Sizes of a generation.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    found = len(rows) if hasattr(rows, "__len__") else sum(1 for _ in islice(rows, needed))
+    if found < needed:
+        raise ValueError(
+            f"train_dataset has {found} rows, but one generation takes {needed} prompts: generation_batch_size="
+            f"{args.generation_batch_size} completions (per_device_train_batch_size x processes x "
+            f"steps_per_generation) / num_generations={args.num_generations}. Give more rows, or lower the batch "
+            "size, gradient_accumulation_steps or steps_per_generation."
+        )
 
 
 def prompt_of(row: dict[str, Any], processor: Any) -> list[dict[str, str]]:

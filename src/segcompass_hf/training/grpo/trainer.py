@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 
+from ...data.vlm_texts import RowTextCheck
 from ...generation_segcompass import HiddenStateCapture, run_last_token
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
@@ -32,7 +33,7 @@ from .one_cycle import OneCycle
 from .pictures import SamplePictureLogger, picture_sample
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
-from .targets import prompt_of, segmentation_targets
+from .targets import check_num_rows, prompt_of, segmentation_targets
 from .vllm import vllm_rollouts
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
@@ -108,6 +109,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             reward_funcs = [format_reward, mask_reward]
             args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
         self._rollouts: RolloutMasks | None = None
+        self.check_text = RowTextCheck(processing_class, with_reasoning=False)
         beta = args.beta
         if core is model and peft_config is None:
             args.beta = 0.0  # TRL would load a whole second model as reference; ours shares what is frozen
@@ -126,6 +128,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         finally:
             args.beta = beta
         self.beta = beta
+        check_num_rows(self.train_dataset, args)
         self._check_what_trains()
         if getattr(core, "is_quantized", False):
             restore_head_precision(self.model)

@@ -96,6 +96,12 @@ class WindowCountsMixin:
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if len(batches) < num_batches and self.state.global_step == 0:  # Trainer would end without a step, and save
+            raise ValueError(
+                f"the training rows give {len(batches)} batches of {self.args.per_device_train_batch_size} rows per "
+                f"process, but a step takes {num_batches} (gradient_accumulation_steps): no step is possible. Give "
+                "more rows, or lower the two."
+            )
         if batches and len(batches) < num_batches:  # Trainer would step at the next window, with both gradients summed
             logger.warning(
                 f"the last {len(batches)} batches of a pass over the stream are left out: a step takes {num_batches} "

@@ -12,13 +12,18 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ...data.readable_rows import ReadableRows, count_unreadable, is_image_dataset, readable_stream
+from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_image_dataset, readable_stream
 from .checkpoints import WholeCheckpointsMixin
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
 logger = logging.get_logger(__name__)
 
 UNREADABLE_ROWS = "unreadable_rows.jsonl"  # in the output folder
+_PUBLISH = (
+    "would upload all that lies in the output folder: logs, names of rows, and training_args.bin, a pickle that holds "
+    "hub_token and local folders. Publish what was trained with `segcompass push OUTPUT_DIR OWNER/NAME`, which takes "
+    "the checkpoint alone and checks it."
+)
 
 
 @dataclass
@@ -29,15 +34,16 @@ class RobustTrainingArguments:
         max_nonfinite_steps (`int`, *optional*, defaults to 10):
             Skipped steps in a row, with a loss or gradient that is not finite, before training stops with an error.
         unreadable_rows (`str`, *optional*, defaults to `"skip"`):
-            `"skip"` puts the next readable row in the place of one whose image or masks cannot be read, `"error"`
-            stops at it.
+            `"skip"` puts the next readable row in the place of one whose image, masks or texts cannot be used,
+            `"error"` stops at it.
     """
 
     max_nonfinite_steps: int = field(
         default=10, metadata={"help": "Steps in a row with a non-finite loss or gradient before training stops."}
     )
     unreadable_rows: Literal["skip", "error"] = field(
-        default="skip", metadata={"help": "Skip rows whose image or masks cannot be read, or stop at the first."}
+        default="skip",
+        metadata={"help": "Skip rows whose image, masks or texts cannot be used, or stop at the first."},
     )
 
     def __post_init__(self):
@@ -45,6 +51,8 @@ class RobustTrainingArguments:
             raise ValueError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be 1 or more.")
         if self.unreadable_rows not in ("skip", "error"):
             raise ValueError(f"unreadable_rows is {self.unreadable_rows!r}; it must be 'skip' or 'error'.")
+        if getattr(self, "push_to_hub", False):
+            raise ValueError(f"push_to_hub=True {_PUBLISH}")
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
 
@@ -105,10 +113,13 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     - Resuming continues the loss curve exactly: beside what Trainer restores, the running means of the log line, the
       counters, and for TRL's GRPO the place in the cycle of generation with the completions still in use.
     - Rows of a `datasets` data set whose image or masks cannot be read are skipped or fatal (`unreadable_rows`), and
-      listed in `unreadable_rows.jsonl` in the output folder.
+      listed in `unreadable_rows.jsonl` in the output folder; so are rows that `check_text` refuses.
 
-    A subclass with further state of its own extends `loop_state` and `load_loop_state`.
+    A subclass with further state of its own extends `loop_state` and `load_loop_state`, one that reads the rows' texts
+    sets `check_text`.
     """
+
+    check_text: RowCheck | None = None
 
     def __init__(self, *args, **kwargs):
         self._reset_nonfinite()
@@ -117,6 +128,10 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
         self.add_callback(JudgeStepsCallback(self))
         self.add_callback(ContinueCallback(self))
+
+    def push_to_hub(self, *args, **kwargs):
+        """Refused: see the message."""
+        raise ValueError(f"push_to_hub of a trainer {_PUBLISH}")
 
     def train(self, *args, **kwargs):
         self._reset_nonfinite()
@@ -136,7 +151,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             return {key: self._readable_streams(value, f"{name}_{key}") for key, value in dataset.items()}
         if not isinstance(dataset, datasets.IterableDataset) or not is_image_dataset(dataset):
             return dataset
-        return readable_stream(dataset, self._robust_setting("unreadable_rows"), self._unreadable_file(), name)
+        return readable_stream(dataset, *self._of_unreadable_rows(name))
 
     def _readable_rows(self, dataset, name: str):
         import datasets
@@ -145,7 +160,10 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             return {key: self._readable_rows(value, name) for key, value in dataset.items()}
         if not isinstance(dataset, datasets.Dataset) or not is_image_dataset(dataset):
             return dataset
-        return ReadableRows(dataset, self._robust_setting("unreadable_rows"), self._unreadable_file(), name)
+        return ReadableRows(dataset, *self._of_unreadable_rows(name))
+
+    def _of_unreadable_rows(self, name: str) -> tuple:
+        return self._robust_setting("unreadable_rows"), self._unreadable_file(), name, self.check_text
 
     def get_train_dataloader(self):
         self.train_dataset = self._readable_rows(self.train_dataset, "training")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ...data.readable_rows import keep_images_encoded
 from ...data.schema import decode_masks
 from ...files import free_space, readable_size
 from ...images_segcompass import to_rgb_image
@@ -24,6 +25,7 @@ from .settings import Recipe, RecipeError, Stage
 from .trainers import names_of
 
 UNKNOWN = "unknown"
+FIRST_ROWS = 100  # of a data set, of which one must be usable
 
 
 @dataclass
@@ -131,25 +133,34 @@ def _check_parts(recipe: Recipe, start: Parts) -> None:
 
 
 def _tokens_of_first_row(stage: Stage, rows: StageRows, processor: Any) -> tuple[int, int]:
-    """Tokens of a prompt and of a reference answer; the first rows are read as training will read them."""
+    """Tokens of a prompt and of a reference answer, of the first row that training will not skip."""
     prompt = completion = 0
     for name, some in (("dataset", rows.train), ("eval_dataset", rows.evaluation)):
-        if some is None:
-            continue
-        row = some[0]
-        try:
-            if stage.name == "sae":
-                prompt = max(prompt, RowEncoder(processor, unreadable_rows="error")([(0, row)])["input_ids"].shape[1])
+        problems, some = [], None if some is None else keep_images_encoded(some)
+        for index in range(0 if some is None else min(len(some), FIRST_ROWS)):
+            try:
+                lengths = _tokens_of_row(stage, some[index], processor)
+            except (ValueError, OSError, TypeError, KeyError) as error:
+                problems.append(str(error))
                 continue
-            image = to_rgb_image(row["image"])
-            decode_masks(row.get("masks") or [], (image.height, image.width))
-            inputs = processor(images=[image], instruction=[row["instruction"]])
-            whole = processor(images=[image], instruction=[row["instruction"]], reasoning=[row.get("reasoning") or ""])
-        except (ValueError, OSError, TypeError, KeyError) as error:
-            raise RecipeError(f"{stage.name}.{name}: its first row cannot be used: {error}") from error
-        lengths = (inputs["input_ids"].shape[1], whole["input_ids"].shape[1])
-        prompt, completion = max(prompt, lengths[0]), max(completion, lengths[1] - lengths[0])
+            prompt, completion = max(prompt, lengths[0]), max(completion, lengths[1])
+            break
+        else:
+            if problems:
+                found = f"none of its first {len(problems)} rows can be used; the first: {problems[0]}"
+                raise RecipeError(f"{stage.name}.{name}: {found}")
     return prompt, completion
+
+
+def _tokens_of_row(stage: Stage, row: dict[str, Any], processor: Any) -> tuple[int, int]:
+    if stage.name == "sae":
+        return RowEncoder(processor, unreadable_rows="error")([(0, row)])["input_ids"].shape[1], 0
+    image = to_rgb_image(row["image"])
+    decode_masks(row.get("masks") or [], (image.height, image.width))
+    inputs = processor(images=[image], instruction=[row["instruction"]])
+    whole = processor(images=[image], instruction=[row["instruction"]], reasoning=[row.get("reasoning") or ""])
+    prompt = inputs["input_ids"].shape[1]
+    return prompt, whole["input_ids"].shape[1] - prompt
 
 
 def _plan(

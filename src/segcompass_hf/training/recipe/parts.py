@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, SamImageProces
 import segcompass_hf
 
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
-from ...loading_segcompass import add_tokens
+from ...loading_segcompass import add_tokens, load_part
 from ...modeling_sae import SegCompassSae
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
@@ -151,7 +151,7 @@ class PartLoader:
     def vlm(self, parts: Parts, processor: SegCompassProcessor, new_weights: bool = False) -> nn.Module:
         """The VLM, or the whole model that holds it, with the processor's tokens."""
         source = parts.vlm or parts.model
-        loaded = AutoModelForImageTextToText.from_pretrained(source, **self._options())
+        loaded = load_part(AutoModelForImageTextToText, source, **self._options())
         model = loaded.vlm if parts.vlm is not None and hasattr(loaded, "vlm") else loaded
         if new_weights:
             fresh = AutoModelForImageTextToText.from_config(getattr(model, "vlm", model).config, dtype=self.dtype)
@@ -182,7 +182,7 @@ class PartLoader:
         vlm = whole.vlm if parts.vlm is None else self.vlm(replace(parts, model=None), processor)
         if parts.sam is None and whole is None:
             raise RecipeError("the recipe names no SAM; segmentation needs one: sam.")
-        sam = whole.sam if parts.sam is None else SamModel.from_pretrained(parts.sam, dtype=self.dtype)
+        sam = whole.sam if parts.sam is None else load_part(SamModel, parts.sam, dtype=self.dtype)
         sae = self.sae(parts) if parts.sae is not None else getattr(whole, "sae", None)
         fields = (
             _own_fields(getattr(whole, "config", None)) | self.settings.config | {"num_slots": processor.num_slots}

@@ -10,12 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ...files import file_digest, json_digest, write_whole
+from ...files import file_digest, json_digest, read_json_object, write_whole
 from ...locks import alone_with
 from .parts import Parts
 from .settings import Recipe, RecipeError, Stage
 
 BEGUN, DONE = "stage_begun.json", "stage_done.json"
+_FIELDS = {"fingerprint": dict, "processes": int, "starts": list}  # of both records
+_FIELDS_DONE = {"seconds": (int, float), "result": str, "log": list}
 # What changes nothing of the result, and may be another when a run goes on.
 WITHOUT_EFFECT = {"logging_steps", "save_steps", "save_total_limit", "save_strategy", "disable_tqdm", "report_to"}
 WITHOUT_EFFECT |= {"dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "use_cpu"}
@@ -47,14 +49,18 @@ def expected_record(recipe: Recipe, stage: Stage, parts: Parts) -> dict[str, Any
 
 def read_record(folder: Path, name: str) -> dict[str, Any] | None:
     """A record of a stage's folder; `None` where there is none."""
+    remedy = f"delete {folder} to train the stage again"
     try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
+        record = read_json_object(folder / name, remedy)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"cannot read {folder / name}: {error}; delete {folder} to train the stage again."
-        ) from error
+        raise RecipeError(str(error)) from error
+    kinds = _FIELDS | (_FIELDS_DONE if name == DONE else {})
+    wrong = [field for field, kind in kinds.items() if not isinstance(record.get(field), kind)]
+    if wrong:
+        raise RecipeError(f"{folder / name} is damaged: {', '.join(wrong)} missing or of a wrong type; {remedy}.")
+    return record
 
 
 def write_record(folder: Path, name: str, content: dict[str, Any]) -> None:

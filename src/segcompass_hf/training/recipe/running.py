@@ -17,7 +17,7 @@ import torch
 from transformers import set_seed
 
 from ...evaluation.processes import Processes
-from ...files import staged_folder
+from ...files import read_json_object, staged_folder
 from .parts import DTYPES, PartLoader, Parts
 from .record import BEGUN, DONE, alone_in, check_unchanged, expected_record, read_record, weights_digest, write_record
 from .rows import StageRows, load_rows
@@ -150,7 +150,7 @@ def _export(recipe: Recipe, parts: Parts) -> Path:
     output = Path(recipe.settings.output_dir) / CHECKPOINT
     source = read_record(last.folder, DONE)["result"]
     stamp = output.parent / "checkpoint.json"
-    if output.is_dir() and stamp.is_file() and json.loads(stamp.read_text()) == {"from": source}:
+    if output.is_dir() and _is_stamped(stamp, source):
         return output
     stamp.unlink(missing_ok=True)
     shutil.rmtree(output, ignore_errors=True)
@@ -158,6 +158,14 @@ def _export(recipe: Recipe, parts: Parts) -> Path:
         _write_checkpoint(last.folder, folder, recipe.settings)
     write_record(output.parent, stamp.name, {"from": source})
     return output
+
+
+def _is_stamped(stamp: Path, source: str) -> bool:
+    """Whether the export is of this result; where the stamp is damaged it is made again."""
+    try:
+        return read_json_object(stamp) == {"from": source}
+    except (OSError, ValueError):
+        return False
 
 
 def _write_checkpoint(source: Path, folder: Path, settings: RecipeSettings) -> None:

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
+
+from ..arguments import SettingsError, build_settings, check_names, field_names, parse_words, read_yaml
 
 # Stage, in the order they run in -> module and name of its trainer's settings.
 STAGES = {
@@ -26,8 +24,7 @@ STAGES = {
 SET_BY_THE_RECIPE = ("output_dir", "resume_from_checkpoint")  # fields of a trainer's settings that a stage cannot set
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run, and what to change in it."""
+RecipeError = SettingsError  # by the name that recipes raise it
 
 
 @dataclass
@@ -59,8 +56,8 @@ class RecipeSettings:
     save_dtype: str | None = field(default=None, metadata={"help": "Of the final checkpoint's weights on disk."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the VLM, such as eager."})
     load_in_4bit: bool = field(default=False, metadata={"help": "The decoder in NF4, with adapters (lora_r)."})
-    config: dict | str | None = field(default=None, metadata={"help": "Fields of SegCompassConfig."})
-    processor: dict | str | None = field(default=None, metadata={"help": "Arguments of SegCompassProcessor."})
+    config: dict[str, Any] | None = field(default=None, metadata={"help": "Fields of SegCompassConfig."})
+    processor: dict[str, Any] | None = field(default=None, metadata={"help": "Arguments of SegCompassProcessor."})
     processes: int | None = field(default=None, metadata={"help": "Processes that share the work on a CPU."})
     seed: int = field(default=0, metadata={"help": "Of every stage that sets none."})
     dataset: str | None = field(default=None, metadata={"help": "As in `segcompass evaluate --dataset`."})
@@ -126,7 +123,7 @@ class Stage:
             RecipeError: They contradict each other, or `batch_size` cannot be divided among the processes.
         """
         settings_class = _settings_class(self.name)
-        words = {name: value for name, value in self.written.items() if name not in _names(StageSettings)}
+        words = {name: value for name, value in self.written.items() if name not in field_names(StageSettings)}
         words |= {"output_dir": str(self.folder), **_for_this_machine(words)}
         words = {"report_to": "none", "save_total_limit": 1} | words
         per_device = self._per_device_batch(settings_class, words, num_processes)
@@ -142,6 +139,9 @@ class Stage:
         if "per_device_train_batch_size" in words:
             raise RecipeError(f"{self.name}: batch_size and per_device_train_batch_size say the same; leave one out.")
         parts = num_processes * int(words.get("gradient_accumulation_steps", 1))
+        if parts < 1:
+            steps = words["gradient_accumulation_steps"]
+            raise RecipeError(f"{self.name}.gradient_accumulation_steps is {steps}; expected 1 or more.")
         if self.own.batch_size < 1 or self.own.batch_size % parts:
             raise RecipeError(
                 f"{self.name}.batch_size is {self.own.batch_size}, which cannot be divided into {num_processes} "
@@ -176,34 +176,22 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: No such file, no stage, an unknown key (with the nearest known one), or a value of a wrong type.
     """
-    content = _load(Path(path))
+    content = read_yaml(Path(path), "recipe")
     for change in changes:
         _apply(content, change)
     sections = {name: content.pop(name, None) for name in STAGES}
     sections["sae"], named_sae = _stage_or_part(sections["sae"])
     if named_sae is not None:
         content["sae"] = named_sae
+    if content.get("output_dir") is None:
+        raise RecipeError("the recipe lacks output_dir: the folder of the run.")
     settings = _parse(RecipeSettings, content, "", also=tuple(STAGES))
-    for name in ("config", "processor"):
-        value = getattr(settings, name)
-        setattr(settings, name, json.loads(value) if isinstance(value, str) else value or {})
+    settings.config, settings.processor = settings.config or {}, settings.processor or {}
     inherited = {name: content[name] for name in INHERITED if content.get(name) is not None}
     stages = [_stage(name, section, inherited, settings) for name, section in sections.items() if section is not None]
     if not stages:
         raise RecipeError(f"{path} has no stage; it may have {', '.join(STAGES)}.")
     return Recipe(Path(path), settings, stages)
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is no yaml file: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path} holds {type(content).__name__}; a recipe is keys and values, see examples/configs.")
-    return content
 
 
 def _apply(content: dict[str, Any], change: str) -> None:
@@ -217,7 +205,10 @@ def _apply(content: dict[str, Any], change: str) -> None:
         if not isinstance(place.setdefault(name, {}), dict):
             place[name] = {}
         place = place[name]
-    place[last] = yaml.safe_load(value)
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {change!r}: the value is no yaml: {error}") from error
 
 
 def _stage_or_part(section: Any) -> tuple[Any, str | None]:
@@ -236,13 +227,13 @@ def _stage(name: str, section: Any, inherited: dict[str, Any], settings: RecipeS
         if taken in section:
             raise RecipeError(f"{name}.{taken} is set by the recipe: {settings.output_dir}/{name}; leave it out.")
     written = inherited | section
-    own_names = _names(StageSettings)
-    known = (*own_names, *_names(_settings_class(name)))
-    _check_names(section, known, name)
+    own_names = field_names(StageSettings)
+    known = (*own_names, *field_names(_settings_class(name)))
+    check_names(section, known, name)
     own = _parse(StageSettings, {key: value for key, value in written.items() if key in own_names}, name)
     folder = Path(settings.output_dir) / name
     words = {key: value for key, value in written.items() if key not in own_names}
-    parsed = _parse_words(_settings_class(name), words | {"output_dir": str(folder)}, name)
+    parsed = parse_words(_settings_class(name), words, f"{name}.")
     plain = {key: parsed[key] for key in words if key in parsed and not isinstance(words[key], (dict, list))}
     return Stage(name, folder, written | plain, own)  # 1e-4, which yaml reads as a word, is the number
 
@@ -252,10 +243,6 @@ def _settings_class(stage: str) -> type:
     return getattr(import_module(f"..{module}", __package__), name)
 
 
-def _names(settings_class: type) -> tuple[str, ...]:
-    return tuple(one.name for one in fields(settings_class) if one.init)
-
-
 def _for_this_machine(words: dict[str, Any]) -> dict[str, bool]:
     """On a machine without an accelerator the trainers want to be told."""
     import torch
@@ -263,68 +250,8 @@ def _for_this_machine(words: dict[str, Any]) -> dict[str, bool]:
     return {} if "use_cpu" in words or torch.accelerator.is_available() else {"use_cpu": True}
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> None:
-        raise RecipeError(message)
-
-
-def _check_names(words: dict[str, Any], known: Sequence[str], where: str) -> None:
-    for name in words:
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(known[:12])}, ..."
-            raise RecipeError(f"{where or 'the recipe'} has no setting {name!r}; {hint}")
-
-
 def _parse(settings_class: type, words: dict[str, Any], where: str, also: Sequence[str] = ()) -> Any:
     """An object of a settings class from what yaml gave."""
-    _check_names(words, (*_names(settings_class), *also), where)
-    values = _parse_words(settings_class, words, where)
-    try:
-        return settings_class(**values)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise RecipeError(f"{where or 'the recipe'}: {error}") from error
-
-
-def _parse_words(settings_class: type, words: dict[str, Any], where: str) -> dict[str, Any]:
-    """Values by field, each of the field's type.
-
-    Raises:
-        RecipeError: A value is of another type; names the field and says what it takes.
-    """
-    parser = _Parser(settings_class, allow_abbrev=False)
-    dests = {action.dest: action for action in reversed(parser._actions)}
-    required = [one for one in dests if dests[one].required and words.get(one) is None]
-    if required:
-        raise RecipeError(f"{where or 'the recipe'} lacks {required[0]} ({dests[required[0]].help})")
-    line = []
-    for name, value in words.items():
-        if value is not None:
-            line += (
-                [f"--{name}", *_as_words(value)] if isinstance(value, list) else [f"--{name}={_as_words(value)[0]}"]
-            )
-    try:
-        parsed = vars(parser.parse_args(line))
-    except RecipeError as error:
-        raise RecipeError(_type_problem(str(error), words, dests, where)) from None
-    return {name: parsed[name] for name in words if words[name] is not None} | {
-        name: None for name, value in words.items() if value is None and dests[name].default is None
-    }
-
-
-def _as_words(value: Any) -> list[str]:
-    if isinstance(value, list):
-        return [word for one in value for word in _as_words(one)]
-    return [json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
-
-
-def _type_problem(message: str, words: dict[str, Any], dests: dict[str, Any], where: str) -> str:
-    match = re.match(r"argument --(\w+)[^:]*: (.*)", message, re.DOTALL)
-    if match is None:
-        return f"{where or 'the recipe'}: {message}"
-    name, action = match[1], dests[match[1]]
-    kind = "one of " + ", ".join(map(str, action.choices)) if action.choices else getattr(action.type, "__name__", "")
-    kind = {"string_to_bool": "true or false"}.get(kind, kind)
-    kind = f"a list of {kind}" if action.nargs == "+" else kind
-    key = f"{where}.{name}" if where else name
-    return f"{key} is {words[name]!r}; it takes {kind}: {action.help}"
+    check_names(words, (*field_names(settings_class), *also), where or "the recipe")
+    values = parse_words(settings_class, words, f"{where}." if where else "")
+    return build_settings(settings_class, values, f"{where or 'the recipe'}: ")

@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from ...data.readable_rows import UnreadableLog
+from ...data.readable_rows import UnreadableLog, keep_images_encoded
+from ...data.vlm_texts import TextsWithImages
 from ...images_segcompass import to_rgb_image
-
-_SENTINEL = "\u2603"  # stands for the words when a chat template is looked through
 
 
 class RowStream:
@@ -45,9 +44,9 @@ class RowStream:
         self.dataset = keep_images_encoded(dataset)
         self.hold_out_every, self.part, self.seed = hold_out_every, part, seed
         self.rank, self.world_size = rank, world_size
-        if self.is_map_style and len(self._indices()) < world_size:
+        if self.is_map_style and not self.rows_per_epoch:
             raise ValueError(
-                f"the data set of {len(dataset)} rows has {len(self._indices())} rows to read, fewer than the "
+                f"the data set of {len(dataset)} rows has {self._num_chosen()} rows to read, fewer than the "
                 f"{world_size} processes; every process needs at least one."
             )
 
@@ -57,17 +56,18 @@ class RowStream:
 
     @property
     def rows_per_epoch(self) -> int | None:
-        """Rows of one process in one epoch, where the data set has a length."""
-        return len(self._indices()) // self.world_size if self.is_map_style else None
+        """Rows of one process in one epoch, where the data set has a length; asked for at every step."""
+        return self._num_chosen() // self.world_size if self.is_map_style else None
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[int, dict]]:
         """This process's rows of an epoch from its `start`-th on, each with its index in the data set."""
         if self.is_map_style:
-            indices = self._indices()
+            indices = torch.arange(len(self.dataset))
+            indices = indices[self._is_chosen(indices)]
             if self.seed is not None:
                 generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-                indices = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
-            for index in indices[self.rank :: self.world_size][start : self.rows_per_epoch]:
+                indices = indices[torch.randperm(len(indices), generator=generator)]
+            for index in indices[self.rank :: self.world_size][start : self.rows_per_epoch].tolist():
                 yield index, self.dataset[index]
             return
         if hasattr(self.dataset, "set_epoch"):
@@ -79,34 +79,46 @@ class RowStream:
             if len(taken) == self.world_size:
                 yield taken[self.rank]
 
-    def _is_chosen(self, index: int) -> bool:
-        held_out = self.hold_out_every is not None and (index + 1) % self.hold_out_every == 0
-        return held_out == (self.part == "held_out")
+    def _is_chosen(self, index: Any) -> Any:
+        """Whether a row is read, for an index or a tensor of them."""
+        if self.hold_out_every is None:
+            return (index >= 0) == (self.part == "train")
+        return ((index + 1) % self.hold_out_every == 0) == (self.part == "held_out")
 
-    def _indices(self) -> list[int]:
-        return [index for index in range(len(self.dataset)) if self._is_chosen(index)]
-
-
-def keep_images_encoded(dataset: Any) -> Any:
-    """A `datasets` data set whose images come as bytes, so that a damaged image fails alone and can be named."""
-    features = getattr(dataset, "features", None)
-    if not features:
-        return dataset
-    from datasets import Image, List, Sequence
-
-    for name, feature in features.items():
-        if isinstance(feature, Image) and feature.decode:
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List | Sequence) and isinstance(feature.feature, Image) and feature.feature.decode:
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
-    return dataset
+    def _num_chosen(self) -> int:
+        length = len(self.dataset)
+        held_out = 0 if self.hold_out_every is None else length // self.hold_out_every
+        return held_out if self.part == "held_out" else length - held_out
 
 
-class UnreadableImage(ValueError):
-    """An image of a row that cannot be read; says which row and why."""
+def held_out_every(dataset: Any, every: int, processes: int) -> int:
+    """Every so manieth row to hold out: `every`, or less in a small data set, so that each process evaluates on one.
+
+    Args:
+        dataset: As [`RowStream`] takes it; of a stream the first `every * processes` rows are counted.
+        every (`int`): Wanted.
+        processes (`int`): That share the rows.
+
+    Raises:
+        ValueError: There are not two rows for every process, one to hold out and one to train on.
+    """
+    if hasattr(dataset, "__len__"):
+        length = len(dataset)
+    else:
+        length = sum(1 for _ in itertools.islice(keep_images_encoded(dataset), every * processes))
+    if length < 2 * processes:
+        raise ValueError(
+            f"the data set has {length} rows, fewer than 2 for each of {processes} processes: one to hold out for "
+            "evaluation and one to train on. Set validation_share=0, or give an eval_dataset."
+        )
+    return min(every, length // processes)
 
 
-class RowEncoder:
+class UnreadableRow(ValueError):
+    """A row whose image or text cannot be read; says which row and why."""
+
+
+class RowEncoder(TextsWithImages):
     """Turns rows into a VLM's inputs.
 
     Two kinds of rows are known. In the row schema (`image`, `instruction` and, where there is one, `reasoning`) a row
@@ -117,15 +129,16 @@ class RowEncoder:
 
     Args:
         processor: A [`SegCompassProcessor`] or a VLM's own processor.
-        max_length (`int`, *optional*): Tokens of a row at most. Interleaved rows are cut between their parts and
-            inside their last text; rows of the schema are refused, since a prompt without its end means nothing.
-        unreadable_rows (`str`, defaults to `"skip"`): `"skip"` leaves rows with an image that cannot be read out,
+        max_length (`int`, *optional*): Tokens of a row at most; what the tokenizer allows (`model_max_length`) when
+            left out. Interleaved rows are cut between their parts and inside their last text; rows of the schema are
+            unreadable, since a prompt without its end means nothing.
+        unreadable_rows (`str`, defaults to `"skip"`): `"skip"` leaves rows out whose image or text cannot be read,
             warns of each and lists them in `unreadable_log`; `"error"` stops.
         unreadable_log ([`UnreadableLog`], *optional*): Where.
 
     Raises:
-        ValueError: A row is of neither kind, or longer than `max_length`.
-        UnreadableImage: An image cannot be read.
+        ValueError: A row has the columns of neither kind.
+        UnreadableRow: An image cannot be read, or a text is empty, missing or longer than `max_length`.
     """
 
     def __init__(
@@ -135,11 +148,13 @@ class RowEncoder:
         unreadable_rows: Literal["skip", "error"] = "skip",
         unreadable_log: UnreadableLog | None = None,
     ):
-        self.processor, self.max_length, self.unreadable_rows = processor, max_length, unreadable_rows
+        super().__init__(processor)
+        self.max_length, self.unreadable_rows = max_length, unreadable_rows
         self.unreadable_log = unreadable_log or UnreadableLog(None, "rows")
-        self.tokenizer = getattr(processor, "tokenizer", processor)
-        self._image_markup: str | None = None
-        self._image_frame: int | None = None
+
+    @property
+    def max_tokens(self) -> int | None:
+        return super().max_tokens if self.max_length is None else self.max_length
 
     def __call__(self, rows: list[tuple[int, dict]]) -> dict[str, torch.Tensor] | None:
         """Inputs of the VLM for rows with their index: `input_ids`, `attention_mask` `(rows, length)` and the rest.
@@ -150,55 +165,45 @@ class RowEncoder:
         for index, row in rows:
             try:
                 text, pictures = self.render(index, row)
-            except UnreadableImage as error:
+            except UnreadableRow as error:
                 if self.unreadable_rows == "error":
                     raise
-                self.unreadable_log.add(index, row.get("sample_id"), str(error), "skipped")
+                self.unreadable_log.add(index, row.get("sample_id"), str(error.__cause__), "skipped")
                 continue
             if text:
                 texts.append(text)
                 images.append(pictures)
-        return self._tensors(texts, images) if texts else None
+        return self.tensors(texts, images) if texts else None
 
     def render(self, index: int, row: dict) -> tuple[str, list]:
         """Text with image placeholders, and the images, of one row."""
-        if row.get("instruction") is not None and row.get("image") is not None:
-            images = [_read_image(row["image"], f"the image of row {index}")]
-            text = self._conversation(row["instruction"], row.get("reasoning"))
-            length = self._length(text, images) if self.max_length is not None else 0
-            if self.max_length is not None and length > self.max_length:
-                raise ValueError(f"row {index} is {length} tokens long, max_length is {self.max_length}; raise it.")
-            return text, images
-        if isinstance(row.get("images"), list) and isinstance(row.get("texts"), list):
-            return self._document(index, row["images"], row["texts"])
+        place = f"row {index}" + (f" ({row['sample_id']})" if row.get("sample_id") is not None else "")
+        is_sample, is_document = {"image", "instruction"} <= set(row), {"images", "texts"} <= set(row)
+        try:
+            if is_sample and (row["image"] is not None or not is_document):
+                return self._sample(row)
+            if is_document:
+                return self._document(row["images"], row["texts"])
+        except (ValueError, OSError, TypeError) as error:
+            raise UnreadableRow(f"{place}: {error}") from error
         raise ValueError(
-            f"row {index} has the columns {sorted(row)}; expected `image` and `instruction` (and `reasoning`), or the "
+            f"{place} has the columns {sorted(row)}; expected `image` and `instruction` (and `reasoning`), or the "
             "lists `images` and `texts` of interleaved rows."
         )
 
-    def _tensors(self, texts: list[str], images: list[list]) -> dict[str, torch.Tensor]:
-        kwargs = {"images": images} if any(images) else {}
-        bos = self.tokenizer.bos_token
-        if bos and all(text.startswith(bos) for text in texts):  # a template that writes it must not get a second one
-            kwargs["add_special_tokens"] = False
-        inputs = self.processor(text=texts, return_tensors="pt", padding=True, **kwargs)
-        return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-
-    def _length(self, text: str, images: list) -> int:
-        """Tokens of one row, without processing its images where the family can count their tokens by size."""
-        count = getattr(getattr(self.processor, "vlm_processor", self.processor), "_get_num_multimodal_tokens", None)
-        if count is None or not images:
-            return int(self._tensors([text], [images])["attention_mask"].sum())
-
-        def estimate(text, images):
-            tokens = count(image_sizes=[(image.height, image.width) for image in images]).num_image_tokens
-            return len(self.tokenizer(text)["input_ids"]) - len(images) + sum(tokens)
-
-        if self._image_frame is None:  # what the family puts around an image that its template does not show
-            alone = self.image_markup, images[:1]
-            exact = int(self._tensors([alone[0]], [alone[1]])["attention_mask"].sum())
-            self._image_frame = exact - estimate(*alone)
-        return estimate(text, images) + self._image_frame * len(images)
+    def _sample(self, row: dict) -> tuple[str, list]:
+        for name in ("instruction", "reasoning"):
+            words = row.get(name)
+            if not isinstance(words, str) and (words is not None or name == "instruction"):
+                raise ValueError(f"the {name} is a {type(words).__name__}; expected a text.")
+        if not row["instruction"].strip():
+            raise ValueError("the instruction is empty; say what to look for in the image.")
+        images = [to_rgb_image(row["image"], "the image")]
+        text, limit = self._conversation(row["instruction"], row.get("reasoning")), self.max_tokens
+        if limit is not None and (length := self.num_tokens(text, images)) > limit:
+            name = "model_max_length of the tokenizer" if self.max_length is None else "max_length"
+            raise ValueError(f"it is {length} tokens long, {name} is {limit}; shorten its text, or raise the limit.")
+        return text, images
 
     def _conversation(self, instruction: str, reasoning: str | None) -> str:
         processor = self.processor
@@ -215,26 +220,30 @@ class RowEncoder:
             messages.append({"role": "assistant", "content": [{"type": "text", "text": self._inert(reasoning)}]})
         return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not reasoning)
 
-    def _document(self, index: int, images: list, texts: list) -> tuple[str, list]:
+    def _document(self, images: Any, texts: Any) -> tuple[str, list]:
+        if not isinstance(images, list) or not isinstance(texts, list):
+            found = f"{type(images).__name__} and {type(texts).__name__}"
+            raise ValueError(f"`images` and `texts` are {found}; interleaved rows have two lists.")
         if len(images) != len(texts) or any((i is None) == (t is None) for i, t in zip(images, texts, strict=False)):
             raise ValueError(
-                f"row {index} has {len(images)} images and {len(texts)} texts; interleaved rows have lists of one "
-                "length with None in exactly one of them at every place."
+                f"it has {len(images)} images and {len(texts)} texts; interleaved rows have lists of one length with "
+                "None in exactly one of them at every place."
             )
         parts = []
         for place, (image, text) in enumerate(zip(images, texts, strict=True)):
             if image is not None:
-                parts.append(_read_image(image, f"image {place} of row {index}"))
+                parts.append(to_rgb_image(image, f"image {place}"))
             elif text:
                 parts.append(self._inert(text))
         return self._fit(parts)
 
     def _fit(self, parts: list) -> tuple[str, list]:
-        """Join texts and images, cut from the end until they are at most `max_length` tokens."""
+        """Join texts and images, cut from the end until they are at most `max_tokens`."""
+        limit = self.max_tokens
         while True:
             images = [part for part in parts if not isinstance(part, str)]
             text = "".join(part if isinstance(part, str) else self.image_markup for part in parts)
-            excess = self._length(text, images) - self.max_length if self.max_length is not None and parts else 0
+            excess = self.num_tokens(text, images) - limit if limit is not None and parts else 0
             if excess <= 0:
                 return text, images
             last = parts.pop()
@@ -242,23 +251,6 @@ class RowEncoder:
                 offsets = self.tokenizer(last, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
                 if len(offsets) > excess:
                     parts.append(last[: offsets[len(offsets) - excess][0]])
-
-    @property
-    def image_markup(self) -> str:
-        """What the chat template writes for an image: the family's placeholder with what belongs around it."""
-        if self._image_markup is None:
-            words = {"type": "text", "text": _SENTINEL}
-            if getattr(self.processor, "chat_template", None) is None:
-                self._image_markup = self.processor.image_token
-            else:
-                with_image, without = (
-                    self.processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-                    for content in ([{"type": "image"}, words], [words])
-                )
-                end = len(without) - without.index(_SENTINEL)
-                before = without[: without.index(_SENTINEL)]
-                self._image_markup = with_image[len(before) : len(with_image) - end]
-        return self._image_markup
 
     def _inert(self, text: str) -> str:
         if hasattr(self.processor, "neutralize"):
@@ -269,13 +261,6 @@ class RowEncoder:
         return text
 
 
-def _read_image(image: Any, name: str):
-    try:
-        return to_rgb_image(image, name)
-    except (ValueError, OSError) as error:
-        raise UnreadableImage(str(error)) from error
-
-
 def _mix(*numbers: int) -> int:
     """One seed from several numbers, such as the run's seed and an epoch, so that neighbours share no sequence."""
     import numpy as np
@@ -283,4 +268,4 @@ def _mix(*numbers: int) -> int:
     return int(np.random.SeedSequence([number % 2**63 for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
-__all__ = ["RowEncoder", "RowStream", "UnreadableImage"]
+__all__ = ["RowEncoder", "RowStream", "UnreadableRow", "held_out_every"]

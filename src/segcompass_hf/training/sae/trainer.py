@@ -26,7 +26,7 @@ from .config import SaeTrainingConfig
 from .metrics import SaeEvaluation, density_histogram, density_shares, evaluate_rows
 from .pair_buffer import PairBuffer
 from .pair_losses import pair_loss
-from .rows import RowEncoder, RowStream, _mix
+from .rows import RowEncoder, RowStream, _mix, held_out_every
 from .start import choose_layer, frozen, new_sae, start_from_data_
 from .upkeep import FiringCounts, SaeUpkeep, keeps_unit_rows, resample_dead_features_
 
@@ -120,8 +120,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         args = self.args
         shared = {"rank": args.process_index, "world_size": args.world_size}
         hold_out = args.hold_out_every if eval_dataset is None else None
-        if hold_out is not None and hasattr(train_dataset, "__len__"):
-            hold_out = min(hold_out, len(train_dataset) // args.world_size)  # at least one row for every process
+        if hold_out is not None:
+            hold_out = held_out_every(train_dataset, hold_out, args.world_size)
         seed = args.data_seed if args.data_seed is not None else args.seed
         train = RowStream(train_dataset, hold_out, seed=seed if args.shuffle_rows else None, **shared)
         self.source = HarvestedTokens(self.harvester, train, args.rows_per_batch)
@@ -130,6 +130,18 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             self.eval_stream = RowStream(eval_dataset, **shared)
         elif hold_out is not None:
             self.eval_stream = RowStream(train_dataset, hold_out, part="held_out", **shared)
+        if self.eval_stream is not None:
+            self._check_evaluation_rows()
+
+    def _check_evaluation_rows(self) -> None:
+        """Know before training, not after it, that there is something to evaluate on."""
+        encoder, rows = self.harvester.encoder, itertools.islice(self.eval_stream.rows(0), self.args.max_eval_rows)
+        usable = torch.tensor(int(any(encoder([row]) is not None for row in rows)), device=self.args.device)
+        if not self.accelerator.reduce(usable, "sum"):
+            raise ValueError(
+                "none of the rows to evaluate on can be read; the reasons are in the warnings before. Repair them, "
+                "give another eval_dataset, hold out more (validation_share), or set validation_share=0."
+            )
 
     def _pair_buffer(self, names: Callable[[dict], list[Name]]) -> PairBuffer:
         args = self.args

@@ -7,30 +7,31 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ...data.readable_rows import UnreadableLog, check_row
+from ...data.readable_rows import RowCheck, UnreadableLog, check_row
 from ...data.schema import decode_mask, decode_masks, row_features
 from ...metrics import score_sample
 
 logger = logging.get_logger(__name__)
 
 
-def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_iou: float = 0.5) -> Any:
-    """Fill `reasoning` where it is missing with what the model itself thinks about the row, where that led it right.
+def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_iou: float = 0.0) -> Any:
+    """Fill `reasoning` where it is missing with what the model itself thinks about the row.
 
     Without it such rows train masks behind an empty think block, which is not what the model sees when it is used: its
-    own answers then get worse. Masks behind reasoning that points elsewhere teach it to ignore its reasoning; rows
-    whose own answer is wrong are left out (rejection sampling, as in Zelikman et al. 2022, arXiv 2203.14465).
+    own answers then get worse. Rows on which it is wrong are what there is to learn, and they stay. Where reasoning is
+    worth keeping, `min_iou` leaves them out: masks behind reasoning that points elsewhere teach the model to ignore
+    its reasoning (rejection sampling, as in Zelikman et al. 2022, arXiv 2203.14465).
 
     Args:
         dataset (`datasets.Dataset`): In the row schema; without a `reasoning` column no row has any.
         predictor ([`ModelPredictor`]): Of the model before training. Answers greedily.
         batch_size (`int`, *optional*, defaults to 8): Rows at a time.
-        min_iou (`float`, *optional*, defaults to 0.5): Of the model's answer with the row's masks, unions compared, in
-            [0, 1]; 0 keeps every row.
+        min_iou (`float`, *optional*, defaults to 0.0): Of the model's answer with the row's masks, unions compared, in
+            [0, 1]; rows below it that had no reasoning are left out. 0 keeps every row.
 
     Returns:
-        `datasets.Dataset`: the rows that had reasoning and those whose own led to the masks, in their order, with
-        images as they were. Rows that cannot be read are named in warnings and left out.
+        `datasets.Dataset`: the rows that had reasoning and those that got the model's own, in their order, with images
+        as they were. Rows that cannot be read are named in warnings and left out.
 
     Raises:
         ValueError: no row is left.
@@ -42,9 +43,10 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     if not missing:
         return dataset
     wrong, damaged, log = set(), set(), UnreadableLog(None, "own reasoning")
+    check_text = getattr(predictor, "check_row", None)
     for start in logging.tqdm(range(0, len(missing), batch_size), desc="own reasoning"):
         indices = missing[start : start + batch_size]
-        rows = {index: row for index in indices if (row := _readable(dataset, index, log)) is not None}
+        rows = {index: row for index in indices if (row := _readable(dataset, index, log, check_text)) is not None}
         damaged |= set(indices) - set(rows)
         predictions = predictor.predict(list(rows.values())) if rows else []
         for (index, row), prediction in zip(rows.items(), predictions, strict=True):
@@ -54,15 +56,15 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     logger.warning(
         f"{len(missing)} of {len(dataset)} rows have no reasoning: {len(missing) - len(wrong | damaged)} got the "
         f"model's own, {len(wrong)} are left out because it led to other masks (IoU below {min_iou}), "
-        f"{len(damaged)} because their image or masks cannot be read."
+        f"{len(damaged)} because their image, masks or text cannot be read."
     )
     if len(damaged) == len(dataset):
         raise ValueError("no row's image and masks can be read; the reasons are in the warnings before.")
     left_out = wrong | damaged
     if len(left_out) == len(dataset):
         raise ValueError(
-            "the model's own reasoning led to other masks in every row; add a `reasoning` column, or start from a "
-            "model that knows such images."
+            f"the model's own reasoning led to other masks in every row (IoU below {min_iou}); lower min_iou to train "
+            "on them all the same, add a `reasoning` column, or start from a model that knows such images."
         )
     feature = dataset.features["reasoning"]
     columns = dataset.column_names
@@ -74,10 +76,12 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
     return filled.select([index for index in range(len(dataset)) if index not in left_out]) if left_out else filled
 
 
-def _readable(dataset: Any, index: int, log: UnreadableLog) -> dict[str, Any] | None:
+def _readable(dataset: Any, index: int, log: UnreadableLog, check_text: RowCheck | None) -> dict[str, Any] | None:
     try:
         row = dataset[index]
         check_row(row)
+        if check_text is not None:
+            check_text(row)
     except MemoryError:
         raise
     except Exception as error:  # damaged files raise about anything

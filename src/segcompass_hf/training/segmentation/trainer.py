@@ -12,6 +12,7 @@ from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...data.collator import SegmentationCollator
+from ...data.vlm_texts import RowTextCheck
 from ...freezing_segcompass import parameter_groups
 from ...losses_segcompass import SlotAssignments, confidence_loss
 from ...processing_segcompass import SegCompassProcessor
@@ -79,6 +80,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         processing_class = load_processor(processing_class, model, SegCompassProcessor)
         self.eval_collator = data_collator
         if data_collator is None:
+            self.check_text = RowTextCheck(processing_class)
             options = {"missing_reasoning": args.missing_reasoning}
             patches = ObjectPatches(processing_class, args.overflow) if args.slot_pull_weight else None
             data_collator = SegmentationCollator(processing_class, overflow=args.overflow, extra=patches, **options)

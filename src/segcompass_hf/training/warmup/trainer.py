@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ...configuration_segcompass import default_sae_layer
 from ...data.collator import SegmentationCollator, language_inputs
+from ...data.vlm_texts import RowTextCheck
 from ...freezing_segcompass import parameter_groups
 from ...generation_segcompass import decoder_layers
 from ...images_segcompass import to_rgb_image
@@ -96,6 +97,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
             if args.trainable == "all" and args.ddp_find_unused_parameters is None:
                 args.ddp_find_unused_parameters = True  # LLaVA reads its vision encoder before the last layer
         if data_collator is None:
+            self.check_text = RowTextCheck(processing_class)
             data_collator = SegmentationCollator(
                 processing_class,
                 missing_reasoning=args.missing_reasoning,

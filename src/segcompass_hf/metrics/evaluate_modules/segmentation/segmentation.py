@@ -8,7 +8,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from segcompass_hf.data.schema import decode_mask
+from segcompass_hf.data.schema import check_mask_pixels, decode_mask, rle_runs
 from segcompass_hf.metrics import (
     ALL_METRIC_NAMES,
     LeftOutScore,
@@ -145,5 +145,6 @@ def _masks(masks):
     if isinstance(masks, dict):
         return decode_mask(masks)
     if isinstance(masks, (list, tuple)) and masks and isinstance(masks[0], dict):
+        check_mask_pixels(len(masks), *rle_runs(masks[0])[0])
         return np.stack([decode_mask(mask) for mask in masks])
     return masks
