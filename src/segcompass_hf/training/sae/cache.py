@@ -138,15 +138,15 @@ class ActivationCache:
         """
         if self.complete and not self._reaches_further(max_tokens):
             return
+        self._announce(source, d_in, max_tokens)
         self.folder.mkdir(parents=True, exist_ok=True)
         refusal = (
             f"another process is filling the activation cache {self.folder}; wait for it, or name another folder."
         )
         with alone_with(self.folder / ".lock", refusal):
-            self._fill(source, d_in, max_tokens)
+            self._fill(source, max_tokens)
 
-    def _fill(self, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
-        self._announce(source, d_in, max_tokens)
+    def _fill(self, source: HarvestedTokens, max_tokens: int | None) -> None:
         parts: list[TokenStates] = []
         limit = float("inf") if max_tokens is None else max_tokens
         row, stopped_at = self.index["next_row"], None
