@@ -467,4 +467,7 @@ def test_beside_a_checkpoint_without_this_package(rows, handler, tmp_path):
     }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "answer.json").read_text()) == directly(handler, rows[0])
+    answers = json.loads((tmp_path / "answer.json").read_text()), directly(handler, rows[0])
+    scores = [[segment.pop("score") for segment in answer["segments"]] for answer in answers]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # another process may sum with another number of threads
+    assert answers[0] == answers[1]
