@@ -375,3 +375,61 @@ def test_photographs_behind_links_are_left_out_unless_allowed(tmp_path):
     assert found(tmp_path, files, "a.jpg") == ["a.jpg", None]
     dataset = build_coco(tmp_path / "instances.json", tmp_path / "images", allow_outside=True)
     assert len(dataset) == 2
+
+
+def test_a_supercategory_is_not_absent_beside_its_own(tmp_path):
+    """Roboflow lists the project as a category above all others; no object has it."""
+    files = content() | {"categories": [
+        {"id": 0, "name": "Pets", "supercategory": "none"}, {"id": 1, "name": "dog", "supercategory": "mammals"},
+        {"id": 2, "name": "cat", "supercategory": "mammals"}, {"id": 3, "name": "mammals", "supercategory": "pets"},
+        {"id": 5, "name": "tree", "supercategory": ["none"]},
+    ]}  # fmt: skip
+    dataset, _ = build(tmp_path, files, num_absent=5)
+    absent = [(row["image_id"], row["instruction"]) for row in dataset if row["kind"] == "none"]
+    assert absent == [("9", "tree"), ("25", "cat"), ("25", "tree")]
+
+
+def test_lists_of_lvis_say_what_is_absent_and_what_is_incomplete(tmp_path):
+    files = content()
+    files["images"][0] |= {"not_exhaustive_category_ids": [2], "neg_category_ids": [5]}
+    files["images"][1] |= {"not_exhaustive_category_ids": [], "neg_category_ids": []}
+    dataset, report = build(tmp_path, files, num_absent=5)
+    assert dataset["instruction"][:] == ["dog", "traffic light"]  # not the cats: some have no annotation
+    assert report.left_out == {"not all objects annotated": 1, "crowd regions only": 1} and report.counts == {}
+
+
+def test_one_photograph_of_two_ids_is_one_image(tmp_path):
+    """As files of two annotators are merged: one drew the dog, the other the cat and the same dog again."""
+    files = content() | {"images": [image(9), image(9) | {"id": 10}]}
+    files["annotations"] = [
+        annotation(1, 9, square(2, 3, 5), category_id=1), annotation(1, 10, square(30, 15, 4), category_id=2),
+        annotation(2, 10, square(2, 3, 5), category_id=1), annotation(3, 10, square(20, 3, 6), category_id=1),
+    ]  # fmt: skip
+    dataset, report = build(tmp_path, files, num_absent=5)
+    assert dataset["instruction"][:] == ["dog", "cat", "traffic light"] and set(dataset["image_id"]) == {"9"}
+    areas = [[int(decode_mask(rle).sum()) for rle in masks] for masks in dataset["masks"]]
+    assert areas == [[25, 36], [16], []] and report.counts == {"duplicate_id": 3} and report.num_lost == 0
+    files["images"].append(image(25))
+    files["annotations"].append(annotation(9, 25, category_id=1))
+    for difference in ({"height": 60, "width": 80}, {"coco_url": "http://a/other/9.jpg"}):
+        changed = files | {"images": [image(9), files["images"][1] | difference, image(25)]}
+        dataset, report = build(tmp_path, changed)
+        lost = [problem["detail"] for problem in report.problems if problem["lost"]]
+        assert dataset["image_id"][:] == ["25"] and all("is image 9 and 10, of different" in one for one in lost)
+
+
+def test_names_of_images_as_tools_write_them(tmp_path):
+    """COCO Annotator has the folders in `path` only, Label Studio addresses of its own."""
+    files = two_named("x.jpg", "x.jpg", "/data/local-files/?d=c/x.jpg", "http://a:8080/data/local-files/?d=my%20y.jpg")
+    files["images"][0]["path"], files["images"][1]["path"] = "/datasets/a/x.jpg", "/datasets/b/x.jpg"
+    present = ["a/x.jpg", "b/x.jpg", "c/x.jpg", "my y.jpg"]
+    assert found(tmp_path, files, *present) == present
+
+
+@pytest.mark.parametrize("side", [None, 0, 0.0])
+def test_sizes_that_are_not_known_are_those_of_the_photographs(tmp_path, side):
+    files = content()
+    (tmp_path / "images").mkdir()
+    files["images"][0] |= {"height": side, "width": side}
+    dataset, report = build(tmp_path, files)
+    assert len(dataset) == 2 and report.counts == {}

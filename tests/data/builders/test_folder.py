@@ -445,6 +445,10 @@ def test_void_beside_objects_is_ignored(root):
         {"outline": [points(FIRST_POLYGON)]},
         {"gt": {"size": [HEIGHT, WIDTH], "counts": "0"}},
         {"gt": [{"size": [HEIGHT, WIDTH], "counts": "0"}]},
+        {"objects": {"bbox": [[2, 3, 5, 5]], "categories": [0]}},  # of the Hub's folders for detection
+        {"regions": [{"shape_attributes": {"name": "polygon", "all_points_x": [2, 7, 7]}}]},  # VIA
+        {"result": [{"value": {"points": [[1, 2], [3, 4], [5, 6]]}}]},  # Label Studio
+        {"annotation": "first.png"},
     ],
 )
 def test_masks_in_a_misnamed_column_are_not_nothing(root, fields):
@@ -464,6 +468,7 @@ def test_masks_in_a_misnamed_column_are_not_nothing(root, fields):
     "fields",
     [
         {"tags": ["a", "b"]}, {"size": [480, 640]}, {"num_masks": 0}, {"has_mask": False}, {"mask_author": "Ann"},
+        {"objects": {"names": ["cat"], "weights": [1, 2]}}, {"annotation": "by Ann"}, {"annotations": []},
         {"mask_path": ""}, {"polygon_list": []}, {"source": "http://some.where/a.png"}, {"camera": 4},
     ],
 )  # fmt: skip

@@ -145,3 +145,9 @@ def test_runs_that_do_not_cover_the_image_are_not_decoded(counts):
 def test_numbers_without_end_are_refused():
     with pytest.raises(ValueError, match="more than 35 bits"):
         decode_mask({"size": [30, 40], "counts": "o" * 20 + "0"})
+
+
+@pytest.mark.parametrize("low", [-0.02, 0.0, 0.04])
+def test_shares_of_the_sides_that_overshoot_are_refused(low):
+    with pytest.raises(RowProblem, match="multiply x by the width 40 and y by the height 30"):
+        polygons_to_rle([[low, 0.1, 1.003, 0.1, 0.5, 1.02]], 30, 40)

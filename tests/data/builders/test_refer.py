@@ -271,7 +271,7 @@ LARGER = encode_mask(np.ones((31, 40)))
         (broken(annotation={"segmentation": None}), "bad_annotation", 2, "the segmentation is None"),
         (broken(annotation={"image_id": 25}), "missing_annotation", 2, "image 9 has no annotation 901"),
         (broken(ref={"ann_id": 5}), "missing_annotation", 2, "image 9 has no annotation 5 in instances.json"),
-        (broken(ref={"ann_id": "901"}), "bad_annotation", 2, "expected annotation ids"),
+        (broken(ref={"ann_id": "9o1"}), "bad_annotation", 2, "expected annotation ids"),
         (broken(ref={"ann_id": 2**64}), "bad_annotation", 2, "expected annotation ids"),
         (broken(ref={"ann_id": -1}), "bad_annotation", 2, "contradict"),
         (broken(ref={"image_id": 77}), "bad_annotation", 2, "image 77 is not in instances.json"),
@@ -457,3 +457,15 @@ def test_real_masks_are_the_same_in_both_formats_and_as_drawn_by_another_library
             assert (union == other).all()
             compared += 1
     assert compared == 5
+
+
+@pytest.mark.parametrize("write_id", [str, float])
+def test_ids_of_refs_as_text_or_floats(tmp_path, write_id):
+    files = two_images()
+    for entry in files["refs"]:
+        entry |= {"image_id": write_id(entry["image_id"]), "ann_id": write_id(entry["ann_id"])}
+    dataset, report = build(files, tmp_path)
+    expected, _ = build(two_images(), tmp_path / "as_numbers")
+    assert report.counts == {} and len(dataset) == 3
+    for name in ("instance_ids", "image_id", "sample_id", "masks"):
+        assert dataset[name][:] == expected[name][:]

@@ -33,8 +33,9 @@ def build_coco(
     All instances of the category are `masks`, those of other categories `distractor_masks`. Categories of one name are
     one. Crowd regions (`iscrowd`, or `ignore`) hold objects that are not told apart: those of the category become
     `ignore`, and where there is nothing else of it the sample is left out. Ids may be numbers or text. Where a file
-    states no `height` and `width`, those of the photographs count. `kind` is `none`, `single` or `multi` by the number
-    of objects. Captions are not used.
+    states no `height` and `width`, those of the photographs count. Images of one `file_name` are one. Categories that
+    LVIS lists in an image's `not_exhaustive_category_ids` are left out there. `kind` is `none`, `single` or `multi` by
+    the number of objects. Captions are not used.
 
     Args:
         annotations: The json file, with `images`, `annotations` and `categories`.
@@ -43,8 +44,9 @@ def build_coco(
         split (`str`, *optional*, defaults to `"train"`): What the rows are called; the file is one split.
         report (`BuildReport`, *optional*): Lists what could not be used.
         num_absent (`int`, *optional*, defaults to 0): Samples without target per image, for categories that have no
-            annotation on it. True only where every object of every category is annotated. Images with an annotation
-            whose category is not known get none.
+            annotation on it, nor one of a category whose `supercategory` they are. True only where every object of
+            every category is annotated, or where images have LVIS's `neg_category_ids`, which are then chosen from.
+            Images with an annotation whose category is not known get none.
         categories (`Collection[str]`, *optional*): Names of the categories to ask for; by default all.
         seed (`int`, *optional*, defaults to 0): Chooses the absent categories, for every image on its own.
         allow_outside (`bool`, *optional*, defaults to `False`): Use photographs outside of `images_dir` as well, where
@@ -82,6 +84,7 @@ class _CocoRows:
         self.instances, self.split, self.report = instances, split, report
         self.first: dict[int | str, int | str] = {}  # category -> the first one of its name, which stands for all
         self.names: dict[int | str, str] = {}
+        self.broader: dict[int | str, set[int | str]] = {}  # category -> those which are its supercategory
         self._read_categories()
         self.chosen = set(self.names)
         strays = {self._category(annotation) for annotation in instances.strays}
@@ -105,6 +108,10 @@ class _CocoRows:
             else:
                 self.first[number] = of_name.setdefault(_same_name(name), number)
                 self.names.setdefault(self.first[number], name.strip())
+        for category in (category for category in listed if isinstance(category, dict)):
+            number, above = self.first.get(as_id(category.get("id"))), category.get("supercategory")
+            if number is not None and isinstance(above, str) and _same_name(above) in of_name:
+                self.broader.setdefault(number, set()).add(of_name[_same_name(above)])
 
     def choose(self, categories: Collection[str] | None) -> None:
         """Ask for these categories only.
@@ -142,15 +149,35 @@ class _CocoRows:
         """Categories that are not on an image; none where an annotation may be of any category."""
         if any(category not in self.names for category in present):
             return []
-        left = self.chosen - set(present) - self.never_absent
+        left = self.chosen - self._with_broader(present) - self.never_absent
+        if isinstance(self.instances.images[image_id].get("neg_category_ids"), list):
+            left &= self._listed(image_id, "neg_category_ids")
         absent = sorted(left, key=lambda number: (isinstance(number, str), number))
         return random.Random(f"{seed}-{image_id}").sample(absent, min(num_absent, len(absent)))
+
+    def _with_broader(self, present: Collection[Any]) -> set[Any]:
+        """Categories on an image, and those above them: Roboflow lists "cups", which no object has, above "cup"."""
+        found, left = set(), list(present)
+        while left:
+            category = left.pop()
+            if category not in found:
+                found.add(category)
+                left += self.broader.get(category, ())
+        return found
+
+    def _listed(self, image_id: int | str, key: str) -> set[Any]:
+        """Categories in a list of LVIS's at an image."""
+        listed = self.instances.images[image_id].get(key)
+        return {self._category({"category_id": number}) for number in listed} if isinstance(listed, list) else set()
 
     def row(self, image_id: int | str, category: Any, numbers: list[int], instruction: str) -> dict[str, Any] | None:
         """The row of an image and a category; `None` where there are crowd regions only."""
         if category not in self.names:
             detail = f"annotation {numbers[0]} has the category {category}, which is not in categories."
             raise RowProblem("bad_annotation", detail)
+        if category in self._listed(image_id, "not_exhaustive_category_ids"):
+            self.report.left_out["not all objects annotated"] += 1
+            return None
         crowds = [number for number in numbers if self.instances.is_crowd(number)]
         targets = [number for number in numbers if number not in crowds]
         if crowds and not targets:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .build_report import BuildReport, RowProblem
-from .photographs import Photographs, names_of, once
+from .photographs import Photographs, file_of, names_of, once
 from .polygons import polygons_to_rle
 from .rows import image_size
 from .values import as_flag, as_id, as_whole, parse_json
@@ -66,8 +66,9 @@ class CocoInstances:
         report (`BuildReport`): gets what is wrong with the file's entries.
         photographs ([`Photographs`]): of the images.
         images (`Collection[str]`, *optional*): keys (`image_key`) of the images that matter; others are forgotten.
-        renumber (`bool`, *optional*, defaults to `False`): give annotations without a number, or with that of another,
-            one of their own: where nothing refers to ids, an object must not be lost for them.
+        renumber (`bool`, *optional*, defaults to `False`): nothing refers to ids, so that no object must be lost for
+            them: give annotations without a number, or with that of another, one of their own, and count images that
+            are one file as one.
 
     Attributes:
         images, annotations (`dict`): By id, see `as_id`.
@@ -97,6 +98,7 @@ class CocoInstances:
         self.categories = content.get("categories")
         self._clashing: dict[int | str, str] = {}
         self.images = self._read_images(lists[0], images)
+        self._first = self._join_files() if renumber else {}  # image -> the first one of its file
         photographs.claim(names_of(entry) for entry in lists[0])
         self.strays: list[dict] = []
         self.annotations = self._read_annotations(lists[1], images is None, renumber)
@@ -123,13 +125,38 @@ class CocoInstances:
                 self._name_repeated("image", number, f"the id appears again at {index}; the first is used")
         return found
 
+    def _join_files(self) -> dict[int | str, int | str]:
+        """Images listed under several ids, as merged files have them: each sees but a part of the annotations."""
+        of_file: dict[str, int | str] = {}
+        joined: dict[int | str, int | str] = {}
+        for number, entry in list(self.images.items()):
+            file = file_of(entry)
+            first = number if file is None else of_file.setdefault(file, number)
+            if first == number:
+                continue
+            joined[number] = first
+            one = self.images[first]
+            if any(as_id(one.get(key)) != as_id(entry.get(key)) for key in ("height", "width", "coco_url")):
+                self._clashing[first] = (
+                    f"{file} is image {first} and {number}, of different height, width or coco_url."
+                )
+            elif number in self._clashing:
+                self._clashing.setdefault(first, self._clashing[number])
+            else:
+                self._name_repeated("image", number, f"{file} is image {first} too; their annotations count as of one")
+        for number in joined:
+            del self.images[number]
+        return joined
+
     def _read_annotations(self, entries: list, all_images: bool, renumber: bool) -> dict[int, dict]:
         found: dict[int, dict] = {}
         numbers = (as_whole(entry.get("id")) for entry in entries if isinstance(entry, dict))
         fresh = 1 + max((number for number in numbers if number is not None), default=0)
         numbered = all(isinstance(image_id, int) for image_id in self.images)
+        several, seen = set(self._first.values()), set()
         for index, entry in enumerate(entries):
             image_id = as_id(entry.get("image_id")) if isinstance(entry, dict) else None
+            image_id = self._first.get(image_id, image_id)
             if image_id not in self.images:
                 if all_images or image_id is None:
                     self._name_unusable("annotation", index, entry, "image_id")
@@ -137,6 +164,12 @@ class CocoInstances:
                     self.strays.append(entry)
                 continue
             entry["image_id"], number = image_id, as_whole(entry.get("id"))
+            if image_id in several:
+                same = (image_id, str(entry.get("category_id")), repr(entry.get("segmentation")))
+                if entry.get("segmentation") and same in seen:
+                    self._name_repeated("annotation", entry.get("id"), f"the object comes again at {index}; used once")
+                    continue
+                seen.add(same)
             if number is None and not renumber:
                 self._name_unusable("annotation", index, entry, "id")
                 continue
@@ -188,7 +221,7 @@ class CocoInstances:
         if image_id in self._clashing:
             raise RowProblem("duplicate_id", self._clashing[image_id])
         height, width = entry.get("height"), entry.get("width")
-        if height is None and width is None:
+        if height in (None, 0) and width in (None, 0):  # some tools write 0 for what they do not know
             return None
         size = as_whole(height), as_whole(width)
         if None in size or min(size) <= 0:

@@ -40,7 +40,8 @@ FIELDS = {
     "split": ("split",),
 }
 KNOWN = [name for names in FIELDS.values() for name in names]
-MASK_WORDS = ("mask", "polygon", "segm", "contour", "box")  # in names of columns that hold masks or boxes elsewhere
+# In names of columns that hold masks or boxes elsewhere.
+MASK_WORDS = ("mask", "polygon", "segm", "contour", "box", "annotation", "region", "rle")
 
 
 def build_folder(
@@ -260,12 +261,17 @@ def _may_be_masks(name: str, value: Any) -> bool:
             value = parse_json(value)
     if isinstance(value, str):
         return named and bool(re.search(r"\.\w{2,4}\s*(;|$)", value))  # a path
-    if not isinstance(value, (list, dict)) or not value:
-        return False
-    while isinstance(value, list) and value and isinstance(value[0], (list, dict)):
-        value = value[0]
-        named = named or isinstance(value, list) and bool(value) and is_number(value[0])
-    return named or isinstance(value, dict) and "counts" in value
+    return isinstance(value, (list, dict)) and bool(value) and (named or _holds_coordinates(value))
+
+
+def _holds_coordinates(value: Any) -> bool:
+    """Whether lists in lists end in numbers, or there is an RLE or a field of masks in an object: at any depth."""
+    if isinstance(value, dict):
+        return "counts" in value or any(_may_be_masks(str(name), part) for name, part in value.items())
+    first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, list) and first and is_number(first[0]):
+        return True
+    return isinstance(first, (list, dict)) and _holds_coordinates(first)
 
 
 def _is_turned(path: str) -> bool:

@@ -32,10 +32,23 @@ def once(known: dict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
 
 
 def names_of(image: Any) -> list[str]:
-    """Names of an image's file: its `file_name`, or, as LVIS has it, the path in its `coco_url`."""
+    """Names of an image's file: its `file_name`, or, as LVIS has it, the path in its `coco_url`.
+
+    Where `path` is the same with folders, as COCO Annotator has it, that counts; so does the path in an address, and
+    what follows `?d=` in one of Label Studio's local files.
+    """
     entry = image if isinstance(image, dict) else {}
     texts = [entry[key] for key in ("file_name", "coco_url") if isinstance(entry.get(key), str) and entry[key].strip()]
-    return [urlsplit(text).path if "://" in text else text for text in texts[:1]]
+    path = entry.get("path")
+    if texts and isinstance(path, str) and path.endswith(f"/{texts[0]}"):
+        texts = [path]
+    texts = [re.sub(r".*/local-files/\?d=", "", text) for text in texts[:1]]
+    return [urlsplit(text).path if "://" in text else text for text in texts]
+
+
+def file_of(image: Any) -> str | None:
+    """The file of an image with all its folders, which / parts; `None` where it has no name."""
+    return next((tails[0] for name in names_of(image) if (tails := _tails(name))), None)
 
 
 def _tails(name: str) -> list[str]:

@@ -97,15 +97,18 @@ def check_no_grid(rows: list | tuple, height: int, width: int) -> None:
 
 
 def check_pixels(coordinates: np.ndarray, height: int, width: int) -> None:
-    """Refuse an object of which all coordinates lie between 0 and 1: those are shares of the sides.
+    """Refuse an object of which all coordinates lie between 0 and 1, or little beyond: those are shares of the sides.
 
     Raises:
         RowProblem: `"bad_annotation"`.
     """
-    if coordinates.size and 0 <= coordinates.min() and coordinates.max() <= 1 and min(height, width) > 2:
+    if not coordinates.size or min(height, width) <= 2:
+        return
+    if -MARGIN_SHARE <= coordinates.min() and coordinates.max() <= 1 + MARGIN_SHARE:
         raise RowProblem(
             "bad_annotation",
-            f"all coordinates lie between 0 and 1: multiply x by the width {width} and y by the height {height}.",
+            f"all coordinates lie between 0 and 1 or close to it: multiply x by the width {width} and y by the height "
+            f"{height}.",
         )
 
 

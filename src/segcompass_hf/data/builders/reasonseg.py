@@ -18,7 +18,7 @@ from .found_files import TrustedFolder
 from .polygons import check_pixels, checked_polygon
 from .rows import dataset_from_rows, image_size, make_row, usable_rows
 from .shapes import draw_shape
-from .values import as_whole, parse_json
+from .values import as_id, as_whole, parse_json
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -218,7 +218,7 @@ def _masks(shapes: list, size: tuple[int, int], name: str, report: BuildReport) 
         ignored.append("ignore" in label)
         order.append(int(mask.sum()))
         group = shape.get("group_id")
-        groups.append(f"shape {index}" if group is None or group == "" else f"group {group}")
+        groups.append(f"shape {index}" if as_id(group) is None else f"group {as_id(group)}")
     painted = np.zeros(size, dtype=np.uint8)  # 1 = target, 2 = ignore
     for place in np.argsort(order)[::-1]:
         painted[drawn[place]] = 2 if ignored[place] else 1

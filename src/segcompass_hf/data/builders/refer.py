@@ -14,6 +14,7 @@ from .coco_instances import CocoInstances, describe_folder, image_key, read_json
 from .photographs import Photographs
 from .rows import SampleIds, dataset_from_rows, kind_by_number, make_row, usable_rows
 from .safe_pickle import load_plain_pickle
+from .values import as_flag, as_whole
 
 UNC = ("train", "val", "testA", "testB")
 # Benchmark -> who split it -> splits.
@@ -134,12 +135,13 @@ def read_refs(folder: Path, name: str, split_by: str, report: BuildReport) -> li
     for index, ref in enumerate(refs):
         keys = ("ref_id", "image_id", "ann_id", "split", "sentences")
         lacking = [key for key in keys if not isinstance(ref, dict) or key not in ref]
-        types = {"sentences": list, "image_id": int, "split": str}
-        if lacking or not all(isinstance(ref[key], kind) for key, kind in types.items()):
+        types = {"sentences": list, "split": str}
+        image_id = None if lacking else as_whole(ref["image_id"])
+        if image_id is None or not all(isinstance(ref[key], kind) for key, kind in types.items()):
             detail = f"lacks {', '.join(lacking)}" if lacking else "has a split, image_id or sentences of another type"
             report.add("bad_annotation", f"{path.name} ref at {index}", detail)
         else:
-            usable.append(ref)
+            usable.append(ref | {"image_id": image_id})
     return usable
 
 
@@ -206,11 +208,12 @@ class _Samples:
         }
 
     def _targets(self, ref: dict[str, Any], stem: str) -> list[int]:
-        given, flag = ref["ann_id"], ref.get("no_target")
+        given, flag = ref["ann_id"], as_flag(ref.get("no_target"), "no_target")
         numbers = given if self.name == "grefcoco" and isinstance(given, list) else [given]
-        if not all(type(number) is int and -1 <= number < 2**63 for number in numbers):
+        numbers = [as_whole(number) for number in numbers]
+        if not all(number is not None and -1 <= number < 2**63 for number in numbers):
             raise RowProblem("bad_annotation", f"ann_id is {given!r:.60}; expected annotation ids.")
-        none = self.name == "grefcoco" and (numbers == [-1] or (not numbers and flag is True))
+        none = self.name == "grefcoco" and (numbers == [-1] or (not numbers and flag))
         if none:
             return []
         if flag or not numbers or -1 in numbers:
