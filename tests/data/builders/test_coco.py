@@ -415,7 +415,7 @@ def test_one_photograph_of_two_ids_is_one_image(tmp_path):
         changed = files | {"images": [image(9), files["images"][1] | difference, image(25)]}
         dataset, report = build(tmp_path, changed)
         lost = [problem["detail"] for problem in report.problems if problem["lost"]]
-        assert dataset["image_id"][:] == ["25"] and all("is image 9 and 10, of different" in one for one in lost)
+        assert dataset["image_id"][:] == ["25"] and all("is image 9 and 10, of other height" in one for one in lost)
 
 
 def test_names_of_images_as_tools_write_them(tmp_path):

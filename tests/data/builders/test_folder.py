@@ -449,6 +449,8 @@ def test_void_beside_objects_is_ignored(root):
         {"regions": [{"shape_attributes": {"name": "polygon", "all_points_x": [2, 7, 7]}}]},  # VIA
         {"result": [{"value": {"points": [[1, 2], [3, 4], [5, 6]]}}]},  # Label Studio
         {"annotation": "first.png"},
+        {"gt": "first.png"},
+        {"label": "masks/first.png", "masks": None},
     ],
 )
 def test_masks_in_a_misnamed_column_are_not_nothing(root, fields):
@@ -469,6 +471,7 @@ def test_masks_in_a_misnamed_column_are_not_nothing(root, fields):
     [
         {"tags": ["a", "b"]}, {"size": [480, 640]}, {"num_masks": 0}, {"has_mask": False}, {"mask_author": "Ann"},
         {"objects": {"names": ["cat"], "weights": [1, 2]}}, {"annotation": "by Ann"}, {"annotations": []},
+        {"depth": "masks/first.png"}, {"preview": "dog.jpg"},
         {"mask_path": ""}, {"polygon_list": []}, {"source": "http://some.where/a.png"}, {"camera": 4},
     ],
 )  # fmt: skip
@@ -517,3 +520,9 @@ def test_files_outside_are_left_out_unless_allowed(root):
     with pytest.raises(ValueError, match="private.jsonl|annotations.jsonl' lies outside"):
         build_folder(root)
     assert len(build_folder(root, root.parent / "private.jsonl")) == 1  # named by the user; its folder is not inside
+
+
+def test_a_kind_that_contradicts_the_masks_is_refused(root):
+    entries = [line(kind="none"), line(kind="single", masks=[]), line(kind="multi", masks=None), line(kind="part")]
+    dataset, report = build(root, *entries, line(masks=[], kind="none"))
+    assert dataset["kind"][:] == ["part", "none"] and report.counts == {"bad_annotation": 3} and report.num_lost == 3

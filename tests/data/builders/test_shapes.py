@@ -70,6 +70,7 @@ def test_polygons_of_two_points_enclose_nothing():
         ("mask", [(1, 1), (3, 2)], {"mask": "é"}, "unreadable_mask", "no mask that can be read"),
         ("mask", [(1, 1), (3, 2)], {"mask": "bm8="}, "unreadable_mask", "cannot be read as an image"),
         ("mask", [(28, 1), (30, 2)], {"mask": png(np.ones((2, 3), np.uint8))}, "wrong_size", "2 x 3 at .28, 1."),
+        ("mask", [(2, 2), (6, 4)], {"mask": png(np.ones((2, 3), np.uint8))}, "wrong_size", "2 x 3 for a box of 3 x 5"),
     ],
 )
 def test_shapes_without_an_area_are_refused(kind, points, fields, problem, message):

@@ -137,9 +137,7 @@ class CocoInstances:
             joined[number] = first
             one = self.images[first]
             if any(as_id(one.get(key)) != as_id(entry.get(key)) for key in ("height", "width", "coco_url")):
-                self._clashing[first] = (
-                    f"{file} is image {first} and {number}, of different height, width or coco_url."
-                )
+                self._clashing[first] = f"{file} is image {first} and {number}, of other height, width or coco_url."
             elif number in self._clashing:
                 self._clashing.setdefault(first, self._clashing[number])
             else:

@@ -169,6 +169,8 @@ class _FolderRows:
         self.num_lines += 1
         unused = {str(key): value for key, value in fields.items() if str(key) not in KNOWN and _is_given(value)}
         meant = [key for key, value in unused.items() if _may_be_masks(key, value)]
+        if known["masks"] is None:
+            meant += [key for key, value in unused.items() if self._is_mask_file(value)]
         if meant and (known["masks"] is None or str(known["masks"]).replace(" ", "") == "[]"):
             raise RowProblem(
                 "unknown_column",
@@ -180,6 +182,15 @@ class _FolderRows:
             hint = f"did you mean {close[0]!r}?" if close else f"lines have {', '.join(KNOWN)}."
             self.report.add("unknown_column", where, f"{key!r} is not used; {hint}", lost=False)
         return known
+
+    def _is_mask_file(self, value: Any) -> bool:
+        """Whether this names a file of the folder which may be a mask: of a format that keeps values as they are."""
+        if not isinstance(value, str) or not value.strip().lower().endswith((".png", ".tif", ".tiff", ".bmp")):
+            return False
+        try:
+            return self.files.find(spellings(value), self.starts, [str(self.root / "masks")]) is not None
+        except RowProblem:
+            return True  # it is there, outside or twice
 
     def _row(self, fields: dict[str, Any]) -> dict[str, Any] | None:
         split = _text(fields["split"])
@@ -198,6 +209,9 @@ class _FolderRows:
             self.sizes[path] = image_size(path)
         found = {name: self._masks(fields, name, path) for name in ("masks", "distractors", "ignore")}
         masks, others = found["masks"].masks, found["distractors"].masks
+        if (fields["kind"] == "none") if masks else fields["kind"] in ("single", "multi"):
+            detail = f"kind is {fields['kind']!r} but the line has {len(masks)} masks; which of them is right?"
+            raise RowProblem("bad_annotation", detail)
         ignored = [*found["ignore"].masks, *(rle for objects in found.values() for rle in objects.void)]
         image_id = _text(fields["image_id"]) or Path(os.path.relpath(path, self.root)).as_posix()  # one per file
         wanted = _text(fields["sample_id"]) or f"{Path(name).as_posix()}-{self.per_image[path]}".replace("/", "_")

@@ -21,7 +21,7 @@ from .shapes import draw_shape
 from .values import as_id, as_whole, parse_json
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 PARENTS = ("", "ReasonSeg", "reason_seg/ReasonSeg")  # as downloaded, and where LISA's code expects it
 
 

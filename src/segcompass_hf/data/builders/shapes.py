@@ -45,7 +45,7 @@ def draw_shape(shape: dict[str, Any], points: np.ndarray, index: int, size: tupl
         ImageDraw.Draw(drawn).ellipse([x - radius, y - radius, x + radius, y + radius], outline=1, fill=1)
         return np.asarray(drawn)
     if kind == "mask" and len(points) == 2:
-        return _placed_mask(shape.get("mask"), corners[0], index, size)
+        return _placed_mask(shape.get("mask"), corners, index, size)
     raise RowProblem(
         "bad_annotation",
         f"shape {index} is a {kind!r:.40} of {len(points)} points; expected a polygon, a rectangle or circle of two "
@@ -53,13 +53,17 @@ def draw_shape(shape: dict[str, Any], points: np.ndarray, index: int, size: tupl
     )
 
 
-def _placed_mask(encoded: Any, corner: np.ndarray, index: int, size: tuple[int, int]) -> np.ndarray:
-    """LabelMe's mask: a PNG in base64 of the box whose first pixel is `corner` (x, y)."""
+def _placed_mask(encoded: Any, corners: np.ndarray, index: int, size: tuple[int, int]) -> np.ndarray:
+    """LabelMe's mask: a PNG in base64 of the box whose first and last pixel are `corners` (x, y)."""
     try:
         values = read_mask_file(base64.b64decode(encoded, validate=True)) != 0
     except (TypeError, ValueError) as error:
         raise RowProblem("unreadable_mask", f"shape {index} has no mask that can be read ({error}).") from error
-    (x, y), (height, width) = corner, values.shape
+    (x, y), (height, width) = corners[0], values.shape
+    box = corners[1] - corners[0] + 1
+    if np.abs(box - (width, height)).max() > 1:  # some versions write the pixel behind the last
+        detail = f"shape {index} has a mask of {height} x {width} for a box of {box[1]} x {box[0]} (height x width)."
+        raise RowProblem("wrong_size", detail)
     if min(x, y) < 0 or y + height > size[0] or x + width > size[1]:
         detail = f"shape {index} has a mask of {height} x {width} at ({x}, {y}), which is not inside the image of "
         raise RowProblem("wrong_size", f"{detail}{size[0]} x {size[1]} (height x width).")
