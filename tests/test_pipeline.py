@@ -140,6 +140,10 @@ def test_bad_inputs_say_what_is_expected(pipe):
         pipe(image)
     with pytest.raises(ValueError, match="non-empty string; got '  '"):
         pipe(image, instruction="  ")
+    with pytest.raises(ValueError, match=r"got None of an input with the keys \['image', 'text'\]"):
+        pipe({"image": image, "text": "the ring"})
+    with pytest.raises(ValueError, match=r"got \['a', 'b'\] of an input with .* for each image"):
+        pipe({"image": [image, image], "instruction": ["a", "b"]})
     with pytest.raises(ValueError, match='needs the key "image"'):
         pipe({"instruction": "the ring"})
     with pytest.raises(ValueError, match="2 images and 1 instructions"):

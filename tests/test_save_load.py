@@ -280,14 +280,37 @@ class TestWeightsWithoutAPlace:
         assert loaded.peft_config and not info["missing_keys"] and not info["unexpected_keys"]
         assert "MISSING" not in capfd.readouterr().err
 
+    def test_weights_too_many_or_too_few_in_an_adapter_are_said_of_the_adapter(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        from safetensors.torch import load_file, save_file
+
+        tiny.tiny_model().save_pretrained(tmp_path / "base")
+        adapted = peft.get_peft_model(
+            AutoModel.from_pretrained(tmp_path / "base"), peft.LoraConfig(r=2, target_modules=["lm_head"])
+        )
+        adapted.save_pretrained(tmp_path / "adapter")
+        file = "adapter_model.safetensors"
+        add_weights(tmp_path / "adapter", {"base_model.model.vlm.more.lora_A.weight": torch.ones(2, 2)}, file)
+        with pytest.raises(
+            ValueError, match=r"the adapter \S*adapter \(on \S*base\) holds 1 weights \(vlm.more.lora_A"
+        ):
+            AutoModel.from_pretrained(tmp_path / "adapter")
+        weights = load_file(tmp_path / "adapter" / file)
+        kept = {name: weight for name, weight in weights.items() if "lora_A" not in name}
+        save_file(kept, tmp_path / "adapter" / file, metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=r"the adapter \S*adapter \(on \S*base\) lacks 1 weights .*lm_head.lora_A"
+        ):
+            AutoModel.from_pretrained(tmp_path / "adapter")
+
 
 LAYER = "model.language_model.layers.0.self_attn"
 
 
-def add_weights(folder, weights: dict) -> None:
+def add_weights(folder, weights: dict, name: str = "model.safetensors") -> None:
     from safetensors.torch import load_file, save_file
 
-    file = folder / "model.safetensors"
+    file = folder / name
     save_file({**load_file(file), **weights}, file, metadata={"format": "pt"})
 
 

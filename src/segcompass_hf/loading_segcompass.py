@@ -139,11 +139,16 @@ class LoadingMixin:
         """
         check_weight_files(pretrained_model_name_or_path, kwargs.get("subfolder"))
         _fill_skip_list(cls, pretrained_model_name_or_path, kwargs)
+        adapter = (kwargs.get("adapter_kwargs") or {}).get(
+            "_adapter_model_path"
+        )  # AutoModel: then the path is its base
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         _keep_gradients_on_cpu(model)
         if kwargs.get("state_dict") is None:
-            check_nothing_missing(model, info, pretrained_model_name_or_path)
-            check_nothing_left(model, info, pretrained_model_name_or_path)
+            source = pretrained_model_name_or_path
+            source = source if adapter is None else f"the adapter {adapter} (on {source})"
+            check_nothing_missing(model, info, source)
+            check_nothing_left(model, info, source)
         return (model, info) if output_loading_info else model
 
     @staticmethod

@@ -120,15 +120,16 @@ class ReasoningSegmentationPipeline(Pipeline):
         if isinstance(inputs, Mapping) and not _is_encoded_image(inputs):
             if "image" not in inputs:
                 raise ValueError(
-                    f'an input needs the key "image"; got {sorted(inputs)}. '
+                    f'an input needs the key "image"; got {sorted(map(str, inputs))}. '
                     'Pass {"image": ..., "instruction": ...} or an image with instruction="...".'
                 )
             image = inputs["image"]
             instruction = inputs.get("instruction", instruction)
         if not isinstance(instruction, str) or not instruction.strip():
+            of = f" of an input with the keys {sorted(map(str, inputs))}" if image is not inputs else ""
             raise ValueError(
-                f"an instruction is a non-empty string; got {instruction!r}. "
-                'Pass instruction="..." or {"image": ..., "instruction": ...}.'
+                f"an instruction is a non-empty string; got {instruction!r:.200}{of}. "
+                'Pass instruction="...", or one {"image": ..., "instruction": ...} for each image.'
             )
         return {"image": to_rgb_image(image), "instruction": instruction}
 

@@ -10,25 +10,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# What stands behind a name and `:` or `=`: a literal, no expression of code and no placeholder such as $KEY or <key>.
+# What stands behind a name and `:` or `=`: a literal, no expression of code (`config.token`, `token=token`) and no
+# placeholder such as $KEY, <key>, hf_... or your-key.
+_PLACEHOLDER = r"(?i:your[_-]|(?:hf_|sk-)?(?:x+|\.+|\*+)(?=[\"',;\s]|$))"
+_EXPRESSION = r"(?:(?<==)|(?<== ))(?:[A-Za-z_]+(?:\.[A-Za-z_]+)+|[A-Za-z_]*(?:token|key|password|secret))(?![\w.-])"
 _VALUE = (
-    r"[\"']?\s*[:=]\s*[\"']?(?!null|none|true|false|self\.|os\.|args\.)"
+    rf"[\"']?\s*[:=]\s*[\"']?(?!null|none|true|false|self\.|os\.|args\.|{_PLACEHOLDER}|{_EXPRESSION})"
     r"[^\s\"',;{{}}()\[\]$<>]{{{least},}}(?=[\"',;}}\s]|$)"
 )
 _SECRETS = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}",
+    "a Hugging Face token": r"\b(?:hf|api_org)_(?![xX]+\b)[A-Za-z0-9]{16,}",
     "a GitHub token": r"\bgh[opsur]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}",
     "a GitLab token": r"\bglpat-[\w-]{16,}",
-    "an API key": r"\bsk-[A-Za-z0-9][\w-]{18,}|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{30,}",
+    "an API key": r"(?<![\w-])sk-(?=[\w-]*\d)[A-Za-z0-9][\w-]{18,}"
+    r"|\bAIza[\w-]{30,}|\bnpm_[A-Za-z0-9]{30,}|\bpypi-[\w-]{30,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
     "a Slack token": r"\bxox[abeoprs]-[\w-]{10,}",
     "a signed web token": r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY|PuTTY-User-Key-File",
     "a password in an address": r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@\"'<>]{0,200}:[^\s/:@\"'<>]{3,200}@",
+    "a signed address": r"(?i:[?&](?:x-amz-signature|x-goog-signature|sig|signature)=[\w%+/-]{16,})",
     "an authorization header": r"(?i:\bauthorization[\"']?\s*[:=]\s*[\"']?(?:basic|bearer|token)\s+\S{8,})",
     "a key or password": (
-        r"(?i:(?:api[_-]?key|secret(?:[_-]?(?:access[_-]?)?key)?|passw(?:or)?d|passphrase|credentials?"
-        rf"|(?:access|auth|hub|hf|wandb|private|bearer)[_-]?token){_VALUE.format(least=6)})"
+        r"(?i:(?:(?:api|access|account|wandb|openai)[_-]?key|secret(?:[_-]?(?:access[_-]?)?key)?"
+        r"|passw(?:or)?d|passphrase|credentials?|(?<![a-z])(?:pwd|pass)"
+        rf"|(?:access|auth|hub|hf|wandb|private|bearer|secret)[_-]?token){_VALUE.format(least=6)})"
         rf"|(?i:(?<![\w-])token{_VALUE.format(least=16)})"
     ),
 }

@@ -81,7 +81,7 @@ def check_nothing_left(model: nn.Module, info: dict[str, Any], source: Any) -> N
     if surplus:
         raise ValueError(
             f"{source} holds {len(surplus)} weights ({_first(surplus)}) for which its configuration has no place, and "
-            "without them answers would be others; give it the config.json that it was saved with."
+            "without them answers would be others; give it the configuration that it was saved with."
         )
 
 

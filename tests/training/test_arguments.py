@@ -120,3 +120,27 @@ def test_fields_of_transformers_are_named_too(name, value):
         build_settings(
             TrainingArguments, parse_words(TrainingArguments, {"output_dir": "o", "use_cpu": True, name: value}, "")
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("learning_rate", float("nan"), "a finite number of 0 or more"),
+        ("learning_rate", -1.0, "a finite number of 0 or more"),
+        ("num_train_epochs", float("inf"), "a finite number of 0 or more"),
+        ("num_train_epochs", -1.0, "a finite number of 0 or more"),
+        ("weight_decay", -0.1, "a finite number of 0 or more"),
+        ("seed", -1, "a finite number of 0 or more and at most 4294967295"),
+        ("seed", 2**32, "a finite number of 0 or more and at most 4294967295"),
+        ("adam_epsilon", float("nan"), "a finite number"),
+    ],
+)
+def test_numbers_with_which_no_training_can_be_are_named(tmp_path, name, value, expected):
+    with pytest.raises(SettingsError, match=rf"^warmup: {name} is .*; expected {expected}\.$"):
+        build_settings(TrainingArguments, {"output_dir": str(tmp_path), name: value}, "warmup: ")
+
+
+def test_usual_numbers_pass(tmp_path):
+    usual = {"learning_rate": 0.0, "max_steps": -1, "num_train_epochs": 0.5, "seed": 2**32 - 1, "max_grad_norm": 0.0}
+    settings = build_settings(TrainingArguments, {"output_dir": str(tmp_path), "use_cpu": True, **usual})
+    assert {name: getattr(settings, name) for name in usual} == usual

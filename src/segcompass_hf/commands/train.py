@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="a key over the recipe's, such as segmentation.max_steps=10 or output_dir=runs/other",
+        help="a key over the recipe's, such as segmentation.max_steps=10 or output_dir=runs/other; once for each key",
     )
     parser.set_defaults(run=run)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,15 @@ import yaml
 from transformers import HfArgumentParser
 
 SHOWN_NAMES = 12  # known settings that a message lists
+# What numbers of transformers' settings are from and to; it checks them late or never.
+_RANGES = {
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "num_train_epochs": (0, math.inf),
+    "seed": (0, 2**32 - 1),  # NumPy's
+    "data_seed": (0, 2**32 - 1),
+}
 
 
 class SettingsError(ValueError):
@@ -181,16 +191,30 @@ def build_settings(settings_class: type, values: Mapping[str, Any], where: str =
     Raises:
         SettingsError: It cannot be made of these values.
     """
+    own = {one.name: one.default for one in fields(settings_class)}
+    for name, value in values.items():
+        if value != own.get(name):  # not a number is no default either
+            _check_number(name, value, where)
     try:
         return settings_class(**values)
     except Exception as error:  # transformers' and TRL's checks raise about anything
         message = " ".join(str(error).split())
-        own = {one.name: one.default for one in fields(settings_class)}
         given = {name: value for name, value in values.items() if value != own[name]}
         if not any(re.search(rf"\b{re.escape(name)}\b", message) for name in given):
             name = next((name for name in given if _is_accepted(settings_class, values, without=name)), None)
             message = message if name is None else f"{name} is {values[name]!r:.200}: {message}"
         raise SettingsError(f"{where}{message}") from error
+
+
+def _check_number(name: str, value: Any, where: str) -> None:
+    """Refuse a number that transformers takes and no training can use: it would end in NaN, or never."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    least, most = _RANGES.get(name, (-math.inf, math.inf))
+    if not math.isfinite(value) or not least <= value <= most:
+        expected = "a finite number" + (f" of {least} or more" if least == 0 else "")
+        expected += f" and at most {most}" if math.isfinite(most) else ""
+        raise SettingsError(f"{where}{name} is {value!r}; expected {expected}.")
 
 
 def _is_accepted(settings_class: type, values: Mapping[str, Any], without: str) -> bool:

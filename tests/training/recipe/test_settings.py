@@ -62,6 +62,8 @@ def test_a_step_has_the_same_rows_whatever_the_number_of_processes(tmp_path):
         ("warmup.output_dir=x", "warmup.output_dir is set by the recipe: out/warmup"),
         ("warmup=5", "warmup is 5; a stage is keys and values"),
         ("output_dir=null", r"the recipe lacks output_dir"),
+        ("output_dir=''", r"the recipe lacks output_dir"),
+        ("seed=-1", r"the recipe: seed is -1; expected a finite number of 0 or more"),
         ("warmup", "--set takes KEY=VALUE"),
     ],
 )
@@ -107,3 +109,13 @@ def test_groups_of_completions_are_counted_over_all_processes(tmp_path):
     assert arguments.per_device_train_batch_size == 4  # less than a group, but two processes have one
     with pytest.raises(RecipeError, match="grpo: .*divisible by.*num_generations"):
         recipe_of(tmp_path, text, "grpo.batch_size=4").stages[0].arguments()
+
+
+@pytest.mark.parametrize(
+    "change", ["learning_rate=.nan", "learning_rate=-1", "num_train_epochs=.inf", "weight_decay=-1"]
+)
+def test_numbers_with_which_no_training_can_be_are_named(tmp_path, change):
+    name = change.partition("=")[0]
+    recipe = recipe_of(tmp_path, WHOLE, f"warmup.{change}")
+    with pytest.raises(RecipeError, match=rf"^warmup: {name} is .*; expected a finite number of 0 or more\.$"):
+        recipe.stages[0].arguments(1)

@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, num_processes: int = 1, with_memory: bool = Tru
     try:
         processor = loader.processor(start)
     except (ValueError, OSError, TypeError) as error:
-        raise RecipeError(f"no processor can be made of the parts: {error}") from error
+        raise RecipeError(f"no processor can be made of the parts ({start.model or start.vlm}): {error}") from error
     sae_settings = None
     for stage in recipe.stages:
         arguments = stage.arguments(num_processes)

@@ -183,7 +183,7 @@ def read_recipe(path: str | Path, changes: Sequence[str] = ()) -> Recipe:
     sections["sae"], named_sae = _stage_or_part(sections["sae"])
     if named_sae is not None:
         content["sae"] = named_sae
-    if content.get("output_dir") is None:
+    if content.get("output_dir") in (None, ""):
         raise RecipeError("the recipe lacks output_dir: the folder of the run.")
     settings = _parse(RecipeSettings, content, "", also=tuple(STAGES))
     settings.config, settings.processor = settings.config or {}, settings.processor or {}
