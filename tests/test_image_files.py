@@ -67,6 +67,12 @@ def test_postscript_runs_nothing(tmp_path, nothing_runs):
         to_rgb_image(lazy)
 
 
+def test_what_is_no_image_is_told_in_the_same_words_every_time():
+    """They are written into the records of an evaluation, and equal runs give equal files."""
+    with pytest.raises(ValueError, match=r"3 bytes cannot be read as an image \(cannot identify image file\);"):
+        to_rgb_image(b"abc")
+
+
 class TestPixels:
     @pytest.mark.parametrize("size", [(13_000, 13_000), (7_100, 7_100), (20_000, 20_000), (60_000, 60_000)])
     def test_more_than_50_million_are_not_decoded(self, size, nothing_decodes):
@@ -113,6 +119,17 @@ class TestRanges:
     def test_overshoot_is_clipped(self, values, expected):
         for image in (values[None], torch.from_numpy(values)[None]):
             assert np.asarray(to_rgb_image(image))[0, :, 0].tolist() == expected
+
+    def test_floats_of_eight_bits(self):
+        values = torch.tensor([[0.0, 0.5, 1.0]]).to(torch.float8_e4m3fn)  # all three are exact
+        assert np.asarray(to_rgb_image(values))[0, :, 0].tolist() == [0, 128, 255]
+
+    def test_transparency_of_grey_pictures_is_white(self):
+        file = io.BytesIO()
+        Image.fromarray(np.uint16([[0, 32896, 65535]])).save(file, "PNG", transparency=0)
+        assert np.asarray(to_rgb_image(file.getvalue()))[0, :, 0].tolist() == [255, 128, 255]
+        premultiplied = Image.merge("LA", [Image.new("L", (2, 1), 60), Image.new("L", (2, 1), 255)]).convert("La")
+        assert np.asarray(to_rgb_image(premultiplied))[0, :, 0].tolist() == [60, 60]
 
     @pytest.mark.parametrize(
         "values",

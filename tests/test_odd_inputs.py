@@ -274,6 +274,11 @@ class TestMasks:
         with pytest.raises(ValueError, match=r"masks of sample 0: .*expected \(n, 30, 40\)"):
             processor_of("llava")(images=tiny.tiny_image(), instruction="it", masks=[np.ones(shape, bool)])
 
+    def test_values_below_zero(self):
+        masks = np.where(tiny.tiny_mask(2), 0, -1)  # labels with -1 for the background
+        with pytest.raises(ValueError, match="masks of sample 0 hold values below 0, down to -1"):
+            processor_of("llava")(images=tiny.tiny_image(), instruction="it", masks=[masks])
+
     def test_differing_sizes(self):
         masks = [np.ones((30, 40), bool), np.ones((30, 41), bool)]
         with pytest.raises(

@@ -38,6 +38,10 @@ def test_the_task_name_gives_our_pipeline_with_the_processor(pipe):
     assert type(pipe.processor).__name__ == "SegCompassProcessor"
 
 
+def test_it_can_be_printed(pipe):
+    assert repr(pipe).startswith("ReasoningSegmentationPipeline: {'model': 'SegCompassForReasoningSegmentation'")
+
+
 def test_it_answers_as_segment_and_post_processing_do(pipe):
     image = tiny.tiny_image(0, (40, 30))
     answer = pipe(image, instruction="the red circle", **OPTIONS)

@@ -513,3 +513,21 @@ def test_image_processors_are_on_the_pil_backend():
         assert type(pinned) is pil_class and pinned.to_dict() == processor.image_processor.to_dict()
     unknown = type("OwnImageProcessor", (pil_class,), {})()
     assert on_pil_backend(unknown) is unknown
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_slots", True),
+        ("num_slots", 0),
+        ("think_tags", "x"),
+        ("think_tags", None),
+        ("think_tags", []),
+        ("instruction_template", 7),
+        ("instruction_template", ["{instruction}"]),
+        ("completion_template", None),
+    ],
+)
+def test_settings_of_other_kinds_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*; expected"):
+        tiny.tiny_processor("llava", **{field: value})

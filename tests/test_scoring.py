@@ -140,6 +140,7 @@ class TestConfiguration:
             {"features": {"slot_logit": {"mean": 0.0, "scale": 1.0, "weight": math.nan}}, "bias": 0.0},
             {"features": {"slot_logit": {"mean": 0.0, "scale": 1.0, "weight": "1"}}, "bias": 0.0},
             {"features": {"slot_logit": {"mean": 0.0, "scale": 0.0, "weight": 1.0}}, "bias": 0.0},
+            {"features": {}, "bias": 10**400},  # no float can hold it
         ],
     )
     def test_damaged_calibrations_are_refused(self, calibration):

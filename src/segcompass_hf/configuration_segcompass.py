@@ -2,7 +2,6 @@
 """Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and SAM."""
 
 import copy
-import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -239,7 +238,7 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
     entries = list(features.values()) if isinstance(features, dict) else [None]
     is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
     numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
-    is_number = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    is_number = all(type(number) in (int, float) and abs(number) < 1e38 for number in numbers)
     if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
         raise ValueError(
             f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "

@@ -5,7 +5,7 @@ import io
 import os
 import time
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 MAX_ASPECT_RATIO = 200  # beyond it the vision encoders resize to strips without content, or to gigapixels
 MAX_PIXELS = 50_000_000  # width times height of an image, unless the environment says otherwise
@@ -62,8 +62,10 @@ def open_image(source: str | os.PathLike | bytes, name: str = "image") -> Image.
             f"or raise {PIXELS_SETTING} in the environment."
         ) from error
     except Exception as error:  # damaged files raise about anything
+        # Pillow's own words for this name a place in memory: equal runs would not write equal records.
+        detail = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(
-            f"{name}: {shown} cannot be read as an image ({error}); is it damaged or not an image "
+            f"{name}: {shown} cannot be read as an image ({detail}); is it damaged or not an image "
             f"({', '.join(formats)})?"
         ) from error
     check_size(image, name)

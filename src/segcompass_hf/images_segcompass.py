@@ -95,9 +95,13 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_uint8(np.asarray(image), name)).convert("RGB")
+        values, clear = np.asarray(image), image.info.get("transparency")
+        grey = _to_uint8(values, name)
+        if isinstance(clear, int):
+            grey = np.where(values == clear, np.uint8(255), grey)
+        return Image.fromarray(grey).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
     return image.convert("RGB")
 
@@ -106,7 +110,8 @@ def _from_array(array: np.ndarray | torch.Tensor, name: str) -> Image.Image:
     channels_first = isinstance(array, torch.Tensor)  # each library's habit decides where both readings are possible
     if channels_first:
         array = array.detach().cpu()
-        array = (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+        has_small_floats = array.is_floating_point() and array.element_size() < 4  # numpy lacks most of them
+        array = (array.float() if has_small_floats else array).numpy()
     shape, channels = array.shape, (1, 3, 4)
     if array.ndim == 3:
         first, last = shape[0] in channels, shape[-1] in channels
@@ -182,6 +187,8 @@ def check_masks(masks: Any, size: tuple[int, int], name: str) -> torch.Tensor:
             f"{name} are no arrays of numbers; expected (n, {size[0]}, {size[1]}). Decode COCO RLE first, for example "
             "with segcompass_hf.data.schema.decode_masks(row['masks'], (height, width))."
         )
+    if masks.dtype.kind == "i" and masks.min() < 0:
+        raise ValueError(f"{name} hold values below 0, down to {masks.min()}; expected 0 outside the object.")
     masks = torch.as_tensor(masks)
     masks = masks[None] if masks.ndim == 2 else masks
     if masks.ndim != 3 or tuple(masks.shape[-2:]) != tuple(size):

@@ -32,6 +32,7 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the segmentation loss is a mean per micro-batch: let Trainer divide by their number
     _supports_sdpa = True

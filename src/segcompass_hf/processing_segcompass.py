@@ -87,8 +87,14 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         chat_template: str | None = None,
         think_tags: Literal["tokens", "text"] = "tokens",
     ):
-        if not isinstance(num_slots, int) or num_slots < 1:
+        if type(num_slots) is not int or num_slots < 1:  # True is an int too
             raise ValueError(f"num_slots is {num_slots!r}; expected a positive integer.")
+        if think_tags not in ("tokens", "text"):
+            raise ValueError(f"think_tags is {think_tags!r}; expected 'tokens' or 'text'.")
+        templates = {"instruction_template": instruction_template, "completion_template": completion_template}
+        for name, template in templates.items():
+            if not isinstance(template, str):
+                raise ValueError(f"{name} is {template!r}; expected a text.")
         if "{instruction}" not in instruction_template:
             raise ValueError(f"instruction_template {instruction_template!r} has no {{instruction}} to be filled in.")
         if "{reasoning}" not in completion_template or "{references}" not in completion_template:

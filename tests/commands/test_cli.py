@@ -244,6 +244,8 @@ def test_demo_refuses_an_unknown_split(capsys):
         ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id is 'x', expected a token id"),
         ("generation_config.json", {"eos_token_id": [2, -1]}, r"eos_token_id is \[2, -1\], expected a token id"),
         ("generation_config.json", {"pad_token_id": 10**30}, "pad_token_id is 1000.*, expected a token id"),
+        ("generation_config.json", {"pad_token_id": [2]}, r"pad_token_id is \[2\], expected a token id"),
+        ("generation_config.json", {"temperature": 10**400}, "temperature is 1000.*, expected a finite number"),
         ("generation_config.json", {"max_new_tokens": "7"}, "max_new_tokens is '7', expected a finite number"),
         (
             "generation_config.json",
@@ -253,6 +255,8 @@ def test_demo_refuses_an_unknown_split(capsys):
         ("generation_config.json", {"do_sample": "no"}, "do_sample is 'no', expected true or false"),
         ("processor_config.json", b"\xff", "processor_config.json is damaged"),
         ("processor_config.json", b"3", "processor_config.json is damaged .*int, expected an object"),
+        ("processor_config.json", {"think_tags": "x"}, "think_tags is 'x'; expected 'tokens' or 'text'"),
+        ("processor_config.json", {"instruction_template": 7}, "instruction_template is 7; expected a text"),
         ("processor_config.json", {"num_slots": "x"}, "error: .*num_slots"),
         ("processor_config.json", {"instruction_template": 7}, "error: "),
         ("processor_config.json", {"image_processor": []}, "error: "),

@@ -126,6 +126,24 @@ def test_masks_as_numbers():
         score_sample(np.full((2, 3), 0.7), EMPTY)
 
 
+@pytest.mark.parametrize("values", [[[3, -2, -2], [-2, -2, -2]], [[0, -1, 0], [0, 0, 0]]])
+def test_integers_below_zero_are_no_masks(values):
+    """Logits cast to integers, or labels with -1 for nothing: taken as they are, all of it would be the mask."""
+    for masks in (np.array(values), torch.tensor(values), [torch.tensor(values)]):
+        with pytest.raises(ValueError, match="prediction holds int64 values below 0; expected 0 outside the mask"):
+            score_sample(masks, mask("#..", "..."))
+
+
+def test_sparse_tensors():
+    prediction = torch.tensor([[1.0, 1, 0], [0, 0, 0]]).to_sparse()
+    assert score_sample(prediction, mask("#..", "...")) == (1, 2, 2, 1)
+
+
+def test_run_lengths_are_to_be_decoded_first():
+    with pytest.raises(ValueError, match="Decode run-length encodings with decode_mask"):
+        score_sample([{"size": [2, 3], "counts": [6]}], EMPTY)
+
+
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match=r"sample 1: masks of one sample differ in size.*original image size"):
         segmentation_metrics([EMPTY, EMPTY], [EMPTY, np.zeros((4, 4), bool)])

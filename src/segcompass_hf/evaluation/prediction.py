@@ -38,7 +38,7 @@ class Prediction:
             )
         if self.scores and len(self.scores) != len(self.masks):
             raise ValueError(f"a prediction has {len(self.masks)} masks but {len(self.scores)} scores; one per mask.")
-        if not np.isfinite(np.asarray(self.scores, dtype=float)).all():
+        if not all(0 <= score <= 1 for score in self.scores):  # NaN is in no range
             raise ValueError(f"a prediction has the scores {self.scores}; expected numbers in [0, 1].")
 
 

@@ -94,7 +94,13 @@ def _union(masks: Any, name: str) -> np.ndarray | None:
         return None
     if masks.ndim not in (2, 3):
         raise ValueError(
-            f"{name} has shape {masks.shape}; expected (height, width) or (num_masks, height, width) for one sample"
+            f"{name} has shape {masks.shape} and dtype {masks.dtype}; expected an array of shape (height, width) or "
+            "(num_masks, height, width) for one sample. Decode run-length encodings with decode_mask first."
+        )
+    if masks.dtype.kind == "i" and masks.min(initial=0) < 0:
+        raise ValueError(
+            f"{name} holds {masks.dtype} values below 0; expected 0 outside the mask and positive values inside. Of "
+            "logits pass logits > mask_logit_threshold, of labels labels > 0."
         )
     if masks.dtype.kind not in "biu" and not np.isin(masks, (0, 1)).all():
         raise ValueError(
@@ -109,6 +115,7 @@ def _as_array(masks: Any) -> Any:
     if not hasattr(masks, "detach"):
         return masks
     masks = masks.detach().cpu()
+    masks = masks.to_dense() if masks.is_sparse else masks
     return (masks.float() if masks.is_floating_point() and masks.element_size() < 4 else masks).numpy()
 
 

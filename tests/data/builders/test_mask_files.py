@@ -3,9 +3,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segcompass_hf.data.builders.build_report import RowProblem
-from segcompass_hf.data.builders.mask_files import objects_of_values, split_void
+from segcompass_hf.data.builders.mask_files import objects_of_values, read_mask_file, split_void
 
 
 def picture(*values: int, dtype=np.uint8) -> np.ndarray:
@@ -65,3 +66,11 @@ def test_white_background_is_refused():
     values[values == 0] = 255
     with pytest.raises(RowProblem, match="has no 0 but 255 beside 1, 2: save the background as 0"):
         split_void(values, "m.png")
+
+
+def test_values_below_zero_are_no_objects(tmp_path):
+    path = tmp_path / "labels.tiff"  # -1 is the background, 0 the first object
+    Image.fromarray(picture(1).astype(np.int32) - 1).save(path)
+    with pytest.raises(RowProblem, match="has values down to -1; expected 0 for background") as caught:
+        read_mask_file(path)
+    assert caught.value.kind == "bad_annotation"

@@ -86,6 +86,22 @@ def test_jsonl_with_scores_and_words(tmp_path, as_file):
     assert predictor.name == ("model" if as_file else tmp_path.name)
 
 
+@pytest.mark.parametrize(
+    "scores", [[87.5], [-3.0], [1.01], [float("nan")], [True], ["0.5"], [10**400], 0.5, 0, "", {}]
+)
+def test_scores_are_probabilities_and_nothing_else(tmp_path, scores):
+    """Percent or logits would give a calibration error that means nothing."""
+    write_lines(tmp_path / "model.jsonl", line("a", tiny_mask(1), scores=scores))
+    with pytest.raises(ValueError, match=r'the prediction of \'a\' in .*"scores" is .* number in \[0, 1\] per mask'):
+        predict(tmp_path, "a")
+
+
+def test_lines_of_nothing_but_brackets(tmp_path):
+    (tmp_path / "model.jsonl").write_text('{"sample_id": "a", "masks": ' + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"model.jsonl, line 1 is no json"):
+        predict(tmp_path, "a")
+
+
 def test_missing_predictions_stop_with_their_number_or_count_as_empty(tmp_path):
     ids = [f"s/{index}" for index in range(9)]
     save(tmp_path, ids[0], tiny_mask()[0])

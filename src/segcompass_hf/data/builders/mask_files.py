@@ -47,6 +47,8 @@ def read_mask_file(image: str | os.PathLike | bytes) -> np.ndarray:
         values = _grey(values, name)
     if values.ndim != 2 or values.dtype.kind not in "biu":
         raise RowProblem("bad_annotation", f"{name} has values of type {values.dtype}; expected integers.")
+    if values.min(initial=0) < 0:
+        raise RowProblem("bad_annotation", f"{name} has values down to {values.min()}; expected 0 for background.")
     return values
 
 

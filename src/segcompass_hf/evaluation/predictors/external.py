@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -216,7 +215,7 @@ def _record_ids(path: Path) -> Iterator[tuple[str, int]]:
 def _record_id(line: bytes, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is no json ({error}); was the file cut short?") from error
     if not isinstance(record, dict) or not isinstance(record.get("sample_id"), str) or "masks" not in record:
         shown = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -249,9 +248,9 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
     masks = np.zeros((len(record["masks"]), *size), dtype=bool)
     for index, entry in enumerate(record["masks"]):
         masks[index] = _mask(entry, size, f"mask {index}")
-    scores = record.get("scores") or []
+    scores = [] if record.get("scores") is None else record["scores"]
     if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
-        raise ValueError(f'"scores" is {scores!r:.60}; expected one finite number per mask.')
+        raise ValueError(f'"scores" is {scores!r:.60}; expected one number in [0, 1] per mask.')
     texts = {name: record.get(name) for name in ("reasoning", "text")}
     for name, text in texts.items():
         if text is not None and not isinstance(text, str):
@@ -272,7 +271,7 @@ def _mask(entry: Any, size: tuple[int, int], where: str) -> np.ndarray:
 
 
 def _is_score(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _some(names: Sequence[str]) -> str:
