@@ -78,14 +78,9 @@ def test_features_it_returns_can_be_passed_back(model, processor):
     torch.testing.assert_close(again.pred_masks, output.pred_masks, atol=1e-5, rtol=1e-5)
     forward = model(**inputs, image_embeddings=output.image_embeddings, output_image_embeddings=True)
     assert parts_of(forward.image_embeddings)[0] is parts_of(output.image_embeddings)[0]
-    copies = model.segment(
-        **inputs, max_new_tokens=10, do_sample=True, num_return_sequences=2, image_embeddings=again_of(output)
-    )
+    two = {"do_sample": True, "num_return_sequences": 2}
+    copies = model.segment(**inputs, **two, max_new_tokens=10, image_embeddings=output.image_embeddings)
     assert copies.pred_masks.shape[0] == 4
-
-
-def again_of(output):
-    return output.image_embeddings.to("cpu")
 
 
 @torch.no_grad()
