@@ -24,9 +24,9 @@ def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
     """Shard a SegCompass model with FSDP2, in place, into the units that accelerate makes of it.
 
     Units: what `_no_split_modules` names (decoder layers, vision blocks, the segmenter's image encoder and mask
-    decoder, codebook, slot encoder, slot mapper), the embeddings, the final norm with the head (whose weight is read outside
-    its `forward`, so it stays whole until the backward pass), and the rest. Freeze before you shard; the optimizer
-    comes afterwards.
+    decoder, codebook, slot encoder, slot mapper), the embeddings, the final norm with the head (whose weight is read
+    outside its `forward`, so it stays whole until the backward pass), and the rest. Freeze before you shard; the
+    optimizer comes afterwards.
 
     Args:
         model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): Sharded in place.
