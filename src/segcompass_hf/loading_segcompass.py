@@ -215,6 +215,7 @@ def load_segmenter(source: Any, **kwargs) -> PreTrainedModel:
     config = segmenter_config(AutoConfig.from_pretrained(source))
     model, info = segmenter_class(config).from_pretrained(source, config=config, output_loading_info=True, **kwargs)
     check_nothing_missing(model, info, source, f"it is no whole {type(model).__name__}: complete it")
+    check_no_layers_left(model, info, source)
     check_nothing_left(model, info, source)
     return model
 
