@@ -64,7 +64,8 @@ class EmbeddingCache:
         model (`SegCompassForReasoningSegmentation`): Its SAM encodes what is missing.
         processor (`SegCompassProcessor`): Prepares the images.
         dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`: what is stored
-            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB.
+            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB; of a segmenter whose
+            mask decoder reads more, as SAM 2's, four to six times as much.
         batch_size (`int`, *optional*, defaults to 4): Images through the encoder at a time.
         shard_bytes (`int`, *optional*, defaults to 256 MiB): Size of a file; a kill loses at most so much.
         min_free_bytes (`int`, *optional*, defaults to 1 GiB): Space on the disk that is left alone.
