@@ -1,7 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """MobileSAM (https://arxiv.org/abs/2306.14289): transformers' SAM with a TinyViT as its image encoder.
 
-The batch norms of the published weights are part of the convolutions here (`segcompass convert` folds them), so that no
+Batch norms of the published weights are part of the convolutions here (`segcompass convert` folds them), so that no
 training can move their statistics.
 """
 

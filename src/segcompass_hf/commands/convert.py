@@ -31,8 +31,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "source",
-        help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours; or the published weights of a "
-        "segmenter, sam_vit_*.pth or mobile_sam.pt",
+        help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours; or the published weights "
+        "of a segmenter, sam_vit_*.pth or mobile_sam.pt",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--back", action="store_true", help="from ours to the original's files")
