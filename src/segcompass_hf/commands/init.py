@@ -27,7 +27,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--vlm", required=True, help="Hub id or folder of a VLM, or of a SegCompass to take it from")
-    parser.add_argument("--sam", help="Hub id or folder of a SAM, or Segment Anything's .pth (a SegCompass has one)")
+    parser.add_argument("--sam", help="Hub id or folder of a SAM (SAM 2, ...), or SAM's .pth (a SegCompass has one)")
     parser.add_argument("--sae", help="Hub id or folder of an SAE (ours or SAELens'), or ep_N.pt of the original code")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--num-slots", type=positive, help="objects per answer at most (4, or the SegCompass's)")
