@@ -73,9 +73,9 @@ def test_both_attentions_agree_and_hidden_states_are_told(sam):
         sam.set_attn_implementation("eager")
         output = encoder(pixels(), output_attentions=True)
     torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=0)
-    # 64 pixels: maps of 16, 8, 8 and 8 cells
+    # what enters the first layer and what each gives; 64 pixels are maps of 16, 8, 8 and 8 cells
     shapes = [tuple(states.shape[1:]) for states in expected.hidden_states]
-    assert shapes == [(8, 16, 16), (16, 8, 8), (16, 8, 8), (16, 8, 8), (32, 8, 8)]
+    assert shapes == [(8, 16, 16), (8, 16, 16), (16, 8, 8), (16, 8, 8), (16, 8, 8), (32, 8, 8)]
     assert [tuple(weights.shape[1:]) for weights in output.attentions] == [
         (2, 9, 9),
         (4, 16, 16),

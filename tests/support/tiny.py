@@ -293,8 +293,8 @@ def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
     if kind == "mobile_sam":
         from segcompass_hf import MobileSamConfig
 
-        vision = {"embed_dims": [8, 16, 16, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 4], "strides": [2, 1, 1]}
-        vision |= {"window_sizes": [7, 3, 4, 3], "output_channels": 32, "image_size": canvas}
+        vision = {"embed_dims": [8, 16, 16, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 4]}
+        vision |= {"strides": [2, 1, 1], "window_sizes": [7, 3, 4, 3], "output_channels": 32, "image_size": canvas}
         prompts = {"mask_input_channels": 8}
         return MobileSamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     if kind == "sam_hq":
