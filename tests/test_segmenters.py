@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, BatchFeature, PretrainedConfig, 
 
 from segcompass_hf.image_features_segcompass import ImageFeatures, join_rows, parts_of
 from segcompass_hf.loading_segcompass import load_segmenter
-from segcompass_hf.modeling_masks import MaskStage, positional_embeddings
-from segcompass_hf.segmenters_segcompass import check_segmenter, geometry_of, segmenter_class, to_sam_image_processor
+from segcompass_hf.modeling_masks import MaskStage, check_segmenter, positional_embeddings, segmenter_class
+from segcompass_hf.segmenters_segcompass import geometry_of, to_sam_image_processor
 
 STRETCHED = ("sam2", "sam3_tracker")
 
@@ -111,7 +111,7 @@ def test_only_the_mask_that_trains_is_given(stage):
     kind = stage.segmenter.config.model_type
     untouched = tiny_segmenter(kind)
     if not hasattr(untouched.config.mask_decoder_config, "dynamic_multimask_via_stability"):
-        assert kind in ("sam", "sam_hq")
+        assert kind in ("sam", "sam_hq", "mobile_sam")
         return
     for settings in (untouched.mask_decoder, untouched.config.mask_decoder_config):
         settings.dynamic_multimask_via_stability = True
