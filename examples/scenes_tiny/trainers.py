@@ -137,7 +137,7 @@ class MaskTrainer(PretrainingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, objects = inputs["ids"], inputs["objects"]
         stage = MaskStage(model)
-        features = stage.encode_image(inputs["pixel_values"])
+        features = stage.encode_image(inputs["pixel_values"])  # embeddings (batch, channels, 14, 14)
         count = (objects[..., 3] >= 0).sum(-1)
         first = (torch.rand(len(ids), device=ids.device) * count).long()
         step = 1 + (torch.rand(len(ids), device=ids.device) * (count - 1)).long()
@@ -150,9 +150,8 @@ class MaskTrainer(PretrainingTrainer):
         dice = 1 - (2 * inter + 1) / ((probability + target).sum((-1, -2)) + 1)
         error = F.binary_cross_entropy_with_logits(masks.float(), target, reduction="none")
         focal = (error * (probability - target).abs().pow(2)).mean((-1, -2))
-        loss = (
-            dice.mean() + 10 * focal.mean() + 0.35 * self._auxiliary(model, features.embeddings.float(), ids, objects)
-        )
+        auxiliary = self._auxiliary(model, features.embeddings.float(), ids, objects)
+        loss = dice.mean() + 10 * focal.mean() + 0.35 * auxiliary
         with torch.no_grad():
             hard, truth = F.interpolate(masks.float(), size=ids.shape[1:], mode="bilinear") > 0, full > 0
             iou = (hard & truth).sum((-1, -2)) / (hard | truth).sum((-1, -2)).clamp(min=1)

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Slots and reference states on disk: what the model reads itself, found by all that decides it and by nothing else."""
+"""Slots and reference states on disk: what the model reads itself, found by all that decides it, and only by that."""
 
 import pickle
 

@@ -7,7 +7,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ class SlotCache:
     writes them, that of the store of everything that turns them into states: the weights of those four modules, their
     configuration, the processor's side of the VLM, and the precision. Changed weights therefore find nothing.
 
-    States are kept as float32: `num_slots * (d_slot + hidden_size) * 4` bytes a row, 74 KB for 4 slots of 512 and a VLM
-    of width 4096. Several processes may fill one folder at once.
+    States are kept as float32, `num_slots * (d_slot + hidden_size) * 4` bytes a row: 74 KB for 4 slots of 512 and a
+    VLM of width 4096. Several processes may fill one folder at once.
 
     Args:
         folder (path): Where the cache is, or will be.
@@ -104,8 +104,8 @@ class SlotCache:
             key = self._key(row, image)
             if key not in self.shards:
                 raise ValueError(
-                    f"sample {row.get('sample_id')!r} is not in the slot cache {os.fspath(self.shards.folder)!r}; call "
-                    "cache.fill(rows) with all rows before."
+                    f"sample {row.get('sample_id')!r} is not in the slot cache {os.fspath(self.shards.folder)!r}; "
+                    "call cache.fill(rows) with all rows before."
                 )
             found.append(self.shards.get(key))
         slots, references = torch.stack(found).split(self._widths, dim=-1)

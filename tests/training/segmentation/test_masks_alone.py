@@ -9,8 +9,8 @@ from datasets import Dataset
 from grpo import tiny_rows
 from supervised import Gradients, arguments, uneven_rows
 from tiny import follow_concepts, tiny_model, tiny_processor
-from transformers import AutoModelForImageTextToText
 
+from segcompass_hf.training.segmentation.caches import use_caches
 from segcompass_hf.training.segmentation.config import SegmentationConfig
 from segcompass_hf.training.segmentation.trainer import SegmentationTrainer
 
@@ -18,7 +18,7 @@ from segcompass_hf.training.segmentation.trainer import SegmentationTrainer
 @pytest.fixture
 def passes(monkeypatch):
     """Rows that went through the VLM, one entry per pass."""
-    calls, kind = [], AutoModelForImageTextToText._model_mapping[type(tiny_model().vlm.config)]
+    calls, kind = [], type(tiny_model().vlm)
     forward = kind.forward
 
     def counting(self, input_ids=None, **kwargs):
@@ -41,7 +41,6 @@ def run(folder, cache=None, rows=None, **settings):
         processing_class=tiny_processor(),
         callbacks=[gradients],
     )
-    gradients.model = trainer.model
     trainer.train()
     return trainer, gradients
 
@@ -52,10 +51,10 @@ def test_losses_and_gradients_are_those_without_a_cache(tmp_path, passes):
     passes.clear()
     cached, got = run(tmp_path / "cached", str(tmp_path / "cache"), per_device_train_batch_size=8)
     assert sum(passes) == 8  # the rows of evaluation are among those of training
-    assert expected.found.keys() == got.found.keys() and len(got.found) > 10
-    for name, gradient in expected.found.items():
-        torch.testing.assert_close(got.found[name], gradient, rtol=0, atol=1e-6, msg=name)
-    assert max(gradient.abs().max() for gradient in got.found.values()) > 1e-3
+    assert expected.values.keys() == got.values.keys() and len(got.values) > 10
+    for name, gradient in expected.values.items():
+        torch.testing.assert_close(got.values[name], gradient, rtol=0, atol=1e-6, msg=name)
+    assert max(gradient.abs().max() for gradient in got.values.values()) > 1e-3
     names = ("loss", "segmentation/loss", "segmentation/confidence_loss", "segmentation/giou")
     one, other = (trainer.state.log_history[0] for trainer in (plain, cached))
     assert {name: other[name] for name in names} == pytest.approx({name: one[name] for name in names}, abs=1e-6)
@@ -121,12 +120,10 @@ def test_what_is_to_train_or_never_ends_is_not_kept(tmp_path):
     model.freeze_for_training(trainable="masks")
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained == {"slot_mapper", "sam"}
+    trainer = SegmentationTrainer(model, args, uneven_rows(), processing_class=processor)
+    model.codebook.requires_grad_(True)
     with pytest.raises(ValueError, match="of these codebook trains"):
-        trainer = SegmentationTrainer(model, args, uneven_rows(), processing_class=processor)
-        model.codebook.requires_grad_(True)
-        trainer._eval_processor = __import__(
-            "segcompass_hf.training.segmentation.caches", fromlist=["use_caches"]
-        ).use_caches(trainer)
+        use_caches(trainer)
 
 
 def test_the_model_takes_states_or_a_sequence():

@@ -30,16 +30,13 @@ def use_caches(trainer: Any) -> Any:
     processor = trainer.processing_class
     embeddings = open_embedding_cache(trainer, trainer.segcompass, processor)
     slots = _open_slot_cache(trainer, trainer.segcompass, processor)
-    for name, cache in (("embedding_cache", embeddings), ("slot_cache", slots)):
-        if cache is None:
-            continue
-        for collator in {
-            id(collator): collator for collator in (trainer.data_collator, trainer.eval_collator)
-        }.values():
+    caches = {"embedding_cache": embeddings, "slot_cache": slots}
+    for name, cache in ((name, cache) for name, cache in caches.items() if cache is not None):
+        for collator in (trainer.data_collator, trainer.eval_collator):
             if not hasattr(collator, name):
                 raise ValueError(
-                    f"{name}_dir needs a collator that reads it, and data_collator is a {type(collator).__name__}; use "
-                    "a SegmentationCollator, or leave the setting out."
+                    f"{name}_dir needs a collator that reads it, and data_collator is a {type(collator).__name__}; "
+                    "use a SegmentationCollator, or leave the setting out."
                 )
             setattr(collator, name, cache)
     return processor if embeddings is None else embeddings.caching_processor(processor)
@@ -57,8 +54,8 @@ def _open_slot_cache(trainer: Any, model: Any, processor: Any) -> SlotCache | No
     trained = [name for name in _READERS if any(weight.requires_grad for weight in getattr(model, name).parameters())]
     if trained:
         raise ValueError(
-            f"slot_cache_dir keeps what {', '.join(_READERS)} make of every row, and {', '.join(trained)} is to train; "
-            'set trainable="masks", or leave slot_cache_dir out.'
+            f"slot_cache_dir keeps what {', '.join(_READERS)} make of every row, and of these {', '.join(trained)} "
+            'trains; set trainable="masks", or leave slot_cache_dir out.'
         )
     evaluated = trainer.eval_dataset
     sets = (trainer.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated]))

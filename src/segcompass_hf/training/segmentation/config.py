@@ -22,15 +22,14 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
 
     The objective is `lm_loss_weight * L_lm + seg_loss_weight * L_seg + conf_loss_weight * L_conf`, on reference
     answers, and where asked for `slot_pull_weight * L_pull`. New heads take three stages: slots (`slots_first_share`),
-    heads (`heads_only_share`), everything. Of a model whose segmenter was changed `trainable="masks"` trains what reads
-    the new one.
+    heads (`heads_only_share`), everything. Another segmenter (`segcompass init --from`) takes `trainable="masks"`.
 
     Args:
         trainable (`str`, defaults to `"joint"`): `"joint"` trains what the method trains. `"masks"` trains what turns
             slots into masks, slot mapper and SAM's mask path, and leaves the VLM, codebook and slot encoder as they
             are, so that there is no language loss.
-        slot_cache_dir (`str`, *optional*): With `trainable="masks"`, a folder for the slots and reference states of all
-            rows, see [`SlotCache`]: the VLM then reads every row once, before training, and does not run again.
+        slot_cache_dir (`str`, *optional*): With `trainable="masks"`, a folder for the slots and reference states of
+            all rows, see [`SlotCache`]: the VLM then reads every row once, before training, and does not run again.
         lm_loss_weight (`float`, *optional*): Of L_lm; the model configuration's when left out. This and the weights
             of [`SegmentationObjective`] replace the configuration's, where they are then also saved.
         optimizer (`str`, defaults to `"trainer"`): `"trainer"` follows `optim`; `"muon"` is [`MuonWithAdamW`], which

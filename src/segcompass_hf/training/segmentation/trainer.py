@@ -91,9 +91,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         if peft_config is None:
             model.freeze_for_training(args.train_token_rows, args.trainable)
         elif args.trainable == "masks":
-            raise ValueError(
-                'trainable="masks" leaves the VLM as it is, so adapters on it would not train; choose one.'
-            )
+            raise ValueError('trainable="masks" leaves the VLM as it is; leave the adapters (peft_config) out.')
         else:
             model = _with_adapters(model, peft_config, args.train_token_rows)
         super().__init__(
