@@ -47,8 +47,8 @@ class SegmentationCollator:
         with_reasoning (`bool`, defaults to `True`): Append the reference answers, with `labels`.
         with_masks (`bool`, defaults to `True`): Add `mask_labels` and `num_objects`.
         embedding_cache ([`EmbeddingCache`], *optional*): Gives `image_embeddings` in place of `sam_pixel_values`.
-        slot_cache ([`SlotCache`], *optional*): Gives `slots` and `reference_states` in place of the VLM's inputs and of
-            `labels`.
+        slot_cache ([`SlotCache`], *optional*): Gives `slots` and `reference_states` in place of the VLM's inputs
+            and of `labels`.
         extra (`Callable`, *optional*): Called with the rows, their images and the batch; returns further entries.
 
     Example:
