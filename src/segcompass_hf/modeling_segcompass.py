@@ -1,26 +1,29 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The composition: VLM, sparse concepts, slots, heatmaps and SAM masks in one model, with one VLM pass."""
+"""The composition: VLM, sparse concepts, slots, heatmaps and masks in one model, with one VLM pass."""
 
 import math
 from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, SamModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE, HiddenStateCapture
+from .image_features_segcompass import ImageFeatures
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
+from .modeling_masks import MaskStage
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
+from .segmenters_segcompass import check_segmenter, segmenter_class, segmenter_config
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
 from .threads_segcompass import CallLock, one_call_at_a_time
 
@@ -41,8 +44,9 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # bf16 breaks SAM's positional encoding (errors up to 0.13).
     _keep_in_fp32_modules_strict = ["shared_image_embedding", "shared_embedding"]
-    # Units of sharding beside the layers of VLM and SAM: what is called as a module, so that its weights are gathered.
-    _no_split_modules = ["SamVisionEncoder", "SamMaskDecoder", "ConceptCodebook", "SlotEncoder", "SlotMapper"]
+    # Units of sharding beside the layers of VLM and segmenter: what is called as a module, so that its weights are
+    # gathered. The segmenter's image encoder and mask decoder are two more.
+    _no_split_modules = ["ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -70,12 +74,12 @@ class SegCompassForReasoningSegmentation(
 
     One pass of the VLM yields the logits, the states after `sae_layer` layers and the last states. The former become
     sparse concepts (`sae`), concept embeddings (`codebook`) and slots (`slot_encoder`); the latter, read at the
-    `<REF_POS>` tokens, join the slots in the `slot_mapper`, whose heatmaps prompt `sam`.
+    `<REF_POS>` tokens, join the slots in the `slot_mapper`, whose heatmaps prompt the segmenter, `sam`.
 
     Args:
         config ([`SegCompassConfig`]): The configuration.
         vlm (`PreTrainedModel`, *optional*): A loaded VLM; built from `config.vlm_config` when left out.
-        sam (`SamModel`, *optional*): A loaded SAM.
+        sam (`PreTrainedModel`, *optional*): A loaded segmenter that takes mask prompts, see [`SEGMENTERS`].
         sae ([`SegCompassSae`], *optional*): A trained SAE.
     """
 
@@ -83,18 +87,21 @@ class SegCompassForReasoningSegmentation(
         self,
         config: SegCompassConfig,
         vlm: PreTrainedModel | None = None,
-        sam: SamModel | None = None,
+        sam: PreTrainedModel | None = None,
         sae: SegCompassSae | None = None,
     ):
         super().__init__(config)
         self.call_lock = CallLock()
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         if sam is None:
-            asked = config.sam_config._attn_implementation
-            if (attention := supported_attention(SamModel, asked)) != asked:
+            asked, sam_class = config.sam_config._attn_implementation, segmenter_class(config.sam_config)
+            if (attention := supported_attention(sam_class, asked)) != asked:
                 config.sam_config._attn_implementation = attention
-            sam = SamModel._from_config(config.sam_config)
+            sam = sam_class._from_config(config.sam_config)
+        check_segmenter(sam)
+        sam.config = segmenter_config(sam.config)
         self.sam = sam
+        MaskStage(sam)  # prepares it
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
         # The children hold copies: resizing the VLM's embeddings must show in what we save.
         config.vlm_config, config.sam_config, config.sae_config = self.vlm.config, self.sam.config, self.sae.config
@@ -107,7 +114,11 @@ class SegCompassForReasoningSegmentation(
         self.slot_mapper = SlotMapper(config, hidden_size=config.hidden_size, sam_dim=sam_dim)
         self.post_init()
         # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
-        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+        units = {type(part).__name__ for part in (self.sam.vision_encoder, self.sam.mask_decoder)}
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & {
+            *self._no_split_modules,
+            *units,
+        }
 
     # Functions of `freezing_segcompass`, which take the model first.
     freeze_for_training = freeze_for_training
@@ -120,7 +131,7 @@ class SegCompassForReasoningSegmentation(
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
-        image_embeddings: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | ImageFeatures | None = None,
         completion_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         mask_labels: torch.Tensor | None = None,
@@ -146,8 +157,9 @@ class SegCompassForReasoningSegmentation(
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on tokens.
             pixel_values (`torch.Tensor`, *optional*): The VLM's own image input.
             sam_pixel_values (`torch.Tensor` of shape `(batch_size, 3, canvas, canvas)`, *optional*): SAM's input.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM features, in
-                place of `sam_pixel_values`. Without either only the language model runs.
+            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`], *optional*):
+                What `encode_image` returned, in place of `sam_pixel_values`. Without either only the language model
+                runs.
             completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion;
                 where `labels` count when left out.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Language targets, -100
@@ -236,9 +248,12 @@ class SegCompassForReasoningSegmentation(
         return capture
 
     def image_embeddings_of(
-        self, sam_pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, batch_size: int
-    ) -> torch.Tensor | None:
-        """SAM features `(batch_size, channels, h, w)`, given or computed; `None` where there is neither.
+        self,
+        sam_pixel_values: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
+        batch_size: int,
+    ) -> torch.Tensor | ImageFeatures | None:
+        """Features of images, given or computed; `None` where there is neither.
 
         Raises:
             ValueError: There are both, or not one image per sequence.

@@ -273,6 +273,99 @@ def tiny_sam_config(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH, hidde
     )
 
 
+SEGMENTERS = ("sam", "sam_hq", "sam2", "sam3_tracker", "edgetam")
+
+
+def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
+    """A segmenter of hidden size 32 by `model_type`: patches of 8 pixels, embedding and maps as of `tiny_sam_config`.
+
+    EdgeTAM's backbone comes from timm: where it is missing the test is skipped.
+    """
+    if kind == "sam":
+        return tiny_sam_config(canvas)
+    from transformers import AutoConfig
+
+    size = {"image_size": canvas, "patch_size": SAM_PATCH}
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder |= {"iou_head_hidden_dim": 32}
+    config = tiny_sam_config(canvas).to_dict()
+    if kind == "sam_hq":
+        # two layers: of its features the decoder reads those of the first with global attention
+        vision = config["vision_config"] | {"num_hidden_layers": 3, "global_attn_indexes": [1, 2]}
+        parts = {"vision_config": vision, "prompt_encoder_config": config["prompt_encoder_config"]}
+        parts["mask_decoder_config"] = decoder | {"vit_dim": 32, "layer_norm_eps": 1e-5}
+        for part in parts.values():
+            part.pop("model_type", None)
+        return AutoConfig.for_model("sam_hq", **parts, initializer_range=0.02)
+    parts = {
+        "prompt_encoder_config": {"hidden_size": 32, "mask_input_channels": 8, **size},
+        "mask_decoder_config": decoder,
+        "vision_config": _tiny_pyramid(kind, canvas),
+    }
+    return AutoConfig.for_model(kind, **parts)
+
+
+def _tiny_pyramid(kind: str, canvas: int) -> dict:
+    """Image encoder with a feature pyramid: levels of 4, 2 and 1 cells per cell of the embedding."""
+    side = canvas // SAM_PATCH
+    common = {"fpn_hidden_size": 32, "backbone_feature_sizes": [[4 * side] * 2, [2 * side] * 2, [side] * 2]}
+    if kind == "sam3_tracker":
+        vit = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vit |= {"image_size": canvas, "patch_size": SAM_PATCH, "window_size": 4, "global_attn_indexes": [1]}
+        vit |= {"pretrain_image_size": canvas, "model_type": "sam3_vit_model"}
+        return {"model_type": "sam3_vision_model", "backbone_config": vit, **common}
+    if kind == "sam2":
+        hiera = {
+            "hidden_size": 8,
+            "image_size": [canvas, canvas],
+            "patch_stride": [2, 2],
+            "blocks_per_stage": [1, 1, 2, 1],
+        }
+        hiera |= {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2]}
+        hiera |= {"window_size_per_stage": [8, 4, 8, 4], "global_attention_blocks": [3]}
+        hiera |= {"window_positional_embedding_background_size": [4, 4], "model_type": "sam2_hiera_det_model"}
+        return {
+            "model_type": "sam2_vision_model",
+            "backbone_config": hiera,
+            "backbone_channel_list": [64, 32, 16, 8],
+            **common,
+        }
+    if kind != "edgetam":
+        raise ValueError(f"unknown segmenter {kind!r}; expected one of {SEGMENTERS}")
+    import pytest
+
+    pytest.importorskip("timm", reason="EdgeTAM's backbone is timm's")
+    arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    repvit = {"architecture": "repvit_m0_9", "model_args": arguments, "model_type": "timm_wrapper"}
+    # its levels are 4, 8, 16 and 32 pixels apart, twice those of the others here
+    common["backbone_feature_sizes"] = [[canvas // step] * 2 for step in (4, 8, 16)]
+    return {
+        "model_type": "edgetam_vision_model",
+        "backbone_config": repvit,
+        "backbone_channel_list": [384, 192, 96, 48],
+        **common,
+    }
+
+
+def tiny_segmenter(kind: str = "sam", seed: int = 0, canvas: int = SAM_CANVAS):
+    """A random segmenter in eval mode with weights of unit gain, so that masks differ visibly; see `tiny_model`."""
+    from segcompass_hf.segmenters_segcompass import segmenter_class
+
+    config = tiny_segmenter_config(kind, canvas)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        segmenter = segmenter_class(config)(config).eval()
+        unit_gain(segmenter)
+    return segmenter
+
+
+def unit_gain(module: torch.nn.Module) -> None:
+    """Draw the matrices and kernels of a module anew, so that each keeps the scale of what it is given."""
+    for name, weight in module.named_parameters():
+        if weight.ndim >= 2 and "pos" not in name:
+            torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+
+
 def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH):
     """SAM's image processor for the canvas; `mask_size`: side of the low-resolution maps, 4 x the embedding's."""
     from transformers import SamImageProcessorPil
@@ -332,9 +425,7 @@ def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config
         torch.manual_seed(seed)
         model = SegCompassForReasoningSegmentation(config).eval()
         for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
-            for name, weight in part.named_parameters():
-                if weight.ndim >= 2 and "pos" not in name:
-                    torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+            unit_gain(part)
         return model
 
 
