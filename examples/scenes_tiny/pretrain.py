@@ -21,6 +21,7 @@ from parts import SEGMENTERS, build_processor, build_tokenizer, build_vlm
 from trainers import MaskTrainer, VisionTrainer
 from transformers import TrainingArguments, set_seed
 
+from segcompass_hf.segmenters_segcompass import to_sam_image_processor
 from segcompass_hf.training.loop.muon import has_fast_bfloat16
 
 STAGES = {"vision": (700, 64), "masks": (1000, 16)}  # steps, batch size
@@ -55,19 +56,20 @@ def run(stage: str, folder: Path, scale: float = 1.0, segmenter: str = "sam") ->
     steps = max(4, round(scale * steps))
     set_seed(seed)
     arguments = arguments_of(stage, folder, steps, batch_size, seed)
-    processor = build_processor(segmenter=segmenter)
-    part = processor.image_processor if stage == "vision" else processor.sam_image_processor
-    data = {"data_collator": partial(collate, image_processor=part)}
-    data["train_dataset"] = SceneSamples(steps * batch_size, seed=seed)
+    processor, rows = build_processor(), SceneSamples(steps * batch_size, seed=seed)
     if stage == "vision":
+        part = processor.image_processor
         tokenizer = build_tokenizer()
         model = build_vlm(tokenizer)
         model.model.language_model.layers.requires_grad_(False)
-        trainer = VisionTrainer(model=model, args=arguments, tokenizer=tokenizer, **data)
+        trainer_class = partial(VisionTrainer, tokenizer=tokenizer)
     else:
         model = SEGMENTERS[segmenter]()
+        part = processor.sam_image_processor if segmenter == "sam" else to_sam_image_processor(model.config)
         MaskTrainer.add_auxiliary_head(model)
-        trainer = MaskTrainer(model=model, args=arguments, **data)
+        trainer_class = MaskTrainer
+    data = {"train_dataset": rows, "data_collator": partial(collate, image_processor=part)}
+    trainer = trainer_class(model=model, args=arguments, **data)
     trainer.train(resume_from_checkpoint=True)
     if stage == "masks":
         del model.auxiliary_head, model.place_head

@@ -8,6 +8,7 @@ from labels import ATTRIBUTES, CELLS, patch_labels
 from torch import nn
 from transformers import Trainer
 
+from segcompass_hf.image_features_segcompass import parts_of
 from segcompass_hf.modeling_masks import MaskStage
 from segcompass_hf.training.loop.muon import MuonWithAdamW
 from segcompass_hf.training.loop.resume import RobustTrainerMixin
@@ -137,7 +138,8 @@ class MaskTrainer(PretrainingTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, objects = inputs["ids"], inputs["objects"]
         stage = MaskStage(model)
-        features = stage.encode_image(inputs["pixel_values"])  # embeddings (batch, channels, 14, 14)
+        features = stage.encode_image(inputs["pixel_values"])
+        embeddings = parts_of(features)[0].float()  # (batch, channels, 14, 14)
         count = (objects[..., 3] >= 0).sum(-1)
         first = (torch.rand(len(ids), device=ids.device) * count).long()
         step = 1 + (torch.rand(len(ids), device=ids.device) * (count - 1)).long()
@@ -150,8 +152,7 @@ class MaskTrainer(PretrainingTrainer):
         dice = 1 - (2 * inter + 1) / ((probability + target).sum((-1, -2)) + 1)
         error = F.binary_cross_entropy_with_logits(masks.float(), target, reduction="none")
         focal = (error * (probability - target).abs().pow(2)).mean((-1, -2))
-        auxiliary = self._auxiliary(model, features.embeddings.float(), ids, objects)
-        loss = dice.mean() + 10 * focal.mean() + 0.35 * auxiliary
+        loss = dice.mean() + 10 * focal.mean() + 0.35 * self._auxiliary(model, embeddings, ids, objects)
         with torch.no_grad():
             hard, truth = F.interpolate(masks.float(), size=ids.shape[1:], mode="bilinear") > 0, full > 0
             iou = (hard & truth).sum((-1, -2)) / (hard | truth).sum((-1, -2)).clamp(min=1)

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_image, tiny_model, tiny_processor, tiny_sam_config
+from safetensors.torch import load_file
+from tiny import tiny_image, tiny_model, tiny_processor, tiny_sam_config, tiny_segmenter
 from transformers import AutoModel, AutoProcessor, SamModel
 
 from segcompass_hf.commands import init
@@ -20,7 +21,7 @@ NEW = ("slot_mapper.query_proj.", "slot_mapper.key_proj.", "slot_mapper.head_fus
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folders of a whole model with a calibration, and of a SAM with another canvas and more channels than its own."""
+    """Folders of a whole model with a calibration, of a SAM of another canvas with more channels, of a SAM 2 and a VLM."""
     root = tmp_path_factory.mktemp("parts")
     model = tiny_model(score_calibration=CALIBRATION)
     model.save_pretrained(root / "whole")
@@ -28,6 +29,7 @@ def parts(tmp_path_factory):
     (root / "whole" / NUMBERS_FILE).write_bytes(b"a dictionary")
     torch.manual_seed(1)
     SamModel(tiny_sam_config(canvas=96, patch_size=16, hidden_size=64)).save_pretrained(root / "sam")
+    tiny_segmenter("sam2").save_pretrained(root / "sam2")
     model.vlm.save_pretrained(root / "vlm")
     return root
 
@@ -41,22 +43,24 @@ def read(folder):
     return model, processor, output
 
 
-def test_everything_that_reads_the_vlm_stays(parts, tmp_path):
-    made = swap_segmenter(parts / "whole", parts / "sam", tmp_path / "new")
+@pytest.mark.parametrize(("kind", "map_side", "channels", "canvas"), [("sam", 24, 64, 96), ("sam2", 32, 32, 64)])
+def test_everything_that_reads_the_vlm_stays(kind, map_side, channels, canvas, parts, tmp_path):
+    made = swap_segmenter(parts / "whole", parts / kind, tmp_path / "new")
     assert made.new_modules == ["slot_mapper.query_proj", "slot_mapper.key_proj", "slot_mapper.head_fuser"]
     assert not made.sae_is_new and len(made.notes) == 1 and "calibration" in made.notes[0]
     old, old_processor, before = read(parts / "whole")
     new, processor, after = read(tmp_path / "new")
     for name in ("slots", "reference_states", "slot_logits"):
         assert torch.equal(getattr(before, name), getattr(after, name)), name
-    assert before.pred_masks.shape[-2:] == (32, 32) and after.pred_masks.shape[-2:] == (24, 24)  # 4 x 96 / 16
-    state, sam = new.state_dict(), SamModel.from_pretrained(parts / "sam").state_dict()
+    assert before.pred_masks.shape[-2:] == (32, 32)
+    assert after.pred_masks.shape[-2:] == (map_side, map_side)  # 4 x 96 / 16 and 4 x 64 / 8
+    state, sam = new.state_dict(), load_file(parts / kind / "model.safetensors")
     kept = {name: weight for name, weight in old.state_dict().items() if not name.startswith(NEW)}
     assert all(torch.equal(state[name], weight) for name, weight in kept.items())
     assert all(torch.equal(state[f"sam.{name}"], weight) for name, weight in sam.items())
-    assert new.slot_mapper.key_proj.weight.shape[0] == 64 and new.slot_mapper.query_proj.weight.std() > 0
+    assert new.slot_mapper.key_proj.weight.shape[0] == channels and new.slot_mapper.query_proj.weight.std() > 0
     assert old.config.score_calibration == CALIBRATION and new.config.score_calibration is None
-    assert processor.canvas_size == 96
+    assert (processor.canvas_size, processor.geometry.fit) == (canvas, {"sam": "pad", "sam2": "stretch"}[kind])
     assert processor.build_prompt("it") == old_processor.build_prompt("it")
     assert (tmp_path / "new" / NUMBERS_FILE).read_bytes() == b"a dictionary"
     assert str(parts) not in (tmp_path / "new" / "config.json").read_text()
@@ -79,7 +83,7 @@ def test_a_dtype_holds_for_everything_but_positions(parts, tmp_path):
 def test_wrong_parts_are_named(parts, tmp_path):
     with pytest.raises(ValueError, match="'llava' model; another segmenter goes into a SegCompass checkpoint"):
         swap_segmenter(parts / "vlm", parts / "sam", tmp_path / "new")
-    with pytest.raises(ValueError, match="sam: .*'llava' model"):
+    with pytest.raises(ValueError, match="sam: .*'llava' is no segmenter"):
         swap_segmenter(parts / "whole", parts / "vlm", tmp_path / "new")
     SamModel(tiny_sam_config(hidden_size=20)).save_pretrained(tmp_path / "narrow")
     whole = tiny_model(heatmap_heads=8)

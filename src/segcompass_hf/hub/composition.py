@@ -20,6 +20,7 @@ from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, de
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
+from ..segmenters_segcompass import segmenter_config, segmenter_kind
 from .conversion.vlm import check_is_vlm
 
 logger = logging.get_logger(__name__)
@@ -92,8 +93,8 @@ def compose_checkpoint(
     Args:
         vlm (`str` or `os.PathLike`): Hub id or folder of a VLM (LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, ...), or of a
             SegCompass checkpoint, whose VLM is taken (after its warm-up, to give it an SAE).
-        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a SAM, or Segment Anything's own `.pth`; may be
-            left out where `vlm` is a SegCompass checkpoint, which has one.
+        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a segmenter, or Segment Anything's own `.pth`;
+            may be left out where `vlm` is a SegCompass checkpoint, which has one.
         output (`str` or `os.PathLike`): Folder to make.
         sae (`str` or `os.PathLike`, *optional*): Hub id or folder of an SAE of ours or SAELens', or an `ep_N.pt` of
             the original code; a new, untrained one when left out.
@@ -171,8 +172,11 @@ def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
         model = load_original_sam(sam)
         return _Parts(vlm, model, vlm_config, model.config, whole)
     sam_config = _read_config(sam, "sam")
-    _check_sam(sam_config, sam)
-    return _Parts(vlm, sam, vlm_config, sam_config, whole)
+    try:
+        segmenter_kind(sam_config)
+    except ValueError as error:
+        raise ValueError(f"sam: {sam!r}: {error}") from error
+    return _Parts(vlm, sam, vlm_config, segmenter_config(sam_config), whole)
 
 
 def _source(part: str | os.PathLike, name: str) -> str:
@@ -195,14 +199,6 @@ def _read_config(source: str, name: str) -> PretrainedConfig:
         raise ValueError(f"{name}: {source!r} is no model that transformers knows: {error}") from error
     except OSError as error:
         raise OSError(f"{name}: cannot read {source!r}: {error}") from error
-
-
-def _check_sam(config: PretrainedConfig, source: str) -> None:
-    if config.model_type != "sam":
-        raise ValueError(
-            f"sam: {source!r} is a {config.model_type!r} model; expected a SAM of the first generation, such as "
-            "facebook/sam-vit-base, -large or -huge."
-        )
 
 
 def _load_sae(source: str, layer: int | None) -> SegCompassSae:
