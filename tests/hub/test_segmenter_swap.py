@@ -21,7 +21,7 @@ NEW = ("slot_mapper.query_proj.", "slot_mapper.key_proj.", "slot_mapper.head_fus
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Folders of a whole model with a calibration, of a SAM of another canvas with more channels, of a SAM 2 and a VLM."""
+    """Folders of a whole model with a calibration, a SAM of another canvas with more channels, a SAM 2 and a VLM."""
     root = tmp_path_factory.mktemp("parts")
     model = tiny_model(score_calibration=CALIBRATION)
     model.save_pretrained(root / "whole")

@@ -2,6 +2,7 @@
 """`trainable="masks"`: slots stay as they are, and with `slot_cache_dir` the VLM reads every row once."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ def passes(monkeypatch):
     calls, kind = [], type(tiny_model().vlm)
     forward = kind.forward
 
+    @functools.wraps(forward)
     def counting(self, input_ids=None, **kwargs):
         calls.append(len(input_ids))
         return forward(self, input_ids=input_ids, **kwargs)
