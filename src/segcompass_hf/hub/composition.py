@@ -156,7 +156,7 @@ class _Parts:
 
 
 def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
-    from .conversion.from_original import load_original_sam
+    from .conversion.segmenters import load_original_sam
 
     vlm, whole = _source(vlm, "vlm"), None
     vlm_config = _read_config(vlm, "vlm")

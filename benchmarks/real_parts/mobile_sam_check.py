@@ -1,0 +1,130 @@
+"""MobileSAM with its real weights: against its own ONNX files, and boxes around the objects of photographs to masks:
+
+    pip install onnx onnxruntime
+    python benchmarks/real_parts/mobile_sam_check.py --cache ~/.cache/segcompass_hf/real_parts --samples SAMPLES
+
+SAMPLES is a folder of photographs with annotations in the layout of gRefCOCO (`grefcoco/`, `images/`). A mask is
+compared with that of the object whose annotated box was the prompt.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mobile_sam import fetch, published_weights  # noqa: E402
+
+from segcompass_hf.data import build_grefcoco  # noqa: E402
+from segcompass_hf.data.schema import decode_masks  # noqa: E402
+from segcompass_hf.evaluation.predictors.sam_prompts import PromptedSam, SamPrompt  # noqa: E402
+from segcompass_hf.hub import load_original_sam  # noqa: E402
+
+CANVASES = (1024, 512)
+POINT = (500.0, 400.0)  # on a canvas of 1024 pixels
+
+
+def differences(cache: Path) -> dict[str, float]:
+    """Largest differences to the ONNX files, which are for 1024 pixels, and the size of what is compared."""
+    import onnxruntime
+
+    encoder, decoder = (onnxruntime.InferenceSession(str(path)) for path in fetch(cache))
+    sam = load_original_sam(published_weights(cache)).eval()
+    random = np.random.RandomState(0)
+    pixels = random.randn(1, 3, 1024, 1024).astype(np.float32)
+    (expected,) = encoder.run(None, {"input": pixels})
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        embeddings = sam.get_image_embeddings(torch.from_numpy(pixels)).numpy()
+        found["embedding"] = float(np.abs(embeddings - expected).max())
+        found["embedding, mean size"] = float(np.abs(expected).mean())
+        prompt = 5 * random.randn(1, 1, 256, 256).astype(np.float32)
+        image = torch.from_numpy(expected)
+        for name, mask, point in (("point", None, POINT), ("mask and point", prompt, POINT)):
+            masks = _onnx_masks(decoder, expected, point, mask)
+            ours = sam(
+                image_embeddings=image,
+                input_points=torch.tensor(point).view(1, 1, 1, 2),
+                input_masks=None if mask is None else torch.from_numpy(mask),
+                multimask_output=False,
+            ).pred_masks
+            found[f"mask logits, {name}"] = float(np.abs(ours[0, 0].numpy() - masks[0, :1]).max())
+            found[f"mask logits, {name}, mean size"] = float(np.abs(masks[0, :1]).mean())
+    return found
+
+
+def _onnx_masks(
+    session: Any, embeddings: np.ndarray, point: tuple[float, float], mask: np.ndarray | None
+) -> np.ndarray:
+    """Low-resolution masks; the file wants a second, empty point and an empty mask in place of none."""
+    inputs = {
+        "image_embeddings": embeddings,
+        "point_coords": np.array([[point, (0.0, 0.0)]], np.float32),
+        "point_labels": np.array([[1, -1]], np.float32),
+        "mask_input": np.zeros((1, 1, 256, 256), np.float32) if mask is None else mask,
+        "has_mask_input": np.array([mask is not None], np.float32),
+        "orig_im_size": np.array([1024, 1024], np.float32),
+    }
+    return session.run(["low_res_masks"], inputs)[0]
+
+
+def objects(samples: Path) -> list[tuple[Any, list[np.ndarray]]]:
+    """Photographs, each with the masks of its annotated objects, none twice."""
+    rows = build_grefcoco(samples / "grefcoco", samples / "images", split="train")
+    found: dict[str, tuple[Any, dict[Any, np.ndarray]]] = {}
+    for row in rows:
+        _, masks = found.setdefault(row["image_id"], (row["image"], {}))
+        masks.update(zip(row["instance_ids"], decode_masks(row["masks"]), strict=True))
+    return [(image, list(masks.values())) for image, masks in found.values()]
+
+
+def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """`(x1, y1, x2, y2)` around the pixels of a mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def intersections_over_unions(cache: Path, canvas: int, photographs: list) -> tuple[list[float], list[float]]:
+    """IoU of every object, and seconds of the image encoder per photograph."""
+    sam = load_original_sam(published_weights(cache), {"vision_config": {"image_size": canvas}}).eval()
+    prompted, seconds = PromptedSam(sam, sam.config), []
+    pixels = torch.randn(1, 3, canvas, canvas)
+    with torch.no_grad():
+        for _ in range(4):  # the first warms up
+            start = time.perf_counter()
+            sam.get_image_embeddings(pixels)
+            seconds.append(time.perf_counter() - start)
+    ious = []
+    for image, masks in photographs:
+        ((found, _),) = prompted.segment([image], [[SamPrompt(box=box_of(mask)) for mask in masks]])
+        ious += [float((one & mask).sum() / (one | mask).sum()) for one, mask in zip(found, masks, strict=True)]
+    return ious, seconds[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True, help="folder outside the repository")
+    parser.add_argument("--samples", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    cache = args.cache.expanduser()
+    torch.set_num_threads(args.threads)
+    for name, value in differences(cache).items():
+        print(f"{name}: {value:.3g}")
+    photographs = objects(args.samples)
+    for canvas in CANVASES:
+        ious, seconds = intersections_over_unions(cache, canvas, photographs)
+        milliseconds = 1000 * statistics.median(seconds)
+        print(
+            f"canvas {canvas}: mean IoU {statistics.mean(ious):.3f} of {len(ious)} objects on {len(photographs)} "
+            f"photographs; {milliseconds:.0f} ms an image on {args.threads} threads"
+        )
+
+
+if __name__ == "__main__":
+    main()
