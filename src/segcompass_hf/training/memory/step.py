@@ -44,6 +44,8 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
                 if setup.reference:
                     with torch.no_grad():  # the reference policy repeats the upper layers
                         _log_probs(model, setup, _language_pass(model, *states.shape[:2]))
+            elif setup.trainable == "masks":
+                loss = 0.0  # no language loss
             else:
                 loss = _language_loss(model, setup, states)
             if setup.stage != "warmup":
