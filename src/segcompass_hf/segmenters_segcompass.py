@@ -141,8 +141,8 @@ def segmenter_kind(config: PretrainedConfig) -> SegmenterKind:
                 "Sam3TrackerModel.from_pretrained('facebook/sam3')."
             )
         raise ValueError(
-            f"{config.model_type!r} is no segmenter that takes mask prompts; expected one of "
-            f"{', '.join(SEGMENTERS)}.{hint}"
+            f"this is a {config.model_type!r} model; expected a SAM or another segmenter that takes mask prompts "
+            f"({', '.join(SEGMENTERS)}).{hint}"
         )
     return kind
 

@@ -277,7 +277,8 @@ SEGMENTERS = ("sam", "sam_hq", "sam2", "sam3_tracker", "edgetam")
 
 
 def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
-    """A segmenter of hidden size 32 by `model_type`: patches of 8 pixels, embedding and maps as of `tiny_sam_config`.
+    """A segmenter of hidden size 32 by `model_type`: patches of 8 pixels, embedding and maps as of `tiny_sam_config`
+    (EdgeTAM's backbone has patches of 16).
 
     EdgeTAM's backbone comes from timm: where it is missing the test is skipped.
     """
@@ -285,7 +286,7 @@ def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
         return tiny_sam_config(canvas)
     from transformers import AutoConfig
 
-    size = {"image_size": canvas, "patch_size": SAM_PATCH}
+    size = {"image_size": canvas, "patch_size": 16 if kind == "edgetam" else SAM_PATCH}
     decoder = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     decoder |= {"iou_head_hidden_dim": 32}
     config = tiny_sam_config(canvas).to_dict()
@@ -337,7 +338,7 @@ def _tiny_pyramid(kind: str, canvas: int) -> dict:
     pytest.importorskip("timm", reason="EdgeTAM's backbone is timm's")
     arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
     repvit = {"architecture": "repvit_m0_9", "model_args": arguments, "model_type": "timm_wrapper"}
-    # its levels are 4, 8, 16 and 32 pixels apart, twice those of the others here
+    # A cell of its levels is 4, 8, 16 or 32 pixels wide, twice those of the others here.
     common["backbone_feature_sizes"] = [[canvas // step] * 2 for step in (4, 8, 16)]
     return {
         "model_type": "edgetam_vision_model",
@@ -380,13 +381,16 @@ def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PAT
 
 
 def tiny_processor(family: str = "llava", num_slots: int = NUM_SLOTS, canvas: int = SAM_CANVAS, **kwargs):
-    """A `SegCompassProcessor` for the family; further keywords go to its constructor."""
+    """A `SegCompassProcessor` for the family; further keywords go to its constructor.
+
+    `sam_image_processor` may be a segmenter's configuration, such as `tiny_segmenter_config("sam2")`.
+    """
     from segcompass_hf.processing_segcompass import SegCompassProcessor
 
     tokenizer_kwargs = {k: kwargs.pop(k) for k in ("model_max_length",) if k in kwargs}
     parts = tiny_parts(family, **tokenizer_kwargs)
     return SegCompassProcessor(
-        **parts, sam_image_processor=tiny_sam_image_processor(canvas), num_slots=num_slots, **kwargs
+        **parts, **{"sam_image_processor": tiny_sam_image_processor(canvas), "num_slots": num_slots, **kwargs}
     )
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""A new checkpoint from published parts: VLM, SAM and, if there is one, an SAE."""
+"""A new checkpoint from published parts: VLM, segmenter and, if there is one, an SAE."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, de
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
-from ..segmenters_segcompass import segmenter_config, segmenter_kind
+from ..segmenters_segcompass import segmenter_kind
 from .conversion.vlm import check_is_vlm
 
 logger = logging.get_logger(__name__)
@@ -93,8 +93,9 @@ def compose_checkpoint(
     Args:
         vlm (`str` or `os.PathLike`): Hub id or folder of a VLM (LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, ...), or of a
             SegCompass checkpoint, whose VLM is taken (after its warm-up, to give it an SAE).
-        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a segmenter, or Segment Anything's own `.pth`;
-            may be left out where `vlm` is a SegCompass checkpoint, which has one.
+        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a segmenter that takes mask prompts (see
+            `SEGMENTERS`), or Segment Anything's own `.pth`; may be left out where `vlm` is a SegCompass checkpoint,
+            which has one.
         output (`str` or `os.PathLike`): Folder to make.
         sae (`str` or `os.PathLike`, *optional*): Hub id or folder of an SAE of ours or SAELens', or an `ep_N.pt` of
             the original code; a new, untrained one when left out.
@@ -176,7 +177,7 @@ def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
         segmenter_kind(sam_config)
     except ValueError as error:
         raise ValueError(f"sam: {sam!r}: {error}") from error
-    return _Parts(vlm, sam, vlm_config, segmenter_config(sam_config), whole)
+    return _Parts(vlm, sam, vlm_config, sam_config, whole)
 
 
 def _source(part: str | os.PathLike, name: str) -> str:

@@ -14,7 +14,7 @@ from transformers import SamModel, SamProcessor
 from ...files import check_new_folder, staged_folder
 from ...loading_segcompass import _cast_sam
 from ...modeling_mobile_sam import MobileSamModel
-from ...vlm_processors_segcompass import to_sam_image_processor
+from ...segmenters_segcompass import to_sam_image_processor
 from .files import StoredTensor, check_state_dict, read_torch_file
 from .from_original import check_weights
 from .keys import convert_original_sam_state_dict, has_tiny_vit
