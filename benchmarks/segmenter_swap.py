@@ -1,4 +1,4 @@
-"""scenes-tiny moved to another segmenter: gIoU with its own SAM, right after the swap, and after fitting the new parts.
+"""scenes-tiny moved to another segmenter: gIoU with its own SAM, right after the swap, and after fitting.
 
     python benchmarks/segmenter_swap.py --num-samples 500 --steps 300
 
