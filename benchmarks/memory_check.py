@@ -81,8 +81,8 @@ def compare(segmenter: str, checkpointing: bool) -> None:
     with fake_model(config(segmenter)) as fake:
         estimated = sum(training_bytes(fake, setup))
     print(
-        f"{segmenter}, checkpointing {checkpointing}: estimated {estimated / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB "
-        f"({estimated / measured - 1:+.1%})",
+        f"{segmenter}, checkpointing {checkpointing}: estimated {estimated / 2**20:.0f} MiB, measured "
+        f"{measured / 2**20:.0f} MiB ({estimated / measured - 1:+.1%})",
         flush=True,
     )
 
