@@ -255,6 +255,33 @@ def test_parts_are_loaded_by_class_and_refused_by_name(tmp_path):
         SegCompassConfig(vlm_config=vlm.config, sam_config=AutoConfig.for_model("sam3"))
 
 
+def test_the_original_format_has_a_place_for_sam_alone(tmp_path):
+    from segcompass_hf.hub.conversion.to_original import convert_to_original_checkpoint
+
+    tiny.tiny_model(sam_config=tiny.tiny_segmenter_config("sam2")).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="segments with a 'sam2' model; the original has a place for SAM alone"):
+        convert_to_original_checkpoint(tmp_path / "model", tmp_path / "original")
+
+
+def test_what_quantising_skips_and_adapters_copy(model):
+    from segcompass_hf.loading_segcompass import full_precision_modules
+    from segcompass_hf.training.adapters import head_modules
+
+    assert "sam" in full_precision_modules(model.config, type(model))
+    unused = {f"sam.{name}" for name, _ in model.mask_stage.unused_parameters()}
+    copied = tuple(f"{name}." for name in head_modules(model))
+    assert "sam.mask_decoder.transformer." in copied
+    assert not [name for name in unused if name.startswith(copied)]
+
+
+def test_a_card_tells_the_segmenter(model, tmp_path):
+    from segcompass_hf.hub.publishing.card_facts import _model_lines
+
+    [text] = [text for part, text in _model_lines(model.config.to_dict()) if part == "SAM"]
+    kind = model.config.sam_config.model_type
+    assert text.endswith("64 x 64 pixels") and (kind == "sam" or text.startswith(f"{kind}, "))
+
+
 def test_plain_tensors_stay_what_sam_has(tmp_path):
     model = tiny.tiny_model()
     pixels = tiny.tiny_processor()._sam_inputs(images_of([(40, 30)]))["sam_pixel_values"]

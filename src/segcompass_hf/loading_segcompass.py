@@ -96,9 +96,7 @@ class LoadingMixin:
                 tokenizer = AutoTokenizer.from_pretrained(vlm)
             vlm = load_part(AutoModelForImageTextToText, vlm, **load)
         if _is_source(sam, "sam"):
-            sam = load_segmenter(sam)
-            if load and dtype != "auto":
-                _cast_sam(sam, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            sam = load_segmenter(sam, dtype)
         if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
@@ -202,10 +200,15 @@ def load_part(model_class: type, source: Any, **kwargs) -> PreTrainedModel:
     return model
 
 
-def load_segmenter(source: Any, **kwargs) -> PreTrainedModel:
+def load_segmenter(source: Any, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """A segmenter of its own by id or folder, as the class that its configuration names; see [`SEGMENTERS`].
 
     Of a checkpoint for videos the image part is loaded; its memory has no place there and is left out.
+
+    Args:
+        source (`str` or `os.PathLike`): Hub id or folder.
+        dtype (`torch.dtype` or `str`, *optional*): Of all but the positional matrices; the checkpoint's own when left
+            out.
 
     Raises:
         FileNotFoundError, ValueError: See [`check_weight_files`] and [`segmenter_class`]; or weights are missing or
@@ -213,9 +216,12 @@ def load_segmenter(source: Any, **kwargs) -> PreTrainedModel:
     """
     check_weight_files(source)
     config = segmenter_config(AutoConfig.from_pretrained(source))
-    model, info = segmenter_class(config).from_pretrained(source, config=config, output_loading_info=True, **kwargs)
+    model, info = segmenter_class(config).from_pretrained(source, config=config, output_loading_info=True)
     check_nothing_missing(model, info, source, f"it is no whole {type(model).__name__}: complete it")
+    check_no_layers_left(model, info, source)
     check_nothing_left(model, info, source)
+    if dtype not in (None, "auto"):
+        _cast_sam(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model
 
 

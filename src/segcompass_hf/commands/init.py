@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
     start.add_argument(
         "--from", dest="checkpoint", help="Hub id or folder of a SegCompass that keeps all but its SAM, with --sam"
     )
-    parser.add_argument("--sam", help="Hub id or folder of a SAM, SAM 2 or alike, or SAM's .pth (a SegCompass's own)")
+    parser.add_argument("--sam", help="Hub id or folder of a SAM (SAM 2, ...), or SAM's .pth (a SegCompass has one)")
     parser.add_argument("--sae", help="Hub id or folder of an SAE (ours or SAELens'), or ep_N.pt of the original code")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--num-slots", type=positive, help="objects per answer at most (4, or the SegCompass's)")
