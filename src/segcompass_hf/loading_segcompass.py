@@ -15,7 +15,7 @@ from transformers.utils import logging
 from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
 from .modeling_sae import SegCompassSae
-from .segmenters_segcompass import segmenter_class, segmenter_config
+from .segmenters_segcompass import check_segmenter, segmenter_class, segmenter_config
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,
@@ -97,6 +97,7 @@ class LoadingMixin:
             vlm = load_part(AutoModelForImageTextToText, vlm, **load)
         if _is_source(sam, "sam"):
             sam = load_segmenter(sam, dtype)
+        check_segmenter(sam)
         if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:

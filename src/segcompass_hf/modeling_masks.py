@@ -242,12 +242,13 @@ class MaskStage:
         if self.kind.extra == "levels":  # their own `forward` adds an empty point where there is none
             points = torch.zeros(prompts.shape[0], 1, 1, 2, device=prompts.device)
             labels = torch.full(points.shape[:3], -1, dtype=torch.int32, device=prompts.device)
-        return prompt_encoder(
-            input_points=points,
-            input_labels=labels,
-            input_boxes=None,
-            input_masks=prompts[:, None].to(prompt_encoder.mask_embed.conv1.weight.dtype),
-        )
+        with weights_at_hand(prompt_encoder):
+            return prompt_encoder(
+                input_points=points,
+                input_labels=labels,
+                input_boxes=None,
+                input_masks=prompts[:, None].to(prompt_encoder.mask_embed.conv1.weight.dtype),
+            )
 
     def unused_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """

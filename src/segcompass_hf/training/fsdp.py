@@ -141,10 +141,10 @@ def _gather_for_zero3(core: nn.Module) -> None:
                 return plain(*args, **kwargs)
 
         setattr(core.sae, name, method)
-    decoder = core.sam.mask_decoder  # reads the weights of its embeddings without calling them
-    for embedding in decoder.children():
-        if isinstance(embedding, nn.Embedding):
-            deepspeed.zero.register_external_parameter(decoder, embedding.weight)
+    for part in (core.sam.mask_decoder, core.sam.prompt_encoder):  # read embeddings' weights without calling them
+        for embedding in part.children():
+            if isinstance(embedding, nn.Embedding):
+                deepspeed.zero.register_external_parameter(part, embedding.weight)
     # Read right after the prompt encoder has run, and the image encoder. SAM 2 has the former as a buffer.
     matrix = core.sam.shared_image_embedding.positional_embedding
     if hasattr(matrix, "ds_id"):
