@@ -138,7 +138,7 @@ def cut_shard(folder):
 REFUSED = {
     "a text model": ({"vlm": "text_model"}, ValueError, "'llama' model, which does not read images"),
     "a SAM as VLM": ({"vlm": "sam"}, ValueError, "'sam' model, which does not read images"),
-    "a VLM as SAM": ({"sam": "llava"}, ValueError, "sam: .*'llava' is no segmenter that takes mask prompts"),
+    "a VLM as SAM": ({"sam": "llava"}, ValueError, "sam: .*'llava' model; expected a SAM"),
     "a VLM as SAE": ({"sae": "llava"}, ValueError, "sae: .*'llava' model; expected an SAE"),
     "no such folder": ({"vlm": "nothing"}, FileNotFoundError, "vlm: there is no file or folder"),
     "no SAM": ({"sam": None}, ValueError, "a bare VLM needs a SAM"),

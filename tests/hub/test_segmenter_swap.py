@@ -83,7 +83,7 @@ def test_a_dtype_holds_for_everything_but_positions(parts, tmp_path):
 def test_wrong_parts_are_named(parts, tmp_path):
     with pytest.raises(ValueError, match="'llava' model; another segmenter goes into a SegCompass checkpoint"):
         swap_segmenter(parts / "vlm", parts / "sam", tmp_path / "new")
-    with pytest.raises(ValueError, match="sam: .*'llava' is no segmenter"):
+    with pytest.raises(ValueError, match="sam: .*'llava' model; expected a SAM"):
         swap_segmenter(parts / "whole", parts / "vlm", tmp_path / "new")
     SamModel(tiny_sam_config(hidden_size=20)).save_pretrained(tmp_path / "narrow")
     whole = tiny_model(heatmap_heads=8)
