@@ -63,15 +63,18 @@ def _open_slot_cache(trainer: Any, model: Any, processor: Any) -> SlotCache | No
     if any(not hasattr(rows, "__len__") for rows in sets):
         raise ValueError("slot_cache_dir reads all rows before training, and a stream has no end; leave it out.")
     shares_weights = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    place, cache = next(model.parameters()).device, None
+    cache = None
     if not shares_weights or accelerator.is_main_process:
-        model.to(accelerator.device)
+        place = next(model.parameters()).device
+        if place != accelerator.device:  # before it is sharded
+            model.to(accelerator.device)
         precision = f"{accelerator.mixed_precision} {next(model.vlm.parameters()).dtype}"
         cache = SlotCache(args.slot_cache_dir, model, processor, accelerator.autocast, precision)
         share = (0, 1) if shares_weights else (accelerator.process_index, accelerator.num_processes)
         for rows in sets:
             cache.fill(rows, args.per_device_eval_batch_size, *share)
-        model.to(place)
+        if place != accelerator.device:
+            model.to(place)
     accelerator.wait_for_everyone()
     if shares_weights:
         copies = [cache]
