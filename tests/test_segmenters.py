@@ -111,7 +111,7 @@ def test_only_the_mask_that_trains_is_given(stage):
     kind = stage.segmenter.config.model_type
     untouched = tiny_segmenter(kind)
     if not hasattr(untouched.config.mask_decoder_config, "dynamic_multimask_via_stability"):
-        assert kind in ("sam", "sam_hq")
+        assert kind in ("sam", "sam_hq", "mobile_sam")
         return
     for settings in (untouched.mask_decoder, untouched.config.mask_decoder_config):
         settings.dynamic_multimask_via_stability = True

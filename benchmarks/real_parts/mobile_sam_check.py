@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +26,43 @@ from segcompass_hf.data.schema import decode_masks  # noqa: E402
 from segcompass_hf.evaluation.predictors.sam_prompts import PromptedSam, SamPrompt  # noqa: E402
 from segcompass_hf.hub import load_original_sam  # noqa: E402
 
-CANVASES = (1024, 512)
-POINT = (500.0, 400.0)  # on a canvas of 1024 pixels
+CANVASES = (1024, 512)  # pixels
+SPLITS = ("train", "val")
+POINTS = ((500.0, 400.0), (520.0, 430.0))  # on a canvas of 1024 pixels
 
 
 def differences(cache: Path) -> dict[str, float]:
-    """Largest differences to the ONNX files, which are for 1024 pixels, and the size of what is compared."""
+    """Largest differences to the ONNX files, which are for 1024 pixels, and the mean size of what is compared."""
     import onnxruntime
 
     encoder, decoder = (onnxruntime.InferenceSession(str(path)) for path in fetch(cache))
     sam = load_original_sam(published_weights(cache)).eval()
     random = np.random.RandomState(0)
     pixels = random.randn(1, 3, 1024, 1024).astype(np.float32)
-    (expected,) = encoder.run(None, {"input": pixels})
-    found: dict[str, float] = {}
+    prompt = 5 * random.randn(1, 1, 256, 256).astype(np.float32)
+    (image,) = encoder.run(None, {"input": pixels})
+    pairs = {}
     with torch.no_grad():
-        embeddings = sam.get_image_embeddings(torch.from_numpy(pixels)).numpy()
-        found["embedding"] = float(np.abs(embeddings - expected).max())
-        found["embedding, mean size"] = float(np.abs(expected).mean())
-        prompt = 5 * random.randn(1, 1, 256, 256).astype(np.float32)
-        image = torch.from_numpy(expected)
-        for name, mask, point in (("point", None, POINT), ("mask and point", prompt, POINT)):
-            masks = _onnx_masks(decoder, expected, point, mask)
-            ours = sam(
-                image_embeddings=image,
-                input_points=torch.tensor(point).view(1, 1, 1, 2),
+        pairs["embedding"] = (sam.get_image_embeddings(torch.from_numpy(pixels)).numpy(), image)
+        for name, mask in (("points", None), ("points and mask", prompt)):
+            output = sam(
+                image_embeddings=torch.from_numpy(image),
+                input_points=torch.tensor(POINTS)[None, None],
                 input_masks=None if mask is None else torch.from_numpy(mask),
                 multimask_output=False,
-            ).pred_masks
-            found[f"mask logits, {name}"] = float(np.abs(ours[0, 0].numpy() - masks[0, :1]).max())
-            found[f"mask logits, {name}, mean size"] = float(np.abs(masks[0, :1]).mean())
-    return found
+            )
+            pairs[f"mask logits of {name}"] = (output.pred_masks[:, 0].numpy(), _onnx_masks(decoder, image, mask))
+    found = {name: float(np.abs(ours - expected).max()) for name, (ours, expected) in pairs.items()}
+    return found | {f"{name}, mean size": float(np.abs(expected).mean()) for name, (_, expected) in pairs.items()}
 
 
-def _onnx_masks(
-    session: Any, embeddings: np.ndarray, point: tuple[float, float], mask: np.ndarray | None
-) -> np.ndarray:
-    """Low-resolution masks; the file wants a second, empty point and an empty mask in place of none."""
+def _onnx_masks(session: Any, embeddings: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Low-resolution masks `(1, 1, 256, 256)`. The file wants an empty point after the others, an empty mask in place
+    of none, and gives the single-mask output for two points or more, else the best of three."""
     inputs = {
         "image_embeddings": embeddings,
-        "point_coords": np.array([[point, (0.0, 0.0)]], np.float32),
-        "point_labels": np.array([[1, -1]], np.float32),
+        "point_coords": np.array([[*POINTS, (0.0, 0.0)]], np.float32),
+        "point_labels": np.array([[1] * len(POINTS) + [-1]], np.float32),
         "mask_input": np.zeros((1, 1, 256, 256), np.float32) if mask is None else mask,
         "has_mask_input": np.array([mask is not None], np.float32),
         "orig_im_size": np.array([1024, 1024], np.float32),
@@ -75,11 +72,10 @@ def _onnx_masks(
 
 def objects(samples: Path) -> list[tuple[Any, list[np.ndarray]]]:
     """Photographs, each with the masks of its annotated objects, none twice."""
-    rows = build_grefcoco(samples / "grefcoco", samples / "images", split="train")
     found: dict[str, tuple[Any, dict[Any, np.ndarray]]] = {}
-    for row in rows:
+    for row in chain(*(build_grefcoco(samples / "grefcoco", samples / "images", split=name) for name in SPLITS)):
         _, masks = found.setdefault(row["image_id"], (row["image"], {}))
-        masks.update(zip(row["instance_ids"], decode_masks(row["masks"]), strict=True))
+        masks.update(zip(row["instance_ids"], decode_masks(row["masks"], row["image"].size[::-1]), strict=True))
     return [(image, list(masks.values())) for image, masks in found.values()]
 
 

@@ -27,7 +27,7 @@ An image and an instruction go in; reasoning and one mask per object come out. E
 `reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and segmenter,
 `losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What they
 ask of files, memory and threads: `weight_files_segcompass`, `offloading_segcompass`, `threads_segcompass`. Which
-segmenters there are says `segmenters_segcompass`.
+segmenters there are says `segmenters_segcompass`; the one that transformers does not have is `modeling_mobile_sam`.
 Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
 learn about them the same way.
 """
@@ -44,8 +44,10 @@ __version__ = "0.1.0"
 # Submodule -> public names that it defines.
 _EXPORTS = {
     "configuration_segcompass": ("SegCompassConfig", "SegCompassSaeConfig"),
+    "configuration_mobile_sam": ("MobileSamConfig",),
     "processing_segcompass": ("SegCompassProcessor",),
     "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
+    "modeling_mobile_sam": ("MobileSamModel",),
     "image_features_segcompass": ("ImageFeatures",),
     "interventions_segcompass": ("ConceptIntervention",),
     "modeling_concepts": ("SparseConcepts",),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PretrainedConfig
 
+from .configuration_mobile_sam import MobileSamConfig
 from .segmenters_segcompass import segmenter_config, segmenter_kind
 
 # Table 1 of the paper's supplement: index into `hidden_states` (0 = embeddings) per VLM family.
@@ -263,7 +264,10 @@ def _resolve_config(config: dict | PretrainedConfig | None, default: str | type)
     config = dict(config or {})
     if not isinstance(default, str):
         return default(**config)
-    return AutoConfig.for_model(config.pop("model_type", default), **config)
+    model_type = config.pop("model_type", default)
+    if model_type == MobileSamConfig.model_type:  # unknown to transformers where this is remote code
+        return MobileSamConfig(**config)
+    return AutoConfig.for_model(model_type, **config)
 
 
 def default_sae_layer(vlm_config: PretrainedConfig) -> int:

@@ -19,6 +19,7 @@ from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
 from .modeling_masks import MaskStage
+from .modeling_mobile_sam import MobileSamModel  # noqa: F401  importing it is what tells `segmenter_class` of it
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs

@@ -45,6 +45,7 @@ class SegmenterKind:
 SEGMENTERS = {
     "sam": SegmenterKind(**_IMAGENET),
     "sam_hq": SegmenterKind(**_IMAGENET, extra="vit"),
+    "mobile_sam": SegmenterKind(**_IMAGENET),
     "sam2": SegmenterKind(**_IMAGENET, fit="stretch", extra="levels"),
     "sam3_tracker": SegmenterKind(**_HALVES, fit="stretch", extra="levels"),
     "edgetam": SegmenterKind(**_IMAGENET, fit="stretch", extra="levels"),

@@ -273,7 +273,7 @@ def tiny_sam_config(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH, hidde
     )
 
 
-SEGMENTERS = ("sam", "sam_hq", "sam2", "sam3_tracker", "edgetam")
+SEGMENTERS = ("sam", "sam_hq", "mobile_sam", "sam2", "sam3_tracker", "edgetam")
 
 
 def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
@@ -290,6 +290,13 @@ def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
     decoder = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     decoder |= {"iou_head_hidden_dim": 32}
     config = tiny_sam_config(canvas).to_dict()
+    if kind == "mobile_sam":
+        from segcompass_hf import MobileSamConfig
+
+        vision = {"embed_dims": [8, 16, 16, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 4]}
+        vision |= {"strides": [2, 1, 1], "window_sizes": [7, 3, 4, 3], "output_channels": 32, "image_size": canvas}
+        prompts = {"mask_input_channels": 8}
+        return MobileSamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
     if kind == "sam_hq":
         # two layers: of its features the decoder reads those of the first with global attention
         vision = config["vision_config"] | {"num_hidden_layers": 3, "global_attn_indexes": [1, 2]}
