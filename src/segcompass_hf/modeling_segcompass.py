@@ -192,10 +192,7 @@ class SegCompassForReasoningSegmentation(
             image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, len(slots))
             return self.predict_masks(reference_states, slots, image_embeddings, reshaped_input_sizes, targets)
         if input_ids is None or slots is not None or reference_states is not None:
-            raise ValueError(
-                "SegCompass finds <REF_POS> by its id and needs input_ids; or in their place both slots and "
-                "reference_states, read before."
-            )
+            raise ValueError("the model needs input_ids; or, read of them before, both slots and reference_states.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if completion_mask is None and labels is not None:
             completion_mask = labels != -100

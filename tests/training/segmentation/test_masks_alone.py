@@ -133,7 +133,7 @@ def test_the_model_takes_states_or_a_sequence():
     slots, states = torch.zeros(1, 4, model.config.d_slot), torch.zeros(1, 4, model.config.hidden_size)
     assert model(slots=slots, reference_states=states).slot_logits.shape == (1, 4)
     for given in ({"slots": slots}, {"reference_states": states}, {}):
-        with pytest.raises(ValueError, match="needs input_ids; or in their place both slots and"):
+        with pytest.raises(ValueError, match="needs input_ids; or, read of them before, both slots"):
             model(**given)
-    with pytest.raises(ValueError, match="needs input_ids; or"):
+    with pytest.raises(ValueError, match="needs input_ids; or, read of them"):
         model(input_ids=torch.zeros(1, 3, dtype=torch.long), slots=slots, reference_states=states)
