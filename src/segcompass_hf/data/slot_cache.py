@@ -26,7 +26,7 @@ from .vlm_texts import reasoning_of
 logger = logging.get_logger(__name__)
 
 FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
-_READERS = ("vlm", "sae", "codebook", "slot_encoder")  # the modules that turn a row into its slots
+READERS = ("vlm", "sae", "codebook", "slot_encoder")  # the modules that turn a row into its slots
 _SETTINGS = (  # of the configuration, beside those of the modules
     "num_slots",
     "sae_layer",
@@ -197,7 +197,7 @@ def _describe(model: Any, processor: Any) -> dict[str, Any]:
     words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
     return {
         "format": FORMAT,
-        "weights": {name: weights_digest(getattr(model, name)) for name in _READERS},
+        "weights": {name: weights_digest(getattr(model, name)) for name in READERS},
         "configuration": _plain(parts | {name: getattr(config, name) for name in _SETTINGS}),
         "processor": _plain(settings | {"chat_template": processor.chat_template}),
         "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
@@ -214,4 +214,4 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
-__all__ = ["SlotCache"]
+__all__ = ["READERS", "SlotCache"]

@@ -8,10 +8,8 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from ...data.slot_cache import SlotCache
+from ...data.slot_cache import READERS, SlotCache
 from ..embeddings import open_embedding_cache
-
-_READERS = ("vlm", "sae", "codebook", "slot_encoder")
 
 
 def use_caches(trainer: Any) -> Any:
@@ -51,10 +49,10 @@ def _open_slot_cache(trainer: Any, model: Any, processor: Any) -> SlotCache | No
     args, accelerator = trainer.args, trainer.accelerator
     if args.slot_cache_dir is None:
         return None
-    trained = [name for name in _READERS if any(weight.requires_grad for weight in getattr(model, name).parameters())]
+    trained = [name for name in READERS if any(weight.requires_grad for weight in getattr(model, name).parameters())]
     if trained:
         raise ValueError(
-            f"slot_cache_dir keeps what {', '.join(_READERS)} make of every row, and of these {', '.join(trained)} "
+            f"slot_cache_dir keeps what {', '.join(READERS)} make of every row, and of these {', '.join(trained)} "
             'trains; set trainable="masks", or leave slot_cache_dir out.'
         )
     evaluated = trainer.eval_dataset
