@@ -135,6 +135,9 @@ def test_features_on_disk_are_those_of_the_encoder(model, processor, tmp_path):
     assert type(found) is type(expected)
     for part, other in zip(parts_of(found), parts_of(expected), strict=True):
         torch.testing.assert_close(part, other.flip(0), atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModel.from_pretrained(tmp_path / "model")
+    assert EmbeddingCache(tmp_path, loaded, processor, dtype="float32").encoder_key == again.encoder_key
     assert again.size(1).per_image == 4 * sum(part[0].numel() for part in parts_of(expected))
     inputs = again.caching_processor(processor)(images=images, instruction="x", return_tensors="pt")
     assert "sam_pixel_values" not in inputs and model(**inputs).pred_masks.shape[0] == 3

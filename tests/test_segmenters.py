@@ -183,6 +183,7 @@ def test_image_features_survive_what_trainers_do_to_a_batch(tmp_path):
     for found, expected in ((moved, features), (sent, features), (halves, features[:1]), (stored, features)):
         assert isinstance(found, ImageFeatures) and rows_differ(found, expected) == 0
     assert send_to_device(features, "meta").extra[0].is_meta
+    assert rows_differ(ImageFeatures(tuple(features.items())), features) == 0  # as DistributedDataParallel makes one
 
 
 def test_features_of_another_segmenter_are_refused():

@@ -215,4 +215,14 @@ def to_sam_image_processor(source: Any) -> SamImageProcessorPil | ViTImageProces
     return geometry_of(source).image_processor()
 
 
-__all__ = ["SEGMENTERS", "Geometry", "SegmenterKind", "check_segmenter", "geometry_of", "segmenter_class"]
+__all__ = [
+    "SEGMENTERS",
+    "Geometry",
+    "SegmenterKind",
+    "check_segmenter",
+    "geometry_of",
+    "segmenter_class",
+    "segmenter_config",
+    "segmenter_kind",
+    "to_sam_image_processor",
+]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import weakref
@@ -18,14 +17,13 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from ..files import free_space, json_digest, weights_digest, write_whole
+from ..files import free_space, json_digest, write_whole
 from ..image_features_segcompass import ImageFeatures, join_rows, parts_of
 from ..images_segcompass import to_rgb_image
+from .embedding_key import change_counters, describe_encoding, image_key, image_settings
 from .tensor_shards import DTYPES, TensorShards, check_dtype, gib
 
 logger = logging.get_logger(__name__)
-
-FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
 
 
 class CacheSize(NamedTuple):
@@ -64,7 +62,8 @@ class EmbeddingCache:
         model (`SegCompassForReasoningSegmentation`): Its SAM encodes what is missing.
         processor (`SegCompassProcessor`): Prepares the images.
         dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`: what is stored
-            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB.
+            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB; of a segmenter whose
+            mask decoder reads more, as SAM 2's, four to six times as much.
         batch_size (`int`, *optional*, defaults to 4): Images through the encoder at a time.
         shard_bytes (`int`, *optional*, defaults to 256 MiB): Size of a file; a kill loses at most so much.
         min_free_bytes (`int`, *optional*, defaults to 1 GiB): Space on the disk that is left alone.
@@ -114,10 +113,10 @@ class EmbeddingCache:
         """Follow the encoder, if it has changed since the last look. Unchanged weights are not read again."""
         if self.model is None:
             return
-        state = _change_counters(self.model), _processor_settings(self.processor)
+        state = change_counters(self.model), image_settings(self.processor)
         if state == self._state:
             return
-        description = _describe(self.model, self.processor) | {"stored": self.dtype}
+        description = describe_encoding(self.model, self.processor) | {"stored": self.dtype}
         key = json_digest(description)[:32]
         if self.shards is not None and key != self.encoder_key:
             logger.warning("embedding cache: SAM's image encoder or its input changed; earlier entries do not fit.")
@@ -310,46 +309,6 @@ def _flush_at_exit(shards: TensorShards, process: int) -> None:
             shards.flush()
     except OSError as error:
         logger.warning(f"embedding cache: the last embeddings are not stored ({error}).")
-
-
-def image_key(image: Image.Image) -> str:
-    """Of the pixels of an RGB image, 32 hexadecimal digits: the same for a file, its bytes and its array."""
-    digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _describe(model: Any, processor: Any) -> dict[str, Any]:
-    """All that decides an embedding, as json holds it."""
-    encoder, besides = model.sam.vision_encoder, model.mask_stage.encoding_parameters()
-    config = encoder.config.to_dict()
-    for name in [name for name in config if name.startswith("_") or name in ("transformers_version", "dtype")]:
-        del config[name]
-    return {
-        "format": FORMAT,
-        "encoder": type(encoder).__name__,
-        "config": json.loads(json.dumps(config, default=str)),
-        "weights": weights_digest(encoder),
-        "image_processor": json.loads(_processor_settings(processor)),
-        **({"weights_besides": weights_digest(besides)} if besides else {}),
-    }
-
-
-def _processor_settings(processor: Any) -> str:
-    image_processor = processor.sam_image_processor
-    settings = {name: value for name, value in image_processor.to_dict().items() if not name.startswith("_")}
-    settings |= {"class": type(image_processor).__name__, "canvas": processor.canvas_size}
-    settings.pop("processor_class", None)
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _change_counters(model: Any) -> list[tuple]:
-    """Changes when a weight that decides an embedding is replaced, moved, or written to in place."""
-    weights = dict(model.sam.vision_encoder.named_parameters()) | model.mask_stage.encoding_parameters()
-    return [
-        (name, id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-        for name, tensor in weights.items()
-    ]
 
 
 def _count_images(rows: Any) -> int:

@@ -119,7 +119,8 @@ class PartLoader:
         vlm = getattr(vlm, "vlm_config", vlm)
         sam = getattr(whole, "sam_config", None) if parts.sam is None else AutoConfig.from_pretrained(parts.sam)
         try:
-            _ = None if sam is None else segmenter_kind(sam)
+            if sam is not None:
+                segmenter_kind(sam)
         except ValueError as error:
             raise RecipeError(f"sam: {parts.sam!r}: {error}") from error
         sae = getattr(whole, "sae_config", None)
