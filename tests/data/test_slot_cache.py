@@ -101,6 +101,7 @@ def test_what_decides_the_states_is_part_of_the_key(name, tmp_path, model):
 def test_what_reads_the_states_is_not(tmp_path, model):
     processor = tiny_processor()
     before = SlotCache(tmp_path, model, processor).shards.identity
+    processor.tokenizer(["a", "a longer text"], padding=True)  # leaves its mark in the tokenizer
     next(model.slot_mapper.parameters()).data.add_(1.0)
     next(model.sam.parameters()).data.add_(1.0)
     model.config.mask_dice_weight = 7.0

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..files import free_space, json_digest, weights_digest
 from ..images_segcompass import to_rgb_image
 from .collator import language_inputs
-from .embedding_cache import image_key
+from .embedding_key import image_key
 from .tensor_shards import TensorShards, gib
 from .vlm_texts import reasoning_of
 
@@ -194,13 +194,14 @@ def _describe(model: Any, processor: Any) -> dict[str, Any]:
     parts = {name: getattr(config, f"{name}_config").to_dict() for name in ("vlm", "sae")}
     settings = {name: value for name, value in processor.to_dict().items() if name != "sam_image_processor"}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = json.dumps(tokenizer.get_vocab(), sort_keys=True) if backend is None else backend.to_str()
+    words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    words = {name: value for name, value in words.items() if name not in ("padding", "truncation")}  # of the last call
     return {
         "format": FORMAT,
         "weights": {name: weights_digest(getattr(model, name)) for name in READERS},
         "configuration": _plain(parts | {name: getattr(config, name) for name in _SETTINGS}),
         "processor": _plain(settings | {"chat_template": processor.chat_template}),
-        "tokenizer": hashlib.sha256(words.encode()).hexdigest(),
+        "tokenizer": json_digest(words),
     }
 
 
