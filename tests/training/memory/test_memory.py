@@ -9,6 +9,7 @@ from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_segmenter_config
 from torch import nn
 
 from segcompass_hf.generation_segcompass import CACHE
+from segcompass_hf.image_features_segcompass import parts_of
 from segcompass_hf.training.memory.estimate import estimate_memory, parameter_bytes
 from segcompass_hf.training.memory.meter import MemoryMeter
 from segcompass_hf.training.memory.model import fake_model
@@ -92,7 +93,8 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    known = [*model.parameters(), *model.buffers(), *reference.parameters(), *(p.grad for p in trained)]
+    features = parts_of(inputs["segmentation"].image_embeddings)  # held all along; the estimate makes them itself
+    known = [*model.parameters(), *model.buffers(), *reference.parameters(), *(p.grad for p in trained), *features]
     known_places, saved = {tensor.data_ptr() for tensor in known}, {}
 
     def save(tensor):
@@ -106,7 +108,8 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
         loss = output.log_probs.sum() + output.segmentation
         kept, kept_by_autograd = meter.live, sum(saved.values())
         loss.backward()
-    return kept, kept_by_autograd, meter.peak
+    held = sum(part.nbytes for part in features)
+    return kept + held, kept_by_autograd + held, meter.peak + held
 
 
 @pytest.mark.parametrize(
