@@ -136,6 +136,8 @@ class SegCompassForReasoningSegmentation(
         labels: torch.LongTensor | None = None,
         mask_labels: torch.Tensor | None = None,
         num_objects: torch.LongTensor | None = None,
+        slots: torch.Tensor | None = None,
+        reference_states: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         interventions: Interventions = None,
@@ -143,6 +145,7 @@ class SegCompassForReasoningSegmentation(
         output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
+        output_slots: bool = False,
         targets: MaskTargets | None = None,
         slots_alone: bool = False,
         **vlm_kwargs,
@@ -163,12 +166,15 @@ class SegCompassForReasoningSegmentation(
                 where nothing is asked.
             mask_labels (`torch.Tensor` of shape `(batch_size, num_masks, 4h, 4w)`, *optional*): Targets in [0, 1].
             num_objects (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Objects per sample.
+            slots, reference_states (`torch.Tensor` of shape `(batch_size, num_slots, ...)`, *optional*): What was read
+                of sequences before, in place of `input_ids`: the VLM does not run, see [`SlotCache`].
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
             output_concepts, output_concept_embeddings, output_slot_attentions, output_image_embeddings (`bool`):
                 Return these too.
+            output_slots (`bool`, defaults to `False`): Return slots and reference states where there is no image too.
             targets ([`MaskTargets`], *optional*): In place of `mask_labels` and `num_objects`, by trainers whose batch
                 is part of a larger one.
             slots_alone (`bool`, defaults to `False`): Leave everything to the slots, as the start of training may: the
@@ -179,13 +185,16 @@ class SegCompassForReasoningSegmentation(
         Returns:
             [`SegCompassOutput`]
         """
-        if input_ids is None:
-            raise ValueError("SegCompass finds <REF_POS> by its id and needs input_ids, got None.")
+        if targets is None and mask_labels is not None:
+            targets = MaskTargets(mask_labels, num_objects)
+        if slots is not None and reference_states is not None and input_ids is None:
+            image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, len(slots))
+            return self.predict_masks(reference_states, slots, image_embeddings, reshaped_input_sizes, targets)
+        if input_ids is None or slots is not None or reference_states is not None:
+            raise ValueError("the model needs input_ids; or, read of them before, both slots and reference_states.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if completion_mask is None and labels is not None:
             completion_mask = labels != -100
-        if targets is None and mask_labels is not None:
-            targets = MaskTargets(mask_labels, num_objects)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
         vlm_inputs = {name: value for name, value in vlm_inputs.items() if value is not None}
@@ -204,7 +213,7 @@ class SegCompassForReasoningSegmentation(
         if image_embeddings is None and targets is not None:
             raise ValueError("mask_labels need an image for SAM: pass sam_pixel_values or image_embeddings.")
         output = SegCompassOutput()
-        reads_slots = image_embeddings is not None or slots_alone
+        reads_slots = image_embeddings is not None or slots_alone or output_slots
         if reads_slots or output_concepts:
             layer_and_last = (capture.layer_states[0], None) if slots_alone else capture.states()
             states = SequenceStates(*layer_and_last, input_ids, attention_mask, completion_mask)

@@ -11,6 +11,7 @@ _EXPORTS = {
     "conversion.segmenters": ("convert_original_sam", "load_original_sam"),
     "conversion.to_original": ("convert_to_original_checkpoint",),
     "composition": ("compose_checkpoint",),
+    "segmenter_swap": ("swap_segmenter",),
     "space.write": ("write_space",),
     "publishing.push": ("push_to_hub", "ModelPublication"),
     "publishing.stage": ("stage_checkpoint",),

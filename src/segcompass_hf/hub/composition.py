@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Composition:
-    """What [`compose_checkpoint`] made.
+    """What [`compose_checkpoint`] or [`swap_segmenter`] made.
 
     Args:
         folder (`Path`): The checkpoint, with its processor.
@@ -38,6 +40,7 @@ class Composition:
         depth (`int`): Decoder layers of the VLM.
         d_sae (`int`): Features of the SAE.
         sae_is_new (`bool`): Whether the SAE is untrained.
+        new_modules (`list[str]`): What else is untrained, by its name in the model.
         added_tokens (`list[str]`): What the VLM's tokenizer lacked.
         num_parameters (`dict[str, int]`): By part.
         notes (`list[str]`): What the user should know.
@@ -50,9 +53,25 @@ class Composition:
     depth: int
     d_sae: int
     sae_is_new: bool
-    added_tokens: list[str]
+    new_modules: list[str]
     num_parameters: dict[str, int]
+    added_tokens: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Any, folder: Path, **others: Any) -> Composition:
+        """Of a model that is saved in `folder`; `others` are the fields that its configuration does not say."""
+        config = model.config
+        return cls(
+            folder=folder,
+            vlm_type=config.vlm_config.model_type,
+            num_slots=config.num_slots,
+            sae_layer=config.sae_layer,
+            depth=config.get_text_config().num_hidden_layers,
+            d_sae=config.sae_config.d_sae,
+            num_parameters={name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},
+            **others,
+        )
 
 
 def compose_checkpoint(
@@ -96,12 +115,11 @@ def compose_checkpoint(
         ValueError: A part is something else, or they do not fit together.
     """
     check_new_folder(output)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}, or leave it out.")
-    parts = _read_parts(vlm, sam)
+    check_dtype_name(dtype)
+    parts = read_parts(vlm, sam)
     vlm_config = parts.vlm_config
     num_slots = num_slots or (parts.whole_config.num_slots if parts.whole_config is not None else 4)
-    config_kwargs = _own_settings(parts.whole_config) | config_kwargs
+    config_kwargs = own_settings(parts.whole_config) | config_kwargs
     notes: list[str] = []
     loaded_sae = None if sae is None else _load_sae(_source(sae, "sae"), sae_layer)
     layer = _choose_layer(vlm_config, loaded_sae, sae_layer, notes)
@@ -117,18 +135,14 @@ def compose_checkpoint(
     with staged_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-    return Composition(
-        folder=Path(output).expanduser(),
-        vlm_type=vlm_config.model_type,
-        num_slots=num_slots,
-        sae_layer=layer,
-        depth=vlm_config.get_text_config().num_hidden_layers,
-        d_sae=model.config.sae_config.d_sae,
-        sae_is_new=loaded_sae is None,
-        added_tokens=added,
-        num_parameters={name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},
-        notes=notes,
-    )
+    new = {"sae_is_new": loaded_sae is None, "new_modules": ["codebook", "slot_encoder", "slot_mapper"]}
+    return Composition.of(model, Path(output).expanduser(), added_tokens=added, notes=notes, **new)
+
+
+def check_dtype_name(dtype: str | None) -> None:
+    """Refuse a dtype that checkpoints are not made in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}, or leave it out.")
 
 
 @dataclass
@@ -142,7 +156,7 @@ class _Parts:
     whole_config: PretrainedConfig | None  # where `vlm` is a SegCompass checkpoint
 
 
-def _read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
+def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
     from .conversion.segmenters import load_original_sam
 
     vlm, whole = _source(vlm, "vlm"), None
@@ -221,7 +235,7 @@ def _choose_layer(vlm_config: PretrainedConfig, sae: SegCompassSae | None, given
     return default_sae_layer(vlm_config) if layer is None else layer
 
 
-def _own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
+def own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
     """What a SegCompass checkpoint says of itself, apart from its parts and what follows from them."""
     if whole_config is None:
         return {}
@@ -281,7 +295,7 @@ def _make_model(
     from ..modeling_segcompass import SegCompassForReasoningSegmentation
 
     vlm, sam = parts.vlm, parts.sam
-    try:
+    with model_errors(parts.vlm):
         if parts.whole_config is not None:
             load = {} if dtype is None else {"dtype": dtype}
             whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
@@ -293,10 +307,17 @@ def _make_model(
         return SegCompassForReasoningSegmentation.from_pretrained_parts(
             vlm, sam, sae, num_slots, layer, processor=processor, dtype=dtype, **config_kwargs
         )
+
+
+@contextmanager
+def model_errors(vlm: str) -> Iterator[None]:
+    """What goes wrong inside, where a model is made of parts, as a `ValueError` that says which part is wrong."""
+    try:
+        yield
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
     except SafetensorError as error:
-        raise ValueError(f"a weight file of {parts.vlm!r} or of SAM is damaged ({error}); get it again.") from error
+        raise ValueError(f"a weight file of {vlm!r} or of SAM is damaged ({error}); get it again.") from error
 
 
 def _check_tokens(model: Any, processor: Any) -> None:
