@@ -9,13 +9,12 @@ import torch
 from transformers import GenerationConfig
 
 from segcompass_hf.generation_segcompass import (
-    HiddenStateCapture,
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
     completion_mask_of,
-    decoder_layers,
     reasoning_budget,
 )
+from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
 
 INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]
 REF, START, END, EOS, PAD, VOCAB = 11, 12, 13, 14, 15, 20
@@ -253,7 +252,7 @@ class TestCapture:
             capture.states()
 
     def test_no_decoder_layers(self):
-        with pytest.raises(ValueError, match="Linear has no text model with `layers`"):
+        with pytest.raises(ValueError, match="Linear has no list of num_hidden_layers decoder layers"):
             decoder_layers(torch.nn.Linear(2, 2))
 
 

@@ -13,8 +13,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import ADDED_TOKENS, decoder_layers
+from .generation_segcompass import ADDED_TOKENS
 from .modeling_sae import SegCompassSae
+from .text_stack_segcompass import decoder_layers
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,
@@ -247,7 +248,7 @@ def full_precision_modules(config: SegCompassConfig, model_class: type) -> list[
     """
     with torch.device("meta"):
         model = model_class(config)
-    return _largest_without(model, {decoder_layers(model.base_model)})
+    return _largest_without(model, {decoder_layers(model.vlm)})
 
 
 def _largest_without(model: nn.Module, marked: set[nn.Module]) -> list[str]:

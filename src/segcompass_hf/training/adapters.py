@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import bundled_checkpoint
-from ..generation_segcompass import decoder_layers
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
+from ..text_stack_segcompass import decoder_layers
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +99,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the language model's decoder layers."""
-    layers = decoder_layers(model.base_model)
+    layers = decoder_layers(model.vlm)
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
