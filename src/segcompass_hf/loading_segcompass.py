@@ -290,6 +290,22 @@ def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
     """
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in ADDED_TOKENS.values() if token not in known], special_tokens=False)
-    if len(tokenizer) > vlm.get_input_embeddings().weight.shape[0]:
-        vlm.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) > num_token_rows(vlm):
+        _resize_rows(vlm, len(tokenizer))
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in ADDED_TOKENS.items()}
+
+
+def num_token_rows(vlm: PreTrainedModel) -> int:
+    """Tokens that a VLM both reads and writes: the smaller of the rows of its embeddings and of its head."""
+    head = vlm.get_output_embeddings()
+    return min(module.weight.shape[0] for module in (vlm.get_input_embeddings(), head) if module is not None)
+
+
+def _resize_rows(vlm: PreTrainedModel, num_tokens: int) -> None:
+    """As `vlm.resize_token_embeddings`, but what the embeddings have beyond the head (rows of image tokens, in Mllama
+    and Molmo2), and their configurations count on, stays."""
+    embeddings = vlm.get_input_embeddings()
+    surplus = embeddings.weight.shape[0] - num_token_rows(vlm)
+    vlm.resize_token_embeddings(num_tokens)
+    if surplus:
+        vlm.set_input_embeddings(vlm._get_resized_embeddings(embeddings, num_tokens + surplus))

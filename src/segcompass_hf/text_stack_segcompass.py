@@ -188,8 +188,8 @@ def final_norm(model: nn.Module) -> nn.Module:
         if isinstance(getattr(stack, name, None), nn.Module):
             return getattr(stack, name)
     raise ValueError(
-        f"{type(stack).__name__} has no final norm under a known name {FINAL_NORMS}; train with beta=0, which "
-        "needs no reference policy."
+        f"{type(stack).__name__} has no final norm under a known name {FINAL_NORMS}, which a reference policy "
+        '(beta > 0), sharding and trainable="decoder" need; train without them.'
     )
 
 

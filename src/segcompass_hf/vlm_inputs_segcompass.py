@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .generation_segcompass import CACHE
 from .text_stack_segcompass import text_config
 
 
@@ -78,10 +79,36 @@ def _grown(vlm: nn.Module, inputs: Mapping[str, Any], length: int) -> dict[str, 
         entry = longer[name][:, value.shape[1] :] if longer.get(name) is not None else value[:, :0]
         if entry.shape[1] != 1 and name.endswith("token_type_ids"):
             entry = torch.zeros_like(value[:, -1:])
+        if name == "token_type_ids" and not _is_causal(vlm, entry):
+            entry = torch.ones_like(entry)
         if entry.shape[1] == 1:
             missing = entry.expand(-1, length - value.shape[1], *entry.shape[2:])
             grown[name] = torch.cat([value, missing], dim=1)
     return grown
+
+
+def _is_causal(vlm: nn.Module, types: torch.Tensor) -> bool:
+    """Whether tokens of these types see only what is before them, by the mask that the family makes of two of them.
+
+    PaliGemma's type 0 is a prefix that sees all of itself, and before it had a rule of its own (transformers 5.17) the
+    common one gave that to what is written: the language loss would have seen the answer.
+    """
+    make = getattr(vlm, "create_masks_for_generate", None)
+    if make is None or types.shape[1] != 1:
+        return True
+    pair = types[:1].expand(1, 2)
+    masks = make(
+        config=vlm.config,
+        inputs_embeds=torch.empty(1, 2, 0, device=pair.device),
+        attention_mask=torch.ones_like(pair),
+        position_ids=None,
+        token_type_ids=pair,
+        is_first_iteration=True,
+        **{CACHE: None},
+    )
+    masks = [mask for mask in (masks.values() if isinstance(masks, dict) else [masks]) if torch.is_tensor(mask)]
+    seen = [mask[0, 0, 0, 1] for mask in masks if mask.ndim == 4]  # of the second token by the first
+    return not any(bool(each) if each.dtype == torch.bool else each.item() == 0 for each in seen)
 
 
 _OF_SEQUENCES = ("attention_mask", "position_ids")  # whoever gives these gives them whole

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from ...text_stack_segcompass import decoder_layers, final_norm
+from ...text_stack_segcompass import decoder_layers, final_norm, text_config
 
 
 class LayerTrace:
@@ -28,7 +28,7 @@ class LayerTrace:
     """
 
     def __init__(self, vlm: nn.Module, first: int):
-        self.layers = list(decoder_layers(vlm))[first:]
+        self.layers, self.width = list(decoder_layers(vlm))[first:], text_config(vlm).hidden_size
         self.calls: list[tuple[tuple, dict]] = []
         self.added: list[torch.Tensor | None] = []
         self.first_input: torch.Tensor | None = None
@@ -50,6 +50,7 @@ class LayerTrace:
         kwargs = dict(kwargs)
         states = args[0] if args else kwargs.pop("hidden_states")
         if self.first_input is None:
+            self._check_one_stream(states)
             self.first_input = states.detach()
             self.added.append(None)
         else:
@@ -59,6 +60,13 @@ class LayerTrace:
             if name in kwargs:
                 kwargs[name] = None
         self.calls.append((args[1:], kwargs))
+
+    def _check_one_stream(self, states: torch.Tensor) -> None:
+        if states.ndim != 3 or states.shape[-1] != self.width:
+            raise ValueError(
+                f"the decoder layers pass on several streams per token, {tuple(states.shape)}, which the text model "
+                "brings together in its own way behind them; no reference policy can be run for it: train with beta=0."
+            )
 
     def _read_output(self, module, args, output):
         self._last_output = output if isinstance(output, torch.Tensor) else output[0]

@@ -16,6 +16,7 @@ from ...data.collator import SegmentationCollator, language_inputs
 from ...data.vlm_texts import RowTextCheck
 from ...freezing_segcompass import parameter_groups
 from ...images_segcompass import to_rgb_image
+from ...loading_segcompass import num_token_rows
 from ...processing_segcompass import SegCompassProcessor
 from ...text_stack_segcompass import decoder_layers
 from ...token_places import Name, instruction_words, target_names
@@ -320,7 +321,7 @@ def _alignment_layer(model: nn.Module, vlm: nn.Module, layer: int | None) -> int
 
 
 def _check_tokens(vlm: nn.Module, tokenizer: Any) -> None:
-    rows = vlm.get_input_embeddings().weight.shape[0]
+    rows = num_token_rows(vlm)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the VLM embeds {rows}; call "
