@@ -7,6 +7,7 @@ import tiny
 import torch
 import transformers
 
+from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.generation_segcompass import generate_and_feed_last
 from segcompass_hf.text_stack_segcompass import (
     HiddenStateCapture,

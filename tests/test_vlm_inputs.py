@@ -6,9 +6,9 @@ import pytest
 import tiny
 import torch
 from model_inputs import inputs_of
-from transformers import Gemma3ForConditionalGeneration, PaliGemmaForConditionalGeneration, PreTrainedModel
+from transformers import Gemma3ForConditionalGeneration, GenerationMixin, PaliGemmaForConditionalGeneration
 
-from segcompass_hf.text_stack_segcompass import HiddenStateCapture
+from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
 from segcompass_hf.vlm_inputs_segcompass import every_state, sequence_inputs
 
 FIELDS = ("reference_states", "slots", "heatmap_logits", "slot_logits", "pred_masks")
@@ -84,11 +84,8 @@ class TestOddFamilies:
     def test_gradients_reach_the_upper_layers(self, family):
         model = odd_vlms.odd_model(family).freeze_for_training()
         inputs = of_the_vlm(odd_vlms.odd_inputs(family))
-        model(
-            **inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == odd_vlms.IMAGE, -100)
-        ).loss.backward()
-        from segcompass_hf.text_stack_segcompass import decoder_layers
-
+        labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == odd_vlms.IMAGE, -100)
+        model(**inputs, labels=labels).loss.backward()
         layers = decoder_layers(model.vlm)
         assert [any(p.grad is not None for p in layer.parameters()) for layer in layers] == [False, False, True, True]
 
@@ -107,13 +104,8 @@ class TestGrowing:
 
     def test_paligemma_without_a_rule_of_its_own(self, monkeypatch):
         """As transformers 5.17 has it: the common rule repeats the prefix's type, which sees what comes."""
-        common = PreTrainedModel  # `GenerationMixin` is beside it
-        rule = next(
-            vars(each)["_update_model_kwargs_for_generation"]
-            for each in PaliGemmaForConditionalGeneration.__mro__[1:] + common.__mro__
-            if "_update_model_kwargs_for_generation" in vars(each)
-        )
-        monkeypatch.setattr(PaliGemmaForConditionalGeneration, "_update_model_kwargs_for_generation", rule)
+        rule = "_update_model_kwargs_for_generation"
+        monkeypatch.setattr(PaliGemmaForConditionalGeneration, rule, getattr(GenerationMixin, rule))
         self.test_paligemma_marks_what_is_written()
 
     def test_gemma3_stays_text(self):
