@@ -304,8 +304,11 @@ def num_token_rows(vlm: PreTrainedModel) -> int:
 def _resize_rows(vlm: PreTrainedModel, num_tokens: int) -> None:
     """As `vlm.resize_token_embeddings`, but what the embeddings have beyond the head (rows of image tokens, in Mllama
     and Molmo2), and their configurations count on, stays."""
-    embeddings = vlm.get_input_embeddings()
-    surplus = embeddings.weight.shape[0] - num_token_rows(vlm)
+    rows = vlm.get_input_embeddings().weight.detach()
+    surplus = rows.shape[0] - num_token_rows(vlm)
+    rows = rows.clone() if surplus else rows  # resizing changes the module in place
     vlm.resize_token_embeddings(num_tokens)
     if surplus:
-        vlm.set_input_embeddings(vlm._get_resized_embeddings(embeddings, num_tokens + surplus))
+        embeddings = vlm._get_resized_embeddings(vlm.get_input_embeddings(), num_tokens + surplus)
+        embeddings.weight.data[: len(rows)] = rows
+        vlm.set_input_embeddings(embeddings)

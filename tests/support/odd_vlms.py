@@ -109,13 +109,15 @@ CONFIGS = {
 }
 
 
-def odd_vlm(family: str, seed: int = 0):
+def odd_vlm(family: str, seed: int = 0, vocab_size: int = VOCAB):
     """The VLM alone; gates that start shut are opened."""
     from transformers import AutoModelForImageTextToText
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vlm = AutoModelForImageTextToText.from_config(CONFIGS[family]())
+        config = CONFIGS[family]()
+        config.get_text_config().vocab_size = vocab_size
+        vlm = AutoModelForImageTextToText.from_config(config)
         for weight in vlm.parameters():
             if not weight.any():
                 torch.nn.init.normal_(weight, std=0.1)
