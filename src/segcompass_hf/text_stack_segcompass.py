@@ -143,7 +143,7 @@ def text_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder layers of a VLM's text model, and those layers.
 
     `get_decoder()` is followed until it names itself; from there the nearest list of `num_hidden_layers` modules
-    counts, the heaviest where several are as near.
+    counts, the first where several are as near (IDEFICS keeps its cross-attention behind its layers).
 
     Args:
         model (`nn.Module`): The VLM, with or without its head.
@@ -158,9 +158,9 @@ def text_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     level = [text]
     while level:
         pairs = [(parent, child) for parent in level for child in parent.children()]
-        found = [pair for pair in pairs if isinstance(pair[1], nn.ModuleList) and len(pair[1]) == count]
-        if found:
-            return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()) if len(found) > 1 else 0)
+        for parent, child in pairs:
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return parent, child
         level = [child for _, child in pairs]
     raise ValueError(
         f"{type(model).__name__} has no list of {'num_hidden_layers' if count is None else count} decoder layers in "
