@@ -63,13 +63,29 @@ class HiddenStateCapture:
         """Tokens whose states are collected so far."""
         return sum(states.shape[1] for states in self.layer_states)
 
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both states of every token, joined over the passes: twice `(batch_size, sequence_length, hidden_size)`."""
+    def states(self, num_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both states of every token, joined over the passes: twice `(batch_size, num_tokens, hidden_size)`.
+
+        Args:
+            num_tokens (`int`, *optional*): Of the sequences; all that passed when left out. A process that waits for
+                others while they generate passes more tokens than it writes.
+
+        Raises:
+            RuntimeError: Nothing was captured.
+            ValueError: Fewer tokens passed.
+        """
         if not self.last_states:
             raise RuntimeError("no pass through the VLM was captured; run the model inside the context.")
+        if num_tokens is not None and self.num_tokens < num_tokens:
+            raise ValueError(
+                f"the sequences have {num_tokens} tokens, but states of {self.num_tokens} were captured while they "
+                "were written; feed the last token too (generate_and_feed_last)."
+            )
         if len(self.last_states) == 1:
-            return self.layer_states[0], self.last_states[0]
-        return torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
+            joined = self.layer_states[0], self.last_states[0]
+        else:
+            joined = torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
+        return tuple(states[:, :num_tokens] for states in joined)
 
     def _collect(self, states: torch.Tensor) -> torch.Tensor:
         streams = ParallelStreams(states, self._shape, self._width)
