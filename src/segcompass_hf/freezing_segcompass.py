@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .generation_segcompass import decoder_layers
+from .text_stack_segcompass import decoder_layers
 
 
 def freeze_for_training(
@@ -36,7 +36,7 @@ def freeze_for_training(
     _check_trainable(model, joint)
     model.requires_grad_(False)
     if joint:
-        for layer in decoder_layers(model.base_model)[model.config.sae_layer :]:
+        for layer in decoder_layers(model.vlm)[model.config.sae_layer :]:
             layer.requires_grad_(True)
         model.codebook.requires_grad_(True)
         model.slot_encoder.requires_grad_(True)
@@ -58,7 +58,7 @@ def _check_trainable(model: nn.Module, joint: bool) -> None:
             "an adapter is attached, and PEFT has chosen what trains: its copies of the heads, not the originals that "
             "this would unfreeze; leave freeze_for_training out, or merge the adapter first."
         )
-    layers = decoder_layers(model.base_model)[model.config.sae_layer :] if joint else nn.ModuleList()
+    layers = decoder_layers(model.vlm)[model.config.sae_layer :] if joint else nn.ModuleList()
     packed = [name for name, weight in layers.named_parameters() if not weight.dtype.is_floating_point]
     if packed:
         raise ValueError(

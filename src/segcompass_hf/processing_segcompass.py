@@ -373,7 +373,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the
-            right; `pixel_values` and the family's own keys; `sam_pixel_values` `(B, 3, canvas, canvas)`;
+            right; `pixel_values` and the family's own keys (token types and the like of the prompt alone, the model
+            lets them grow over an answer); `sam_pixel_values` `(B, 3, canvas, canvas)`;
             `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask`
             and `labels` `(B, T)`, -100 outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1]
             and `num_objects` `(B,)`.
@@ -449,9 +450,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             "completion_mask": completion_mask,
         }
         out["labels"] = out["input_ids"].masked_fill(completion_mask == 0, -100)
-        for name, value in data.items():
-            if name.endswith("token_type_ids"):  # 0 marks text
-                out[name] = torch.cat([value, torch.zeros_like(ids)], dim=1)
         return out
 
     def _check_length(self, attention_mask: torch.Tensor) -> None:
