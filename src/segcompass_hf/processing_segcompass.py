@@ -193,8 +193,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
     @property
     def image_token_id(self) -> int | None:
-        """Id that stands for image patches in `input_ids`, as measured: Gemma, Aya, Ovis and others write another token
-        in the text. `None` where the family's ids hold nothing for an image."""
+        """Id that stands for image patches in `input_ids`, as measured: Gemma, Aya and others write another token in the
+        text. `None` where the family's ids hold nothing for an image."""
         return self.image_handling.token_id
 
     @property
