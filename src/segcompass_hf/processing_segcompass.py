@@ -177,13 +177,25 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         """How the family's processor wants images, and what stands for them in the ids; found out at first use."""
         inner = self.vlm_processor
         if self._handling is None:
-            message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
-            prompt = self._render([message], add_generation_prompt=True)
+            prompt = self._picture_prompt()
             with tokenizer_lock:
                 self._handling = measure_image_handling(
                     inner, self.vlm_processor_class, prompt, **self._special_tokens([prompt])
                 )
         return self._handling
+
+    def picture_inputs(self, picture: Any, **image_options) -> BatchFeature:
+        """The VLM's inputs for one picture in a short prompt, as the family's processor makes them of any image.
+
+        Args:
+            picture: See `to_rgb_image`.
+            image_options: For the family's image processor.
+        """
+        return self._vlm_inputs([[picture]], [self._picture_prompt()], return_tensors="pt", **image_options)
+
+    def _picture_prompt(self) -> str:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
+        return self._render([message], add_generation_prompt=True)
 
     @property
     def image_token(self) -> str | None:
@@ -193,8 +205,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
     @property
     def image_token_id(self) -> int | None:
-        """Id that stands for image patches in `input_ids`, as measured: Gemma, Aya and others write another token in the
-        text. `None` where the family's ids hold nothing for an image."""
+        """Id that stands for image patches in `input_ids`, as measured: families may write another token in the text.
+        `None` where the ids hold nothing for an image."""
         return self.image_handling.token_id
 
     @property
