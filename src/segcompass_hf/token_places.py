@@ -132,7 +132,7 @@ def _values_of_tokens(processor: Any, values: np.ndarray, num_patches: int) -> l
     picture = Image.fromarray(values.astype(np.uint8)).convert("RGB")
     pixels = picture_as_seen(processor, picture, num_patches, Image.Resampling.NEAREST)["pixel_values"]
     seen = torch.round(pixels.float() * 255).int().numpy()
-    merged = getattr(processor.image_processor, "merge_size", 1) ** 2  # the Qwens: so many patches in a row make a token
+    merged = getattr(processor.image_processor, "merge_size", 1) ** 2  # the Qwens: so many in a row make a token
     if seen.ndim == 2 and len(seen) == num_patches * merged:
         return list(seen.reshape(num_patches, -1))
     if seen.ndim == 4 and len(seen) == 1:  # a grid, row by row
