@@ -105,9 +105,9 @@ def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resa
     """
     try:
         made = processor.picture_inputs(picture, do_normalize=False, resample=resample)
-    except (TypeError, ValueError) as error:  # image processors that take no such options
-        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error}") from error
-    tokens = int((made["input_ids"] == processor.image_token_id).sum())
+    except Exception as error:  # whatever families make of options that they do not know
+        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error!r:.300}") from error
+    tokens = made["input_ids"].tolist()[0].count(processor.image_token_id)
     if tokens != num_patches or "pixel_values" not in made:
         raise UnknownPlacesError(
             f"{_family(processor)} makes {tokens} tokens and {', '.join(made)} of a picture of {picture.width} x "
