@@ -377,6 +377,14 @@ def unit_gain(module: torch.nn.Module) -> None:
             torch.nn.init.constant_(part.weight, 0.7)
 
 
+def realign(model: torch.nn.Module) -> torch.nn.Module:
+    """Copy a loaded model's weights to addresses as those of a new one. Those of a file lie where its header ends,
+    and kernels for unaligned weights round otherwise, which random models make visible."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH):
     """SAM's image processor for the canvas; `mask_size`: side of the low-resolution maps, 4 x the embedding's."""
     from transformers import SamImageProcessorPil
