@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import SEGMENTERS, tiny_image, tiny_mask, tiny_segmenter, tiny_segmenter_config
+from tiny import SEGMENTERS, realign, tiny_image, tiny_mask, tiny_segmenter, tiny_segmenter_config
 from transformers import AutoConfig, AutoModel, BatchFeature, PretrainedConfig, SamConfig
 
 from segcompass_hf.image_features_segcompass import ImageFeatures, join_rows, parts_of
@@ -250,7 +250,7 @@ def test_a_folder_loads_as_its_own_class_with_all_its_weights(segmenter, tmp_pat
     assert type(loaded) is type(segmenter)
     for name, weight in segmenter.state_dict().items():
         assert torch.equal(weight, loaded.state_dict()[name]), name
-    stage, again = MaskStage(segmenter), MaskStage(loaded)
+    stage, again = MaskStage(segmenter), MaskStage(realign(loaded))
     pixels, heatmaps = pixels_of(stage), heatmaps_of(stage)
     with torch.no_grad():
         masks = stage.decode(stage.encode_image(pixels), heatmaps)

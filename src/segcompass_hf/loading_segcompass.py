@@ -228,8 +228,9 @@ def load_segmenter(source: Any, dtype: torch.dtype | str | None = None) -> PreTr
 
 def _cast_sam(sam: PreTrainedModel, dtype: torch.dtype) -> None:
     """Cast a segmenter but for its positional matrices, as loading a whole checkpoint does: bf16 would break them."""
-    for name, parameter in sam.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if "positional_embedding" in name else dtype)
+    for name, tensor in sam.state_dict(keep_vars=True).items():  # buffers too: a batch norm's are as its weights
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if "positional_embedding" in name else dtype)
 
 
 def _remove_stale_weights(folder: Any, variant: str | None) -> None:

@@ -341,15 +341,15 @@ def _tiny_pyramid(kind: str, canvas: int) -> dict:
     if kind != "edgetam":
         raise ValueError(f"unknown segmenter {kind!r}; expected one of {SEGMENTERS}")
     import pytest
+    from transformers import TimmWrapperConfig
 
     pytest.importorskip("timm", reason="EdgeTAM's backbone is timm's")
     arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
-    repvit = {"architecture": "repvit_m0_9", "model_args": arguments, "model_type": "timm_wrapper"}
     # A cell of its levels is 4, 8, 16 or 32 pixels wide, twice those of the others here.
     common["backbone_feature_sizes"] = [[canvas // step] * 2 for step in (4, 8, 16)]
     return {
         "model_type": "edgetam_vision_model",
-        "backbone_config": repvit,
+        "backbone_config": TimmWrapperConfig(architecture="repvit_m0_9", model_args=arguments),
         "backbone_channel_list": [384, 192, 96, 48],
         **common,
     }
@@ -372,6 +372,17 @@ def unit_gain(module: torch.nn.Module) -> None:
     for name, weight in module.named_parameters():
         if weight.ndim >= 2 and "pos" not in name:
             torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):  # its statistics are of no data: EdgeTAM's residuals would pile up
+            torch.nn.init.constant_(part.weight, 0.7)
+
+
+def realign(model: torch.nn.Module) -> torch.nn.Module:
+    """Copy a loaded model's weights to addresses as those of a new one. Those of a file lie where its header ends,
+    and kernels for unaligned weights round otherwise, which random models make visible."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH):
