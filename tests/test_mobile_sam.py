@@ -2,10 +2,14 @@
 """MobileSAM: windows and position biases by hand; SAM's own interface; training, dtypes, canvases, saving."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from tiny import tiny_segmenter, tiny_segmenter_config
+from places import SUPPORT
+from tiny import tiny_image, tiny_model, tiny_processor, tiny_segmenter, tiny_segmenter_config
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskGeneration, SamModel
 
@@ -188,3 +192,27 @@ def test_one_width_for_all_parts():
 def test_images_of_another_size_are_named(sam):
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\); expected \(batch_size, 3, 64, 64\)"):
         sam.get_image_embeddings(pixels(1, 32))
+
+
+@pytest.mark.slow
+def test_a_stranger_loads_it_alone_and_in_a_composition(sam, tmp_path):
+    """Where the package is not installed, and transformers knows no MobileSAM."""
+    model = tiny_model("llava", sam_config=tiny_segmenter_config("mobile_sam"))
+    processor = tiny_processor("llava", sam_image_processor=tiny_segmenter_config("mobile_sam"))
+    for part, name in ((model, "composition"), (processor, "composition"), (sam, "mobile_sam")):
+        part.save_pretrained(tmp_path / name)
+    inputs = dict(processor(images=tiny_image(), instruction="the red one", return_tensors="pt"))
+    torch.save(inputs, tmp_path / "inputs.pt")
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    script = [sys.executable, str(SUPPORT / "mobile_sam_stranger.py"), str(tmp_path)]
+    run = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    answers = torch.load(tmp_path / "answers.pt")
+    expected = {
+        "composition": model.segment(**inputs, max_new_tokens=8).pred_masks,
+        "alone": sam.get_image_embeddings(inputs["sam_pixel_values"]),
+    }
+    assert answers.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value.std() > 0.01
+        torch.testing.assert_close(answers[name], value, atol=1e-5, rtol=0, msg=name)

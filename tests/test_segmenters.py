@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModel, BatchFeature, PretrainedConfig, 
 
 from segcompass_hf.image_features_segcompass import ImageFeatures, join_rows, parts_of
 from segcompass_hf.loading_segcompass import load_segmenter
-from segcompass_hf.modeling_masks import MaskStage, positional_embeddings
-from segcompass_hf.segmenters_segcompass import check_segmenter, geometry_of, segmenter_class, to_sam_image_processor
+from segcompass_hf.modeling_masks import MaskStage, check_segmenter, positional_embeddings, segmenter_class
+from segcompass_hf.segmenters_segcompass import geometry_of, to_sam_image_processor
 
 STRETCHED = ("sam2", "sam3_tracker")
 

@@ -62,7 +62,13 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMaskGeneration,
+        AutoProcessor,
+    )
 
     from .configuration_mobile_sam import MobileSamConfig
     from .configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
@@ -78,6 +84,7 @@ def _register() -> None:
     AutoModel.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
     AutoModel.register(SegCompassSaeConfig, SegCompassSae, exist_ok=True)
     AutoModel.register(MobileSamConfig, MobileSamModel, exist_ok=True)
+    AutoModelForMaskGeneration.register(MobileSamConfig, MobileSamModel, exist_ok=True)
     AutoModelForImageTextToText.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
     AutoProcessor.register(SegCompassConfig, SegCompassProcessor, exist_ok=True)
 

@@ -14,8 +14,9 @@ from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS, decoder_layers
+from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
-from .segmenters_segcompass import check_segmenter, segmenter_class, segmenter_config
+from .segmenters_segcompass import segmenter_config
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,

@@ -9,12 +9,42 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from transformers import MODEL_FOR_MASK_GENERATION_MAPPING, PretrainedConfig
 
 from .image_features_segcompass import ImageFeatures, parts_of
+from .modeling_mobile_sam import MobileSamModel
 from .offloading_segcompass import weights_at_hand
-from .segmenters_segcompass import Geometry, geometry_of, segmenter_kind
+from .segmenters_segcompass import Geometry, geometry_of, segmenter_config, segmenter_kind
 
+# By `model_type` and not by class of the configuration, of which remote code may hold several.
+_OUR_CLASSES = {MobileSamModel.config_class.model_type: MobileSamModel}
 PADDING_LOGIT = -50.0  # heatmap logit on the padded area, as the original feeds its prompt encoder
+
+
+def segmenter_class(config: PretrainedConfig) -> type:
+    """The model class of a segmenter's configuration: ours, or the one that `AutoModelForMaskGeneration` knows.
+
+    Raises:
+        ValueError: As [`segmenter_kind`].
+    """
+    segmenter_kind(config)
+    if config.model_type in _OUR_CLASSES:
+        return _OUR_CLASSES[config.model_type]
+    return MODEL_FOR_MASK_GENERATION_MAPPING[type(segmenter_config(config))]
+
+
+def check_segmenter(segmenter: nn.Module) -> None:
+    """Refuse a module that cannot stand behind the mask stage.
+
+    Raises:
+        ValueError: It is no segmenter that takes mask prompts; the message names the class to use where there is one.
+    """
+    expected = segmenter_class(segmenter.config)
+    if not isinstance(segmenter, expected):
+        raise ValueError(
+            f"sam is a {type(segmenter).__name__}, which takes no single image and mask prompt; load the same "
+            f"checkpoint as {expected.__name__}."
+        )
 
 
 def valid_area(reshaped_input_sizes: torch.Tensor, map_size: int | tuple[int, int], canvas: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForMaskGeneration, SamModel
+from transformers import SamModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -281,7 +281,5 @@ class MobileSamModel(SamModel):
 
 
 MobileSamModel.register_for_auto_class("AutoModel")
-# Here and not with the package's other classes: as remote code a composition looks its segmenter up too.
-AutoModelForMaskGeneration.register(MobileSamConfig, MobileSamModel, exist_ok=True)
 
 __all__ = ["MobileSamModel", "MobileSamVisionEncoder"]

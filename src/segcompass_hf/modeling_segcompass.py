@@ -18,13 +18,12 @@ from .interventions_segcompass import Interventions, normalize_interventions, st
 from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
-from .modeling_masks import MaskStage
-from .modeling_mobile_sam import MobileSamModel  # noqa: F401  importing it is what tells `segmenter_class` of it
+from .modeling_masks import MaskStage, check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
-from .segmenters_segcompass import check_segmenter, segmenter_class, segmenter_config
+from .segmenters_segcompass import segmenter_config
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
 from .threads_segcompass import CallLock, one_call_at_a_time
 

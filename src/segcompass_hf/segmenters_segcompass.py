@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Which segmenters there are: their classes, how an image lies on their canvas, and what their models do not say."""
+"""Which segmenters there are, how an image lies on their canvas, and what their models do not say."""
 
 import os
 from collections.abc import Sequence
@@ -7,14 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import (
-    MODEL_FOR_MASK_GENERATION_MAPPING,
-    AutoConfig,
-    PretrainedConfig,
-    SamImageProcessorPil,
-    ViTImageProcessorPil,
-)
+from transformers import AutoConfig, PretrainedConfig, SamImageProcessorPil, ViTImageProcessorPil
 
 from .images_segcompass import resized_size, restore_map, soft_mask_targets
 
@@ -148,30 +141,6 @@ def segmenter_kind(config: PretrainedConfig) -> SegmenterKind:
     return kind
 
 
-def segmenter_class(config: PretrainedConfig) -> type:
-    """The model class of a segmenter's configuration, as `AutoModelForMaskGeneration` knows it.
-
-    Raises:
-        ValueError: As [`segmenter_kind`].
-    """
-    segmenter_kind(config)
-    return MODEL_FOR_MASK_GENERATION_MAPPING[type(segmenter_config(config))]
-
-
-def check_segmenter(segmenter: nn.Module) -> None:
-    """Refuse a module that cannot stand behind the mask stage.
-
-    Raises:
-        ValueError: It is no segmenter that takes mask prompts; the message names the class to use where there is one.
-    """
-    expected = segmenter_class(segmenter.config)
-    if not isinstance(segmenter, expected):
-        raise ValueError(
-            f"sam is a {type(segmenter).__name__}, which takes no single image and mask prompt; load the same "
-            f"checkpoint as {expected.__name__}."
-        )
-
-
 def geometry_of(source: Any) -> Geometry:
     """The geometry of a segmenter's configuration, or of its image processor as `to_sam_image_processor` makes it.
 
@@ -219,9 +188,7 @@ __all__ = [
     "SEGMENTERS",
     "Geometry",
     "SegmenterKind",
-    "check_segmenter",
     "geometry_of",
-    "segmenter_class",
     "segmenter_config",
     "segmenter_kind",
     "to_sam_image_processor",

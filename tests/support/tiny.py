@@ -357,7 +357,7 @@ def _tiny_pyramid(kind: str, canvas: int) -> dict:
 
 def tiny_segmenter(kind: str = "sam", seed: int = 0, canvas: int = SAM_CANVAS):
     """A random segmenter in eval mode with weights of unit gain, so that masks differ visibly; see `tiny_model`."""
-    from segcompass_hf.segmenters_segcompass import segmenter_class
+    from segcompass_hf.modeling_masks import segmenter_class
 
     config = tiny_segmenter_config(kind, canvas)
     with torch.random.fork_rng(devices=[]):

@@ -14,8 +14,8 @@ from PIL import Image
 
 from ...files import weights_digest
 from ...image_features_segcompass import ImageFeatures
-from ...modeling_masks import MaskStage
-from ...segmenters_segcompass import check_segmenter, geometry_of, to_sam_image_processor
+from ...modeling_masks import MaskStage, check_segmenter
+from ...segmenters_segcompass import geometry_of, to_sam_image_processor
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the mask decoder
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import SamModel, SamProcessor
 
 from ...files import check_new_folder, staged_folder
@@ -37,7 +38,10 @@ def load_original_sam(path: str | os.PathLike, config: Mapping[str, Any] | None 
     converted = convert_original_sam_state_dict(weights)
     is_mobile = has_tiny_vit(weights)
     model_class, config_of = (MobileSamModel, mobile_sam_config_of) if is_mobile else (SamModel, sam_config_of)
-    sam_config = config_of(weights, config)
+    try:
+        sam_config = config_of(weights, config)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} and the fields given do not fit together: {error.__cause__ or error}") from error
     with torch.device("meta"):
         empty = model_class(sam_config)
     check_weights(empty, {name: StoredTensor.of(tensor, str(path)) for name, tensor in converted.items()})

@@ -32,6 +32,7 @@ PROCESSOR_CODE = (
     "images_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
+    "segmenters_segcompass.py",
     "threads_segcompass.py",
     "vlm_processors_segcompass.py",
 )
