@@ -91,8 +91,8 @@ def report(found: dict[str, dict], given: argparse.Namespace, seconds: str) -> s
     lines += [
         f"{given.num_samples} held-out scenes (`scenes:val`), greedy, own reasoning, slots chosen by confidence; 95 % "
         "bootstrap intervals over scenes. One run. VLM, SAE, codebook and slot encoder are those of the bundled "
-        "checkpoint in all rows, and so are reasoning and slots; confidences are in the second, and then train with the "
-        f"slot mapper. SAM 2 saw Scenes for {round(1000 * given.scale):,} steps.",
+        "checkpoint in all rows, and so are reasoning and slots; confidences are in the second, and then train with "
+        f"the slot mapper. SAM 2 saw Scenes for {round(1000 * given.scale):,} steps.",
         "",
         f"Fitting took {seconds} s on shared CPU cores; what the caches held already was not computed again.",
         "",
