@@ -23,9 +23,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from segcompass_hf.loading_segcompass import load_segmenter
-from segcompass_hf.modeling_masks import MaskStage
+from segcompass_hf.modeling_masks import MaskStage, segmenter_class
 from segcompass_hf.pages import markdown_table
-from segcompass_hf.segmenters_segcompass import segmenter_class, segmenter_config
+from segcompass_hf.segmenters_segcompass import segmenter_config
 from segcompass_hf.training.memory.shapes import SAM_SHAPES, sam_config
 
 NUM_SLOTS = 4
