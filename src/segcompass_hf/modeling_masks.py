@@ -268,11 +268,12 @@ class MaskStage:
 
     def _embed_prompts(self, prompts: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Sparse (`None` with mask prompts alone) and dense embeddings of mask prompts `(n, H, W)`."""
-        prompt_encoder, points, labels = self.segmenter.prompt_encoder, None, None
+        prompt_encoder, points, labels, read = self.segmenter.prompt_encoder, None, None, ()
         if self.kind.extra == "levels":  # their own `forward` adds an empty point where there is none
             points = torch.zeros(prompts.shape[0], 1, 1, 2, device=prompts.device)
             labels = torch.full(points.shape[:3], -1, dtype=torch.int32, device=prompts.device)
-        with weights_at_hand(prompt_encoder):
+            read = (prompt_encoder.not_a_point_embed,)  # its weight, without calling it
+        with weights_at_hand(*read):
             return prompt_encoder(
                 input_points=points,
                 input_labels=labels,

@@ -57,8 +57,8 @@ class PromptedSam:
         self.geometry, needed = geometry_of(self.image_processor), self.stage.geometry
         if (self.geometry.canvas, self.geometry.fit) != (needed.canvas, needed.fit):
             raise ValueError(
-                f"the processor resizes images to {self.geometry.canvas} pixels ({self.geometry.fit!r}) but this SAM "
-                f"takes {needed.canvas} ({needed.fit!r}); pass the processor of the same checkpoint."
+                f"the processor resizes images to {self.geometry.canvas} pixels but this SAM takes {needed.canvas} "
+                f"(fit {self.geometry.fit!r} and {needed.fit!r}); pass the processor of the same checkpoint."
             )
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import segcompass_hf
 
@@ -117,12 +117,7 @@ class PartLoader:
             return whole
         vlm = whole.vlm_config if parts.vlm is None else AutoConfig.from_pretrained(parts.vlm)
         vlm = getattr(vlm, "vlm_config", vlm)
-        sam = getattr(whole, "sam_config", None) if parts.sam is None else AutoConfig.from_pretrained(parts.sam)
-        try:
-            if sam is not None:
-                segmenter_kind(sam)
-        except ValueError as error:
-            raise RecipeError(f"sam: {parts.sam!r}: {error}") from error
+        sam = getattr(whole, "sam_config", None) if parts.sam is None else _segmenter_config(parts.sam)
         sae = getattr(whole, "sae_config", None)
         if parts.sae is not None:
             sae = SegCompassSaeConfig.from_pretrained(parts.sae)
@@ -146,7 +141,7 @@ class PartLoader:
             return own
         sam = 1024 if own is None else own.sam_image_processor
         if parts.sam is not None:
-            sam = parts.sam
+            sam = _segmenter_config(parts.sam)
         slots = num_slots or getattr(own, "num_slots", 4)
         return SegCompassProcessor.from_parts(parts.vlm or own, sam, num_slots=slots, **changes)
 
@@ -208,6 +203,15 @@ class PartLoader:
         if self.settings.attn_implementation is not None:
             getattr(model, "vlm", model).set_attn_implementation(self.settings.attn_implementation)
         return model
+
+
+def _segmenter_config(source: str) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(source)
+    try:
+        segmenter_kind(config)
+    except ValueError as error:
+        raise RecipeError(f"sam: {source!r}: {error}") from error
+    return config
 
 
 def _own_fields(config: SegCompassConfig | None) -> dict[str, Any]:
