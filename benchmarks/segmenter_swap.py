@@ -90,10 +90,11 @@ def report(found: dict[str, dict], given: argparse.Namespace, seconds: str) -> s
     lines = ["# Another segmenter for scenes-tiny", "", command, ""]
     lines += [
         f"{given.num_samples} held-out scenes (`scenes:val`), greedy, own reasoning, slots chosen by confidence; 95 % "
-        "bootstrap intervals over scenes. One run. VLM, SAE, codebook, slot encoder and confidences are those of the "
-        "bundled checkpoint in all rows, so that N-acc is too: it does not depend on masks.",
+        "bootstrap intervals over scenes. One run. VLM, SAE, codebook and slot encoder are those of the bundled "
+        "checkpoint in all rows, and so are reasoning and slots; confidences are in the second, and then train with "
+        f"the slot mapper. SAM 2 saw Scenes for {round(1000 * given.scale):,} steps.",
         "",
-        f"Fitting took {seconds} s on shared CPU cores, with reading all rows and encoding all images once.",
+        f"Fitting took {seconds} s on shared CPU cores; what the caches held already was not computed again.",
         "",
         markdown_table(["checkpoint", "segmenter", *METRICS], rows),
     ]

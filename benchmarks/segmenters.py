@@ -23,9 +23,9 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import logging
 
 from segcompass_hf.loading_segcompass import load_segmenter
-from segcompass_hf.modeling_masks import MaskStage
+from segcompass_hf.modeling_masks import MaskStage, segmenter_class
 from segcompass_hf.pages import markdown_table
-from segcompass_hf.segmenters_segcompass import segmenter_class
+from segcompass_hf.segmenters_segcompass import segmenter_config
 from segcompass_hf.training.memory.shapes import SAM_SHAPES, sam_config
 
 NUM_SLOTS = 4
@@ -35,7 +35,16 @@ ENTRIES = {  # shown name -> Hub id of the shape, canvas in pixels
     "SAM ViT-B": ("facebook/sam-vit-base", 1024),
     "SAM 2.1 Hiera-T": ("facebook/sam2.1-hiera-tiny", 1024),
 }
-HEADERS = ["segmenter", "parameters", "of these encoder", "load s", "encode ms", "decode ms", "loaded MiB", "peak MiB"]
+HEADERS = [
+    "segmenter",
+    "parameters",
+    "of these encoder",
+    "load ms",
+    "encode ms",
+    "decode ms",
+    "loaded MiB",
+    "peak MiB",
+]
 
 
 def configuration(shape: str, canvas: int) -> PretrainedConfig:
@@ -62,69 +71,75 @@ def write(shape: str, canvas: int, folder: Path) -> None:
 
 
 def answer(folder: str, threads: int) -> None:
-    """Load a segmenter, and answer every line of the standard input with one measurement, in JSON."""
+    """Answer every line of the standard input with a measurement, in JSON: load, encode an image, decode its slots."""
     torch.set_num_threads(threads)
-    before, start = resident("VmRSS"), time.perf_counter()
-    segmenter = load_segmenter(folder).eval()
-    stage, load = MaskStage(segmenter), time.perf_counter() - start
-    parameters = {"all": segmenter, "encoder": segmenter.vision_encoder}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parameters.items()}
-    print(json.dumps({"load": load, "loaded": resident("VmRSS") - before, "parameters": counts}), flush=True)
-    pixels = torch.randn(1, 3, stage.canvas, stage.canvas)
-    heatmaps = torch.randn(1, NUM_SLOTS, stage.map_size, stage.map_size)
+    segmenter_class(segmenter_config(AutoConfig.from_pretrained(folder)))  # imports it
+    before = resident("VmRSS")
+    print("{}", flush=True)
     for _ in sys.stdin:
+        segmenter = None  # the last one goes before the next comes
         with torch.inference_mode():
             times = [time.perf_counter()]
+            segmenter = load_segmenter(folder).eval()
+            for weight in segmenter.parameters():
+                weight.sum()  # files are mapped into memory and read when they are used
+            times.append(time.perf_counter())
+            loaded, stage = resident("VmRSS") - before, MaskStage(segmenter)
+            pixels = torch.randn(1, 3, stage.canvas, stage.canvas)
+            heatmaps = torch.randn(1, NUM_SLOTS, stage.map_size, stage.map_size)
+            times.append(time.perf_counter())
             features = stage.encode_image(pixels)
             times.append(time.perf_counter())
             stage.decode(features, heatmaps)
             times.append(time.perf_counter())
-        encode, decode = (1000 * (after - before) for before, after in zip(times, times[1:], strict=False))
-        print(json.dumps({"encode": encode, "decode": decode, "peak": resident("VmHWM") - before}), flush=True)
+        load, _, encode, decode = (1000 * (end - start) for start, end in zip(times, times[1:], strict=False))
+        parts = {"parameters": segmenter, "encoder": segmenter.vision_encoder}
+        found = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        found |= {"load": load, "encode": encode, "decode": decode, "loaded": loaded}
+        print(json.dumps(found | {"peak": resident("VmHWM") - before}), flush=True)
 
 
-def measure(threads: int, rounds: int, names: list[str]) -> dict[str, dict]:
-    """Name -> figures of loading, and a list of measurements; the first image of each only warms up."""
-    found, processes = {}, {}
+def measure(threads: int, rounds: int, names: list[str]) -> dict[str, list[dict]]:
+    """Name -> measurements; the first of each only warms up."""
+    found, processes = {name: [] for name in names}, {}
     with tempfile.TemporaryDirectory() as root:
         for number, name in enumerate(names):
-            folder = Path(root) / str(number)
-            own = [sys.executable, __file__, "--threads", str(threads), "--folder", str(folder)]
+            own = [sys.executable, __file__, "--threads", str(threads), "--folder", str(Path(root) / str(number))]
             subprocess.run([*own, "--write", name], check=True)
-            process = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            processes[name], found[name] = process, json.loads(process.stdout.readline()) | {"images": []}
+            processes[name] = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes[name].stdout.readline()  # it is ready
         for turn in range(rounds + 1):
             for name, process in processes.items():
                 process.stdin.write("\n")
                 process.stdin.flush()
                 line = process.stdout.readline()
                 if turn:
-                    found[name]["images"].append(json.loads(line))
+                    found[name].append(json.loads(line))
         for process in processes.values():
             process.stdin.close()
             process.wait()
     return found
 
 
-def row_of(name: str, found: dict) -> list[str]:
-    def shown(values: list[float]) -> str:
+def row_of(name: str, turns: list[dict]) -> list[str]:
+    def shown(part: str) -> str:
+        values = [turn[part] for turn in turns]
         return f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
-    whole, encoder = (f"{found['parameters'][part] / 1e6:.1f} M" for part in ("all", "encoder"))
-    images = found["images"]
-    memory = (found["loaded"], max(image["peak"] for image in images))
-    times = (shown([image[part] for image in images]) for part in ("encode", "decode"))
-    return [name, whole, encoder, f"{found['load']:.1f}", *times, *(f"{size / 2**20:,.0f}" for size in memory)]
+    counts = (f"{turns[0][part] / 1e6:.1f} M" for part in ("parameters", "encoder"))
+    times = (shown(part) for part in ("load", "encode", "decode"))
+    memory = (f"{max(turn[part] for turn in turns) / 2**20:,.0f}" for part in ("loaded", "peak"))
+    return [name, *counts, *times, *memory]
 
 
-def report(found: dict[str, dict], threads: int, rounds: int) -> str:
+def report(found: dict[str, list[dict]], threads: int, rounds: int) -> str:
     lines = ["# Segmenters beside one another", "", f"    python {shlex.join(sys.argv)}", ""]
     lines += [
         f"Random weights, float32, {threads} threads on {os.cpu_count()} CPU cores ({platform.machine()}), torch "
-        f"{torch.__version__}; medians (and extremes) of {rounds} images, the segmenters in turn, a process each. "
-        f"Canvas 1024 pixels where none is named. Encoding: one image; decoding: {NUM_SLOTS} slots of it. Load: a "
-        "folder of safetensors, read before. Memory: resident, over that of the process before loading. Load average "
-        f"at the end: {os.getloadavg()[0]:.1f}.",
+        f"{torch.__version__}; medians (and extremes) of {rounds} turns, the segmenters one after another in each, a "
+        f"process each. Canvas 1024 pixels where none is named. Encoding: one image; decoding: {NUM_SLOTS} slots. "
+        "Loading: until every weight is in memory, from files that the system has cached. Memory: resident, over that "
+        f"of the process before. Load average at the end: {os.getloadavg()[0]:.1f}.",
         "",
         markdown_table(HEADERS, [row_of(name, one) for name, one in found.items()]),
     ]
@@ -134,7 +149,7 @@ def report(found: dict[str, dict], threads: int, rounds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="of torch, per process (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="images per segmenter (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each segmenter (%(default)s)")
     parser.add_argument("--only", nargs="+", choices=ENTRIES, default=list(ENTRIES), metavar="NAME", help="of these")
     parser.add_argument("--output", type=Path, help="path of the results without ending; printed when left out")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
