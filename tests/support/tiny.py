@@ -330,12 +330,16 @@ def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config
     config = tiny_config(family, tie=tie, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = SegCompassForReasoningSegmentation(config).eval()
-        for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
-            for name, weight in part.named_parameters():
-                if weight.ndim >= 2 and "pos" not in name:
-                    torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
-        return model
+        return with_unit_gain(SegCompassForReasoningSegmentation(config).eval())
+
+
+def with_unit_gain(model):
+    """New weights of unit gain for SAM and the segmentation heads, see `tiny_model`."""
+    for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
+        for name, weight in part.named_parameters():
+            if weight.ndim >= 2 and "pos" not in name:
+                torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+    return model
 
 
 def follow_concepts(model):
