@@ -194,8 +194,8 @@ def make_inputs(
     sizes = torch.tensor([[16 * preset.sam_side, 12 * preset.sam_side]] * len(rows)).to(device)
     masks = MaskTargets(labels, objects.to(device), loss_weights=loss_weights(model), decode="matched")
     return StepInputs(
-        vlm=model._with_positions({"input_ids": ids, "attention_mask": mask, "pixel_values": image}),
-        second=model._with_positions({**second, "pixel_values": image}),
+        vlm=model.vlm_inputs(ids, attention_mask=mask, pixel_values=image),
+        second=model.vlm_inputs(**second, pixel_values=image),
         completion_mask=mask[:, widths[0] :],
         advantages=torch.tensor([1.0, -0.5, 0.5, -1.0])[: len(rows)].to(device),
         targets=JointTargets(mask[:, widths[0] :], embeddings, sizes, masks),

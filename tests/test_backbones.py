@@ -8,7 +8,7 @@ from model_inputs import inputs_of
 from transformers import AutoModel
 
 import segcompass_hf  # noqa: F401  registers the Auto classes
-from segcompass_hf.generation_segcompass import HiddenStateCapture
+from segcompass_hf.text_stack_segcompass import HiddenStateCapture
 
 FIELDS = ("reference_states", "slots", "heatmap_logits", "slot_logits", "pred_masks")
 NOT_THE_VLMS = ("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels", "num_objects")

@@ -9,13 +9,14 @@ import torch
 from transformers import GenerationConfig
 
 from segcompass_hf.generation_segcompass import (
-    HiddenStateCapture,
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
     completion_mask_of,
-    decoder_layers,
+    generate_and_feed_last,
     reasoning_budget,
 )
+from segcompass_hf.reading_segcompass import SequenceStates
+from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
 
 INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]
 REF, START, END, EOS, PAD, VOCAB = 11, 12, 13, 14, 15, 20
@@ -231,6 +232,119 @@ class TestOnePass:
         assert counter.tokens == [inputs["input_ids"].shape[1]] * 2
 
 
+class Heard:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+class TestLastToken:
+    """`generate` goes on for one step more, which nobody sees but the capture."""
+
+    def generated(self, model, inputs, **kwargs):
+        """What plain `generate` and the longer one return."""
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        with HiddenStateCapture(model.vlm, 2) as capture:
+            longer = generate_and_feed_last(model.vlm, **text, **kwargs)
+        return model.vlm.generate(**text, **kwargs), longer, capture
+
+    @pytest.mark.parametrize("ending", ["length", "eos of one row", "eos of both", "criterion", "min_new_tokens"])
+    def test_the_same_sequences_and_states_of_all(self, ending):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        prompt = inputs["input_ids"].shape[1]
+        free = model.vlm.generate(
+            **{name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")},
+            max_new_tokens=8,
+            do_sample=False,
+            eos_token_id=10**6,
+        )[:, prompt:]
+        third = int(free[0, 2])
+        asked = {
+            "length": {},
+            "eos of one row": {"eos_token_id": int(free[0, 3])},
+            "eos of both": {"eos_token_id": [third, int(free[1, 4])]},
+            "criterion": {"stopping_criteria": [lambda ids, *_: torch.full((len(ids),), ids.shape[1] >= prompt + 5)]},
+            "min_new_tokens": {"eos_token_id": third, "min_new_tokens": 4},
+        }
+        kwargs = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 10**6}
+        plain, longer, capture = self.generated(model, inputs, **{**kwargs, **asked[ending]})
+        assert torch.equal(longer, plain)
+        layer_states, last_states = capture.states()
+        assert layer_states.shape[1] == last_states.shape[1] == longer.shape[1]
+
+    def test_stop_strings(self):
+        model = tiny.tiny_model()
+        processor, inputs = prompts()
+        inputs = {name: value[:1] for name, value in inputs.items()}
+        first = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        words = processor.tokenizer.decode(first[3:4])
+        stop = {"stop_strings": [words], "tokenizer": processor.tokenizer, "max_new_tokens": 8, "do_sample": False}
+        plain, longer, capture = self.generated(model, inputs, **stop)
+        assert torch.equal(longer, plain) and longer.shape[1] < inputs["input_ids"].shape[1] + 8
+        assert capture.num_tokens == longer.shape[1]
+        del stop["stop_strings"]
+        config = GenerationConfig(stop_strings=[words], eos_token_id=model.generation_config.eos_token_id)
+        _, by_config, _ = self.generated(model, inputs, generation_config=config, **stop)
+        assert torch.equal(by_config, plain) and config.stop_strings == [words]
+
+    def test_all_that_is_returned_is_shorter_by_it(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        asked = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
+        plain, longer, _ = self.generated(model, inputs, max_new_tokens=5, do_sample=False, **asked)
+        assert torch.equal(longer.sequences, plain.sequences)
+        assert len(longer.scores) == len(longer.hidden_states) == 5
+        assert all(torch.equal(*pair) for pair in zip(longer.scores, plain.scores, strict=True))
+
+    def test_a_streamer_hears_what_is_written_and_nothing_else(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        inputs = {name: value[:1] for name, value in inputs.items()}
+        heard = Heard()
+        output = model.segment(**inputs, max_new_tokens=12, streamer=heard)
+        assert heard.tokens == output.sequences[0].tolist() and heard.ended
+
+    def test_logits_processors_are_asked_for_written_tokens_only(self):
+        model, calls = tiny.tiny_model(), []
+        _, inputs = prompts()
+        counting = lambda ids, scores: calls.append(ids.shape[1]) or scores  # noqa: E731
+        output = model.segment(**inputs, max_new_tokens=12, logits_processor=[counting])
+        prompt = inputs["input_ids"].shape[1]
+        assert calls == list(range(prompt, output.sequences.shape[1]))
+        assert output.reasoning_surprisal.isfinite().all()
+
+    def test_through_the_model(self):
+        """As joint training samples: the generation configuration asks for it."""
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        config = copy.deepcopy(model.generation_config)
+        config.max_new_tokens, config.feed_last_token = 6, True
+        with HiddenStateCapture(model.vlm, 2) as capture:
+            sequences = model.generate(**inputs, generation_config=config)
+        assert capture.num_tokens == sequences.shape[1]
+        del config.feed_last_token
+        with HiddenStateCapture(model.vlm, 2) as capture:
+            assert torch.equal(model.generate(**inputs, generation_config=config), sequences)
+        assert capture.num_tokens == sequences.shape[1] - 1
+
+    def test_without_a_cache_or_the_last_token_there_are_no_states_of_sequences(self):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        with pytest.raises(ValueError, match="use_cache=False passes the whole sequence again"):
+            model.segment(**inputs, max_new_tokens=12, use_cache=False)
+        states, ids = (torch.zeros(1, 4, 8),) * 2, torch.zeros(1, 5, dtype=torch.long)
+        with pytest.raises(ValueError, match="have 5 tokens, but states of 4 were captured"):
+            SequenceStates.of_answers(states, ids, torch.ones(1, 3), torch.ones(1, 2))
+
+
 class TestCapture:
     @pytest.mark.parametrize("layer", [0, 2, 3])
     def test_layer_states_are_transformers_hidden_states(self, layer):
@@ -253,7 +367,7 @@ class TestCapture:
             capture.states()
 
     def test_no_decoder_layers(self):
-        with pytest.raises(ValueError, match="Linear has no text model with `layers`"):
+        with pytest.raises(ValueError, match="Linear has no list of num_hidden_layers decoder layers"):
             decoder_layers(torch.nn.Linear(2, 2))
 
 

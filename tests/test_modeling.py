@@ -9,11 +9,11 @@ import torch
 from model_inputs import inputs_of
 from transformers import AutoModelForImageTextToText, SamModel
 
-from segcompass_hf.generation_segcompass import decoder_layers
 from segcompass_hf.interventions_segcompass import ConceptIntervention
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 from segcompass_hf.reading_segcompass import MaskTargets, gather_reference_states
+from segcompass_hf.text_stack_segcompass import decoder_layers
 
 
 class TestReferenceStates:

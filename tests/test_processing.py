@@ -124,9 +124,8 @@ class TestReasoning:
         # the shorter answer is padded behind its end
         assert full["attention_mask"][1, -1] == 0 and full["attention_mask"][0, -1] == 1
         for name in full:
-            if name.endswith("token_type_ids"):
-                assert full[name].shape == full["input_ids"].shape
-                assert full[name][:, prompt_length:].count_nonzero() == 0
+            if name.endswith("token_type_ids"):  # of the prompt; the model lets them grow by its family's rule
+                assert torch.equal(full[name], plain[name])
 
     def test_as_many_references_as_slots(self, family):
         processor = tiny.tiny_processor(family, num_slots=2)

@@ -35,7 +35,7 @@ def states_of(model, inputs, interventions=None):
     names = ("input_ids", "attention_mask", "pixel_values")
     ids, mask, pixels = (inputs[name] for name in names)
     with torch.no_grad(), model.capture_states(ids, mask, interventions) as capture:
-        model.base_model(**model._with_positions({"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}))
+        model.vlm(**model.vlm_inputs(ids, attention_mask=mask, pixel_values=pixels))
     states = SequenceStates(*capture.states(), ids, mask, inputs.get("completion_mask"))
     return states, model.encode_image(inputs["sam_pixel_values"])
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
+from .generation_segcompass import generate_and_feed_last
 from .offloading_segcompass import execution_device
 from .threads_segcompass import CallLock, one_call_at_a_time
 
@@ -90,7 +91,11 @@ class VlmDelegationMixin:
 
     @one_call_at_a_time
     def generate(self, *args, **kwargs):
-        """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`."""
+        """Generate text with the VLM; image and video placeholders are never written. See `GenerationMixin`.
+
+        A `generation_config` with `feed_last_token=True` passes the last token too, for whoever captures states; see
+        [`generate_and_feed_last`].
+        """
         for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes"):
             kwargs.pop(name, None)  # the processor makes them for the masks; text needs none
         config = kwargs.get("generation_config") or self.generation_config
@@ -101,6 +106,8 @@ class VlmDelegationMixin:
             kwargs["generation_config"].suppress_tokens = suppressed
         else:
             kwargs["suppress_tokens"] = suppressed
+        if getattr(config, "feed_last_token", False):
+            return generate_and_feed_last(self.vlm, *args, **kwargs)
         return self.vlm.generate(*args, **kwargs)
 
     @property

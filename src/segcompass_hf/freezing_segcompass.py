@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .generation_segcompass import decoder_layers
+from .text_stack_segcompass import decoder_layers
 
 
 def freeze_for_training(
@@ -30,7 +30,7 @@ def freeze_for_training(
     """
     _check_trainable(model)
     model.requires_grad_(False)
-    for index, layer in enumerate(decoder_layers(model.base_model)):
+    for index, layer in enumerate(decoder_layers(model.vlm)):
         layer.requires_grad_(index >= model.config.sae_layer)
     for module in (model.codebook, model.slot_encoder, model.slot_mapper):
         module.requires_grad_(True)
@@ -51,7 +51,7 @@ def _check_trainable(model: nn.Module) -> None:
             "an adapter is attached, and PEFT has chosen what trains: its copies of the heads, not the originals that "
             "this would unfreeze; leave freeze_for_training out, or merge the adapter first."
         )
-    layers = decoder_layers(model.base_model)[model.config.sae_layer :]
+    layers = decoder_layers(model.vlm)[model.config.sae_layer :]
     packed = [name for name, weight in layers.named_parameters() if not weight.dtype.is_floating_point]
     if packed:
         raise ValueError(

@@ -1,153 +1,113 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Generation: hidden states captured on the way, and answers that are well-formed by construction."""
+"""Generation: every token passes the VLM, and answers are well-formed by construction."""
 
+import copy
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 
-class _LayerReached(Exception):
-    """Ends a pass through the VLM; not an error."""
+def generate_and_feed_last(
+    vlm: PreTrainedModel, *args, streamer: Any = None, synced_gpus: bool | None = None, **kwargs
+) -> Any:
+    """`vlm.generate(...)`, which also passes the last token through the VLM, as its family passes every other.
 
-
-class HiddenStateCapture:
-    """Context that collects what SegCompass needs from every pass through a VLM's base model.
-
-    Per pass: the output of `layer` decoder layers (`hidden_states[layer]`, before the final norm) and the last hidden
-    state (after it). During `generate` the passes are the prompt and then one token each, so that joined along the
-    tokens they are the states of the sequence without a second pass.
+    `generate` never feeds its last token back, so states captured on the way would lack those of that token. Here the
+    loop goes on for one step more; what that step writes is seen by no one. Same arguments, same sequences.
 
     Args:
-        base_model (`nn.Module`): The VLM without its head (`model.base_model`).
-        layer (`int`): Index into `hidden_states`; 0 reads the embeddings.
-        edit (`Callable`, *optional*): Called with the states of one pass, `(batch, tokens, hidden)`, and the number of
-            tokens passed before; returns the states to go on with. What is captured is what it returns.
-        stop (`bool`, defaults to `False`): End the pass and the context once the layer's states are there: what lies
-            above is not computed, and `last_states` stay empty.
+        vlm (`PreTrainedModel`): Writes greedily or samples.
+        streamer (*optional*): Gets the tokens that are returned, each when the next one is written.
+        synced_gpus (`bool`, *optional*): As for `generate`.
+        args, kwargs: For `generate`.
+    """
+    tokenizer = kwargs.pop("tokenizer", None)
+    mode = vlm._extract_generation_mode_kwargs(None, {}, synced_gpus, None, streamer)
+    if mode.get("streamer") is not None:
+        mode["streamer"] = _AllButLast(streamer)
+    if tokenizer is not None:
+        kwargs = _with_stop_strings(kwargs, tokenizer)
+
+    # By this name `generate` prepares everything and leaves the loop to its caller.
+    def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        stop = _OneStepLater(stopping_criteria)
+        output = type(model)._sample(
+            model,
+            input_ids,
+            logits_processor=lambda ids, scores: scores if stop.over else logits_processor(ids, scores),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            generation_config=generation_config,
+            **{**model_kwargs, **mode},
+        )
+        return _without_last(output)
+
+    return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+
+
+class _OneStepLater(StoppingCriteria):
+    """The verdict of other criteria, but the step in which the last row ends is followed by one more.
+
+    Rows that ended before stay ended, so that all but the last column is as it were without.
     """
 
-    def __init__(
-        self,
-        base_model: nn.Module,
-        layer: int,
-        edit: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
-        stop: bool = False,
-    ):
-        self.base_model, self.layer, self.edit, self.stop = base_model, layer, edit, stop
-        self.layer_states: list[torch.Tensor] = []
-        self.last_states: list[torch.Tensor] = []
-        self.cache = None
-        self.position_ids = None  # of the newest pass, where the caller gave them
-        self._handles: list = []
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.criteria = criteria
+        self.ended: torch.Tensor | None = None  # (rows,)
+        self.over = False  # all rows have ended; the step that runs is the one more
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self.eos_token_id = None  # by this `generate` knows that rows which ended are padded
 
-    def __enter__(self):
-        layers = decoder_layers(self.base_model)
-        if self.layer == 0:
-            self._handles.append(layers[0].register_forward_pre_hook(self._read_input, with_kwargs=True))
-        else:
-            self._handles.append(layers[self.layer - 1].register_forward_hook(self._read_output))
-        self._handles.append(self.base_model.register_forward_pre_hook(self._read_positions, with_kwargs=True))
-        self._handles.append(self.base_model.register_forward_hook(self._read_last))
-        return self
-
-    def __exit__(self, kind, *exception) -> bool:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        return kind is _LayerReached
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens whose states are collected so far."""
-        return sum(states.shape[1] for states in self.layer_states)
-
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both states of every token, joined over the passes: twice `(batch_size, sequence_length, hidden_size)`."""
-        if not self.last_states:
-            raise RuntimeError("no pass through the VLM was captured; run the model inside the context.")
-        if len(self.last_states) == 1:
-            return self.layer_states[0], self.last_states[0]
-        return torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
-
-    def _collect(self, states: torch.Tensor) -> torch.Tensor:
-        if self.edit is not None:
-            states = self.edit(states, self.num_tokens)
-        self.layer_states.append(states)
-        if self.stop:
-            raise _LayerReached
-        return states
-
-    def _read_input(self, module, args, kwargs):
-        if args:
-            return (self._collect(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._collect(kwargs["hidden_states"])}
-
-    def _read_output(self, module, args, output):
-        if isinstance(output, torch.Tensor):
-            return self._collect(output)
-        return (self._collect(output[0]), *output[1:])
-
-    def _read_positions(self, module, args, kwargs):
-        self.position_ids = kwargs.get("position_ids")
-
-    def _read_last(self, module, args, output):
-        self.last_states.append(output[0])
-        self.cache = getattr(output, CACHE, None)
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.over:
+            return torch.ones_like(self.ended)
+        ended = self.criteria(input_ids, scores, **kwargs)
+        self.ended = ended if self.ended is None else self.ended | ended
+        self.over = bool(self.ended.all())
+        return torch.zeros_like(ended) if self.over else ended
 
 
-def decoder_layers(base_model: nn.Module) -> nn.ModuleList:
-    """The decoder layers of a VLM's text model.
+class _AllButLast:
+    """A streamer that keeps the last thing put into it to itself."""
 
-    Raises:
-        ValueError: where the VLM has no text model with `layers`.
-    """
-    for name in ("language_model", "text_model", "model", "decoder"):
-        text_model = getattr(base_model, name, None)
-        if text_model is not None and hasattr(text_model, "layers"):
-            return text_model.layers
-    if hasattr(base_model, "layers"):
-        return base_model.layers
-    raise ValueError(
-        f"{type(base_model).__name__} has no text model with `layers` (looked at language_model, text_model, model "
-        "and decoder), so there is no layer to read concepts from; use a VLM built on a decoder-only language model."
-    )
+    def __init__(self, streamer: Any):
+        self.streamer, self.held = streamer, None
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.held is not None:
+            self.streamer.put(self.held)
+        self.held = value
+
+    def end(self) -> None:
+        self.streamer.end()
 
 
-@torch.no_grad()
-def run_last_token(capture: HiddenStateCapture, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
-    """Pass the last token through the base model, against the cache of the passes captured so far.
+def _without_last(output: Any) -> Any:
+    """What `generate` returns, without its last step."""
+    if isinstance(output, torch.Tensor):
+        return output[:, :-1]
+    for name, value in output.items():
+        output[name] = value[:-1] if isinstance(value, tuple) else value
+    output["sequences"] = output["sequences"][:, :-1]
+    return output
 
-    `generate` never feeds its last token back, so this single-token step completes the states.
 
-    Args:
-        capture (`HiddenStateCapture`): Still entered, after generation.
-        input_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`): Prompt and completion.
-        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`): As generation saw it.
-    """
-    if capture.cache is None:
-        raise ValueError("generation kept no cache, so the last token's states cannot be had; pass use_cache=True.")
-    if capture.position_ids is not None:
-        position_ids = capture.position_ids[..., -1:] + 1  # one on, whatever the family's position scheme
-    else:
-        position_ids = attention_mask.long().cumsum(-1)[:, -1:] - 1
-    capture.base_model(
-        input_ids=input_ids[:, -1:],
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        use_cache=True,
-        **{CACHE: capture.cache},
-    )
+def _with_stop_strings(kwargs: dict, tokenizer: Any) -> dict:
+    """Arguments with stop strings as a criterion: a loop of the caller's gets no tokenizer for them."""
+    config = copy.copy(kwargs.get("generation_config"))
+    words = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not words:
+        return kwargs
+    if config is not None:
+        config.stop_strings, kwargs["generation_config"] = None, config
+    criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, words)]
+    return {**kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
 
 
 class SegCompassFormatLogitsProcessor(LogitsProcessor):
@@ -284,24 +244,4 @@ def completion_mask_of(completion: torch.Tensor, eos_token_ids: list[int]) -> to
     return (ended_before == 0).long()
 
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-
-
-def final_norm(base_model: nn.Module) -> nn.Module:
-    """The norm behind the last decoder layer of a VLM's text model.
-
-    Raises:
-        ValueError: where it goes by no known name.
-    """
-    layers = decoder_layers(base_model)
-    text_model = next(module for module in base_model.modules() if getattr(module, "layers", None) is layers)
-    for name in FINAL_NORMS:
-        if isinstance(getattr(text_model, name, None), nn.Module):
-            return getattr(text_model, name)
-    raise ValueError(
-        f"{type(text_model).__name__} has no final norm under a known name {FINAL_NORMS}; train with beta=0, which "
-        "needs no reference policy."
-    )
-
-
-__all__ = ["HiddenStateCapture", "SegCompassFormatLogitsProcessor"]
+__all__ = ["SegCompassFormatLogitsProcessor", "generate_and_feed_last"]

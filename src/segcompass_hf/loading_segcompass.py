@@ -13,8 +13,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import ADDED_TOKENS, decoder_layers
+from .generation_segcompass import ADDED_TOKENS
 from .modeling_sae import SegCompassSae
+from .text_stack_segcompass import decoder_layers
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,
@@ -247,7 +248,7 @@ def full_precision_modules(config: SegCompassConfig, model_class: type) -> list[
     """
     with torch.device("meta"):
         model = model_class(config)
-    return _largest_without(model, {decoder_layers(model.base_model)})
+    return _largest_without(model, {decoder_layers(model.vlm)})
 
 
 def _largest_without(model: nn.Module, marked: set[nn.Module]) -> list[str]:
@@ -289,6 +290,25 @@ def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
     """
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in ADDED_TOKENS.values() if token not in known], special_tokens=False)
-    if len(tokenizer) > vlm.get_input_embeddings().weight.shape[0]:
-        vlm.resize_token_embeddings(len(tokenizer))
+    if len(tokenizer) > num_token_rows(vlm):
+        _resize_rows(vlm, len(tokenizer))
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in ADDED_TOKENS.items()}
+
+
+def num_token_rows(vlm: PreTrainedModel) -> int:
+    """Tokens that a VLM both reads and writes: the smaller of the rows of its embeddings and of its head."""
+    head = vlm.get_output_embeddings()
+    return min(module.weight.shape[0] for module in (vlm.get_input_embeddings(), head) if module is not None)
+
+
+def _resize_rows(vlm: PreTrainedModel, num_tokens: int) -> None:
+    """As `vlm.resize_token_embeddings`, but what the embeddings have beyond the head (rows of image tokens, in Mllama
+    and Molmo2), and their configurations count on, stays."""
+    rows = vlm.get_input_embeddings().weight.detach()
+    surplus = rows.shape[0] - num_token_rows(vlm)
+    rows = rows.clone() if surplus else rows  # resizing changes the module in place
+    vlm.resize_token_embeddings(num_tokens)
+    if surplus:
+        embeddings = vlm._get_resized_embeddings(vlm.get_input_embeddings(), num_tokens + surplus)
+        embeddings.weight.data[: len(rows)] = rows
+        vlm.set_input_embeddings(embeddings)

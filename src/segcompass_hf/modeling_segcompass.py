@@ -12,7 +12,7 @@ from transformers import initialization as init
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
-from .generation_segcompass import CACHE, HiddenStateCapture
+from .generation_segcompass import CACHE
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
@@ -22,7 +22,9 @@ from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
+from .text_stack_segcompass import HiddenStateCapture, check_decoder_only
 from .threads_segcompass import CallLock, one_call_at_a_time
+from .vlm_inputs_segcompass import sequence_inputs
 
 
 class SegCompassPreTrainedModel(PreTrainedModel):
@@ -89,6 +91,7 @@ class SegCompassForReasoningSegmentation(
         super().__init__(config)
         self.call_lock = CallLock()
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
+        check_decoder_only(self.vlm)
         if sam is None:
             asked = config.sam_config._attn_implementation
             if (attention := supported_attention(SamModel, asked)) != asked:
@@ -175,8 +178,7 @@ class SegCompassForReasoningSegmentation(
         if targets is None and mask_labels is not None:
             targets = MaskTargets(mask_labels, num_objects)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
-        vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, "use_cache": False, **vlm_kwargs}
-        vlm_inputs = {name: value for name, value in vlm_inputs.items() if value is not None}
+        vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **vlm_kwargs}
         vlm_output, language_loss, loss = {}, None, None
         if slots_alone:
             capture = self._pass_to_sae(input_ids, vlm_inputs, interventions)
@@ -184,7 +186,7 @@ class SegCompassForReasoningSegmentation(
             # The language loss is left to the VLM; a weight of 0 saves its cost.
             vlm_labels = labels if self.config.lm_loss_weight else None
             with self.capture_states(input_ids, attention_mask, interventions) as capture:
-                vlm_output = self.vlm(input_ids=input_ids, labels=vlm_labels, **self._with_positions(vlm_inputs))
+                vlm_output = self.vlm(**self.vlm_inputs(input_ids, labels=vlm_labels, **vlm_inputs))
             if vlm_labels is not None:
                 language_loss = vlm_output.loss
                 loss = self.config.lm_loss_weight * language_loss
@@ -218,9 +220,8 @@ class SegCompassForReasoningSegmentation(
         self, input_ids: torch.Tensor, vlm_inputs: dict[str, torch.Tensor], interventions: Interventions
     ) -> HiddenStateCapture:
         """Pass whole sequences through the layers below the SAE; what lies above is not computed."""
-        inputs = {name: value for name, value in vlm_inputs.items() if name != "logits_to_keep"}
-        with self.capture_states(input_ids, inputs["attention_mask"], interventions, stop=True) as capture:
-            self.base_model(input_ids=input_ids, **self._with_positions(inputs))
+        with self.capture_states(input_ids, vlm_inputs["attention_mask"], interventions, stop=True) as capture:
+            self.vlm(**self.vlm_inputs(input_ids, **vlm_inputs))
         return capture
 
     def image_embeddings_of(
@@ -272,17 +273,11 @@ class SegCompassForReasoningSegmentation(
                 mask, modality = (x[:, span].repeat_interleave(copies, 0) for x in (attention_mask, modality_ids))
                 return steer_hidden_states(self.sae, states, interventions, mask, modality)
 
-        return HiddenStateCapture(self.base_model, self.config.sae_layer, edit, stop)
+        return HiddenStateCapture(self.vlm, self.config.sae_layer, edit, stop)
 
-    def _with_positions(self, vlm_inputs: dict) -> dict:
-        """Count positions from the first token, as generation does, so that left padding changes nothing.
-
-        Families with multimodal rotary positions count them themselves.
-        """
-        if "position_ids" in vlm_inputs or hasattr(self.base_model, "get_rope_index"):
-            return vlm_inputs
-        positions = (vlm_inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        return {**vlm_inputs, "position_ids": positions}
+    def vlm_inputs(self, input_ids: torch.Tensor, **inputs) -> dict:
+        """Arguments of `self.vlm(...)` for whole sequences; see [`sequence_inputs`]."""
+        return sequence_inputs(self.vlm, {"input_ids": input_ids, **inputs})
 
     @torch.no_grad()
     def with_concept_states(
@@ -296,22 +291,18 @@ class SegCompassForReasoningSegmentation(
         """
         if self.config.concept_input != "duplicated":
             return states
-        ids, mask, positions = duplicated_inputs(
+        ids, mask = duplicated_inputs(
             states.input_ids,
             states.attention_mask,
             states.completion_mask,
             self.config.get_text_config().pad_token_id or 0,
             self.config.image_token_id,
         )
-        ours = ("attention_mask", "position_ids", "use_cache")
-        inputs = {name: value for name, value in vlm_inputs.items() if value is not None and name not in ours}
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = self.modality_ids(ids)
-        if not hasattr(self.base_model, "get_rope_index"):
-            inputs["position_ids"] = positions
-        with self.capture_states(ids, mask, interventions) as capture:
-            self.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **inputs)
-        return replace(states, layer_states=capture.states()[0], concept_ids=ids, concept_mask=mask)
+        inputs = {name: value for name, value in vlm_inputs.items() if name not in ("position_ids", "use_cache")}
+        for name in [name for name in inputs if name.endswith("token_type_ids")]:
+            inputs[name] = self.modality_ids(ids)
+        capture = self._pass_to_sae(ids, {**inputs, "attention_mask": mask}, interventions)
+        return replace(states, layer_states=capture.layer_states[0], concept_ids=ids, concept_mask=mask)
 
 
 SegCompassForReasoningSegmentation.register_for_auto_class("AutoModel")

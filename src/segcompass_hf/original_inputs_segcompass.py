@@ -40,9 +40,9 @@ def duplicated_inputs(
     completion_mask: torch.Tensor | None,
     pad_token_id: int,
     image_token_id: int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The pass that the SAE reads: [`duplicate_completion`] from where the first completion of the batch begins, and
-    [`limit_image_tokens`]. Arguments and what it returns (ids, mask, positions) have the shape of `input_ids`.
+    [`limit_image_tokens`]. Arguments and what it returns (ids, mask) have the shape of `input_ids`.
 
     Raises:
         ValueError: `completion_mask` is `None`.
@@ -56,11 +56,11 @@ def duplicated_inputs(
     start = int(starts[completion_mask.bool().any(dim=1)].min()) if bool(completion_mask.any()) else None
     ids = input_ids.masked_fill(~attention_mask.bool(), pad_token_id)
     completion = ids[:, start:] if start is not None else ids[:, :0]
-    ids, mask, positions = duplicate_completion(input_ids, attention_mask, completion, pad_token_id)
+    ids, mask, _ = duplicate_completion(input_ids, attention_mask, completion, pad_token_id)
     if image_token_id is not None:
         per_row = int((input_ids[:, :start] == image_token_id).sum(1).max())
         ids = limit_image_tokens(ids, image_token_id, per_row, pad_token_id)
-    return ids, mask, positions
+    return ids, mask
 
 
 def limit_image_tokens(

@@ -443,9 +443,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             "completion_mask": completion_mask,
         }
         out["labels"] = out["input_ids"].masked_fill(completion_mask == 0, -100)
-        for name, value in data.items():
-            if name.endswith("token_type_ids"):  # 0 marks text
-                out[name] = torch.cat([value, torch.zeros_like(ids)], dim=1)
         return out
 
     def _check_length(self, attention_mask: torch.Tensor) -> None:

@@ -13,21 +13,20 @@ from transformers.utils import ModelOutput
 
 from .generation_segcompass import (
     ADDED_TOKENS,
-    HiddenStateCapture,
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
     completion_mask_of,
+    generate_and_feed_last,
     reasoning_budget,
-    run_last_token,
 )
 from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
 from .scoring_segcompass import ScoringMixin, TokenSurprisal
+from .text_stack_segcompass import HiddenStateCapture
 from .threads_segcompass import CallLock, one_call_at_a_time
+from .vlm_inputs_segcompass import every_state, forward_arguments
 
-# What of the VLM's inputs concerns the image alone, and so goes with any ids that hold its placeholders.
-_VLM_IMAGE_INPUTS = ("pixel_values", "image_grid_thw", "image_sizes", "pixel_attention_mask", "mm_token_type_ids")
 _GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
 
 
@@ -144,14 +143,12 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         self.eval()  # in training mode gradient checkpointing would silently drop the cache
         try:
             with self.capture_states(input_ids, attention_mask, interventions) as capture:
-                sequences = self.vlm.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=budget, **arguments
+                sequences = generate_and_feed_last(
+                    self.vlm, input_ids=input_ids, attention_mask=attention_mask, max_new_tokens=budget, **arguments
                 )
-                sequences = getattr(sequences, "sequences", sequences)
-                copies = sequences.shape[0] // batch_size
-                prompt_mask = attention_mask.repeat_interleave(copies, 0)
-                seen = torch.cat([prompt_mask, torch.ones_like(sequences[:, prompt_length:])], dim=1)
-                run_last_token(capture, sequences, seen)
+            sequences = getattr(sequences, "sequences", sequences)
+            copies = sequences.shape[0] // batch_size
+            prompt_mask = attention_mask.repeat_interleave(copies, 0)
             written = completion_mask_of(sequences[:, prompt_length:], end_ids)
             states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
             if copies > 1 and self.config.concept_input == "duplicated":
@@ -161,8 +158,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             reasoning_surprisal = surprisal.of_reasoning(
                 sequences, written.bool() & ~self._is_format(sequences[:, prompt_length:], end_ids)
             )
-            image_inputs = {name: kwargs[name] for name in _VLM_IMAGE_INPUTS if name in kwargs}
-            states = self.with_concept_states(states, interventions, **image_inputs)
+            vlm_inputs = {name: kwargs[name] for name in forward_arguments(self.vlm) & set(kwargs)}
+            states = self.with_concept_states(states, interventions, **vlm_inputs)
             sizes = None if reshaped_input_sizes is None else reshaped_input_sizes.repeat_interleave(copies, 0)
             output = self.read_finite_masks(
                 states,
@@ -232,6 +229,11 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                     f"{name} drafts tokens that may be rejected, so captured states would belong to other tokens; "
                     "leave it out."
                 )
+        if kwargs.get("use_cache") is False:
+            raise ValueError(
+                "use_cache=False passes the whole sequence again for every token, so captured states would belong to "
+                "many passes; leave it out."
+            )
         given = kwargs.get("cache_implementation")
         given = given or getattr(kwargs.get("generation_config"), "cache_implementation", None)
         if given not in (None, *_GROWING_CACHES):
@@ -258,7 +260,9 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
         processors = [*processors, *(kwargs.get("logits_processor") or [])]
         ends = {"eos_token_id": end_ids} if end_ids else {}
-        return {"do_sample": sampling, "use_cache": True, **cache, **kwargs, "logits_processor": processors, **ends}
+        keep = {"logits_to_keep": every_state(self.vlm, 1)} if "logits_to_keep" in forward_arguments(self.vlm) else {}
+        own = {"do_sample": sampling, "use_cache": True, **keep, **cache}
+        return {**own, **kwargs, "logits_processor": processors, **ends}
 
     def _generation_setting(self, kwargs: dict, name: str):
         """A setting as `generate` finds it: an argument, the caller's configuration, the model's own."""

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .. import bundled_checkpoint
-from ..generation_segcompass import decoder_layers
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
+from ..text_stack_segcompass import decoder_layers, final_norm
 
 logger = logging.get_logger(__name__)
 
@@ -99,7 +99,7 @@ def head_modules(model: PreTrainedModel) -> list[str]:
 
 def _decoder(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the language model's decoder layers."""
-    layers = decoder_layers(model.base_model)
+    layers = decoder_layers(model.vlm)
     return next(name for name, module in model.named_modules() if module is layers), layers
 
 
@@ -212,16 +212,12 @@ def _parameters_under(model: nn.Module, name: str) -> set[str]:
 
 def _parameters_before_the_sae(model: PreTrainedModel) -> set[str]:
     """Parameters that the states at `sae_layer` depend on, and the SAE's own."""
-    prefix, layers = _decoder(model)
-    text_model = prefix.rsplit(".", 1)[0]
-    after = tuple(f"{prefix}.{index}." for index in range(model.config.sae_layer, len(layers)))
-    base_model = next(name for name, module in model.named_modules() if module is model.base_model)
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if name.startswith("sae.")
-        or (name.startswith(f"{base_model}.") and not name.startswith((*after, f"{text_model}.norm.")))
-    }
+    layers = decoder_layers(model.vlm)[model.config.sae_layer :]
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    after = {id(parameter) for module in (layers, final_norm(model.vlm), head) for parameter in module.parameters()}
+    after -= {id(parameter) for parameter in embeddings.parameters()}  # tied ones are read first
+    named = model.named_parameters()
+    return {name for name, weight in named if name.startswith(("sae.", "vlm.")) and id(weight) not in after}
 
 
 def _saved_modules(model: PreTrainedModel, config: PeftConfig) -> list[str]:

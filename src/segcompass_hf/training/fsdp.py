@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 
-from ..generation_segcompass import final_norm
+from ..text_stack_segcompass import final_norm
 
 # What is called from outside. Some read weights that belong to no smaller unit than the model, and none could come
 # before the model's own `forward`: FSDP2 takes what runs first for the root.
@@ -41,7 +41,7 @@ def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
         if type(module).__name__ in names:
             fully_shard(module, **fsdp_kwargs)
     embeddings, head = core.get_input_embeddings(), core.get_output_embeddings()
-    tail = [final_norm(core.base_model), head]
+    tail = [final_norm(core.vlm), head]
     if embeddings.weight is head.weight:
         tail.insert(1, embeddings)  # one weight cannot be in two units
     else:
@@ -149,7 +149,7 @@ def _gather_for_zero3(core: nn.Module) -> None:
 def _gather_head_after_norm(core: nn.Module) -> None:
     head = core.get_output_embeddings()
     if isinstance(head, FSDPModule):
-        final_norm(core.base_model).register_forward_hook(lambda *_: head.unshard())
+        final_norm(core.vlm).register_forward_hook(lambda *_: head.unshard())
 
 
 def _train_only_token_rows(core: nn.Module) -> None:

@@ -8,9 +8,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from ..configuration_segcompass import SegCompassConfig
-from ..generation_segcompass import decoder_layers
 from ..loading_segcompass import full_precision_modules
 from ..modeling_segcompass import SegCompassForReasoningSegmentation
+from ..text_stack_segcompass import decoder_layers
 
 
 def quantization_config(
@@ -77,7 +77,7 @@ def check_quantization(model: PreTrainedModel) -> list[str]:
     Raises:
         ValueError: Something else is quantised, or a decoder layer is not.
     """
-    layers = decoder_layers(model.base_model)
+    layers = decoder_layers(model.vlm)
     prefix = next(name for name, module in model.named_modules() if module is layers)
     linear = {f"{prefix}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)}
     quantized = quantized_modules(model)

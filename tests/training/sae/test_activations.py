@@ -229,7 +229,7 @@ class TestLayerStates:
     @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
     @pytest.mark.parametrize("layer", [0, 2, 4])
     def test_what_the_model_reads_there(self, family, layer):
-        from segcompass_hf.generation_segcompass import HiddenStateCapture
+        from segcompass_hf.text_stack_segcompass import HiddenStateCapture
 
         model = tiny_model(family)
         inputs = RowEncoder(tiny_processor(family))(list(enumerate(rows(2))))

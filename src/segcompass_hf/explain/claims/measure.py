@@ -18,12 +18,12 @@ import torch
 
 from ...data.collator import SegmentationCollator
 from ...data.schema import decode_masks
-from ...generation_segcompass import HiddenStateCapture
 from ...images_segcompass import fit_objects_to_slots
 from ...losses_segcompass import segmentation_loss
 from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
 from ...patch_coverage import patch_coverage
+from ...text_stack_segcompass import HiddenStateCapture
 from ..token_kinds import token_kinds
 
 TOP_PERCENT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)  # of the image tokens
@@ -103,7 +103,7 @@ def measure_claims(
         batch = collate(batch_rows)
         references = batch.pop("references")
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        with HiddenStateCapture(model.base_model, model.config.sae_layer) as capture:
+        with HiddenStateCapture(model.vlm, model.config.sae_layer) as capture:
             output = model.segment(
                 **batch, reasoning=reasoning, max_new_tokens=max_new_tokens, output_concepts=True, do_sample=False
             )

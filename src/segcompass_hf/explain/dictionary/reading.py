@@ -135,7 +135,7 @@ class ConceptReader:
         reasonings = [row.get("reasoning") or "" for _, row in rows]
         batch = language_inputs(self.processor, images, instructions, reasonings)
         inputs = {name: value.to(model.device) for name, value in batch.items() if name not in _NOT_FOR_THE_VLM}
-        states = layer_states(model.vlm, model.config.sae_layer, model._with_positions(inputs))
+        states = layer_states(model.vlm, model.config.sae_layer, inputs)
         modality_ids = model.modality_ids(inputs["input_ids"])
         concepts = model.encode_concepts(states, inputs["attention_mask"], modality_ids)
         return inputs["input_ids"], inputs["attention_mask"], concepts

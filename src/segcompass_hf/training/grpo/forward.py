@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...generation_segcompass import HiddenStateCapture
 from ...reading_segcompass import MaskTargets, SequenceStates
+from ...text_stack_segcompass import HiddenStateCapture
 from .reference import FusedHead, LayerTrace
 
 LOSS_TERMS = ("segmentation_loss", "confidence_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
@@ -99,12 +99,12 @@ def _joint_forward(
         labels = labels[:, max(int((labels != -100).any(0).long().argmax()) - 1, 0) :]
     else:
         labels = labels[:, -segmentation.completion_mask.shape[1] - 1 :]
-    vlm_inputs = model._with_positions({"attention_mask": attention_mask, **vlm_inputs})
+    inputs = model.vlm_inputs(input_ids, attention_mask=attention_mask, **vlm_inputs)
     layer = model.config.sae_layer
-    trace = LayerTrace(model.base_model, layer) if reference is not None else nullcontext()
+    trace = LayerTrace(model.vlm, layer) if reference is not None else nullcontext()
     # Nothing below the SAE's layer trains; cut off, gradient checkpointing and PEFT's input gradients cost nothing.
-    with HiddenStateCapture(model.base_model, layer, lambda states, _: states.detach()) as capture, trace:
-        model.base_model(input_ids=input_ids, use_cache=False, **vlm_inputs)
+    with HiddenStateCapture(model.vlm, layer, lambda states, _: states.detach()) as capture, trace:
+        model.base_model(**inputs)
     layer_states, last_states = capture.states()
     scored = head(last_states[:, -labels.shape[1] :], labels)
     output = JointOutput(loss=scored.loss, log_probs=scored.log_probs, entropy=scored.entropy)

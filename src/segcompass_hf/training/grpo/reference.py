@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import add_fused_lm_head
 
-from ...generation_segcompass import decoder_layers, final_norm
+from ...text_stack_segcompass import decoder_layers, final_norm, text_config
 
 
 class LayerTrace:
@@ -23,12 +23,12 @@ class LayerTrace:
     between two layers (Qwen3-VL's visual features) does not depend on them either and is recorded as a difference.
 
     Args:
-        base_model (`nn.Module`): The VLM without its head.
+        vlm (`nn.Module`): The VLM.
         first (`int`): Index of the first layer to record.
     """
 
-    def __init__(self, base_model: nn.Module, first: int):
-        self.layers = list(decoder_layers(base_model))[first:]
+    def __init__(self, vlm: nn.Module, first: int):
+        self.layers, self.width = list(decoder_layers(vlm))[first:], text_config(vlm).hidden_size
         self.calls: list[tuple[tuple, dict]] = []
         self.added: list[torch.Tensor | None] = []
         self.first_input: torch.Tensor | None = None
@@ -50,6 +50,7 @@ class LayerTrace:
         kwargs = dict(kwargs)
         states = args[0] if args else kwargs.pop("hidden_states")
         if self.first_input is None:
+            self._check_one_stream(states)
             self.first_input = states.detach()
             self.added.append(None)
         else:
@@ -59,6 +60,13 @@ class LayerTrace:
             if name in kwargs:
                 kwargs[name] = None
         self.calls.append((args[1:], kwargs))
+
+    def _check_one_stream(self, states: torch.Tensor) -> None:
+        if states.ndim != 3 or states.shape[-1] != self.width:
+            raise ValueError(
+                f"the decoder layers pass on several streams per token, {tuple(states.shape)}, which the text model "
+                "brings together in its own way behind them; no reference policy can be run for it: train with beta=0."
+            )
 
     def _read_output(self, module, args, output):
         self._last_output = output if isinstance(output, torch.Tensor) else output[0]
@@ -125,7 +133,7 @@ class ReferencePolicy(nn.Module):
         # Frozen tensors are entered as their own copies.
         memo = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
         self.layers = _frozen_copy(nn.ModuleList(_upper_layers(model)), memo)
-        self.norm = _frozen_copy(final_norm(model.base_model), memo)
+        self.norm = _frozen_copy(final_norm(model.vlm), memo)
         head = model.get_output_embeddings()
         # A head in training is copied whole although only a few of its rows train.
         self.lm_head = _frozen_copy(head, memo) if head.weight.requires_grad else None
@@ -171,7 +179,7 @@ class AdapterFreeReference:
         plain = disable_gradient_checkpointing(model, self.checkpointing_kwargs) if checkpointing else nullcontext()
         layers, adapter = _upper_layers(model), "ref" if "ref" in self.peft_model.peft_config else None
         with plain, use_adapter(self.peft_model, adapter), _without_dropout(layers):
-            states = trace.replay(layers, final_norm(model.base_model))
+            states = trace.replay(layers, final_norm(model.vlm))
             return self._fused(states[:, -labels.shape[1] :], labels).log_probs
 
 
@@ -206,7 +214,7 @@ def copy_token_rows_to_reference(peft_model: nn.Module) -> None:
 
 
 def _upper_layers(model: nn.Module) -> list[nn.Module]:
-    return list(decoder_layers(model.base_model))[model.config.sae_layer :]
+    return list(decoder_layers(model.vlm))[model.config.sae_layer :]
 
 
 def _frozen_copy(module: nn.Module, memo: dict) -> nn.Module:

@@ -98,8 +98,6 @@ def masks_of_rollouts(
         ids = [torch.tensor([*one, *[pad] * (length - len(one))]) for one in completion_ids[rows]]
         mask = [torch.tensor([*[1] * len(one), *[0] * (length - len(one))]) for one in completion_ids[rows]]
         ids, mask = torch.stack(ids).to(device), torch.stack(mask).to(device)
-        for name in [name for name in inputs if name.endswith("token_type_ids")]:
-            inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)  # 0 marks text
         prompt_mask = inputs.pop("attention_mask")
         output = model(
             input_ids=torch.cat([inputs.pop("input_ids"), ids], dim=1),

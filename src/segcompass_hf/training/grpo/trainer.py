@@ -14,13 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
-from trl.models.utils import disable_gradient_checkpointing
 
 from ...data.vlm_texts import RowTextCheck
-from ...generation_segcompass import HiddenStateCapture, run_last_token
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets, SequenceStates
+from ...text_stack_segcompass import HiddenStateCapture
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
@@ -222,14 +221,21 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         core = self.core
         # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
         precision, layer = self.accelerator.autocast(), core.config.sae_layer
-        with precision, HiddenStateCapture(core.base_model, layer) as capture:
+        self.generation_config.feed_last_token = True
+        with precision, HiddenStateCapture(core.vlm, layer) as capture:
             completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
-            sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
-            as_generated = torch.cat([prompt_mask, torch.ones_like(written)], dim=1)
-            with disable_gradient_checkpointing(core, self.args.gradient_checkpointing_kwargs):
-                run_last_token(capture, sequences, as_generated)
+        sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
         self._rollouts.states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
         return completion_ids, logprobs
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        """As in the parent, which marks what was written with 0 in per-token inputs; families mark it in their own
+        way (PaliGemma's 0 is a prefix that sees all of itself), so here the model lets those of the prompt grow."""
+        for name in ("token_type_ids", "mm_token_type_ids"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][:, : input_ids.shape[1] - logits_to_keep]
+        arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
+        return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
 
     @property
     def _captures_states(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...configuration_segcompass import SegCompassConfig
-from ...generation_segcompass import decoder_layers
+from ...text_stack_segcompass import decoder_layers
 from .model import cast_weights, fake_model
 from .setup import TrainingSetup
 from .step import sae_bytes, sampling_bytes, training_bytes
@@ -163,7 +163,7 @@ def _quantized(model: nn.Module, setup: TrainingSetup) -> set[str]:
     """Names of the weights in NF4: the decoder's linear layers, what adapters add to them left out."""
     if not setup.load_in_4bit:
         return set()
-    layers = decoder_layers(model.base_model)
+    layers = decoder_layers(model.vlm)
     weights = {id(module.weight) for module in layers.modules() if isinstance(module, nn.Linear)}
     return {name for name, weight in model.named_parameters() if id(weight) in weights and "lora_" not in name}
 

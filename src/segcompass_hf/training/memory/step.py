@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...generation_segcompass import decoder_layers
 from ...losses_segcompass import SlotAssignments
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
 from ...reading_segcompass import MaskTargets
+from ...text_stack_segcompass import decoder_layers, text_stack
 from .meter import MemoryMeter
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def sampling_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
     """Keys, values and captured states of all rollouts, and the pass over their prompts or SAM's over an image."""
     text = model.config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    size = next(decoder_layers(model.base_model).parameters()).dtype.itemsize
+    size = next(decoder_layers(model.vlm).parameters()).dtype.itemsize
     tokens = setup.rollouts * (setup.prompt_tokens + setup.completion_tokens)
     cache = tokens * text.num_hidden_layers * 2 * text.num_key_value_heads * head_dim * size
     captured = tokens * 2 * text.hidden_size * size
@@ -103,8 +103,7 @@ def _held(model: nn.Module) -> list[torch.Tensor]:
 
 def _language_pass(model: nn.Module, batch_size: int, tokens: int) -> torch.Tensor:
     """Last states `(batch_size, tokens, hidden)`; the padding mask is passed in full, as with padded batches."""
-    layers = decoder_layers(model.base_model)
-    text_model = next(module for module in model.base_model.modules() if getattr(module, "layers", None) is layers)
+    text_model, _ = text_stack(model.vlm)
     weight = model.get_input_embeddings().weight
     embeddings = torch.empty(batch_size, tokens, weight.shape[1], dtype=weight.dtype)
     embeddings.requires_grad_(weight.requires_grad and torch.is_grad_enabled())

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ...generation_segcompass import HiddenStateCapture
+from ...text_stack_segcompass import HiddenStateCapture
+from ...vlm_inputs_segcompass import sequence_inputs
 from .rows import RowEncoder, RowStream, _mix
 
 Place = tuple[int, int]  # (epoch, rows or tokens of the epoch before it)
@@ -53,8 +54,8 @@ def layer_states(vlm: nn.Module, layer: int, inputs: dict[str, torch.Tensor]) ->
         inputs (`dict`): The VLM's inputs.
     """
 
-    with HiddenStateCapture(vlm.base_model, layer, stop=True) as capture:
-        vlm.base_model(**inputs, use_cache=False)
+    with HiddenStateCapture(vlm, layer, stop=True) as capture:
+        vlm(**sequence_inputs(vlm, inputs))
     if capture.layer_states:
         return capture.layer_states[0]
     raise RuntimeError(f"the VLM's pass ended without reaching layer {layer}; it has fewer layers.")

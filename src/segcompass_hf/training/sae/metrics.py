@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from ...generation_segcompass import HiddenStateCapture
 from ...modeling_sae import SegCompassSae
+from ...text_stack_segcompass import HiddenStateCapture
+from ...vlm_inputs_segcompass import sequence_inputs
 from .activations import ActivationHarvester
 
 MODALITIES = ("text", "image")
@@ -161,8 +162,8 @@ def evaluate_rows(
 def _cross_entropy(harvester: ActivationHarvester, inputs: dict[str, torch.Tensor], edit) -> tuple[float, int]:
     """Summed cross-entropy of the text tokens of a pass with edited states, and how many they are."""
     vlm, input_ids = harvester.vlm, inputs["input_ids"]
-    with HiddenStateCapture(vlm.base_model, harvester.layer, edit=edit):
-        logits = vlm(**inputs, use_cache=False).logits  # (rows, length, vocabulary)
+    with HiddenStateCapture(vlm, harvester.layer, edit=edit):
+        logits = vlm(**sequence_inputs(vlm, inputs)).logits  # (rows, length, vocabulary)
     mask = inputs["attention_mask"].bool()
     is_word = mask[:, 1:] & mask[:, :-1] & (harvester.modality_ids(inputs)[:, 1:] == 0)
     total = F.cross_entropy(logits[:, :-1][is_word].float(), input_ids[:, 1:][is_word], reduction="sum")

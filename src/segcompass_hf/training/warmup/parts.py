@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ...freezing_segcompass import train_rows
-from ...generation_segcompass import decoder_layers
+from ...text_stack_segcompass import decoder_layers, final_norm
 
 VISION_ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder")  # attributes of a VLM's base model
 PROJECTORS = ("merger", "projector", "connector")  # parts of names; the Qwens keep theirs inside the encoder
@@ -30,10 +30,8 @@ def choose_trainable(
     """
     if trainable == "decoder":
         vlm.requires_grad_(False)
-        decoder_layers(vlm.base_model).requires_grad_(True)
-        for name, module in vlm.base_model.named_modules():
-            if name in ("norm", "language_model.norm", "text_model.norm"):
-                module.requires_grad_(True)
+        decoder_layers(vlm).requires_grad_(True)
+        final_norm(vlm).requires_grad_(True)
         train_rows(vlm, "both", token_ids)
         return
     vlm.requires_grad_(True)

@@ -15,10 +15,12 @@ from ...configuration_segcompass import default_sae_layer
 from ...data.collator import SegmentationCollator, language_inputs
 from ...data.vlm_texts import RowTextCheck
 from ...freezing_segcompass import parameter_groups
-from ...generation_segcompass import decoder_layers
 from ...images_segcompass import to_rgb_image
+from ...loading_segcompass import num_token_rows
 from ...processing_segcompass import SegCompassProcessor
+from ...text_stack_segcompass import decoder_layers
 from ...token_places import Name, instruction_words, target_names
+from ...vlm_inputs_segcompass import sequence_inputs
 from ..alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 from ..alignment.names import TokenPairs
 from ..alignment.object_patches import ObjectPatches
@@ -137,9 +139,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         names = (*ALIGNMENT_INPUTS, *PAIR_INPUTS, *READING_INPUTS)
         targets = {name: inputs.pop(name) for name in names if name in inputs}
         output = model(
-            **_with_positions(self.vlm, inputs),
-            **logits_to_keep(self.vlm, labels),
-            use_cache=False,
+            **sequence_inputs(self.vlm, {**inputs, **logits_to_keep(self.vlm, labels)}),
             output_hidden_states=bool(targets),
         )
         language_loss, num_tokens, num_right = language_loss_sums(output.logits, labels)
@@ -308,19 +308,11 @@ class _Together:
         return {name: value for extra in self.extras for name, value in extra(*args).items()}
 
 
-def _with_positions(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Count positions from the first token, so that left padding changes nothing; some families do it themselves."""
-    if "position_ids" in inputs or hasattr(vlm.base_model, "get_rope_index"):
-        return dict(inputs)
-    positions = (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-    return {**inputs, "position_ids": positions}
-
-
 def _alignment_layer(model: nn.Module, vlm: nn.Module, layer: int | None) -> int:
     """The layer asked for, or else the one that the SAE reads or will read by default."""
     if layer is None:
         layer = model.config.sae_layer if hasattr(model, "vlm") else default_sae_layer(model.config)
-    depth = len(decoder_layers(vlm.base_model))
+    depth = len(decoder_layers(vlm))
     if not 0 <= layer <= depth:
         raise ValueError(
             f"alignment_layer is an index into hidden_states, 0 (embeddings) to {depth} for this VLM, got {layer}."
@@ -329,7 +321,7 @@ def _alignment_layer(model: nn.Module, vlm: nn.Module, layer: int | None) -> int
 
 
 def _check_tokens(vlm: nn.Module, tokenizer: Any) -> None:
-    rows = vlm.get_input_embeddings().weight.shape[0]
+    rows = num_token_rows(vlm)
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the VLM embeds {rows}; call "
