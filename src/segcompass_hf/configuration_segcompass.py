@@ -90,6 +90,8 @@ class SegCompassConfig(PretrainedConfig):
         score_calibration (`dict`, *optional*): How the score of a kept slot follows from `features`, each with the
             `mean`, `scale` and `weight` of a logistic regression, and its `bias`; `segcompass calibrate` writes it.
             Without it scores are the plain confidences.
+        image_token_id (`int`, *optional*): Id that stands for image patches in `input_ids`: never written, and read as
+            image. Composing takes what the processor was seen to write; left out, the VLM's configuration is asked.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
@@ -142,6 +144,7 @@ class SegCompassConfig(PretrainedConfig):
     ref_token_id: int | None = None
     think_start_token_id: int | None = None
     think_end_token_id: int | None = None
+    image_token_id: int | None = None
     short_reasoning_tokens: int = 32
     max_reasoning_tokens: int = 512
     train_token_rows: Literal["head", "none", "both"] = "head"
@@ -164,6 +167,8 @@ class SegCompassConfig(PretrainedConfig):
         self.vlm_config = _resolve_config(self.vlm_config, "llava")
         self.sam_config = _resolve_config(self.sam_config, SamConfig)
         text_config = self.vlm_config.get_text_config()
+        if self.image_token_id is None:
+            self.image_token_id = getattr(self.vlm_config, "image_token_id", None)
         if self.sae_config is None:
             self.sae_config = {}
         if isinstance(self.sae_config, dict):
@@ -183,11 +188,6 @@ class SegCompassConfig(PretrainedConfig):
     def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
-
-    @property
-    def image_token_id(self) -> int | None:
-        """Id of the VLM's image placeholder."""
-        return getattr(self.vlm_config, "image_token_id", None)
 
     @property
     def video_token_id(self) -> int | None:

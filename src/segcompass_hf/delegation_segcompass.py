@@ -114,7 +114,7 @@ class VlmDelegationMixin:
     def vision_token_ids(self) -> list[int]:
         """Ids that stand for image or video content, which text must never hold."""
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = [getattr(self.config.vlm_config, name, None) for name in names]
+        ids = [self.config.image_token_id, *(getattr(self.config.vlm_config, name, None) for name in names)]
         return sorted({i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size})
 
 

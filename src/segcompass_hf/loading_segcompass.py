@@ -75,7 +75,8 @@ class LoadingMixin:
             num_slots (`int`, defaults to 4): K.
             sae_layer (`int`, *optional*): The SAE's own when left out, else see [`SegCompassConfig`].
             tokenizer, processor (*optional*): Gets `<REF_POS>`, `<think>` and `</think>` added, in place, and the VLM
-                as many embedding rows as it has tokens. Left out and `vlm` a path: that path's tokenizer.
+                as many embedding rows as it has tokens. Left out and `vlm` a path: that path's tokenizer. A
+                [`SegCompassProcessor`] also shows which token stands for image patches.
             dtype (`torch.dtype` or `str`, *optional*): Of everything; the checkpoints' own when left out.
             config_kwargs: Further fields of [`SegCompassConfig`].
 
@@ -102,6 +103,8 @@ class LoadingMixin:
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
             config_kwargs = {**add_tokens(tokenizer, vlm), **config_kwargs}
+        if hasattr(processor, "image_handling"):
+            config_kwargs = {**_measured_image_token(processor, vlm.config), **config_kwargs}
         sae_config = sae.config if sae is not None else config_kwargs.pop("sae_config", None)
         config = SegCompassConfig(
             vlm_config=vlm.config,
@@ -278,6 +281,23 @@ def _hand_on_quantization(model: PreTrainedModel, vlm: PreTrainedModel) -> None:
     for name in ("is_quantized", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit"):
         if hasattr(vlm, name):
             setattr(model, name, getattr(vlm, name))
+
+
+def _measured_image_token(processor: Any, vlm_config: Any) -> dict[str, int]:
+    """The id that a processor writes for image patches, as a field of the configuration; warns where the VLM replaces
+    another one by image states."""
+    written, replaced = processor.image_token_id, getattr(vlm_config, "image_token_id", None)
+    if written is None:
+        return {}
+    if replaced is not None and replaced != written:
+        names = [processor.tokenizer.convert_ids_to_tokens(token_id) for token_id in (written, replaced)]
+        logger.warning(
+            "the processor writes token %d (%s) for image patches, but the VLM's configuration says that %d (%s) is "
+            "replaced by image states: they may not belong together. Take the processor that was published with "
+            "the VLM.",
+            *(part for pair in zip((written, replaced), names, strict=True) for part in pair),
+        )
+    return {"image_token_id": written}
 
 
 def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:

@@ -10,25 +10,33 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .token_places import UnknownPlacesError, picture_as_seen, unknown_layout
+
 KEPT_SIZES = 256  # of images, whose geometry is remembered
+TRIAL_SIZE = (320, 640)  # (height, width) of the picture tried at once: wide, so that families that tile do
 
 
 class PatchCoverage:
     """Coverage of image tokens by masks: `R M C^T`, with `R` and `C` the shares of a token's rows and columns.
 
-    Where a token lies in the image is asked of the VLM's own image processor, once per image size: it is shown two
+    Where a token lies in the image is asked of the VLM's own processor, once per image size: it is shown two
     pictures, brighter from left to right and from top to bottom, and a white one. What comes out tells which place of
     the image every place of the processed one shows, so resizing, cropping and padding are the family's own. Known are
     pixels `(1, C, H, W)` (LLaVA, Gemma: a grid, row by row) and flat patches (the Qwens: `merge_size^2` patches in a
     row make a token).
 
     Args:
-        image_processor (`BaseImageProcessor`): The VLM's.
+        processor (`SegCompassProcessor`): Its `picture_inputs` are asked for.
+
+    Raises:
+        UnknownPlacesError: already for a trial picture the places of the family's image tokens are not known.
     """
 
-    def __init__(self, image_processor: Any):
-        self.image_processor = image_processor
+    def __init__(self, processor: Any):
+        self.processor = processor
         self._known: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        trial = processor.picture_inputs(Image.new("RGB", TRIAL_SIZE[::-1]))
+        self.geometry(*TRIAL_SIZE, int((trial["input_ids"] == processor.image_token_id).sum()))
 
     def __call__(self, masks: np.ndarray, num_patches: int) -> torch.Tensor:
         """Coverage of all masks of an image.
@@ -41,7 +49,7 @@ class PatchCoverage:
             `torch.Tensor` of shape `(num_masks, num_patches)`: in [0, 1].
 
         Raises:
-            ValueError: the processor cuts the image into tokens in a way that is not known here.
+            UnknownPlacesError: the processor cuts the image into tokens in a way that is not known here.
         """
         rows, columns = self.geometry(*masks.shape[1:], num_patches)
         masks = torch.from_numpy(np.ascontiguousarray(masks)).to(rows.dtype)
@@ -61,7 +69,12 @@ class PatchCoverage:
         if key not in self._known:
             if len(self._known) >= KEPT_SIZES:
                 self._known.clear()
-            self._known[key] = self._measure(height, width, num_patches)
+            try:
+                self._known[key] = self._measure(height, width, num_patches)
+            except UnknownPlacesError as error:
+                raise UnknownPlacesError(
+                    f"{error} Leave out what needs these places (alignment_weight=0, slot_pull_weight=0)."
+                ) from error
         return self._known[key]
 
     def _measure(self, height: int, width: int, num_patches: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,8 +92,7 @@ class PatchCoverage:
     def _seen(self, picture: np.ndarray, num_patches: int) -> tuple[np.ndarray, tuple[int, int]]:
         """What the processor makes of a picture in [0, 1], and the grid of its tokens, (rows, columns)."""
         shown = Image.fromarray(np.rint(picture * 255).astype(np.uint8)).convert("RGB")
-        options = {"do_normalize": False, "resample": Image.Resampling.BILINEAR, "return_tensors": "pt"}
-        made = self.image_processor(images=shown, **options)
+        made = picture_as_seen(self.processor, shown, num_patches, Image.Resampling.BILINEAR)
         pixels = made["pixel_values"].float()
         if pixels.ndim == 2 and "image_grid_thw" in made:
             _, high, wide = made["image_grid_thw"][0].tolist()
@@ -92,11 +104,7 @@ class PatchCoverage:
             rows = round(math.sqrt(num_patches * pixels.shape[2] / pixels.shape[3]))
             if rows and num_patches % rows == 0:
                 return pixels[0].mean(0).numpy(), (rows, num_patches // rows)
-        raise ValueError(
-            f"{type(self.image_processor).__name__} makes pixel_values of shape {tuple(pixels.shape)} for an image of "
-            f"{num_patches} tokens, a layout whose tokens cannot be found in the image; leave out what needs them "
-            "(alignment_weight=0, slot_pull_weight=0)."
-        )
+        raise unknown_layout(self.processor, pixels, num_patches)
 
 
 def _shares(values: np.ndarray, whole: np.ndarray, size: int, tokens: int) -> torch.Tensor:
@@ -116,9 +124,4 @@ def _shares(values: np.ndarray, whole: np.ndarray, size: int, tokens: int) -> to
     return torch.from_numpy(overlap.clip(min=0) / np.diff(edges)[:, None]).float()
 
 
-def patch_coverage(image_processor: Any, mask: np.ndarray, num_patches: int) -> torch.Tensor:
-    """[`PatchCoverage`] of one mask `(H, W)`: `torch.Tensor` of shape `(num_patches,)`, in [0, 1]."""
-    return PatchCoverage(image_processor)(np.asarray(mask)[None], num_patches)[0]
-
-
-__all__ = ["PatchCoverage", "patch_coverage"]
+__all__ = ["PatchCoverage"]

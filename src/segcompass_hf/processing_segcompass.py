@@ -21,11 +21,13 @@ from .images_segcompass import (
 from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
 from .threads_segcompass import tokenizer_lock, within_seconds
 from .vlm_processors_segcompass import (
+    ImageHandling,
+    build_vlm_processor,
     is_own_folder,
     load_vlm_parts,
+    measure_image_handling,
     on_pil_backend,
     own_arguments,
-    processor_class,
     to_sam_image_processor,
 )
 
@@ -53,7 +55,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
 
     The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
-    tokenizer (and without a video processor, which would need torchvision). SAM's come from `SamImageProcessorPil`.
+    tokenizer (without parts for videos or audio: a video processor would need torchvision). SAM's come from
+    `SamImageProcessorPil`.
 
     Args:
         image_processor (`BaseImageProcessor`): The VLM's image processor.
@@ -115,12 +118,12 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
         self.instruction_template = instruction_template
         self.completion_template = completion_template
-        self._vlm_processor = self._control = None
+        self._vlm_processor = self._control = self._handling = None
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
         image_token = self.image_token  # builds the family's processor, so that a wrong class or argument shows here
         if self.chat_template is None:
-            self.chat_template = MINIMAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token)
+            self.chat_template = MINIMAL_CHAT_TEMPLATE.replace("IMAGE_TOKEN", image_token or "")
             self._vlm_processor = None  # it was built without the template
 
     @classmethod
@@ -148,10 +151,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             image_processor, tokenizer, class_name, class_kwargs, template = load_vlm_parts(str(vlm_processor))
         else:
             image_processor, tokenizer = vlm_processor.image_processor, vlm_processor.tokenizer
-            class_name, template = (
-                type(vlm_processor).__name__.removesuffix("WithoutVideo"),
-                vlm_processor.chat_template,
-            )
+            class_name, template = type(vlm_processor).__name__, vlm_processor.chat_template
             names = own_arguments(type(vlm_processor))
             class_kwargs = {name: getattr(vlm_processor, name) for name in names if hasattr(vlm_processor, name)}
         fields = {"vlm_processor_class": class_name, "vlm_processor_kwargs": class_kwargs, "chat_template": template}
@@ -165,25 +165,49 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         """The family's own processor around our image processor and tokenizer; rebuilt when either is replaced."""
         inner = self._vlm_processor
         if inner is None or inner.tokenizer is not self.tokenizer or inner.image_processor is not self.image_processor:
-            inner = processor_class(self.vlm_processor_class)(
-                image_processor=self.image_processor,
-                tokenizer=self.tokenizer,
-                chat_template=getattr(self, "chat_template", None),
-                **self.vlm_processor_kwargs,
+            template, arguments = getattr(self, "chat_template", None), self.vlm_processor_kwargs
+            inner = build_vlm_processor(
+                self.vlm_processor_class, self.image_processor, self.tokenizer, template, arguments
             )
-            self._vlm_processor = inner
+            self._vlm_processor, self._handling = inner, None
         return inner
 
     @property
-    def image_token(self) -> str:
-        """The VLM's image placeholder."""
+    def image_handling(self) -> ImageHandling:
+        """How the family's processor wants images, and what stands for them in the ids; found out at first use."""
+        inner = self.vlm_processor
+        if self._handling is None:
+            prompt = self._picture_prompt()
+            with tokenizer_lock:
+                self._handling = measure_image_handling(
+                    inner, self.vlm_processor_class, prompt, **self._special_tokens([prompt])
+                )
+        return self._handling
+
+    def picture_inputs(self, picture: Any, **image_options) -> BatchFeature:
+        """The VLM's inputs for one picture in a short prompt, as the family's processor makes them of any image.
+
+        Args:
+            picture: See `to_rgb_image`.
+            image_options: For the family's image processor.
+        """
+        return self._vlm_inputs([[picture]], [self._picture_prompt()], return_tensors="pt", **image_options)
+
+    def _picture_prompt(self) -> str:
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
+        return self._render([message], add_generation_prompt=True)
+
+    @property
+    def image_token(self) -> str | None:
+        """The VLM's image placeholder in texts; `None` where the family has none."""
         token = getattr(self.vlm_processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
         return getattr(token, "content", token)
 
     @property
-    def image_token_id(self) -> int:
-        """Id that stands for image patches; Gemma writes another token in the text than in the ids."""
-        return self.tokenizer.convert_tokens_to_ids(getattr(self.tokenizer, "image_token", None) or self.image_token)
+    def image_token_id(self) -> int | None:
+        """Id that stands for image patches in `input_ids`, as measured: families may write another token in the text.
+        `None` where the ids hold nothing for an image."""
+        return self.image_handling.token_id
 
     @property
     def ref_token_id(self) -> int:
@@ -311,7 +335,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             return self._control
         added = self.tokenizer.added_tokens_decoder.values()
         tokens = {token.content for token in added if token.special or _MARKER_SHAPE.match(token.content)}
-        tokens |= {*self.tokenizer.all_special_tokens, self.image_token, REF_TOKEN, THINK_START, THINK_END}
+        tokens |= {*self.tokenizer.all_special_tokens, self.image_token or "", REF_TOKEN, THINK_START, THINK_END}
         tokens = {token for token in tokens if len(token.strip()) > 1}
         pattern = _any_of(tokens)
         ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens))) - {self.tokenizer.unk_token_id, None}
@@ -413,13 +437,25 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         return BatchFeature(data)
 
     def _vlm_inputs(self, images: Any, text: str | list[str], **kwargs) -> BatchFeature:
-        """What the family's own processor returns. A template that writes `<s>` itself must not get a second one."""
+        """What the family's own processor returns, but for labels."""
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        texts, bos = [text] if isinstance(text, str) else text, self.tokenizer.bos_token
-        if bos and all(isinstance(words, str) and words.startswith(bos) for words in texts):
-            kwargs.setdefault("add_special_tokens", False)
+        kwargs = self._special_tokens([text] if isinstance(text, str) else text) | kwargs
+        images = _map_images(images)
+        if images is not None:
+            if not self.image_handling.nested:
+                images = _flat(images)
+            if self.image_handling.asks_types:
+                kwargs.setdefault("return_mm_token_type_ids", True)
         with tokenizer_lock:
-            return self.vlm_processor(images=_map_images(images), text=text, **kwargs)
+            inputs = self.vlm_processor(images=images, text=text, **kwargs)
+        inputs.pop("labels", None)  # PaliGemma's mark answers that it was not given
+        return inputs
+
+    def _special_tokens(self, texts: list[str]) -> dict[str, bool]:
+        """A template that writes `<s>` itself must not get a second one."""
+        bos = self.tokenizer.bos_token
+        has_bos = bos and all(isinstance(words, str) and words.startswith(bos) for words in texts)
+        return {"add_special_tokens": False} if has_bos else {}
 
     def _append_completions(self, data: dict, reasonings: list[str]) -> dict:
         """The reference answers behind the prompts: `[padding | prompt | answer | padding]`, as TRL lays them out."""
@@ -489,7 +525,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         bare = copy.copy(self)
-        for name in ("_vlm_processor", "_control"):
+        for name in ("_vlm_processor", "_control", "_handling"):
             bare.__dict__.pop(name, None)
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
@@ -499,7 +535,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         return output
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_vlm_processor": None, "_control": None}
+        return self.__dict__ | {"_vlm_processor": None, "_control": None, "_handling": None}
 
 
 def _checked_text(words: Any, name: str) -> str:
@@ -569,6 +605,13 @@ def _map_images(images: Any) -> Any:
     if isinstance(images, (list, tuple)):
         return [_map_images(image) for image in images]
     return to_rgb_image(images)
+
+
+def _flat(images: Any) -> Any:
+    """One list of all images of a nested one."""
+    if not isinstance(images, list) or not any(isinstance(image, list) for image in images):
+        return images
+    return [one for image in images for one in (image if isinstance(image, list) else [image])]
 
 
 SegCompassProcessor.register_for_auto_class("AutoProcessor")

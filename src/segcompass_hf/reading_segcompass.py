@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_segcompass import SegCompassConfig
 from .interventions_segcompass import Interventions, apply_interventions
@@ -16,6 +16,8 @@ from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmenta
 from .modeling_concepts import SparseConcepts, encode_concepts
 from .modeling_masks import SamMaskStage
 from .modeling_slots import SlotEncoderOutput
+
+logger = logging.get_logger(__name__)
 
 # Fields of the configuration that are arguments of `segmentation_loss` by the same name.
 _LOSS_OPTIONS = (
@@ -218,6 +220,11 @@ class ReadingMixin:
 
     def modality_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """1 on image (and video) tokens, 0 on text; `(batch_size, sequence_length)`."""
+        if self.config.image_token_id is None:
+            logger.warning_once(
+                "config.image_token_id is None, so that image tokens count as text in concepts; set it to the "
+                "image_token_id of the model's processor."
+            )
         ids = [i for i in (self.config.image_token_id, self.config.video_token_id) if i is not None]
         return torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).long()
 

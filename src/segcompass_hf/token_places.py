@@ -47,14 +47,19 @@ def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple
     return sorted(found)
 
 
-def patch_boxes(image_processor: Any, image_size: tuple[int, int], num_patches: int) -> list[Box | None]:
-    """Which pixels of the original image each image token shows, whatever the image processor does to an image.
+class UnknownPlacesError(ValueError):
+    """A family cuts images into tokens in a way whose places in the image are not known here: overlapping tiles, rows
+    that end in a token of their own, tokens that are asked for by queries."""
+
+
+def patch_boxes(processor: Any, image_size: tuple[int, int], num_patches: int) -> list[Box | None]:
+    """Which pixels of the original image each image token shows, whatever the VLM's processor does to an image.
 
     Pictures that hold their own coordinates go through the processor (nearest neighbour), so resizing, cropping,
     padding and the order of tokens are the family's own; half a resized pixel is added at each side.
 
     Args:
-        image_processor (`BaseImageProcessor`): The VLM's.
+        processor (`SegCompassProcessor`): Its `picture_inputs` are asked for.
         image_size (`tuple[int, int]`): (height, width) of the image in pixels.
         num_patches (`int`): Image tokens of the image.
 
@@ -62,13 +67,13 @@ def patch_boxes(image_processor: Any, image_size: tuple[int, int], num_patches: 
         `list` of `(x0, y0, x1, y1)`: in the order of the tokens, ends not included; `None` for padding only.
 
     Raises:
-        ValueError: the processor cuts the image into tokens in a way that is not known here.
+        UnknownPlacesError: the processor cuts the image into tokens in a way that is not known here.
     """
     height, width = image_size
     columns = np.broadcast_to(np.arange(width), (height, width))
     rows = np.broadcast_to(np.arange(height)[:, None], (height, width))
-    inside = _values_of_tokens(image_processor, np.full((height, width), 255), num_patches)
-    sides = [_coordinates(image_processor, values, num_patches) for values in (columns, rows)]
+    inside = _values_of_tokens(processor, np.full((height, width), 255), num_patches)
+    sides = [_coordinates(processor, values, num_patches) for values in (columns, rows)]
     boxes: list[Box | None] = []
     for seen, x, y in zip(inside, *sides, strict=True):
         seen = seen == 255
@@ -80,22 +85,54 @@ def patch_boxes(image_processor: Any, image_size: tuple[int, int], num_patches: 
     return boxes
 
 
-def _coordinates(image_processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
+def _coordinates(processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
     """What each token sees of `values` `(H, W)`, which may be larger than a pixel of 8 bits can hold."""
-    low = _values_of_tokens(image_processor, values % 256, num_patches)
+    low = _values_of_tokens(processor, values % 256, num_patches)
     if values.max() < 256:
         return low
-    high = _values_of_tokens(image_processor, values // 256, num_patches)
+    high = _values_of_tokens(processor, values // 256, num_patches)
     return [256 * most + least for most, least in zip(high, low, strict=True)]
 
 
-def _values_of_tokens(image_processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
+def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resample: Any) -> dict[str, torch.Tensor]:
+    """What a VLM's processor makes of a picture, pixels not normalised.
+
+    Returns:
+        `dict` with `pixel_values` in [0, 1], and whatever else the family's image processor says of them.
+
+    Raises:
+        UnknownPlacesError: It makes no `pixel_values`, or another number of image tokens than `num_patches`.
+    """
+    try:
+        made = processor.picture_inputs(picture, do_normalize=False, resample=resample)
+    except (TypeError, ValueError) as error:  # image processors that take no such options
+        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error}") from error
+    tokens = int((made["input_ids"] == processor.image_token_id).sum())
+    if tokens != num_patches or "pixel_values" not in made:
+        raise UnknownPlacesError(
+            f"{_family(processor)} makes {tokens} tokens and {', '.join(made)} of a picture of {picture.width} x "
+            f"{picture.height} pixels, not `pixel_values` for an image of {num_patches} tokens."
+        )
+    return made
+
+
+def unknown_layout(processor: Any, pixels: torch.Tensor, num_patches: int) -> UnknownPlacesError:
+    return UnknownPlacesError(
+        f"{_family(processor)} makes pixel_values of shape {tuple(pixels.shape)} for an image of {num_patches} "
+        "tokens, a layout whose places in the image are not known here."
+    )
+
+
+def _family(processor: Any) -> str:
+    return getattr(processor, "vlm_processor_class", type(processor).__name__)
+
+
+def _values_of_tokens(processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:
     """Pixel values 0..255 that each token sees of a grey picture `values` `(H, W)`; one flat array per token."""
     picture = Image.fromarray(values.astype(np.uint8)).convert("RGB")
-    nearest = {"do_normalize": False, "resample": Image.Resampling.NEAREST, "return_tensors": "pt"}
-    pixels = image_processor(images=picture, **nearest)["pixel_values"]
+    pixels = picture_as_seen(processor, picture, num_patches, Image.Resampling.NEAREST)["pixel_values"]
     seen = torch.round(pixels.float() * 255).int().numpy()
-    merged = getattr(image_processor, "merge_size", 1) ** 2  # the Qwens: so many patches in a row make a token
+    merged = getattr(processor.image_processor, "merge_size", 1) ** 2  # the Qwens: so many patches in a row make a token
     if seen.ndim == 2 and len(seen) == num_patches * merged:
         return list(seen.reshape(num_patches, -1))
     if seen.ndim == 4 and len(seen) == 1:  # a grid, row by row
@@ -105,10 +142,7 @@ def _values_of_tokens(image_processor: Any, values: np.ndarray, num_patches: int
         if rows and num_patches % rows == 0:
             cells = [np.array_split(line, num_patches // rows, axis=1) for line in np.array_split(grid, rows, axis=0)]
             return [cell.ravel() for line in cells for cell in line]
-    raise ValueError(
-        f"{type(image_processor).__name__} makes pixel_values of shape {tuple(seen.shape)} for an image of "
-        f"{num_patches} tokens, a layout whose places in the image are not known here."
-    )
+    raise unknown_layout(processor, pixels, num_patches)
 
 
 def _extent(seen: np.ndarray, limit: int) -> tuple[int, int]:

@@ -1,21 +1,28 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Image processors and tokenizers of VLM families and of SAM, loaded without torchvision."""
 
+import copy
 import inspect
 import os
-from typing import Any
+from collections import Counter
+from typing import Any, NamedTuple
 
 import transformers
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PretrainedConfig,
     ProcessorMixin,
     SamImageProcessorPil,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
-SUB_PROCESSORS = ("image_processor", "video_processor", "audio_processor", "feature_extractor", "tokenizer")
+HELD_PARTS = ("image_processor", "tokenizer")  # of a family's processor, in a `SegCompassProcessor`
+MEASURED_SIDE = 224  # pixels of the picture that a family's processor is tried with: many patches, few tiles
 
 
 def on_pil_backend(image_processor: Any) -> Any:
@@ -28,31 +35,183 @@ def on_pil_backend(image_processor: Any) -> Any:
     return image_processor if pil_class is None else pil_class.from_dict(image_processor.to_dict())
 
 
-def own_arguments(processor_class: type) -> list[str]:
-    """Constructor arguments of a VLM processor besides its parts and chat template."""
-    skipped = ("self", "chat_template", "args", "kwargs", *SUB_PROCESSORS)
-    return [name for name in inspect.signature(processor_class.__init__).parameters if name not in skipped]
-
-
 def processor_class(name: str) -> type:
-    """The class of that name in transformers, made to do without a video processor."""
+    """The processor class of that name in transformers.
+
+    Raises:
+        ImportError: It needs a package that is not installed.
+        ValueError: transformers has no such class.
+    """
     base = getattr(transformers, name, None)
+    if getattr(base, "is_dummy", False):
+        raise ImportError(f"{name} needs {' and '.join(base._backends)}, not installed here; install what it needs.")
     if not (isinstance(base, type) and issubclass(base, ProcessorMixin)):
         raise ValueError(
             f"vlm_processor_class {name!r} is no processor class of transformers {transformers.__version__}."
         )
-    if not any("video" in attribute for attribute in base.get_attributes()):
-        return base
+    return base
 
-    def __init__(self, image_processor=None, tokenizer=None, video_processor=None, chat_template=None, **kwargs):
-        base.__init__(self, image_processor, tokenizer, video_processor, chat_template=chat_template, **kwargs)
+
+def own_arguments(processor_class: type) -> dict[str, inspect.Parameter]:
+    """Constructor arguments of a VLM processor besides its parts and chat template."""
+    skipped = ("self", "chat_template", "audio_tokenizer", *processor_class.get_attributes())
+    parameters = inspect.signature(processor_class.__init__).parameters.items()
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {name: one for name, one in parameters if name not in skipped and one.kind not in variable}
+
+
+class AbsentPart:
+    """Stands in a family's processor for a part that images do not need (videos, audio).
+
+    Families read settings off such parts when they are made; they get the image processor's.
+
+    Args:
+        name (`str`): Of the part, as the family's constructor calls it.
+        image_processor (`BaseImageProcessor`): Answers in its place.
+    """
+
+    model_input_names: list[str] = []  # none of its own
+    _auto_class = None
+
+    def __init__(self, name: str, image_processor: Any):
+        self._name, self._image_processor = name, image_processor
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also while it is copied, when it holds nothing yet
+            raise AttributeError(name)
+        if not hasattr(self._image_processor, name):
+            raise AttributeError(
+                f"the family's processor asks its {self._name} for {name!r}. SegCompass holds no {self._name}, and "
+                f"{type(self._image_processor).__name__}, which answers in its place, has no {name!r}."
+            )
+        return getattr(self._image_processor, name)
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(f"SegCompass reads images and text; it holds no {self._name}.")
+
+
+def build_vlm_processor(
+    class_name: str, image_processor: Any, tokenizer: Any, chat_template: str | None, arguments: dict[str, Any]
+) -> ProcessorMixin:
+    """A family's own processor for images and text, whatever else it could read.
+
+    Args:
+        class_name (`str`): Of its class in transformers.
+        image_processor, tokenizer: Its parts; every other one is an [`AbsentPart`].
+        chat_template (`str`, *optional*): Jinja template.
+        arguments (`dict`): What the class takes besides ([`own_arguments`]).
+
+    Raises:
+        ImportError: The class needs a package that is not installed.
+        ValueError: There is no such class, or it needs parts that SegCompass does not hold.
+    """
+    base = processor_class(class_name)
+    parts = base.get_attributes()
+    lacking = [name for name in HELD_PARTS if name not in parts]
+    if lacking:
+        raise ValueError(
+            f"{class_name} takes no {' and no '.join(lacking)} (its parts: {', '.join(parts)}), so it cannot prepare "
+            "an image and its text; use a VLM whose processor does."
+        )
+    others = [name for name in parts if name not in HELD_PARTS]
+    foreign = [name for name in others if "tokenizer" in name or "image_processor" in name]
+    if foreign:
+        raise ValueError(
+            f"{class_name} needs a {' and a '.join(foreign)} besides image processor and tokenizer, which SegCompass "
+            "does not hold; use a VLM of another family."
+        )
+    given = {"image_processor": image_processor, "tokenizer": tokenizer, **arguments}
+    given |= {name: AbsentPart(name, image_processor) for name in others}
+    takes_template = "chat_template" in inspect.signature(base.__init__).parameters
+    processor = (_with_absent_parts(base) if others else base)(
+        **given, **({"chat_template": chat_template} if takes_template else {})
+    )
+    processor.chat_template = chat_template
+    return processor
+
+
+def _with_absent_parts(base: type) -> type:
+    """A family's class that lets [`AbsentPart`]s be, under the same name."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        if argument is not None or "video" not in argument_name:
-            return base.check_argument_for_proper_class(self, argument_name, argument)
+        if isinstance(argument, AbsentPart):
+            return AbsentPart
+        return base.check_argument_for_proper_class(self, argument_name, argument)
 
-    methods = {"__init__": __init__, "check_argument_for_proper_class": check_argument_for_proper_class}
-    return type(f"{name}WithoutVideo", (base,), methods)
+    def to_dict(self):
+        held = copy.copy(self)
+        held.__dict__ = {name: value for name, value in vars(self).items() if not isinstance(value, AbsentPart)}
+        return base.to_dict(held)
+
+    methods = {"check_argument_for_proper_class": check_argument_for_proper_class, "to_dict": to_dict}
+    return type(base.__name__, (base,), methods)
+
+
+class ImageHandling(NamedTuple):
+    """What a family's processor does with images, found out by trying.
+
+    Args:
+        nested (`bool`): It takes a list of images for every text; otherwise one list of all images.
+        token_id (`int`, *optional*): Id that stands for an image patch in `input_ids`; for an image as a whole where
+            the model looks at it by cross-attention. Ids around patches (rows, columns, tiles) are none: they show
+            nothing of the image and are read like words. `None` where nothing stands for the image.
+        asks_types (`bool`): Its models take `mm_token_type_ids`, and it gives them only when asked.
+    """
+
+    nested: bool
+    token_id: int | None
+    asks_types: bool
+
+
+def measure_image_handling(vlm_processor: ProcessorMixin, class_name: str, prompt: str, **kwargs) -> ImageHandling:
+    """Try a family's processor with a picture.
+
+    Args:
+        vlm_processor (`ProcessorMixin`): The family's.
+        class_name (`str`): Of its class.
+        prompt (`str`): A rendered prompt with one image.
+        kwargs: For the processor.
+    """
+    picture = Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))
+    made, nested = {}, True
+    for images in ([[picture]], [picture]):
+        try:
+            made = vlm_processor(images=images, text=[prompt], return_tensors="pt", **kwargs)
+        except Exception:  # whatever it raises: where both fail, the caller's own call shows why
+            continue
+        nested = isinstance(images[0], list)
+        break
+    ids = made["input_ids"][0].tolist() if "input_ids" in made else None
+    plain = {name: value for name, value in kwargs.items() if name == "add_special_tokens"}
+    token_id = _image_token_id(vlm_processor, ids, vlm_processor.tokenizer(prompt, **plain)["input_ids"])
+    asks_types = "mm_token_type_ids" not in made and _models_take(class_name, "mm_token_type_ids")
+    return ImageHandling(nested, token_id, asks_types)
+
+
+def _image_token_id(vlm_processor: ProcessorMixin, ids: list[int] | None, before: list[int]) -> int | None:
+    """The id of a patch: of the ids that the family names as its image's, the most frequent in `ids`, those that its
+    processor made; where none of them is there, the most frequent that the text `before` it had not."""
+    tokenizer = vlm_processor.tokenizer
+    named = [getattr(part, "image_token_id", None) for part in (tokenizer, vlm_processor)]
+    token = getattr(vlm_processor, "image_token", None)
+    named.append(None if token is None else tokenizer.convert_tokens_to_ids(getattr(token, "content", token)))
+    named += getattr(vlm_processor, "image_token_ids", None) or []
+    named = [one for one in named if isinstance(one, int) and one != tokenizer.unk_token_id]
+    if ids is None:
+        return named[0] if named else None
+    counts = Counter(ids)
+    found = [one for one in named if counts[one]] or list(counts - Counter(before))
+    return max(found, key=lambda one: counts[one]) if found else None
+
+
+def _models_take(class_name: str, argument: str) -> bool:
+    """Whether the `forward` of every model that goes with a processor class has this argument."""
+    types = [model_type for model_type, name in PROCESSOR_MAPPING_NAMES.items() if name == class_name]
+    names = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type) for model_type in types]
+    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    return bool(classes) and all(
+        argument in inspect.signature(model.forward).parameters for model in classes if model is not None
+    )
 
 
 def is_own_folder(path: str | os.PathLike) -> bool:
@@ -72,14 +231,40 @@ def load_vlm_parts(path: str) -> tuple:
         raise ValueError(
             f"{path!r} (model type {config.model_type!r}) names no processor class; pass a processor instead."
         )
-    arguments = {name: fields[name] for name in own_arguments(processor_class(class_name)) if name in fields}
-    if class_name == "LlavaProcessor":  # the first LLaVA repositories leave these to the model
-        arguments.setdefault("patch_size", config.vision_config.patch_size)
-        arguments.setdefault("vision_feature_select_strategy", config.vision_feature_select_strategy)
-        if config.vision_config.model_type == "clip_vision_model":
-            arguments.setdefault("num_additional_image_tokens", 1)  # its class token
-    image_processor, tokenizer = AutoImageProcessor.from_pretrained(path), AutoTokenizer.from_pretrained(path)
-    return image_processor, tokenizer, class_name, arguments, fields.get("chat_template") or tokenizer.chat_template
+    own = own_arguments(processor_class(class_name))
+    arguments = _arguments_of_model(config, own) | {name: fields[name] for name in own if name in fields}
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    template = fields.get("chat_template") or tokenizer.chat_template
+    return _load_image_processor(path), tokenizer, class_name, arguments, template
+
+
+def _arguments_of_model(config: PretrainedConfig, own: dict[str, inspect.Parameter]) -> dict[str, Any]:
+    """What a processor leaves open and its model says: the first LLaVA repositories name none of these."""
+    vision = getattr(config, "vision_config", None)
+    open_arguments = [name for name, parameter in own.items() if parameter.default is None]
+    said = {name: getattr(config, name, getattr(vision, name, None)) for name in open_arguments}
+    if "vision_feature_select_strategy" in said and said["vision_feature_select_strategy"] is None:
+        said["vision_feature_select_strategy"] = "default"  # models that do not say drop the class token
+    if "num_additional_image_tokens" in own and getattr(vision, "model_type", None) == "clip_vision_model":
+        said["num_additional_image_tokens"] = 1  # its class token
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _load_image_processor(path: str) -> Any:
+    """A VLM's image processor on its PIL backend; where it has none, on torchvision's.
+
+    Raises:
+        ImportError: It exists for torchvision only, which is not installed.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    except (ImportError, ValueError) as error:
+        if is_torchvision_available() or "torchvision" not in str(error):
+            raise
+        raise ImportError(
+            f"the image processor of {path!r} exists only for torchvision, which is not installed; install "
+            "torchvision, or use a VLM of another family."
+        ) from error
 
 
 def to_sam_image_processor(source: Any) -> SamImageProcessorPil:

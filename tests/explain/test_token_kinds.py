@@ -60,7 +60,7 @@ def test_kinds_in_every_family(family):
 
 def test_patch_boxes_by_hand():
     # LLaVA: 60 x 60 -> 28 x 28 pixels in 2 x 2 patches of 14: quarters of the image.
-    llava = tiny_processor("llava").image_processor
+    llava = tiny_processor("llava")
     assert patch_boxes(llava, (60, 60), 4) == [(0, 0, 30, 30), (30, 0, 60, 30), (0, 30, 30, 60), (30, 30, 60, 60)]
     # 300 high, 600 wide: the centre square, columns 150 to 450, is all that the model sees.
     assert patch_boxes(llava, (300, 600), 4) == [
@@ -70,7 +70,7 @@ def test_patch_boxes_by_hand():
         (300, 150, 450, 300),
     ]
     # Qwen: 300 x 600 -> 28 x 70 pixels, tokens of 14 x 14: 2 rows of 5, each 150 high and 120 wide.
-    boxes = patch_boxes(tiny_processor("qwen3_vl").image_processor, (300, 600), 10)
+    boxes = patch_boxes(tiny_processor("qwen3_vl"), (300, 600), 10)
     for index, box in enumerate(boxes):
         row, column = divmod(index, 5)
         expected = (120 * column, 150 * row, 120 * column + 120, 150 * row + 150)
@@ -78,13 +78,15 @@ def test_patch_boxes_by_hand():
 
 
 class Padding:
-    """An image processor that puts the image into the upper left quarter of a picture of its fourfold size."""
+    """A processor that puts the image into the upper left quarter of a picture of its fourfold size: 4 tokens."""
 
-    def __call__(self, images, **kwargs):
-        seen = np.asarray(images)[..., 0] / 255.0
+    image_processor, image_token_id = None, 7
+
+    def picture_inputs(self, picture, **kwargs):
+        seen = np.asarray(picture)[..., 0] / 255.0
         canvas = np.full((2 * seen.shape[0], 2 * seen.shape[1]), 0.5)
         canvas[: seen.shape[0], : seen.shape[1]] = seen
-        return {"pixel_values": torch.tensor(canvas)[None, None]}
+        return {"pixel_values": torch.tensor(canvas)[None, None], "input_ids": torch.tensor([[1, 7, 7, 7, 7, 2]])}
 
 
 def test_a_patch_of_padding_has_no_place():
@@ -97,7 +99,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="does not hold the instruction 'the green one'"):
         token_kinds(processor, output, "the green one")
     with pytest.raises(ValueError, match="for an image of 7 tokens"):
-        patch_boxes(tiny_processor("qwen2_5_vl").image_processor, (60, 60), 7)
+        patch_boxes(tiny_processor("qwen2_5_vl"), (60, 60), 7)
 
 
 def test_what_the_model_wrote_out_of_form_is_reasoning():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 from ..threads_segcompass import tokenizer_lock
-from ..token_places import Box, patch_boxes
+from ..token_places import Box, UnknownPlacesError, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
 
@@ -21,7 +21,8 @@ class TokenKinds(NamedTuple):
             between the think tags), `"reference"` (`<REF_POS>` in the answer), `"special"` (control tokens, and the
             fixed words that the prompt puts around the question); `None` on padding.
         patches (`list[tuple[int, int, int, int] | None]`): `(x0, y0, x1, y1)` of image tokens, pixels of the original
-            image, ends not included; `None` elsewhere, where the patch shows padding only, and without a size.
+            image, ends not included; `None` elsewhere, where the patch shows padding only, without a size, and for all
+            where the family's tiles have no known place.
     """
 
     kinds: list[TokenKind | None]
@@ -48,8 +49,8 @@ def token_kinds(
         [`TokenKinds`], an entry per position of the sequence, padding included.
 
     Raises:
-        ValueError: the sequence was not made from this instruction by this processor, the tokenizer knows no places in
-            the text, or the image processor cuts images into tokens in a way that is not known here.
+        ValueError: the sequence was not made from this instruction by this processor, or the tokenizer knows no places
+            in the text.
     """
     ids = output.sequences[row].tolist()
     present, written = output.attention_mask[row].bool().tolist(), output.completion_mask[row].bool().tolist()
@@ -71,7 +72,10 @@ def token_kinds(
     patches: list[Box | None] = [None] * len(ids)
     places = [position for position in prompt if kinds[position] == "image"]
     if image_size is not None and places:
-        boxes = patch_boxes(processor.image_processor, image_size, len(places))
+        try:
+            boxes = patch_boxes(processor, image_size, len(places))
+        except UnknownPlacesError:
+            boxes = [None] * len(places)
         for position, box in zip(places, boxes, strict=True):
             patches[position] = box
     return TokenKinds(kinds, patches)

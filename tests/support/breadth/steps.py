@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoTokenizer, SamModel
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.explain.answer import Answer
-from segcompass_hf.generation_segcompass import decoder_layers
+from segcompass_hf.text_stack_segcompass import decoder_layers
 from segcompass_hf.training.grpo.rollouts import masks_of_rollouts
 from segcompass_hf.training.grpo.targets import segmentation_targets
 
@@ -112,7 +112,7 @@ def backward(trial: Trial) -> None:
     model = copy.deepcopy(trial.model).freeze_for_training().train()
     model(**trial.inputs(training=True)).loss.backward()
     upper = {
-        id(parameter) for layer in decoder_layers(model.base_model)[SAE_LAYER:] for parameter in layer.parameters()
+        id(parameter) for layer in decoder_layers(model.vlm)[SAE_LAYER:] for parameter in layer.parameters()
     }
     reached = False
     for name, parameter in model.named_parameters():
@@ -168,7 +168,7 @@ def batch_forward(trial: Trial) -> None:
 def segment(trial: Trial) -> None:
     """`segment` writes a well-formed answer and draws masks, in one pass over prompt and answer."""
     passes = []
-    layer = decoder_layers(trial.model.base_model)[0]
+    layer = decoder_layers(trial.model.vlm)[0]
     handle = layer.register_forward_hook(lambda *args: passes.append(1))
     try:
         output = trial.segmented
@@ -197,9 +197,6 @@ def batch_segment(trial: Trial) -> None:
 def reread(trial: Trial) -> None:
     """`segment` equals `forward` over its own answer."""
     made, output = trial.inputs(), trial.segmented
-    new = output.sequences.shape[1] - made["input_ids"].shape[1]
-    for name in [name for name in made if name.endswith("token_type_ids")]:
-        made[name] = torch.nn.functional.pad(made[name], (0, new))
     made.update(
         input_ids=output.sequences, attention_mask=output.attention_mask, completion_mask=output.completion_mask
     )

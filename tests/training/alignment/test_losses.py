@@ -10,7 +10,7 @@ from tiny import FAMILIES as ALL_FAMILIES
 from tiny import tiny_image, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.patch_coverage import patch_coverage
+from segcompass_hf.patch_coverage import PatchCoverage
 from segcompass_hf.token_places import instruction_words
 from segcompass_hf.training.alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 
@@ -60,7 +60,7 @@ def test_coverage_follows_the_familys_own_image_processor(family):
     processor, mask = tiny_processor(family), np.zeros((56, 56), bool)
     mask[:, 28:] = True
     tokens = processor(images=tiny_image(0, (56, 56)), instruction="red")["input_ids"][0] == processor.image_token_id
-    coverage = patch_coverage(processor.image_processor, mask, int(tokens.sum()))
+    coverage = PatchCoverage(processor)(mask[None], int(tokens.sum()))[0]
     side = math.isqrt(len(coverage))
     grid = coverage.view(side, side)
     assert torch.allclose(grid[:, : side // 2], torch.zeros(1), atol=0.05)
@@ -81,19 +81,19 @@ def test_coverage_is_where_the_vlm_sees_the_object(family):
         hidden = model(**inputs, output_hidden_states=True).hidden_states[0][0]
         states.append(hidden[inputs["input_ids"][0] == processor.image_token_id])
     change = (states[1] - states[0]).norm(dim=-1)
-    coverage = patch_coverage(processor.image_processor, mask, len(change))
+    coverage = PatchCoverage(processor)(mask[None], len(change))[0]
     assert torch.equal(coverage > 0.3, change > change.max() / 2) and (coverage > 0.3).any()
 
 
 def test_coverage_of_a_cropped_image():
     # LLaVA's processor crops 56 x 28 to the middle: what is at the far left is out of sight.
-    image_processor = tiny_processor("llava").image_processor
+    coverage = PatchCoverage(tiny_processor("llava"))
     left, middle = np.zeros((28, 56), bool), np.zeros((28, 56), bool)
     left[:, :14], middle[:, 14:28] = True, True
-    assert patch_coverage(image_processor, left, 4).max() < 0.05
-    assert torch.allclose(patch_coverage(image_processor, middle, 4), torch.tensor([1.0, 0, 1, 0]), atol=0.1)
+    assert coverage(left[None], 4).max() < 0.05
+    assert torch.allclose(coverage(middle[None], 4)[0], torch.tensor([1.0, 0, 1, 0]), atol=0.1)
     with pytest.raises(ValueError, match="alignment_weight=0"):
-        patch_coverage(image_processor, middle, 3)
+        coverage(middle[None], 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

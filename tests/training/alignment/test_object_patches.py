@@ -48,7 +48,7 @@ def test_coverage_of_a_square_image_by_hand(family):
 
 def test_coverage_counts_only_what_a_crop_shows():
     # LLaVA's processor crops 28 x 56 (height x width) to the 28 columns in the middle, a grid of 2 x 2.
-    coverage = PatchCoverage(tiny_processor("llava").image_processor)
+    coverage = PatchCoverage(tiny_processor("llava"))
     size = (28, 56)
     masks = np.stack([rectangle(0, 28, 0, 14, size), rectangle(0, 28, 14, 21, size), rectangle(14, 28, 0, 56, size)])
     expected = torch.tensor([[0, 0, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 1, 1]])
@@ -60,7 +60,7 @@ def test_coverage_counts_only_what_a_crop_shows():
 
 
 def test_an_image_of_one_row_of_tokens():
-    coverage = PatchCoverage(tiny_processor("qwen2_5_vl").image_processor)
+    coverage = PatchCoverage(tiny_processor("qwen2_5_vl"))
     processor, size = tiny_processor("qwen2_5_vl"), (30, 120)
     ids = processor(images=Image.new("RGB", size[::-1]), instruction="red")["input_ids"][0]
     tokens = int((ids == processor.image_token_id).sum())

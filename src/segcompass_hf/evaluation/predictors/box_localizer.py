@@ -13,7 +13,7 @@ from PIL import Image
 
 from ...data.vlm_texts import TextsWithImages
 from ...files import weights_digest
-from ...vlm_processors_segcompass import load_vlm_parts, processor_class
+from ...vlm_processors_segcompass import build_vlm_processor, load_vlm_parts
 from ..prediction import Prediction
 from .box_answers import parse_answer
 from .model import _digest_of_configs, _digest_of_processor
@@ -105,9 +105,7 @@ class BoxLocalizerPredictor:
         from ...loading_segcompass import load_part
 
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
-        processor = processor_class(class_name)(
-            image_processor=image_processor, tokenizer=tokenizer, chat_template=template, **arguments
-        )
+        processor = build_vlm_processor(class_name, image_processor, tokenizer, template, arguments)
         model = load_part(AutoModelForImageTextToText, vlm).to(device)
         return cls(model, processor, load_part(SamModel, sam, dtype="float32").to(device), os.fspath(sam), **kwargs)
 

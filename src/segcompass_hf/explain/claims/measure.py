@@ -22,7 +22,7 @@ from ...images_segcompass import fit_objects_to_slots
 from ...losses_segcompass import segmentation_loss
 from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
-from ...patch_coverage import patch_coverage
+from ...patch_coverage import PatchCoverage
 from ...text_stack_segcompass import HiddenStateCapture
 from ..token_kinds import token_kinds
 
@@ -90,6 +90,8 @@ def measure_claims(
         [`ClaimRecord`], one per row, in their order.
 
     Raises:
+        UnknownPlacesError: the places of this VLM's image tokens in the picture are not known, which the measures of
+            image tokens need.
         ValueError: a row cannot be read, or the model reads its completion twice (`concept_input="duplicated"`).
     """
     if model.config.concept_input == "duplicated":
@@ -97,6 +99,7 @@ def measure_claims(
             'with concept_input="duplicated" words of the answer are read twice and no token has one set of features; '
             'set model.config.concept_input = "once" to measure this model.'
         )
+    coverage = PatchCoverage(processor)
     collate = SegmentationCollator.for_evaluation(processor, with_masks=True)
     rows = iter(rows)
     while batch_rows := list(islice(rows, batch_size)):
@@ -107,7 +110,7 @@ def measure_claims(
             output = model.segment(
                 **batch, reasoning=reasoning, max_new_tokens=max_new_tokens, output_concepts=True, do_sample=False
             )
-        measured = _Batch(model, processor, batch, output, capture.states()[0])
+        measured = _Batch(model, processor, batch, output, capture.states()[0], coverage)
         for index, (row, reference) in enumerate(zip(batch_rows, references, strict=True)):
             yield measured.record(index, row, reference)
 
@@ -115,7 +118,16 @@ def measure_claims(
 class _Batch:
     """One batch of answers and what leads to their records."""
 
-    def __init__(self, model: Any, processor: Any, inputs: dict, output: Any, layer_states: torch.Tensor):
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: dict,
+        output: Any,
+        layer_states: torch.Tensor,
+        coverage: PatchCoverage,
+    ):
+        self.coverage = coverage
         self.model, self.processor, self.inputs, self.output = model, processor, inputs, output
         self.layer_states = layer_states  # (batch_size, sequence_length, hidden_size)
         shape = output.sequences.shape
@@ -154,7 +166,7 @@ class _Batch:
         """Share of each image token that the union of `masks` `(n, H, W)` covers: `(num_patches,)`."""
         if not masks.any() or not num_patches:
             return np.zeros(num_patches)
-        return patch_coverage(self.processor.image_processor, masks.any(0), num_patches).double().numpy()
+        return self.coverage(masks.any(0)[None], num_patches)[0].double().numpy()
 
     def _sae_errors(self, index: int, places: dict[str, list[int]]) -> dict[str, float]:
         text, image = (sum((places[name] for name in names), []) for names in (TEXT_PLACES, IMAGE_PLACES))

@@ -105,6 +105,7 @@ class ConceptDictionary:
             ValueError: There are no rows, or one cannot be read; the message names the sample.
         """
         reader = ConceptReader(model, processor, named_objects, use_reference_reasoning)
+        all_objects_named = all_objects_named and reader.places_known  # else no patch is known to be off them
         counts = DictionaryCounts(model.config.sae_config.d_sae, top_k, all_objects_named, max_entries)
         examples = ExampleStore(counts.top_words, counts.top_patches, with_pictures=max_pictures > 0)
         was_training = model.training

@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 from ...data.collator import language_inputs
 from ...images_segcompass import to_rgb_image
-from ...patch_coverage import patch_coverage
-from ...token_places import Box, patch_boxes
+from ...patch_coverage import PatchCoverage
+from ...token_places import Box, UnknownPlacesError, patch_boxes
 from ...training.sae.activations import layer_states
 from .objects import NamedObjects, normalize_word
+
+logger = logging.get_logger(__name__)
 
 MIN_COVERAGE = 0.05  # of an object's best patch: below it, no patch shows the object
 _WORD = re.compile(r"[^\W_]+(?:[-'][^\W_]+)*|[^\w\s]")  # a word, or one mark of punctuation
@@ -80,11 +83,25 @@ class ConceptReader:
         self._control = {*tokenizer.all_special_ids, self.processor.ref_token_id}
         self._control |= {self.processor.think_start_token_id, self.processor.think_end_token_id}
         self._boxes: dict[tuple, list[Box | None]] = {}
+        self._coverage: PatchCoverage | None = None
+        try:
+            self._coverage = PatchCoverage(self.processor)
+        except UnknownPlacesError as error:
+            logger.warning(
+                "%s The dictionary is made without them: labels from words alone, and examples of patches without "
+                "their place.",
+                error,
+            )
         if not self.use_reference_reasoning and model.config.concept_input != "once":
             raise ValueError(
                 f'use_reference_reasoning=False needs a model with concept_input="once", this one has '
                 f"{model.config.concept_input!r}; read reference reasoning instead."
             )
+
+    @property
+    def places_known(self) -> bool:
+        """Whether image tokens have places in the picture, so that objects and patches can be told to belong."""
+        return self._coverage is not None
 
     @torch.no_grad()
     def read(self, rows: Sequence[tuple[int, dict[str, Any]]]) -> Iterator[RowReading]:
@@ -178,10 +195,10 @@ class ConceptReader:
         self, row: dict[str, Any], size: tuple[int, int], num_patches: int
     ) -> list[tuple[frozenset[str], np.ndarray]]:
         objects = []
-        for words, mask in self.named_objects(row) if num_patches else []:
+        for words, mask in self.named_objects(row) if num_patches and self.places_known else []:
             if mask.shape != size:
                 raise ValueError(f"{' '.join(words)!r} has a mask of {mask.shape} pixels, the image has {size}.")
-            coverage = patch_coverage(self.processor.image_processor, mask, num_patches).numpy()
+            coverage = self._coverage(mask[None], num_patches)[0].numpy()
             if coverage.max() >= MIN_COVERAGE:
                 objects.append((frozenset(map(normalize_word, words)), coverage >= 0.5 * coverage.max()))
         return objects
@@ -192,7 +209,9 @@ class ConceptReader:
             if len(self._boxes) > 256:  # a data set of many image sizes
                 self._boxes.clear()
             size = (image.height, image.width)
-            self._boxes[key] = patch_boxes(self.processor.image_processor, size, num_patches) if num_patches else []
+            self._boxes[key] = [None] * num_patches
+            if num_patches and self.places_known:
+                self._boxes[key] = patch_boxes(self.processor, size, num_patches)
         return self._boxes[key]
 
 

@@ -39,7 +39,7 @@ class AlignmentTargets:
     def __post_init__(self):
         if self.text not in ("instruction", "reasoning"):
             raise ValueError(f'text={self.text!r} is not known; expected "instruction" or "reasoning".')
-        self._coverage = PatchCoverage(self.processor.image_processor)
+        self._coverage = PatchCoverage(self.processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Targets of a batch, one place per token.

@@ -52,7 +52,7 @@ class TokenPairs:
     names: Callable[[dict[str, Any]], list[Name]] = target_names
 
     def __post_init__(self):
-        self._coverage = PatchCoverage(self.processor.image_processor)
+        self._coverage = PatchCoverage(self.processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Marks of a batch.

@@ -28,7 +28,7 @@ class ObjectPatches:
     overflow: Literal["drop", "merge", "error"] = "drop"
 
     def __post_init__(self):
-        self._coverage = PatchCoverage(self.processor.image_processor)
+        self._coverage = PatchCoverage(self.processor)
 
     def __call__(self, rows: Sequence[dict[str, Any]], images: list, batch: Any) -> dict[str, torch.Tensor]:
         """Coverage of a batch.
