@@ -15,7 +15,6 @@ from segcompass_hf.generation_segcompass import (
     generate_and_feed_last,
     reasoning_budget,
 )
-from segcompass_hf.reading_segcompass import SequenceStates
 from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
 
 INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]
@@ -340,9 +339,12 @@ class TestLastToken:
         _, inputs = prompts()
         with pytest.raises(ValueError, match="use_cache=False passes the whole sequence again"):
             model.segment(**inputs, max_new_tokens=12, use_cache=False)
-        states, ids = (torch.zeros(1, 4, 8),) * 2, torch.zeros(1, 5, dtype=torch.long)
-        with pytest.raises(ValueError, match="have 5 tokens, but states of 4 were captured"):
-            SequenceStates.of_answers(states, ids, torch.ones(1, 3), torch.ones(1, 2))
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+        with HiddenStateCapture(model.vlm, 2) as capture:
+            length = model.vlm.generate(**text, max_new_tokens=3, do_sample=False).shape[1]
+        with pytest.raises(ValueError, match=f"have {length} tokens, but states of {length - 1} were captured"):
+            capture.states(length)
+        assert [states.shape[1] for states in capture.states(4)] == [4, 4]
 
 
 class TestCapture:

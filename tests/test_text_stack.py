@@ -76,13 +76,10 @@ class TestWhere:
         stack, layers = text_stack(vlm)
         assert stack is vlm.language_model.model.decoder and layers is stack.layers
 
-    def test_the_heaviest_of_lists_of_one_length(self):
-        vlm = tiny.tiny_model("llava").vlm
-        text = vlm.base_model.language_model
-        layers = text._modules.pop("layers")
-        text.projections = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in layers)
-        text.layers = layers  # behind the other one
-        assert decoder_layers(vlm) is layers
+    def test_the_first_of_lists_of_one_length(self):
+        vlm = odd_vlms.odd_vlm("idefics", cross_layer_interval=1)
+        assert len(vlm.model.gated_cross_attn_layers) == len(vlm.model.layers)
+        assert decoder_layers(vlm) is vlm.model.layers
 
     def test_an_encoder_decoder_is_refused(self):
         config = transformers.Florence2Config()

@@ -25,8 +25,10 @@ An image and an instruction go in; reasoning and one mask per object come out. E
     postprocessing_segcompass   masks at image size, without empty and double ones, scores, reasoning
 
 `reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and SAM,
-`losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What they
-ask of files, memory and threads: `weight_files_segcompass`, `offloading_segcompass`, `threads_segcompass`.
+`losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What VLM
+families differ in: `text_stack_segcompass` finds the decoder whose states are read, `vlm_inputs_segcompass` prepares
+whole sequences as generation does. What all ask of files, memory and threads: `weight_files_segcompass`,
+`offloading_segcompass`, `threads_segcompass`.
 Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
 learn about them the same way.
 """

@@ -121,19 +121,7 @@ class SequenceStates:
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
     ) -> "SequenceStates":
-        """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers.
-
-        Raises:
-            ValueError: Fewer states than tokens were captured.
-        """
-        length = sequences.shape[1]
-        captured = min(each.shape[1] for each in states)
-        if captured < length:
-            raise ValueError(
-                f"the sequences have {length} tokens, but states of {captured} were captured while they were written; "
-                "generate them with a cache and feed the last token (generate_and_feed_last)."
-            )
-        states = tuple(each[:, :length] for each in states)  # a process waiting for others passes more than it writes
+        """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         return cls(*states, sequences, attention_mask, torch.cat([torch.zeros_like(prompt_mask), written], dim=1))

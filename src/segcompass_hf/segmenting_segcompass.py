@@ -150,7 +150,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             copies = sequences.shape[0] // batch_size
             prompt_mask = attention_mask.repeat_interleave(copies, 0)
             written = completion_mask_of(sequences[:, prompt_length:], end_ids)
-            states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
+            states = SequenceStates.of_answers(capture.states(sequences.shape[1]), sequences, prompt_mask, written)
             if copies > 1 and self.config.concept_input == "duplicated":
                 raise ValueError(
                     f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'

@@ -63,13 +63,29 @@ class HiddenStateCapture:
         """Tokens whose states are collected so far."""
         return sum(states.shape[1] for states in self.layer_states)
 
-    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both states of every token, joined over the passes: twice `(batch_size, sequence_length, hidden_size)`."""
+    def states(self, num_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both states of every token, joined over the passes: twice `(batch_size, num_tokens, hidden_size)`.
+
+        Args:
+            num_tokens (`int`, *optional*): Of the sequences; all that passed when left out. A process that waits for
+                others while they generate passes more tokens than it writes.
+
+        Raises:
+            RuntimeError: Nothing was captured.
+            ValueError: Fewer tokens passed.
+        """
         if not self.last_states:
             raise RuntimeError("no pass through the VLM was captured; run the model inside the context.")
+        if num_tokens is not None and self.num_tokens < num_tokens:
+            raise ValueError(
+                f"the sequences have {num_tokens} tokens, but states of {self.num_tokens} were captured while they "
+                "were written; feed the last token too (generate_and_feed_last)."
+            )
         if len(self.last_states) == 1:
-            return self.layer_states[0], self.last_states[0]
-        return torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
+            joined = self.layer_states[0], self.last_states[0]
+        else:
+            joined = torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
+        return tuple(states[:, :num_tokens] for states in joined)
 
     def _collect(self, states: torch.Tensor) -> torch.Tensor:
         streams = ParallelStreams(states, self._shape, self._width)
@@ -143,7 +159,7 @@ def text_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that runs the decoder layers of a VLM's text model, and those layers.
 
     `get_decoder()` is followed until it names itself; from there the nearest list of `num_hidden_layers` modules
-    counts, the heaviest where several are as near.
+    counts, the first where several are as near (IDEFICS keeps its cross-attention behind its layers).
 
     Args:
         model (`nn.Module`): The VLM, with or without its head.
@@ -158,9 +174,9 @@ def text_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     level = [text]
     while level:
         pairs = [(parent, child) for parent in level for child in parent.children()]
-        found = [pair for pair in pairs if isinstance(pair[1], nn.ModuleList) and len(pair[1]) == count]
-        if found:
-            return max(found, key=lambda pair: sum(p.numel() for p in pair[1].parameters()) if len(found) > 1 else 0)
+        for parent, child in pairs:
+            if isinstance(child, nn.ModuleList) and len(child) == count:
+                return parent, child
         level = [child for _, child in pairs]
     raise ValueError(
         f"{type(model).__name__} has no list of {'num_hidden_layers' if count is None else count} decoder layers in "

@@ -109,14 +109,16 @@ CONFIGS = {
 }
 
 
-def odd_vlm(family: str, seed: int = 0, vocab_size: int = VOCAB):
-    """The VLM alone; gates that start shut are opened."""
+def odd_vlm(family: str, seed: int = 0, vocab_size: int = VOCAB, **config_overrides):
+    """The VLM alone; gates that start shut are opened. `config_overrides`: fields of its configuration."""
     from transformers import AutoModelForImageTextToText
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = CONFIGS[family]()
         config.get_text_config().vocab_size = vocab_size
+        for name, value in config_overrides.items():
+            setattr(config, name, value)
         vlm = AutoModelForImageTextToText.from_config(config)
         for weight in vlm.parameters():
             if not weight.any():

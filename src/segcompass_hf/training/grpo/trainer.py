@@ -225,7 +225,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         with precision, HiddenStateCapture(core.vlm, layer) as capture:
             completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
         sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
-        self._rollouts.states = SequenceStates.of_answers(capture.states(), sequences, prompt_mask, written)
+        states = capture.states(sequences.shape[1])
+        self._rollouts.states = SequenceStates.of_answers(states, sequences, prompt_mask, written)
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
