@@ -68,7 +68,7 @@ class Family:
         arguments (`dict`): Arguments of the family's processor.
         processor (`str`, *optional*): Its class, where transformers' mapping knows none.
         config (`dict`): Fields of the configuration that no rule of `shrunken_config` gives; dots lead to parts.
-        ids (`dict[str, str]`): Fields of the configuration that hold the id of a token.
+        ids (`dict[str, Any]`): Fields of the configuration that hold the id of a token, or a table of such.
         needs (`tuple[str, ...]`): Packages without which it cannot be built.
         vlm_class (`str`, *optional*): Its model class, where `AutoModelForImageTextToText` has none.
         note (`str`): Why it cannot work, in words for users, where that is known.
@@ -84,7 +84,7 @@ class Family:
     arguments: dict[str, Any] = field(default_factory=dict)
     processor: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    ids: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
     vlm_class: str | None = None
     note: str = ""
@@ -177,7 +177,7 @@ def _shrink(fields: dict[str, Any], text: str, vocab_size: int) -> dict[str, Any
             value = [SIZE_OF.get(name, kinds[index % len(kinds)]) for index in range(new)]
         elif name in LAYERS and isinstance(value, int):
             value = new
-        elif name == "vocab_size":
+        elif name in ("vocab_size", "vocab_size_per_layer_input"):
             value = vocab_size
         elif name == "max_position_embeddings" and is_text:
             value = 4096
@@ -204,6 +204,9 @@ def _set_ids(fields: dict[str, Any], family: Family, tokenizer: Any) -> None:
         if not stem.endswith("_token") and not (stem in ("boi", "eoi", "boa", "eoa") or name in family.ids):
             if not (kind in ("id", "index") and stem.endswith("token")):
                 continue
+        if isinstance(family.ids.get(name), dict):
+            fields[name] = {key: tokenizer.convert_tokens_to_ids(token) for key, token in family.ids[name].items()}
+            continue
         if name in family.ids:
             token = family.ids[name]
         elif stem == "image_token":

@@ -35,7 +35,7 @@ FIXED = {
         config={"mm_tokens_per_image": 4},
     ),
     "gemma3n": Family(
-        placeholder="<start_of_image>",
+        placeholder="<image_soft_token>",
         image_token="<image_soft_token>",
         attributes={
             "image_token": "<image_soft_token>",
@@ -45,15 +45,25 @@ FIXED = {
             "boa_token": "<start_of_audio>",
             "eoa_token": "<end_of_audio>",
         },
-        image=SQUARE,
+        image={"size": {"height": 64, "width": 64}},
         arguments={"image_seq_length": 4},
+        config={
+            "vision_soft_tokens_per_image": 4,
+            "vision_config.architecture": "resnet10t",
+            "vision_config.hidden_size": 512,
+            "text_config.num_kv_shared_layers": 2,
+            "audio_config.conf_num_hidden_layers": 1,
+            "audio_config.conf_num_attention_heads": 2,
+            "audio_config.sscp_conv_channel_size": [8, 8],
+        },
         needs=TIMM,
     ),
     "got_ocr2": Family(
         placeholder="<img><imgpad></img>",
         image_token="<imgpad>",
         tokens=("<img>", "</img>"),
-        image={"size": {"height": 28, "width": 28}},
+        image={"size": {"height": 256, "width": 256}},  # its processor writes 256 tokens, whatever the size
+        config={"vision_config.image_size": 256, "vision_config.patch_size": 4},
     ),
     "janus": Family(
         attributes=IMAGE | {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},

@@ -78,12 +78,18 @@ GRID = {
     "exaone4_5": qwen(config={}),
     "gemma4": Family(
         placeholder="<|image|>",
-        attributes={"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"},
+        attributes={
+            "image_token": "<|image|>",
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "audio_token": "<|audio|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+        },
         tokens=("<|video|>",),
-        image={"patch_size": 7, "max_soft_tokens": 70, "pooling_kernel_size": 3},
+        image={"patch_size": 7, "max_soft_tokens": 140, "pooling_kernel_size": 2},
         config={
             "text_config.per_layer_config": {},
-            "text_config.vocab_size_per_layer_input": 500,
             "text_config.rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
                 "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 10000.0},
@@ -97,6 +103,7 @@ GRID = {
                 "num_key_value_heads": 2,
                 "head_dim": 16,
                 "patch_size": 7,
+                "pooling_kernel_size": 2,
                 "position_embedding_size": 256,
             },
         },

@@ -16,8 +16,18 @@ OTHER = {
     ),
     "chameleon": Family(
         attributes=IMAGE | {"boi_token": "<racm3:break>", "eoi_token": "<eoss>"},
+        tokens=("IMGIMGAZ", "IMGIMGBZ", "IMGIMGCZ", "IMGIMGDZ"),
         image={"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
         arguments={"image_seq_length": 4},
+        ids={
+            "vocabulary_map": {token: token for token in ("<image>", "IMGIMGAZ", "IMGIMGBZ", "IMGIMGCZ", "IMGIMGDZ")}
+        },
+        config={
+            "vq_config.num_embeddings": 4,
+            "vq_config.latent_channels": 32,
+            "vq_config.base_channels": 32,
+            "vq_config.resolution": 32,
+        },
     ),
     "florence2": Family(
         placeholder="",
@@ -53,7 +63,7 @@ OTHER = {
         image_token="<image>",
         image=SHORTEST,
         arguments={"num_patch_index_tokens": 4},
-        config={"latent_query_num": 64},
+        config={"latent_query_num": 64, "vision_config.patch_size": 14},
     ),
     "kosmos-2.5": Family(
         processor="Kosmos2_5Processor",

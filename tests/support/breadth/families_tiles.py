@@ -182,6 +182,22 @@ TILED = {
         attributes=IMAGE | {"video_token": "<video>"},
         image={"tile_size": 28, "max_num_tiles": 2},
         arguments={"patch_size": 7, "pooling_ratio": 2},
+        config={
+            "projector_pooling_ratio": 2,
+            "vision_use_cls_token": True,
+            "vision_config.architecture": "vit_pe_core_large_patch14_336",
+            "vision_config.model_args": {
+                "embed_dim": 64,
+                "img_size": [28, 28],
+                "patch_size": 7,
+                "depth": 2,
+                "num_classes": 0,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+                "ref_feat_shape": [4, 4],
+            },
+        },
         needs=TIMM,
     ),
     "qianfan_ocr": Family(

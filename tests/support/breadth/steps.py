@@ -111,9 +111,7 @@ def backward(trial: Trial) -> None:
     """Gradients reach the heads and the VLM's upper layers, and nothing else."""
     model = copy.deepcopy(trial.model).freeze_for_training().train()
     model(**trial.inputs(training=True)).loss.backward()
-    upper = {
-        id(parameter) for layer in decoder_layers(model.vlm)[SAE_LAYER:] for parameter in layer.parameters()
-    }
+    upper = {id(parameter) for layer in decoder_layers(model.vlm)[SAE_LAYER:] for parameter in layer.parameters()}
     reached = False
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad or parameter.grad is None, f"{name} is frozen but has a gradient"
