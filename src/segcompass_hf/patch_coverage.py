@@ -36,7 +36,7 @@ class PatchCoverage:
         self.processor = processor
         self._known: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         trial = processor.picture_inputs(Image.new("RGB", TRIAL_SIZE[::-1]))
-        self.geometry(*TRIAL_SIZE, int((trial["input_ids"] == processor.image_token_id).sum()))
+        self.geometry(*TRIAL_SIZE, trial["input_ids"].tolist()[0].count(processor.image_token_id))
 
     def __call__(self, masks: np.ndarray, num_patches: int) -> torch.Tensor:
         """Coverage of all masks of an image.

@@ -105,9 +105,9 @@ def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resa
     """
     try:
         made = processor.picture_inputs(picture, do_normalize=False, resample=resample)
-    except (TypeError, ValueError) as error:  # image processors that take no such options
-        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error}") from error
-    tokens = int((made["input_ids"] == processor.image_token_id).sum())
+    except Exception as error:  # whatever families make of options that they do not know
+        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error!r:.300}") from error
+    tokens = made["input_ids"].tolist()[0].count(processor.image_token_id)
     if tokens != num_patches or "pixel_values" not in made:
         raise UnknownPlacesError(
             f"{_family(processor)} makes {tokens} tokens and {', '.join(made)} of a picture of {picture.width} x "
@@ -132,7 +132,7 @@ def _values_of_tokens(processor: Any, values: np.ndarray, num_patches: int) -> l
     picture = Image.fromarray(values.astype(np.uint8)).convert("RGB")
     pixels = picture_as_seen(processor, picture, num_patches, Image.Resampling.NEAREST)["pixel_values"]
     seen = torch.round(pixels.float() * 255).int().numpy()
-    merged = getattr(processor.image_processor, "merge_size", 1) ** 2  # the Qwens: so many patches in a row make a token
+    merged = getattr(processor.image_processor, "merge_size", 1) ** 2  # the Qwens: so many in a row make a token
     if seen.ndim == 2 and len(seen) == num_patches * merged:
         return list(seen.reshape(num_patches, -1))
     if seen.ndim == 4 and len(seen) == 1:  # a grid, row by row

@@ -6,9 +6,16 @@ import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, tiny_image, tiny_processor
+from vlm_families import processor_of, tiled_model_and_processor
 
+from segcompass_hf.explain import explain
+from segcompass_hf.explain.claims.measure import measure_claims
+from segcompass_hf.explain.report.payload import payload
 from segcompass_hf.explain.token_kinds import token_kinds
-from segcompass_hf.token_places import patch_boxes
+from segcompass_hf.token_places import UnknownPlacesError, patch_boxes
+from segcompass_hf.training.alignment.losses import AlignmentTargets
+from segcompass_hf.training.alignment.names import TokenPairs
+from segcompass_hf.training.alignment.object_patches import ObjectPatches
 
 QUESTIONS = ["the red one", "all the small blue squares but not the ring"]
 REASONINGS = ["a red circle at b3", "two"]
@@ -111,3 +118,38 @@ def test_what_the_model_wrote_out_of_form_is_reasoning():
     mask = torch.tensor([[0] * len(prompt) + [1] * len(written)])
     found = token_kinds(processor, Row(ids, torch.ones_like(ids), mask), "the red one").kinds[len(prompt) :]
     assert found == ["reasoning"] * len(words) + ["special", "reference", "special"]
+
+
+def test_tiles_without_known_places():
+    """LLaVA-NeXT: kinds, concepts and contributions stay; patches have no place, and what needs places refuses."""
+    model, processor = tiled_model_and_processor()
+    image = tiny_image(0, (60, 30))
+    ids = processor(images=image, instruction="it")["input_ids"]
+    with pytest.raises(UnknownPlacesError, match="makes pixel_values of shape"):
+        patch_boxes(processor, (30, 60), int((ids == processor.image_token_id).sum()))
+    explained = explain(model, processor, image, "the red one", max_new_tokens=20)
+    images = [token for token in explained.tokens if token.kind == "image"]
+    assert images and all(token.patch is None for token in images) and not explained.places_known
+    fired = {token.position for mask in explained.masks for concept in mask.concepts for token in concept.tokens}
+    assert fired & {token.position for token in images}
+    assert all(mask.concepts for mask in explained.masks)
+    assert "not known" in payload(explained)["placesNote"]
+    for needs in (TokenPairs, ObjectPatches, AlignmentTargets):
+        with pytest.raises(UnknownPlacesError, match="alignment_weight=0"):
+            needs(processor)
+    with pytest.raises(UnknownPlacesError, match="not known here"):
+        next(measure_claims(model, processor, []))
+
+
+def test_tiles_that_only_the_family_s_processor_asks_for():
+    """InternVL's processor has its image processor cut tiles: two tiles of 2 x 2 tokens and the whole in small are no
+    grid of 3 x 4. An image of one tile is a grid."""
+    processor = processor_of("InternVLProcessor")
+    square, wide = (
+        int((processor(images=tiny_image(0, size), instruction="it")["input_ids"] == processor.image_token_id).sum())
+        for size in ((28, 28), (56, 28))
+    )
+    assert square == 4 and wide == 4 * 3  # two tiles and the whole
+    assert patch_boxes(processor, (28, 28), 4) == [(0, 0, 14, 14), (14, 0, 28, 14), (0, 14, 14, 28), (14, 14, 28, 28)]
+    with pytest.raises(UnknownPlacesError, match=r"shape \(3, 3, 28, 28\) for an image of 12 tokens"):
+        patch_boxes(processor, (28, 56), 12)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -215,3 +216,31 @@ def save_vlm(name: str, folder: Path, config: Any) -> None:
     tokenizer_of(family).save_pretrained(folder)
     image_processor_of(family).save_pretrained(folder)
     (folder / "processor_config.json").write_text(json.dumps({"processor_class": name, **family.arguments}))
+
+
+def tiled_model_and_processor() -> tuple[Any, SegCompassProcessor]:
+    """A random model around LLaVA-NeXT, whose tiles overlap a small whole picture and whose rows end in a token of
+    their own, and its processor."""
+    from segcompass_hf import SegCompassForReasoningSegmentation
+
+    tokenizer = tiny.tiny_tokenizer("llava")
+    processor = SegCompassProcessor(
+        transformers.LlavaNextImageProcessorPil(**SHORTEST, **TILES),
+        tokenizer,
+        tiny.tiny_sam_image_processor(),
+        vlm_processor_class="LlavaNextProcessor",
+        vlm_processor_kwargs=dict(CLIP),
+    )
+    llava = tiny.tiny_vlm_config("llava")
+    config = transformers.LlavaNextConfig(
+        vision_config=llava.vision_config,
+        text_config=llava.text_config,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-2,
+        **TILES,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = SegCompassForReasoningSegmentation(tiny.tiny_config("llava", vlm_config=config)).eval()
+        torch.nn.init.normal_(model.base_model.image_newline, std=0.1)  # left empty by the family
+    return model, processor

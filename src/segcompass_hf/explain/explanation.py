@@ -177,6 +177,12 @@ class Explanation:
         """Ranked concepts of every mask."""
         return [mask.concepts for mask in self.masks]
 
+    @property
+    def places_known(self) -> bool:
+        """Whether it is known where in the picture image tokens lie (`Token.patch`)."""
+        images = [token for token in self.tokens if token.kind == "image"]
+        return not images or any(token.patch is not None for token in images)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: masks as uncompressed COCO RLE, no image and no heatmaps."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("image", "heatmaps", "masks")}

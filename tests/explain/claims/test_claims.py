@@ -21,6 +21,7 @@ from segcompass_hf.explain.claims.measure import (
 from segcompass_hf.explain.claims.report import claims_markdown, plot_claims
 from segcompass_hf.modeling_concepts import SparseConcepts
 from segcompass_hf.modeling_segcompass import SegCompassSegmentationOutput
+from segcompass_hf.patch_coverage import PatchCoverage
 
 SIZE = (40, 30)  # width, height
 
@@ -115,7 +116,7 @@ def test_a_record_by_hand():
     states = torch.randn(1, ids.shape[1], 32)
     reference = {"masks": quarter[None], "ignore": None}
     example = {"instruction": "the red one", "distractor_masks": None, "sample_id": "x", "kind": "k"}
-    record = _Batch(model, processor, inputs, output, states).record(0, example, reference)
+    record = _Batch(model, processor, inputs, output, states, PatchCoverage(processor)).record(0, example, reference)
     assert record.tokens | {"question": 0, "reasoning": 0, "special": 0} == {
         "instance": 1,
         "others": 0,
@@ -138,7 +139,7 @@ def test_a_record_by_hand():
     assert record.dice_loss == pytest.approx(1 / 3, abs=0.01)  # the edges of soft targets are soft
     # with a stricter threshold no slot is kept: the matched one is still looked at
     output.slot_logit_threshold = 3.0
-    strict = _Batch(model, processor, inputs, output, states).record(0, example, reference)
+    strict = _Batch(model, processor, inputs, output, states, PatchCoverage(processor)).record(0, example, reference)
     assert strict.iou == 0.0 and strict.objects == [{"heatmap_iou": 1.0, "mask_iou": 0.5, "kept": False}]
 
 

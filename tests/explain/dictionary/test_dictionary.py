@@ -14,6 +14,7 @@ from PIL import Image
 from places import ROOT
 from supervised import tiny_row
 from tiny import FAMILIES, tiny_image, tiny_model, tiny_processor
+from vlm_families import tiled_model_and_processor
 
 from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.cli import main
@@ -378,6 +379,19 @@ def test_builds_for_every_family(family):
         assert entry.density == pytest.approx(other.density, abs=2e-3)  # padding moves activations at the threshold
         assert entry.max_activation == pytest.approx(other.max_activation, rel=1e-3, abs=1e-3)
     assert built.info["rows"] == 5 and len(built) == 64 and built.pictures and not one_by_one.pictures
+
+
+def test_tiles_without_known_places_give_labels_from_words_alone(caplog):
+    model, processor = tiled_model_and_processor()
+    rows = [tiny_row(i, 1, "the red one", image_id=f"image-{i}") for i in range(4)]
+    with caplog.at_level("WARNING", "segcompass_hf"):
+        built = ConceptDictionary.build(model, processor, rows, batch_size=2, all_objects_named=True)
+    assert "labels from words alone" in caplog.text and "LlavaNextProcessor makes" in caplog.text
+    assert not built.info["all_objects_named"]  # no patch is known to be off the objects
+    fired = [example for entry in built.entries for example in entry.top_patches]
+    assert fired and all(example.box is None for example in fired)
+    assert any(entry.top_words for entry in built.entries)
+    assert not any(entry.f1_patches for entry in built.entries if entry.f1_patches == entry.f1_patches)
 
 
 def _split(words, last):

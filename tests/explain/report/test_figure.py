@@ -1,5 +1,7 @@
 """The figure of an explanation: what stands in it, for masks, none, odd texts."""
 
+from dataclasses import replace
+
 import pytest
 from explanations import REASONING, made_explanation
 
@@ -33,6 +35,15 @@ def test_words_weigh_by_the_contributions_of_all_concepts():
     assert weights[at[1][0]] == pytest.approx(0.5)  # 2 x 1/3
     assert weights[at[0][1]] == pytest.approx(0.5)  # 1 x 2/3
     assert token_weights(made_explanation(num_masks=1, num_concepts=0).masks[0]) == {}
+
+
+def test_places_that_are_not_known_are_said_so():
+    explanation = made_explanation(num_masks=1)
+    assert explanation.places_known
+    assert "slot 0: patches its concepts read" in _texts(plot(explanation).subfigs[1])
+    explanation.tokens = [replace(token, patch=None) for token in explanation.tokens]
+    assert not explanation.places_known
+    assert "slot 0: places of patches not known" in _texts(plot(explanation).subfigs[1])
 
 
 @pytest.mark.parametrize(

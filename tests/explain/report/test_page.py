@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,15 @@ def test_sizes_are_bounded(tmp_path):
     assert sum(len(json.dumps(rle)) for rle in shown["pool"]) < 40_000
     # Two masks; of the ablations of each one shrunk shape, and the other mask as it was.
     assert len(shown["pool"]) == 4
+
+
+def test_places_that_are_not_known_are_said_so():
+    explanation = made_explanation()
+    assert payload(explanation)["placesNote"] is None
+    explanation.tokens = [replace(token, patch=None) for token in explanation.tokens]
+    shown = payload(explanation)
+    assert shown["placesNote"] == "place in the picture not known for this family's tiles"
+    assert shown["patches"] == {} and shown["kinds"]["image"] == len(shown["imageTokens"]) == 48
 
 
 def test_tokens_beyond_the_bound_are_counted(monkeypatch):

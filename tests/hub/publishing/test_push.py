@@ -265,6 +265,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="does not load"):
             check_stage(stage)
 
+    def test_a_processor_that_writes_other_image_tokens(self, folder, tmp_path):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"image_token_id": 3}))
+        with pytest.raises(ValueError, match="for image patches, the model reads 3 as image; set image_token_id"):
+            check_stage(self.stage(folder, tmp_path))
+
     def test_cards(self, folder, tmp_path):
         stage = self.stage(folder, tmp_path)
         card = stage.folder / "README.md"

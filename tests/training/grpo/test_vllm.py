@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+import vlm_families
 from safetensors.torch import load_file
 from stand_in_vllm import LLM, SamplingParams
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
@@ -175,6 +176,14 @@ def test_one_placeholder_per_image(family):
     assert rollouts.unexpand_image_tokens(expanded, processor) == short
     with pytest.raises(ValueError, match="2 images go with it"):
         rollouts.unexpand_image_tokens(expanded, processor, num_images=2)
+
+
+def test_families_whose_text_and_ids_name_an_image_differently_are_refused():
+    processor = vlm_families.processor_of("Ovis2Processor")  # `<image>` in the text, `<IMG_ATOM>` in the ids
+    prompt = processor.build_prompt("the red square")
+    ids = processor(images=[[tiny.tiny_image()]], text=[prompt], return_tensors="pt")["input_ids"][0].tolist()
+    with pytest.raises(ValueError, match=r"Ovis2Processor writes other tokens .*'<image>'\); use use_vllm=False"):
+        rollouts.unexpand_image_tokens(ids, processor)
 
 
 # Through TRL, with the stand-in in vLLM's place

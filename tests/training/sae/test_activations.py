@@ -274,6 +274,11 @@ class TestHarvester:
         both = harvester(llava, processor)([(0, rows()[0]), (1, {"images": [None], "texts": ["the ring"]})])
         assert both.modality_ids.sum() == 4
 
+    def test_image_tokens_are_those_that_the_processor_writes(self, llava, processor, monkeypatch):
+        """Also of a VLM whose configuration names another token, or none (Chameleon)."""
+        monkeypatch.setattr(llava.config, "image_token_id", processor.tokenizer.pad_token_id)
+        assert harvester(llava, processor)([(0, rows()[0])]).modality_ids.sum() == 4
+
     def test_epochs_follow_each_other_and_can_be_entered_anywhere(self, llava, processor):
         source = HarvestedTokens(harvester(llava, processor), RowStream(rows(5), seed=1), rows_per_batch=2)
         batches = list(itertools.islice(source.batches((0, 0)), 6))

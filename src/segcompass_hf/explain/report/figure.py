@@ -101,7 +101,8 @@ def _draw_patches(axes: Any, explanation: Any, mask: Any, weights: dict[int, flo
         if token.patch is not None and weights.get(token.position):
             x0, y0, x1, y1 = token.patch
             light[y0:y1, x0:x1] = 0.35 + 0.65 * weights[token.position]
-    draw_picture(axes, pixels * light[..., None], f"slot {mask.slot}: patches its concepts read")
+    shown = "patches its concepts read" if explanation.places_known else "places of patches not known"
+    draw_picture(axes, pixels * light[..., None], f"slot {mask.slot}: {shown}")
     outline(axes, mask.mask, slot_colour(mask.slot), linewidths=1.6, linestyles="solid" if mask.kept else "dotted")
 
 

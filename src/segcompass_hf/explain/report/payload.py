@@ -17,6 +17,7 @@ MAX_IMAGE_SIDE = 1024  # pixels
 MAX_MASK_SIDE = 512  # pixels
 MAX_HEATMAP_SIDE = 256  # pixels; heatmaps are computed on four times SAM's grid, which is 64 x 64
 MAX_TOKENS_PER_CONCEPT = 300  # of the largest contribution
+UNKNOWN_PLACES = "place in the picture not known for this family's tiles"
 _MAX_GAP = 40  # characters of a text between two tokens that are found in it
 _HEAT = ("#000004", "#420A68", "#932667", "#DD513A", "#FCA50A", "#FCFFA4")  # dark to bright, even in lightness
 
@@ -66,6 +67,7 @@ def payload(explanation: Any) -> dict[str, Any]:
             "reference": [token.position for token in by_kind["reference"]],
         },
         "patches": {token.position: list(token.patch) for token in by_kind["image"] if token.patch is not None},
+        "placesNote": None if explanation.places_known else UNKNOWN_PLACES,
         "kinds": {kind: sum(token.kind == kind for token in explanation.tokens) for kind in (*by_kind, "special")},
         "imageTokens": [token.position for token in by_kind["image"]],
         "masks": masks,

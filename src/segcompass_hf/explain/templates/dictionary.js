@@ -85,7 +85,7 @@ function patchExamples(entry) {
       }
       figure.append(frame);
     }
-    const place = example.box === null ? "padding" : `pixels ${example.box.join(", ")}`;
+    const place = example.box === null ? "padding, or place not known" : `pixels ${example.box.join(", ")}`;
     figure.append(make("figcaption", `${rounded(example.activation)} · ${example.sample_id} · ${place}`));
     examples.append(figure);
   }

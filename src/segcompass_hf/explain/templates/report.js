@@ -111,6 +111,7 @@
     if (state.layers.masks) legend.append(key("line", current().kept ? maskName(state.mask) : "where the strongest slot looks (not kept)"));
     if (concept?.without && state.layers.without) legend.append(key("dashed", `without ${conceptName(concept)}`));
     if (concept && state.layers.patches && litPatches(concept).length) legend.append(key("block", "patches it fired on"));
+    if (concept && data.placesNote && numFired(concept).patches) legend.append(element("span", {}, `${many(numFired(concept).patches, "patch", "patches")}: ${data.placesNote}`));
   }
 
   // ---- masks to choose from

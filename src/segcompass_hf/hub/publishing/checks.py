@@ -153,6 +153,12 @@ def load_stage(stage: Stage, device: Any = None) -> tuple[Any, Any]:
     slots = getattr(model.config, "num_slots", processor.num_slots)
     if processor.num_slots != slots:
         raise ValueError(f"the processor is made for {processor.num_slots} slots, the model has {slots}.")
+    image_token = getattr(model.config, "image_token_id", processor.image_token_id)
+    if image_token != processor.image_token_id:
+        raise ValueError(
+            f"the processor writes token {processor.image_token_id} for image patches, the model reads {image_token} "
+            "as image; set image_token_id in its config.json, or take the processor that belongs to it."
+        )
     if not getattr(model, "hf_quantizer", None):
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), processor

@@ -255,6 +255,11 @@ def unexpand_image_tokens(prompt_ids: list[int], processor: Any, num_images: int
         short = tokenizer(text.replace(full, processor.image_token), add_special_tokens=False)["input_ids"]
     else:
         image = processor.image_token_id
+        if image != processor.tokenizer.convert_tokens_to_ids(processor.image_token):
+            raise ValueError(
+                f"{processor.vlm_processor_class} writes other tokens for an image ({image}) than vLLM takes in its "
+                f"prompt ({processor.image_token!r}); use use_vllm=False with this family."
+            )
         starts = [i == image and (k == 0 or prompt_ids[k - 1] != image) for k, i in enumerate(prompt_ids)]
         found = sum(starts)
         short = [i for i, start in zip(prompt_ids, starts, strict=True) if i != image or start]

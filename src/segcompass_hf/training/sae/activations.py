@@ -74,8 +74,9 @@ class ActivationHarvester:
 
     def __init__(self, vlm: nn.Module, encoder: RowEncoder, layer: int, drop_first_token: bool = True):
         self.vlm, self.encoder, self.layer, self.drop_first_token = vlm.eval(), encoder, layer, drop_first_token
-        config = vlm.config
-        ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        ids = [getattr(vlm.config, name, None) for name in ("image_token_id", "video_token_id")]
+        if hasattr(encoder.processor, "image_handling"):  # ours has seen what its family writes
+            ids.append(encoder.processor.image_token_id)
         self.image_ids = torch.tensor([i for i in ids if i is not None], dtype=torch.long)
 
     def __call__(self, rows: list[tuple[int, dict]]) -> TokenStates | None:

@@ -241,7 +241,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
                 **inputs,
                 max_new_tokens=self.args.eval_max_new_tokens,
                 do_sample=False,
-                suppress_tokens=[processor.image_token_id],
+                suppress_tokens=None if processor.image_token_id is None else [processor.image_token_id],
                 eos_token_id=processor.end_of_turn_token_id,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
