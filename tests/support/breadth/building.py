@@ -245,9 +245,7 @@ class Parts:
                 vlm = getattr(transformers, self.family.vlm_class)(self.config)
             else:
                 vlm = AutoModelForImageTextToText.from_config(self.config)
-            for weight in vlm.parameters():
-                if not torch.isfinite(weight).all() or not weight.any():  # left empty, or zero: a gate that is shut
-                    torch.nn.init.normal_(weight, std=0.1)
+            _fill(vlm)
         vlm.generation_config.eos_token_id = self.tokenizer.eos_token_id
         vlm.generation_config.pad_token_id = self.tokenizer.pad_token_id
         return vlm.float().eval()
@@ -259,3 +257,14 @@ class Parts:
         self.image_processor.save_pretrained(folder)
         fields = {"processor_class": processor_name(self.name, self.family), **self.family.arguments}
         (folder / "processor_config.json").write_text(json.dumps(fields))
+
+
+@torch.no_grad()
+def _fill(vlm: torch.nn.Module) -> None:
+    """Give weights to what is left empty or at zero, as gates that are shut and padding's embedding are."""
+    for weight in vlm.parameters():
+        if not torch.isfinite(weight).all() or not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    for module in vlm.modules():
+        if getattr(module, "padding_idx", None) is not None and hasattr(module, "num_embeddings"):
+            torch.nn.init.normal_(module.weight[module.padding_idx], std=0.1)

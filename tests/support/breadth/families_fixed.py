@@ -63,7 +63,12 @@ FIXED = {
         image_token="<imgpad>",
         tokens=("<img>", "</img>"),
         image={"size": {"height": 256, "width": 256}},  # its processor writes 256 tokens, whatever the size
-        config={"vision_config.image_size": 256, "vision_config.patch_size": 4},
+        config={
+            "vision_config.image_size": 256,
+            "vision_config.patch_size": 4,
+            "vision_config.num_hidden_layers": 1,
+            "vision_config.global_attn_indexes": [],
+        },
     ),
     "janus": Family(
         attributes=IMAGE | {"boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},

@@ -4,6 +4,8 @@
 from .building import Family
 from .common_parts import IMAGE, SHORTEST, SQUARE, TORCHVISION
 
+CODES = tuple(f"IMGIMG{first}{second}Z" for first in "ABCDEFGHIJ" for second in "ABCDEFGHIJ")  # digits as letters
+
 OTHER = {
     "blip": Family(placeholder="", image=SQUARE),
     "blip-2": Family(
@@ -16,14 +18,12 @@ OTHER = {
     ),
     "chameleon": Family(
         attributes=IMAGE | {"boi_token": "<racm3:break>", "eoi_token": "<eoss>"},
-        tokens=("IMGIMGAZ", "IMGIMGBZ", "IMGIMGCZ", "IMGIMGDZ"),
+        tokens=CODES,
         image={"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
         arguments={"image_seq_length": 4},
-        ids={
-            "vocabulary_map": {token: token for token in ("<image>", "IMGIMGAZ", "IMGIMGBZ", "IMGIMGCZ", "IMGIMGDZ")}
-        },
+        ids={"vocabulary_map": {token: token for token in ("<image>", *CODES)}},
         config={
-            "vq_config.num_embeddings": 4,
+            "vq_config.num_embeddings": len(CODES),
             "vq_config.latent_channels": 32,
             "vq_config.base_channels": 32,
             "vq_config.resolution": 32,

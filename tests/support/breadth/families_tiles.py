@@ -191,7 +191,6 @@ TILED = {
                 "img_size": [28, 28],
                 "patch_size": 7,
                 "depth": 2,
-                "num_classes": 0,
                 "global_pool": "",
                 "use_post_transformer_norm": False,
                 "init_values": 0.1,
