@@ -391,8 +391,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
         Returns:
             `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the
-            right; `pixel_values` and the family's own keys (token types and the like of the
-            prompt alone: `model.vlm_inputs` lets them grow over an answer); `sam_pixel_values` `(B, 3, canvas, canvas)`;
+            right; `pixel_values` and the family's own keys (token types and the like of the prompt alone, the model
+            lets them grow over an answer); `sam_pixel_values` `(B, 3, canvas, canvas)`;
             `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask`
             and `labels` `(B, T)`, -100 outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1]
             and `num_objects` `(B,)`.
