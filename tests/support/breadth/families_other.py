@@ -7,7 +7,11 @@ from .common_parts import IMAGE, SHORTEST, SQUARE, TORCHVISION
 CODES = tuple(f"IMGIMG{first}{second}Z" for first in "ABCDEFGHIJ" for second in "ABCDEFGHIJ")  # digits as letters
 
 OTHER = {
-    "blip": Family(placeholder="", image=SQUARE),
+    "blip": Family(
+        placeholder="",
+        image=SQUARE,
+        note="its text reads the picture by cross-attention, and the prompt holds no token for it.",
+    ),
     "blip-2": Family(
         placeholder="",
         image_token="<image>",
@@ -39,9 +43,20 @@ OTHER = {
             "vision_config.num_groups": [2, 2, 2, 2],
             "vision_config.depths": [1, 1, 1, 1],
         },
+        note="an encoder-decoder: prompt and answer pass different layers. It is refused when the model is composed.",
     ),
-    "fuyu": Family(placeholder="", image_token="|SPEAKER|", tokens=("|NEWLINE|",), needs=TORCHVISION),
-    "git": Family(placeholder="", image=SHORTEST),
+    "fuyu": Family(
+        placeholder="",
+        image_token="|SPEAKER|",
+        tokens=("|NEWLINE|",),
+        needs=TORCHVISION,
+        note="transformers' PIL image processor of this family fails by itself.",
+    ),
+    "git": Family(
+        placeholder="",
+        image=SHORTEST,
+        note="it puts the picture's states in front of the text, without tokens for them.",
+    ),
     "idefics": Family(
         attributes=IMAGE,
         tokens=("<fake_token_around_image>",),
@@ -56,6 +71,7 @@ OTHER = {
         image=SQUARE,
         arguments={"num_query_tokens": 4},
         ids={"image_token_index": "<image>"},
+        note="its processor needs a second tokenizer, for the Q-Former. It is refused when the processor is made.",
     ),
     "kosmos-2": Family(
         processor="Kosmos2Processor",
@@ -96,6 +112,11 @@ OTHER = {
         processor="Phi4MultimodalProcessor",
         image_processor="Phi4MultimodalImageProcessor",
         needs=TORCHVISION,
+        note="transformers does not count it among the image-text-to-text models.",
     ),
-    "pix2struct": Family(placeholder="", image={"max_patches": 16, "is_vqa": False}),
+    "pix2struct": Family(
+        placeholder="",
+        image={"max_patches": 16, "is_vqa": False},
+        note="an encoder-decoder without `input_ids` in the prompt. It is refused when the model is composed.",
+    ),
 }

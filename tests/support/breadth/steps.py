@@ -59,13 +59,13 @@ def folder(trial: Trial) -> None:
     path.mkdir()
     trial.parts.save(path)
     tokenizer = AutoTokenizer.from_pretrained(path)  # some families cut words their own way, whatever was saved
-    expected = trial.inputs(processor=trial.new_processor(tokenizer))
+    expected = trial.inputs_by(trial.new_processor(tokenizer))
     from_folder = SegCompassProcessor.from_parts(str(path), tiny.tiny_sam_config(), num_slots=tiny.NUM_SLOTS)
     lost = set(trial.parts.family.arguments) - set(from_folder.vlm_processor_kwargs)
     assert not lost, f"the saved arguments {sorted(lost)} are lost"
-    same_inputs(expected, trial.inputs(processor=from_folder))
+    same_inputs(expected, trial.inputs_by(from_folder))
     from_folder.save_pretrained(trial.folder / "ours")
-    same_inputs(expected, trial.inputs(processor=SegCompassProcessor.from_pretrained(trial.folder / "ours")))
+    same_inputs(expected, trial.inputs_by(SegCompassProcessor.from_pretrained(trial.folder / "ours")))
 
 
 @step("processor")

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import tiny
 import torch
 from model_inputs import IMAGES, INSTRUCTIONS, REASONING
+from transformers import BatchFeature
 
 from segcompass_hf import SegCompassProcessor
 from segcompass_hf.data.schema import encode_mask
@@ -74,6 +75,7 @@ class Trial:
         self.folder, self.parts = folder, Parts.build(name, family)
         self.processor: Any = None
         self.model: Any = None
+        self._made: dict[tuple, BatchFeature] = {}
 
     def new_processor(self, tokenizer: Any = None) -> SegCompassProcessor:
         parts = copy.deepcopy(self.parts)
@@ -86,15 +88,21 @@ class Trial:
             vlm_processor_kwargs=dict(parts.family.arguments),
         )
 
-    def inputs(self, rows: tuple[int, ...] = (0, 1), training: bool = False, seed: int = 0, processor: Any = None):
-        """The processor's output for one or two pictures of different sizes."""
+    def inputs(self, rows: tuple[int, ...] = (0, 1), training: bool = False, seed: int = 0) -> BatchFeature:
+        """The processor's output for one or two pictures of different sizes; made once for the same arguments."""
+        key = (rows, training, seed)
+        if key not in self._made:
+            self._made[key] = self.inputs_by(self.processor, rows, training, seed)
+        return BatchFeature(dict(self._made[key]))
+
+    def inputs_by(self, processor: SegCompassProcessor, rows=(0, 1), training: bool = False, seed: int = 0):
+        """The same by another processor."""
         kwargs = {}
         if training:
             kwargs["reasoning"] = [REASONING[row] for row in rows]
             kwargs["masks"] = [tiny.tiny_mask(row + 1, IMAGES[row][1]) for row in rows]
         images = [tiny.tiny_image(IMAGES[row][0] + seed, IMAGES[row][1]) for row in rows]
         instructions = [INSTRUCTIONS[row] for row in rows]
-        processor = processor or self.processor
         return processor(images=images, instruction=instructions, return_tensors="pt", **kwargs)
 
     def rows(self) -> list[dict]:
