@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .token_places import UnknownPlacesError, picture_as_seen, unknown_layout
+from .token_places import UnknownPlacesError, picture_as_seen, picture_inputs, unknown_layout
 
 KEPT_SIZES = 256  # of images, whose geometry is remembered
 TRIAL_SIZE = (320, 640)  # (height, width) of the picture tried at once: wide, so that families that tile do
@@ -26,7 +26,7 @@ class PatchCoverage:
     row make a token).
 
     Args:
-        processor (`SegCompassProcessor`): Its `picture_inputs` are asked for.
+        processor (`SegCompassProcessor`): Or a VLM's own.
 
     Raises:
         UnknownPlacesError: already for a trial picture the places of the family's image tokens are not known.
@@ -35,7 +35,7 @@ class PatchCoverage:
     def __init__(self, processor: Any):
         self.processor = processor
         self._known: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        trial = processor.picture_inputs(Image.new("RGB", TRIAL_SIZE[::-1]))
+        trial = picture_inputs(processor, Image.new("RGB", TRIAL_SIZE[::-1]))
         self.geometry(*TRIAL_SIZE, trial["input_ids"].tolist()[0].count(processor.image_token_id))
 
     def __call__(self, masks: np.ndarray, num_patches: int) -> torch.Tensor:

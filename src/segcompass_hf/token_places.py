@@ -59,7 +59,7 @@ def patch_boxes(processor: Any, image_size: tuple[int, int], num_patches: int) -
     padding and the order of tokens are the family's own; half a resized pixel is added at each side.
 
     Args:
-        processor (`SegCompassProcessor`): Its `picture_inputs` are asked for.
+        processor (`SegCompassProcessor`): Or a VLM's own.
         image_size (`tuple[int, int]`): (height, width) of the image in pixels.
         num_patches (`int`): Image tokens of the image.
 
@@ -94,6 +94,13 @@ def _coordinates(processor: Any, values: np.ndarray, num_patches: int) -> list[n
     return [256 * most + least for most, least in zip(high, low, strict=True)]
 
 
+def picture_inputs(processor: Any, picture: Image.Image, **image_options) -> Any:
+    """The VLM's inputs for a picture, of a `SegCompassProcessor` or a VLM's own processor."""
+    if hasattr(processor, "picture_inputs"):
+        return processor.picture_inputs(picture, **image_options)
+    return processor(images=[[picture]], text=[processor.image_token], return_tensors="pt", **image_options)
+
+
 def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resample: Any) -> dict[str, torch.Tensor]:
     """What a VLM's processor makes of a picture, pixels not normalised.
 
@@ -104,7 +111,7 @@ def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resa
         UnknownPlacesError: It makes no `pixel_values`, or another number of image tokens than `num_patches`.
     """
     try:
-        made = processor.picture_inputs(picture, do_normalize=False, resample=resample)
+        made = picture_inputs(processor, picture, do_normalize=False, resample=resample)
     except Exception as error:  # whatever families make of options that they do not know
         raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error!r:.300}") from error
     tokens = made["input_ids"].tolist()[0].count(processor.image_token_id)

@@ -208,10 +208,9 @@ def _models_take(class_name: str, argument: str) -> bool:
     """Whether the `forward` of every model that goes with a processor class has this argument."""
     types = [model_type for model_type, name in PROCESSOR_MAPPING_NAMES.items() if name == class_name]
     names = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type) for model_type in types]
-    classes = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
-    return bool(classes) and all(
-        argument in inspect.signature(model.forward).parameters for model in classes if model is not None
-    )
+    models = [getattr(transformers, name, None) for name in names if isinstance(name, str)]
+    models = [model for model in models if model is not None and not getattr(model, "is_dummy", False)]
+    return bool(models) and all(argument in inspect.signature(model.forward).parameters for model in models)
 
 
 def is_own_folder(path: str | os.PathLike) -> bool:

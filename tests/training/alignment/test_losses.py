@@ -61,6 +61,8 @@ def test_coverage_follows_the_familys_own_image_processor(family):
     mask[:, 28:] = True
     tokens = processor(images=tiny_image(0, (56, 56)), instruction="red")["input_ids"][0] == processor.image_token_id
     coverage = PatchCoverage(processor)(mask[None], int(tokens.sum()))[0]
+    own = PatchCoverage(processor.vlm_processor)  # as SAEs are trained with
+    assert torch.equal(own(mask[None], int(tokens.sum()))[0], coverage)
     side = math.isqrt(len(coverage))
     grid = coverage.view(side, side)
     assert torch.allclose(grid[:, : side // 2], torch.zeros(1), atol=0.05)
