@@ -320,6 +320,15 @@ class TestLastToken:
         assert calls == list(range(prompt, output.sequences.shape[1]))
         assert output.reasoning_surprisal.isfinite().all()
 
+    def test_processors_are_asked_where_a_family_does_not_hand_them_on(self, monkeypatch):
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        expected, generate = model.segment(**inputs, max_new_tokens=12), model.vlm.generate
+        monkeypatch.setattr(model.vlm, "generate", lambda logits_processor=None, **kwargs: generate(**kwargs))  # Janus
+        output = model.segment(**inputs, max_new_tokens=12)
+        assert torch.equal(output.sequences, expected.sequences)
+        assert torch.equal(output.reasoning_surprisal, expected.reasoning_surprisal)
+
     def test_through_the_model(self):
         """As joint training samples: the generation configuration asks for it."""
         model = tiny.tiny_model()

@@ -6,7 +6,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
@@ -35,9 +42,13 @@ def generate_and_feed_last(
     if tokenizer is not None:
         kwargs = _with_stop_strings(kwargs, tokenizer)
 
+    asked = kwargs.get("logits_processor") or []
+
     # By this name `generate` prepares everything and leaves the loop to its caller.
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         stop = _OneStepLater(stopping_criteria)
+        lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
+        logits_processor = LogitsProcessorList([*lost, *logits_processor])
         output = type(model)._sample(
             model,
             input_ids,
