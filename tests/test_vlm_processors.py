@@ -5,6 +5,7 @@ import copy
 import json
 import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -16,7 +17,13 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
 
 from segcompass_hf import SegCompassConfig, SegCompassForReasoningSegmentation, SegCompassProcessor
-from segcompass_hf.vlm_processors_segcompass import AbsentPart, build_vlm_processor, own_arguments, processor_class
+from segcompass_hf.vlm_processors_segcompass import (
+    AbsentPart,
+    _image_token_id,
+    build_vlm_processor,
+    own_arguments,
+    processor_class,
+)
 
 EVERY_CLASS = pytest.mark.parametrize("name", sorted(vlm_families.FAMILIES))
 IMAGES = [tiny.tiny_image(0), tiny.tiny_image(1, (90, 30))]
@@ -208,6 +215,22 @@ class TestImageHandling:
         with_answer = processor(images=IMAGES[0], instruction="it", reasoning="x")
         answer = with_answer["completion_mask"].bool()
         assert torch.equal(with_answer["labels"][answer], with_answer["input_ids"][answer])
+
+    @pytest.mark.parametrize(
+        ("named", "made", "expected"),
+        [
+            ([11, 12], [1, 11, 12, 12, 5, 6], 12),  # the family names a marker and patches
+            ([11], [1, 11, 5, 6], 11),  # an image as a whole
+            ([11], [1, 13, 13, 5, 6, 14], 13),  # neither is in the ids: what was put in and repeated
+            ([11], [1, 3, 3, 20, 21, 22, 5, 6], None),  # padding, and ids that each stand for one place
+            ([11], None, 11),  # the family's processor could not be tried
+            ([], [1, 5, 6], None),
+        ],
+    )
+    def test_the_id_of_a_patch_by_hand(self, named, made, expected):
+        tokenizer = SimpleNamespace(pad_token_id=3, bos_token_id=1, eos_token_id=2, unk_token_id=0)
+        processor = SimpleNamespace(tokenizer=tokenizer, image_token_ids=named)
+        assert _image_token_id(processor, made, before=[1, 11, 5, 6]) == expected
 
     def test_measured_anew_for_another_tokenizer(self):
         processor = tiny.tiny_processor("gemma3")

@@ -190,7 +190,7 @@ def measure_image_handling(vlm_processor: ProcessorMixin, class_name: str, promp
 
 def _image_token_id(vlm_processor: ProcessorMixin, ids: list[int] | None, before: list[int]) -> int | None:
     """The id of a patch: of the ids that the family names as its image's, the most frequent in `ids`, those that its
-    processor made; where none of them is there, the most frequent that the text `before` it had not."""
+    processor made; where none of them is there, what it put into the text `before` it most often, and repeated."""
     tokenizer = vlm_processor.tokenizer
     named = [getattr(part, "image_token_id", None) for part in (tokenizer, vlm_processor)]
     token = getattr(vlm_processor, "image_token", None)
@@ -200,7 +200,10 @@ def _image_token_id(vlm_processor: ProcessorMixin, ids: list[int] | None, before
     if ids is None:
         return named[0] if named else None
     counts = Counter(ids)
-    found = [one for one in named if counts[one]] or list(counts - Counter(before))
+    found = [one for one in named if counts[one]]
+    if not found:
+        frame = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        found = [one for one, added in (counts - Counter(before)).items() if added > 1 and one not in frame]
     return max(found, key=lambda one: counts[one]) if found else None
 
 
