@@ -24,7 +24,7 @@ WIDTH, TEXT_LAYERS, OTHER_LAYERS = tiny.HIDDEN_SIZE, tiny.NUM_LAYERS, 2
 SIZES = {
     WIDTH: "hidden_size d_model embed_dim encoder_hidden_size out_hidden_size text_hidden_size projection_dim "
     "projector_hidden_size projection_hidden_size image_text_hidden_size word_embed_proj_dim output_channels "
-    "patch_embed_hidden_size alignment_intermediate_size hidden_size_per_layer_input adapter_in_dim adapter_out_dim "
+    "alignment_intermediate_size hidden_size_per_layer_input adapter_in_dim adapter_out_dim "
     "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size share_expert_dim "
     "moe_hidden_size merged_hidden_size projector_input_dim projector_output_dim vision_output_dim",
     64: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim mlp_dim d_ff intermediate_size_mlp "

@@ -49,8 +49,8 @@ FIXED = {
         arguments={"image_seq_length": 4},
         config={
             "vision_soft_tokens_per_image": 4,
-            "vision_config.architecture": "resnet10t",
-            "vision_config.hidden_size": 512,
+            "vision_config.architecture": "test_resnet",
+            "vision_config.hidden_size": 96,
             "text_config.num_kv_shared_layers": 2,
             "audio_config.conf_num_hidden_layers": 1,
             "audio_config.conf_num_attention_heads": 2,

@@ -218,7 +218,8 @@ TILED = {
     "step3p7": Family(
         placeholder="<im_patch>",
         tokens=("<patch_start>", "<patch_end>", "<patch_newline>", "<im_start>", "<im_end>"),
-        config={"text_config.sliding_window": 64},
+        image={"size": {"height": 112, "width": 112}, "patch_size": 56},
+        config={"text_config.sliding_window": 64, "vision_config.image_size": 112},
         needs=TORCHVISION,
     ),
 }
