@@ -233,8 +233,9 @@ class TestLayerStates:
 
         model = tiny_model(family)
         inputs = RowEncoder(tiny_processor(family))(list(enumerate(rows(2))))
-        with torch.no_grad(), HiddenStateCapture(model.vlm.base_model, layer) as capture:
-            model.vlm.base_model(**inputs, use_cache=False)
+        assert not inputs["attention_mask"][:, 0].all()  # padded on the left: positions count from the first token
+        with torch.no_grad(), HiddenStateCapture(model.vlm, layer) as capture:
+            model(**inputs)
         assert torch.equal(layer_states(model.vlm, layer, inputs), capture.states()[0])
 
     def test_nothing_above_the_layer_runs(self, llava, processor):
