@@ -11,7 +11,7 @@ from tiny import tiny_image, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.patch_coverage import PatchCoverage
-from segcompass_hf.token_places import instruction_words
+from segcompass_hf.token_places import UnknownPlacesError, instruction_words
 from segcompass_hf.training.alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 
 FAMILIES = ("llava", "qwen2_5_vl")
@@ -61,8 +61,12 @@ def test_coverage_follows_the_familys_own_image_processor(family):
     mask[:, 28:] = True
     tokens = processor(images=tiny_image(0, (56, 56)), instruction="red")["input_ids"][0] == processor.image_token_id
     coverage = PatchCoverage(processor)(mask[None], int(tokens.sum()))[0]
-    own = PatchCoverage(processor.vlm_processor)  # as SAEs are trained with
-    assert torch.equal(own(mask[None], int(tokens.sum()))[0], coverage)
+    own = processor.vlm_processor  # which SAEs may be trained with
+    if family == "gemma3":  # its image_token_id is of the text's placeholder, not of a patch
+        with pytest.raises(UnknownPlacesError, match="makes 1 tokens"):
+            PatchCoverage(own)(mask[None], int(tokens.sum()))
+    else:
+        assert torch.equal(PatchCoverage(own)(mask[None], int(tokens.sum()))[0], coverage)
     side = math.isqrt(len(coverage))
     grid = coverage.view(side, side)
     assert torch.allclose(grid[:, : side // 2], torch.zeros(1), atol=0.05)
