@@ -27,6 +27,7 @@ def minicpm() -> Family:
             "image_id_start_token": "<image_id>",
             "image_id_end_token": "</image_id>",
         },
+        ids={"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"},
         image={"patch_size": 7, "scale_resolution": 56, "max_slice_nums": 2},
         config={
             "patch_size": 7,
