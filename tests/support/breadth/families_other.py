@@ -90,7 +90,11 @@ OTHER = {
         attributes={"image_token": "<|img|>", "boi_token": "<image>", "eoi_token": "</image>"},
         image={"max_patches": 16},
         arguments={"num_image_tokens": 4},
-        config={"latent_query_num": 4, "vision_config.num_hidden_layers": 1},  # of 4096 patches, whatever the size
+        config={
+            "latent_query_num": 4,
+            "vision_config.num_hidden_layers": 1,
+            "vision_config.num_attention_heads": 1,
+        },  # of 4096 patches, whatever the size
     ),
     "mllama": Family(
         placeholder="<|image|>",
