@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -197,7 +198,8 @@ def test_every_folder_says_what_lives_there():
 
 
 def core_files() -> list[str]:
-    return [file for file in files() if "/" not in file and (file.endswith("_segcompass.py") or "modeling_" in file)]
+    kinds = ("*_segcompass.py", "configuration_*.py", "modeling_*.py")
+    return [file for file in files() if "/" not in file and any(fnmatch(file, kind) for kind in kinds)]
 
 
 @pytest.mark.parametrize("file", core_files())

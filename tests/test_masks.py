@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, SamModel
 
 from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.hub.conversion.keys import convert_original_sam_state_dict, revert_to_original_state_dict
-from segcompass_hf.modeling_masks import SamMaskStage, positional_embeddings, valid_area
+from segcompass_hf.modeling_masks import MaskStage, positional_embeddings, valid_area
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def sam() -> SamModel:
 
 
 @pytest.fixture
-def stage(sam) -> SamMaskStage:
+def stage(sam) -> MaskStage:
     sam.zero_grad()
-    return SamMaskStage(sam)
+    return MaskStage(sam)
 
 
 def embeddings_and_heatmaps(batch_size=2, num_slots=3):
@@ -156,12 +156,12 @@ def test_bf16_stays_close(stage):
     embeddings, heatmaps = embeddings_and_heatmaps()
     reference = stage.decode(embeddings, heatmaps).detach()
     half = SamModel(tiny_sam_config(canvas=32, patch_size=8)).eval()
-    half.load_state_dict(stage.sam.state_dict())
+    half.load_state_dict(stage.segmenter.state_dict())
     half.to(torch.bfloat16)
     for module in (half.shared_image_embedding, half.prompt_encoder.shared_embedding):
         module.float()  # as _keep_in_fp32_modules_strict does on loading
-    half.shared_image_embedding.load_state_dict(stage.sam.shared_image_embedding.state_dict())
-    masks = SamMaskStage(half).decode(embeddings, heatmaps)
+    half.shared_image_embedding.load_state_dict(stage.segmenter.shared_image_embedding.state_dict())
+    masks = MaskStage(half).decode(embeddings, heatmaps)
     assert masks.dtype == torch.bfloat16
     torch.testing.assert_close(masks.float(), reference, rtol=0, atol=0.05 * float(reference.abs().max()) + 1e-3)
 

@@ -13,10 +13,11 @@ from places import ROOT
 
 import segcompass_hf
 from segcompass_hf import SegCompassConfig, _registration
+from segcompass_hf.hub.publishing.stage import core_files
 
 SOURCE = ROOT / "src" / "segcompass_hf"
 # Files that are published as remote code: flat, next to one another.
-CORE = sorted({*SOURCE.glob("modeling_*.py"), *SOURCE.glob("*_segcompass.py")})
+CORE = core_files()
 
 
 # One fresh interpreter per import order; the questions are asked together because starting one takes seconds.

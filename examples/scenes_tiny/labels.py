@@ -35,10 +35,11 @@ class SceneSamples(Dataset):
         return {"image": scene.image, "ids": scene.ids, "objects": table}
 
 
-def collate(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stack samples; pixels scaled as the processors do."""
+def collate(samples: list[dict[str, Any]], image_processor: Any) -> dict[str, torch.Tensor]:
+    """Stack samples; pixels scaled as an image processor does."""
+    pixels = torch.from_numpy(np.stack([s["image"] for s in samples]))
     return {
-        "pixel_values": normalize_pixels(torch.from_numpy(np.stack([s["image"] for s in samples]))),
+        "pixel_values": normalize_pixels(pixels, image_processor.image_mean, image_processor.image_std),
         "ids": torch.from_numpy(np.stack([s["ids"] for s in samples])),
         "objects": torch.from_numpy(np.stack([s["objects"] for s in samples])),
     }

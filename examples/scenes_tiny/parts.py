@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import nn
 from transformers import (
@@ -9,7 +11,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Sam2Config,
+    Sam2Model,
     SamConfig,
     SamModel,
 )
@@ -174,6 +179,54 @@ def build_sam() -> SamModel:
     return sam
 
 
-def normalize_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Scale `(batch, height, width, 3)` uint8 to `(batch, 3, height, width)` in [-1, 1], as the processors do."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+def build_sam2() -> Sam2Model:
+    """A SAM 2 of about 0.6 M parameters over the same canvas: its first patches are of 2 pixels, so that its embedding
+    and its masks have the size of [`build_sam`]'s."""
+    channels, decoder_width = [16, 32, 96, 128], 64
+    sides = [IMAGE_SIZE // stride for stride in (2, 4, 8)]  # 56, 28, 14
+    config = Sam2Config(
+        vision_config={
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model",
+                "hidden_size": channels[0],
+                "image_size": [IMAGE_SIZE, IMAGE_SIZE],
+                "patch_kernel_size": [3, 3],
+                "patch_stride": [2, 2],
+                "patch_padding": [1, 1],
+                "blocks_per_stage": [1, 1, 3, 1],
+                "embed_dim_per_stage": channels,
+                "num_attention_heads_per_stage": [1, 2, 4, 4],
+                "window_size_per_stage": [8, 4, 14, 7],
+                "global_attention_blocks": [],
+                "mlp_ratio": 3.0,
+            },
+            "backbone_channel_list": channels[::-1],
+            "backbone_feature_sizes": [[side, side] for side in sides],
+            "fpn_hidden_size": decoder_width,
+        },
+        prompt_encoder_config={"hidden_size": decoder_width, "image_size": IMAGE_SIZE, "patch_size": 8},
+        mask_decoder_config={
+            "hidden_size": decoder_width,
+            "mlp_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "iou_head_hidden_dim": 32,
+        },
+    )
+    sam = Sam2Model(config)
+    backbone = sam.vision_encoder.backbone
+    for name, parameter in backbone.named_parameters():
+        if name.startswith("pos_embed"):
+            nn.init.normal_(parameter, std=0.05)
+        elif parameter.dim() == 2:
+            nn.init.trunc_normal_(parameter, std=0.06)
+    return sam
+
+
+SEGMENTERS: dict[str, Callable[[], PreTrainedModel]] = {"sam": build_sam, "sam2": build_sam2}
+
+
+def normalize_pixels(images: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Scale `(batch, height, width, 3)` uint8 to `(batch, 3, height, width)` as an image processor does."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std

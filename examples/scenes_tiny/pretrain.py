@@ -12,14 +12,16 @@ import argparse
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from labels import SceneSamples, collate
-from parts import build_processor, build_sam, build_tokenizer, build_vlm
+from parts import SEGMENTERS, build_processor, build_tokenizer, build_vlm
 from trainers import MaskTrainer, VisionTrainer
 from transformers import TrainingArguments, set_seed
 
+from segcompass_hf.segmenters_segcompass import to_sam_image_processor
 from segcompass_hf.training.loop.muon import has_fast_bfloat16
 
 STAGES = {"vision": (700, 64), "masks": (1000, 16)}  # steps, batch size
@@ -32,20 +34,21 @@ def main() -> None:
         "--output", type=Path, default=Path("runs/scenes-tiny"), help="gets the folders vision and masks"
     )
     parser.add_argument("--stage", choices=STAGES, help="only this one, in this process")
+    parser.add_argument("--segmenter", choices=SEGMENTERS, default="sam", help="what masks trains (%(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the steps: 0.005 to see both work")
     given = parser.parse_args()
     if given.stage:
-        run(given.stage, given.output / given.stage, given.scale)
+        run(given.stage, given.output / given.stage, given.scale, given.segmenter)
         return
     environment = dict(os.environ) if torch.cuda.is_available() else {**os.environ, "OMP_NUM_THREADS": "1"}
-    options = ["--output", str(given.output), "--scale", str(given.scale)]
+    options = ["--output", str(given.output), "--scale", str(given.scale), "--segmenter", given.segmenter]
     command = [sys.executable, __file__, *options, "--stage"]
     codes = [one.wait() for one in [subprocess.Popen([*command, stage], env=environment) for stage in STAGES]]
     if any(codes):
         sys.exit(f"a stage failed (exit codes {codes}); fix what its log says and run the same command again.")
 
 
-def run(stage: str, folder: Path, scale: float = 1.0) -> None:
+def run(stage: str, folder: Path, scale: float = 1.0, segmenter: str = "sam") -> None:
     """Train one of the two, from its last checkpoint where there is one; nothing where it is done."""
     if (folder / DONE).exists():
         return
@@ -53,25 +56,27 @@ def run(stage: str, folder: Path, scale: float = 1.0) -> None:
     steps = max(4, round(scale * steps))
     set_seed(seed)
     arguments = arguments_of(stage, folder, steps, batch_size, seed)
-    data = {"train_dataset": SceneSamples(steps * batch_size, seed=seed), "data_collator": collate}
+    processor, rows = build_processor(), SceneSamples(steps * batch_size, seed=seed)
     if stage == "vision":
+        part = processor.image_processor
         tokenizer = build_tokenizer()
         model = build_vlm(tokenizer)
         model.model.language_model.layers.requires_grad_(False)
-        trainer = VisionTrainer(model=model, args=arguments, tokenizer=tokenizer, **data)
+        trainer_class = partial(VisionTrainer, tokenizer=tokenizer)
     else:
-        model = build_sam()
+        model = SEGMENTERS[segmenter]()
+        part = processor.sam_image_processor if segmenter == "sam" else to_sam_image_processor(model.config)
         MaskTrainer.add_auxiliary_head(model)
-        trainer = MaskTrainer(model=model, args=arguments, **data)
+        trainer_class = MaskTrainer
+    data = {"train_dataset": rows, "data_collator": partial(collate, image_processor=part)}
+    trainer = trainer_class(model=model, args=arguments, **data)
     trainer.train(resume_from_checkpoint=True)
     if stage == "masks":
         del model.auxiliary_head, model.place_head
     model.save_pretrained(folder)
     trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    processor = build_processor()
     if stage == "vision":
         processor.vlm_processor.save_pretrained(folder)
-    part = processor.image_processor if stage == "vision" else processor.sam_image_processor
     part.save_pretrained(folder)
 
 

@@ -8,7 +8,8 @@ from labels import ATTRIBUTES, CELLS, patch_labels
 from torch import nn
 from transformers import Trainer
 
-from segcompass_hf.modeling_masks import positional_embeddings
+from segcompass_hf.image_features_segcompass import parts_of
+from segcompass_hf.modeling_masks import MaskStage
 from segcompass_hf.training.loop.muon import MuonWithAdamW
 from segcompass_hf.training.loop.resume import RobustTrainerMixin
 
@@ -122,7 +123,7 @@ class VisionTrainer(PretrainingTrainer):
 
 
 class MaskTrainer(PretrainingTrainer):
-    """Stage 2: a SAM learns to turn a coarse, noisy blob into the mask of the object it lies on.
+    """Stage 2: a segmenter learns to turn a coarse, noisy blob into the mask of the object it lies on.
 
     An auxiliary head reads color, shape, size, row and column off the image embedding, so that the embedding holds
     what the slot mapper will look for with plain dot products. The head is `model.auxiliary_head`, dropped afterwards.
@@ -130,47 +131,33 @@ class MaskTrainer(PretrainingTrainer):
 
     @staticmethod
     def add_auxiliary_head(sam: nn.Module) -> None:
-        channels = sam.config.vision_config.output_channels
+        channels = sam.config.mask_decoder_config.hidden_size
         sam.auxiliary_head = nn.Conv2d(channels, sum(len(v) for v in ATTRIBUTES.values()) + 1, 1)
-        side = sam.config.vision_config.image_size // sam.config.vision_config.patch_size
-        sam.place_head = nn.Conv2d(channels, 2 * side, 1)
+        sam.place_head = nn.Conv2d(channels, 2 * MaskStage(sam).embedding_size, 1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids, objects = inputs["ids"], inputs["objects"]
-        embeddings = model.vision_encoder(inputs["pixel_values"]).last_hidden_state  # (batch, channels, 14, 14)
+        stage = MaskStage(model)
+        features = stage.encode_image(inputs["pixel_values"])
+        embeddings = parts_of(features)[0].float()  # (batch, channels, 14, 14)
         count = (objects[..., 3] >= 0).sum(-1)
         first = (torch.rand(len(ids), device=ids.device) * count).long()
         step = 1 + (torch.rand(len(ids), device=ids.device) * (count - 1)).long()
         chosen = torch.stack([first, (first + step) % count], dim=1) + 1  # two different objects each
         full = (ids[:, None] == chosen[..., None, None]).float()  # (batch, 2, 112, 112)
         target = F.avg_pool2d(full, 2)  # (batch, 2, 56, 56)
-        masks = self._decode(model, embeddings, _noisy_blobs(target))
+        masks = stage.decode(features, _noisy_blobs(target))
         probability = masks.float().sigmoid()
         inter = (probability * target).sum((-1, -2))
         dice = 1 - (2 * inter + 1) / ((probability + target).sum((-1, -2)) + 1)
         error = F.binary_cross_entropy_with_logits(masks.float(), target, reduction="none")
         focal = (error * (probability - target).abs().pow(2)).mean((-1, -2))
-        loss = dice.mean() + 10 * focal.mean() + 0.35 * self._auxiliary(model, embeddings.float(), ids, objects)
+        loss = dice.mean() + 10 * focal.mean() + 0.35 * self._auxiliary(model, embeddings, ids, objects)
         with torch.no_grad():
             hard, truth = F.interpolate(masks.float(), size=ids.shape[1:], mode="bilinear") > 0, full > 0
             iou = (hard & truth).sum((-1, -2)) / (hard | truth).sum((-1, -2)).clamp(min=1)
         self.report(mask_iou=iou.mean(), dice=dice.mean())
         return loss
-
-    @staticmethod
-    def _decode(model, embeddings, prompts):
-        batch, objects = prompts.shape[:2]
-        repeated = embeddings.repeat_interleave(objects, 0)
-        sparse, dense = model.prompt_encoder(None, None, None, prompts.flatten(0, 1)[:, None])
-        position = positional_embeddings(model).repeat(batch * objects, 1, 1, 1)
-        masks = model.mask_decoder(
-            image_embeddings=repeated,
-            image_positional_embeddings=position,
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=False,
-        )[0]
-        return masks.view(batch, objects, *masks.shape[-2:])
 
     def _auxiliary(self, model, embeddings, ids, objects):
         side = embeddings.shape[-1]

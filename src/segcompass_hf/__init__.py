@@ -4,7 +4,7 @@
 An image and an instruction go in; reasoning and one mask per object come out. Each arrow is one file::
 
     image, instruction
-        |  processing_segcompass     instruction template, VLM and SAM inputs
+        |  processing_segcompass     instruction template, inputs of VLM and segmenter
         v
     VLM: "<think> ... </think>" + K x <REF_POS>        generation_segcompass   well-formed, states captured on the way
         |                                  |
@@ -16,18 +16,19 @@ An image and an instruction go in; reasoning and one mask per object come out. E
         v                                  |
     modeling_slots          K concept slots|
         v                                  v
-    modeling_heatmaps       slots + reference states + SAM image embedding -> heatmaps, slot logits
+    modeling_heatmaps       slots + reference states + image embedding -> heatmaps, slot logits
         v
-    modeling_masks          heatmaps as mask prompts -> SAM mask decoder -> masks
+    modeling_masks          heatmaps as mask prompts -> the segmenter's mask decoder -> masks
         v
     scoring_segcompass      confidence, surprisal of the words, certainty of the mask -> calibrated scores
         v
     postprocessing_segcompass   masks at image size, without empty and double ones, scores, reasoning
 
-`reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and SAM,
+`reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and segmenter,
 `losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What VLM
 families differ in: `text_stack_segcompass` finds the decoder whose states are read, `vlm_inputs_segcompass` prepares
-whole sequences as generation does. What all ask of files, memory and threads: `weight_files_segcompass`,
+whole sequences as generation does. Which segmenters there are says `segmenters_segcompass`; the one that transformers
+does not have is `modeling_mobile_sam`. What all ask of files, memory and threads: `weight_files_segcompass`,
 `offloading_segcompass`, `threads_segcompass`.
 Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
 learn about them the same way.
@@ -45,8 +46,11 @@ __version__ = "0.1.0"
 # Submodule -> public names that it defines.
 _EXPORTS = {
     "configuration_segcompass": ("SegCompassConfig", "SegCompassSaeConfig"),
+    "configuration_mobile_sam": ("MobileSamConfig",),
     "processing_segcompass": ("SegCompassProcessor",),
     "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
+    "modeling_mobile_sam": ("MobileSamModel",),
+    "image_features_segcompass": ("ImageFeatures",),
     "interventions_segcompass": ("ConceptIntervention",),
     "modeling_concepts": ("SparseConcepts",),
     "reading_segcompass": ("MaskTargets", "SegCompassOutput", "SequenceStates"),

@@ -18,9 +18,14 @@ from typing import Any
 
 TASK = "reasoning-segmentation"
 _LOOKED_UP_AS = {"segcompass", "segcompass_sae", "SegCompassConfig", "SegCompassSaeConfig"}
+_LOOKED_UP_AS |= {"mobile_sam", "MobileSamConfig"}
 _AUTO_REGISTRIES = {
     "transformers.models.auto.configuration_auto": ("CONFIG_MAPPING",),
-    "transformers.models.auto.modeling_auto": ("MODEL_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"),
+    "transformers.models.auto.modeling_auto": (
+        "MODEL_MAPPING",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+        "MODEL_FOR_MASK_GENERATION_MAPPING",
+    ),
     "transformers.models.auto.processing_auto": ("PROCESSOR_MAPPING",),
 }
 _PIPELINES = "transformers.pipelines"
@@ -57,9 +62,17 @@ def register() -> None:
 
 
 def _register() -> None:
-    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForImageTextToText,
+        AutoModelForMaskGeneration,
+        AutoProcessor,
+    )
 
+    from .configuration_mobile_sam import MobileSamConfig
     from .configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
+    from .modeling_mobile_sam import MobileSamModel
     from .modeling_sae import SegCompassSae
     from .modeling_segcompass import SegCompassForReasoningSegmentation
     from .processing_segcompass import SegCompassProcessor
@@ -67,8 +80,11 @@ def _register() -> None:
     SegCompassConfig.custom_pipelines = _HiddenCustomPipelines()
     AutoConfig.register("segcompass", SegCompassConfig, exist_ok=True)
     AutoConfig.register("segcompass_sae", SegCompassSaeConfig, exist_ok=True)
+    AutoConfig.register("mobile_sam", MobileSamConfig, exist_ok=True)
     AutoModel.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
     AutoModel.register(SegCompassSaeConfig, SegCompassSae, exist_ok=True)
+    AutoModel.register(MobileSamConfig, MobileSamModel, exist_ok=True)
+    AutoModelForMaskGeneration.register(MobileSamConfig, MobileSamModel, exist_ok=True)
     AutoModelForImageTextToText.register(SegCompassConfig, SegCompassForReasoningSegmentation, exist_ok=True)
     AutoProcessor.register(SegCompassConfig, SegCompassProcessor, exist_ok=True)
 

@@ -1,11 +1,14 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and SAM."""
+"""Configuration of SegCompass: a VLM, a sparse autoencoder on its hidden states, slots, and a segmenter."""
 
 import copy
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PretrainedConfig, SamConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from .configuration_mobile_sam import MobileSamConfig
+from .segmenters_segcompass import segmenter_config, segmenter_kind
 
 # Table 1 of the paper's supplement: index into `hidden_states` (0 = embeddings) per VLM family.
 PAPER_SAE_LAYERS = {"llava": 16, "qwen2_5_vl": 13}
@@ -69,7 +72,8 @@ class SegCompassConfig(PretrainedConfig):
     Args:
         vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration whose
             text model has `layers`; LLaVA-1.5 when left out.
-        sam_config (`PretrainedConfig` or `dict`, *optional*): A [`SamConfig`].
+        sam_config (`PretrainedConfig` or `dict`, *optional*): Of any segmenter that takes mask prompts, see
+            [`SEGMENTERS`] (a video model's becomes that of its image part); SAM ViT-H when left out.
         sae_config (`PretrainedConfig` or `dict`, *optional*): A [`SegCompassSaeConfig`]; its `d_in` defaults to the
             VLM's hidden size.
         num_slots (`int`, defaults to 4): Slots K, and `<REF_POS>` tokens per answer.
@@ -109,7 +113,7 @@ class SegCompassConfig(PretrainedConfig):
     model_type = "segcompass"
     # What Trainer must not gather in evaluation: no tensors, or the whole vocabulary's scores.
     keys_to_ignore_at_inference = ["logits", "concepts", "losses", "slot_attentions", "cache"]
-    sub_configs = {"vlm_config": AutoConfig, "sam_config": SamConfig, "sae_config": SegCompassSaeConfig}
+    sub_configs = {"vlm_config": AutoConfig, "sam_config": AutoConfig, "sae_config": SegCompassSaeConfig}
 
     vlm_config: dict | PretrainedConfig | None = None
     sam_config: dict | PretrainedConfig | None = None
@@ -165,7 +169,7 @@ class SegCompassConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.vlm_config = _resolve_config(self.vlm_config, "llava")
-        self.sam_config = _resolve_config(self.sam_config, SamConfig)
+        self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         text_config = self.vlm_config.get_text_config()
         if self.image_token_id is None:
             self.image_token_id = getattr(self.vlm_config, "image_token_id", None)
@@ -203,6 +207,7 @@ class SegCompassConfig(PretrainedConfig):
         return self.get_text_config().hidden_size
 
     def validate_segcompass(self):
+        segmenter_kind(self.sam_config)
         text_config = self.get_text_config()
         depth, width = text_config.num_hidden_layers, text_config.hidden_size
         if self.num_slots < 1:
@@ -259,7 +264,10 @@ def _resolve_config(config: dict | PretrainedConfig | None, default: str | type)
     config = dict(config or {})
     if not isinstance(default, str):
         return default(**config)
-    return AutoConfig.for_model(config.pop("model_type", default), **config)
+    model_type = config.pop("model_type", default)
+    if model_type == MobileSamConfig.model_type:  # unknown to transformers where this is remote code
+        return MobileSamConfig(**config)
+    return AutoConfig.for_model(model_type, **config)
 
 
 def default_sae_layer(vlm_config: PretrainedConfig) -> int:

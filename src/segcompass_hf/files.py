@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -309,18 +309,20 @@ def file_digest(path: str | os.PathLike, digest: Any = None) -> str:
     return digest.hexdigest()
 
 
-def weights_digest(module: Any) -> str:
-    """SHA-256 of a torch module's weights and buffers, in hexadecimal: of every value, its place, name and dtype.
+def weights_digest(weights: Any) -> str:
+    """SHA-256 of a torch module's weights and buffers, or of named ones, in hexadecimal: of every value, its place,
+    name and dtype.
 
     The same on every device. A tensor at a time is in the memory of the host; a gigabyte takes a second or two.
 
     Args:
-        module (`torch.nn.Module`): As it is in memory.
+        weights (`torch.nn.Module` or `Mapping[str, torch.Tensor]`): As it is in memory.
     """
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    named = weights if isinstance(weights, Mapping) else weights.state_dict()
+    for name, tensor in sorted(named.items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

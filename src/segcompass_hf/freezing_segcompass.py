@@ -12,7 +12,9 @@ from .text_stack_segcompass import decoder_layers
 
 
 def freeze_for_training(
-    model: nn.Module, train_token_rows: Literal["head", "none", "both"] | None = None
+    model: nn.Module,
+    train_token_rows: Literal["head", "none", "both"] | None = None,
+    trainable: Literal["joint", "masks"] = "joint",
 ) -> nn.Module:
     """Leave trainable what the method trains, freeze everything else. Returns the model.
 
@@ -24,16 +26,21 @@ def freeze_for_training(
     Args:
         model (`SegCompassForReasoningSegmentation`): Changed in place.
         train_token_rows (`str`, *optional*): `"head"`, `"none"` or `"both"`; the configuration's when left out.
+        trainable (`str`, defaults to `"joint"`): `"masks"` leaves trainable what turns slots into masks alone: the
+            slot mapper and SAM's mask path.
 
     Raises:
         ValueError: An adapter is attached, or the decoder layers to train are quantised.
     """
-    _check_trainable(model)
+    joint = trainable == "joint"
+    _check_trainable(model, joint)
     model.requires_grad_(False)
-    for index, layer in enumerate(decoder_layers(model.vlm)):
-        layer.requires_grad_(index >= model.config.sae_layer)
-    for module in (model.codebook, model.slot_encoder, model.slot_mapper):
-        module.requires_grad_(True)
+    if joint:
+        for layer in decoder_layers(model.vlm)[model.config.sae_layer :]:
+            layer.requires_grad_(True)
+        model.codebook.requires_grad_(True)
+        model.slot_encoder.requires_grad_(True)
+    model.slot_mapper.requires_grad_(True)
     model.sam.prompt_encoder.requires_grad_(True)
     model.sam.mask_decoder.requires_grad_(True)
     for _, parameter in model.mask_stage.unused_parameters():
@@ -41,17 +48,17 @@ def freeze_for_training(
     config = model.config
     config.score_calibration = None
     ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
-    train_rows(model, train_token_rows or config.train_token_rows, ids)
+    train_rows(model, (train_token_rows or config.train_token_rows) if joint else "none", ids)
     return model
 
 
-def _check_trainable(model: nn.Module) -> None:
+def _check_trainable(model: nn.Module, joint: bool) -> None:
     if getattr(model, "peft_config", None):
         raise ValueError(
             "an adapter is attached, and PEFT has chosen what trains: its copies of the heads, not the originals that "
             "this would unfreeze; leave freeze_for_training out, or merge the adapter first."
         )
-    layers = decoder_layers(model.vlm)[model.config.sae_layer :]
+    layers = decoder_layers(model.vlm)[model.config.sae_layer :] if joint else nn.ModuleList()
     packed = [name for name, weight in layers.named_parameters() if not weight.dtype.is_floating_point]
     if packed:
         raise ValueError(

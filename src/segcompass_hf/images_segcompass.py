@@ -153,8 +153,14 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
     return np.clip(np.rint(array * (255 / top)), 0, 255).astype(np.uint8)
 
 
-def resized_size(size: tuple[int, int], canvas: int) -> tuple[int, int]:
-    """(height, width) after the longest side becomes `canvas`, by SAM's rounding rule; never below one pixel."""
+def resized_size(size: tuple[int, int], canvas: int, fit: Literal["pad", "stretch"] = "pad") -> tuple[int, int]:
+    """(height, width) of an image of `size` on a segmenter's canvas.
+
+    With `"pad"` the longest side becomes `canvas`, by SAM's rounding rule and never below one pixel; with `"stretch"`
+    both do.
+    """
+    if fit == "stretch":
+        return canvas, canvas
     scale = canvas / max(size)
     return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
@@ -237,21 +243,25 @@ def fit_objects_to_slots(
     return torch.cat([masks[kept], masks[rest].any(0, keepdim=True)])
 
 
-def soft_mask_targets(masks: torch.Tensor, canvas: int, map_size: int) -> torch.Tensor:
-    """Soft low-resolution targets: the share of each map cell that the object covers, on the padded canvas.
+def soft_mask_targets(
+    masks: torch.Tensor, canvas: int, map_size: int, fit: Literal["pad", "stretch"] = "pad"
+) -> torch.Tensor:
+    """Soft low-resolution targets: the share of each map cell that the object covers, on the canvas.
 
     The longest side is resized to the canvas (bilinear, antialiased), the rest padded at the bottom and right, and the
-    canvas resized to the map (bilinear): the steps of the original's target preparation.
+    canvas resized to the map (bilinear): the steps of the original's target preparation. With `"stretch"` both sides
+    are resized and nothing is padded.
 
     Args:
         masks (`torch.Tensor` of shape `(n, H, W)`): bool.
-        canvas (`int`): side of SAM's input, in pixels.
+        canvas (`int`): side of the segmenter's input, in pixels.
         map_size (`int`): side of the low-resolution maps, in cells.
+        fit (`str`): see `resized_size`.
 
     Returns:
         `torch.Tensor` of shape `(n, map_size, map_size)`: float32 in [0, 1].
     """
-    height, width = resized_size(tuple(masks.shape[-2:]), canvas)
+    height, width = resized_size(tuple(masks.shape[-2:]), canvas, fit)
     targets = torch.zeros(masks.shape[0], map_size, map_size)
     for index, mask in enumerate(masks):  # one at a time: a photograph's worth of float canvases is large
         resized = F.interpolate(mask[None, None].float(), (height, width), mode="bilinear", antialias=True)
@@ -266,8 +276,8 @@ def restore_map(
     """One map back at its image's size: enlarged to the canvas, cropped of the padding, resized (bilinear).
 
     Args:
-        low_resolution (`torch.Tensor` of shape `(h, w)`): logits on the padded canvas.
-        canvas (`int`): side of SAM's input, in pixels.
+        low_resolution (`torch.Tensor` of shape `(h, w)`): logits on the canvas.
+        canvas (`int`): side of the segmenter's input, in pixels.
         reshaped_size (`Sequence[int]`): (height, width) of the image on the canvas.
         original_size (`Sequence[int]`): (height, width) of the image.
 

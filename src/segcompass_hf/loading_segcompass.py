@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel, SamModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS
+from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
+from .segmenters_segcompass import segmenter_config
 from .text_stack_segcompass import decoder_layers
 from .weight_files_segcompass import (
     check_no_layers_left,
@@ -66,11 +68,11 @@ class LoadingMixin:
         dtype: torch.dtype | str | None = None,
         **config_kwargs,
     ) -> PreTrainedModel:
-        """Compose a model from a VLM, a SAM and, if there is one, an SAE; the heads between them are new.
+        """Compose a model from a VLM, a segmenter and, if there is one, an SAE; the heads between them are new.
 
         Args:
             vlm (`str` or `PreTrainedModel`): Hub id, folder or loaded model.
-            sam (`str` or `PreTrainedModel`): The same for SAM.
+            sam (`str` or `PreTrainedModel`): The same for a segmenter that takes mask prompts, see [`SEGMENTERS`].
             sae (`str` or `PreTrainedModel`, *optional*): The same for the SAE; a new, untrained one when left out.
             num_slots (`int`, defaults to 4): K.
             sae_layer (`int`, *optional*): The SAE's own when left out, else see [`SegCompassConfig`].
@@ -82,7 +84,8 @@ class LoadingMixin:
 
         Raises:
             FileNotFoundError: A part is named by a folder that does not exist.
-            ValueError: The processor is for another number of slots.
+            ValueError: The processor is for another number of slots, or `sam` is no segmenter that takes mask
+                prompts, or lacks weights.
         """
         load = {} if dtype is None else {"dtype": dtype}
         if getattr(processor, "num_slots", num_slots) != num_slots:
@@ -96,9 +99,8 @@ class LoadingMixin:
                 tokenizer = AutoTokenizer.from_pretrained(vlm)
             vlm = load_part(AutoModelForImageTextToText, vlm, **load)
         if _is_source(sam, "sam"):
-            sam = load_part(SamModel, sam)
-            if load and dtype != "auto":
-                _cast_sam(sam, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+            sam = load_segmenter(sam, dtype)
+        check_segmenter(sam)
         if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
@@ -204,10 +206,36 @@ def load_part(model_class: type, source: Any, **kwargs) -> PreTrainedModel:
     return model
 
 
+def load_segmenter(source: Any, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+    """A segmenter of its own by id or folder, as the class that its configuration names; see [`SEGMENTERS`].
+
+    Of a checkpoint for videos the image part is loaded; its memory has no place there and is left out.
+
+    Args:
+        source (`str` or `os.PathLike`): Hub id or folder.
+        dtype (`torch.dtype` or `str`, *optional*): Of all but the positional matrices; the checkpoint's own when left
+            out.
+
+    Raises:
+        FileNotFoundError, ValueError: See [`check_weight_files`] and [`segmenter_class`]; or weights are missing or
+            left over, so that masks would be random or others.
+    """
+    check_weight_files(source)
+    config = segmenter_config(AutoConfig.from_pretrained(source))
+    model, info = segmenter_class(config).from_pretrained(source, config=config, output_loading_info=True)
+    check_nothing_missing(model, info, source, f"it is no whole {type(model).__name__}: complete it")
+    check_no_layers_left(model, info, source)
+    check_nothing_left(model, info, source)
+    if dtype not in (None, "auto"):
+        _cast_sam(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model
+
+
 def _cast_sam(sam: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Cast a SAM but for its positional matrices, as loading a whole checkpoint does: bf16 would break them."""
-    for name, parameter in sam.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if "positional_embedding" in name else dtype)
+    """Cast a segmenter but for its positional matrices, as loading a whole checkpoint does: bf16 would break them."""
+    for name, tensor in sam.state_dict(keep_vars=True).items():  # buffers too: a batch norm's are as its weights
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if "positional_embedding" in name else dtype)
 
 
 def _remove_stale_weights(folder: Any, variant: str | None) -> None:

@@ -34,7 +34,7 @@ class SlotAssignments:
 
     @property
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Sample and slot indices, as `SamMaskStage.decode(pairs=...)` takes them."""
+        """Sample and slot indices, as `MaskStage.decode(pairs=...)` takes them."""
         return self.sample_index, self.slot_index
 
     def __len__(self) -> int:

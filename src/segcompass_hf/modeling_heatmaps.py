@@ -66,6 +66,10 @@ class SlotMapper(nn.Module):
             Channels of the SAM image embeddings.
     """
 
+    # What means something for the embeddings of one segmenter only: the space in which slots and locations are
+    # compared, and what makes maps of their scores. The other modules read slots and reference states alone.
+    embedding_modules = ("query_proj", "key_proj", "head_fuser")
+
     def __init__(self, config, hidden_size: int, sam_dim: int):
         super().__init__()
         if sam_dim % config.heatmap_heads:

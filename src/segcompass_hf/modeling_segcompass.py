@@ -1,26 +1,29 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The composition: VLM, sparse concepts, slots, heatmaps and SAM masks in one model, with one VLM pass."""
+"""The composition: VLM, sparse concepts, slots, heatmaps and masks in one model, with one VLM pass."""
 
 import math
 from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedModel, SamModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE
+from .image_features_segcompass import ImageFeatures
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
 from .modeling_heatmaps import SlotMapper
+from .modeling_masks import MaskStage, check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoder
 from .original_inputs_segcompass import duplicated_inputs
 from .reading_segcompass import MaskTargets, SegCompassOutput, SequenceStates
+from .segmenters_segcompass import segmenter_config
 from .segmenting_segcompass import SegCompassSegmentationOutput, SegmentingMixin
 from .text_stack_segcompass import HiddenStateCapture, check_decoder_only
 from .threads_segcompass import CallLock, one_call_at_a_time
@@ -43,8 +46,9 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # bf16 breaks SAM's positional encoding (errors up to 0.13).
     _keep_in_fp32_modules_strict = ["shared_image_embedding", "shared_embedding"]
-    # Units of sharding beside the layers of VLM and SAM: what is called as a module, so that its weights are gathered.
-    _no_split_modules = ["SamVisionEncoder", "SamMaskDecoder", "ConceptCodebook", "SlotEncoder", "SlotMapper"]
+    # Units of sharding beside the layers of VLM and segmenter: what is called as a module, so that its weights are
+    # gathered. The segmenter's image encoder and mask decoder are two more.
+    _no_split_modules = ["ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -72,12 +76,12 @@ class SegCompassForReasoningSegmentation(
 
     One pass of the VLM yields the logits, the states after `sae_layer` layers and the last states. The former become
     sparse concepts (`sae`), concept embeddings (`codebook`) and slots (`slot_encoder`); the latter, read at the
-    `<REF_POS>` tokens, join the slots in the `slot_mapper`, whose heatmaps prompt `sam`.
+    `<REF_POS>` tokens, join the slots in the `slot_mapper`, whose heatmaps prompt the segmenter, `sam`.
 
     Args:
         config ([`SegCompassConfig`]): The configuration.
         vlm (`PreTrainedModel`, *optional*): A loaded VLM; built from `config.vlm_config` when left out.
-        sam (`SamModel`, *optional*): A loaded SAM.
+        sam (`PreTrainedModel`, *optional*): A loaded segmenter that takes mask prompts, see [`SEGMENTERS`].
         sae ([`SegCompassSae`], *optional*): A trained SAE.
     """
 
@@ -85,7 +89,7 @@ class SegCompassForReasoningSegmentation(
         self,
         config: SegCompassConfig,
         vlm: PreTrainedModel | None = None,
-        sam: SamModel | None = None,
+        sam: PreTrainedModel | None = None,
         sae: SegCompassSae | None = None,
     ):
         super().__init__(config)
@@ -93,11 +97,14 @@ class SegCompassForReasoningSegmentation(
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         check_decoder_only(self.vlm)
         if sam is None:
-            asked = config.sam_config._attn_implementation
-            if (attention := supported_attention(SamModel, asked)) != asked:
+            asked, sam_class = config.sam_config._attn_implementation, segmenter_class(config.sam_config)
+            if (attention := supported_attention(sam_class, asked)) != asked:
                 config.sam_config._attn_implementation = attention
-            sam = SamModel._from_config(config.sam_config)
+            sam = sam_class._from_config(config.sam_config)
+        check_segmenter(sam)
+        sam.config = segmenter_config(sam.config)
         self.sam = sam
+        MaskStage(sam)  # prepares it
         self.sae = sae if sae is not None else SegCompassSae._from_config(config.sae_config)
         # The children hold copies: resizing the VLM's embeddings must show in what we save.
         config.vlm_config, config.sam_config, config.sae_config = self.vlm.config, self.sam.config, self.sae.config
@@ -110,7 +117,11 @@ class SegCompassForReasoningSegmentation(
         self.slot_mapper = SlotMapper(config, hidden_size=config.hidden_size, sam_dim=sam_dim)
         self.post_init()
         # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
-        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
+        units = {type(part).__name__ for part in (self.sam.vision_encoder, self.sam.mask_decoder)}
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & {
+            *self._no_split_modules,
+            *units,
+        }
 
     # Functions of `freezing_segcompass`, which take the model first.
     freeze_for_training = freeze_for_training
@@ -123,11 +134,13 @@ class SegCompassForReasoningSegmentation(
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
-        image_embeddings: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | ImageFeatures | None = None,
         completion_mask: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         mask_labels: torch.Tensor | None = None,
         num_objects: torch.LongTensor | None = None,
+        slots: torch.Tensor | None = None,
+        reference_states: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         interventions: Interventions = None,
@@ -135,6 +148,7 @@ class SegCompassForReasoningSegmentation(
         output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
+        output_slots: bool = False,
         targets: MaskTargets | None = None,
         slots_alone: bool = False,
         **vlm_kwargs,
@@ -146,20 +160,24 @@ class SegCompassForReasoningSegmentation(
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on tokens.
             pixel_values (`torch.Tensor`, *optional*): The VLM's own image input.
             sam_pixel_values (`torch.Tensor` of shape `(batch_size, 3, canvas, canvas)`, *optional*): SAM's input.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM features, in
-                place of `sam_pixel_values`. Without either only the language model runs.
+            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`], *optional*):
+                What `encode_image` returned, in place of `sam_pixel_values`. Without either only the language model
+                runs.
             completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion;
                 where `labels` count when left out.
             labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*): Language targets, -100
                 where nothing is asked.
             mask_labels (`torch.Tensor` of shape `(batch_size, num_masks, 4h, 4w)`, *optional*): Targets in [0, 1].
             num_objects (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Objects per sample.
+            slots, reference_states (`torch.Tensor` of shape `(batch_size, num_slots, ...)`, *optional*): What was read
+                of sequences before, in place of `input_ids`: the VLM does not run, see [`SlotCache`].
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
             interventions (*optional*): See [`ConceptIntervention`]; `{feature: scale}` acts on concepts.
             output_concepts, output_concept_embeddings, output_slot_attentions, output_image_embeddings (`bool`):
                 Return these too.
+            output_slots (`bool`, defaults to `False`): Return slots and reference states where there is no image too.
             targets ([`MaskTargets`], *optional*): In place of `mask_labels` and `num_objects`, by trainers whose batch
                 is part of a larger one.
             slots_alone (`bool`, defaults to `False`): Leave everything to the slots, as the start of training may: the
@@ -170,13 +188,16 @@ class SegCompassForReasoningSegmentation(
         Returns:
             [`SegCompassOutput`]
         """
-        if input_ids is None:
-            raise ValueError("SegCompass finds <REF_POS> by its id and needs input_ids, got None.")
+        if targets is None and mask_labels is not None:
+            targets = MaskTargets(mask_labels, num_objects)
+        if slots is not None and reference_states is not None and input_ids is None:
+            image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, len(slots))
+            return self.predict_masks(reference_states, slots, image_embeddings, reshaped_input_sizes, targets)
+        if input_ids is None or slots is not None or reference_states is not None:
+            raise ValueError("the model needs input_ids; or, read of them before, both slots and reference_states.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if completion_mask is None and labels is not None:
             completion_mask = labels != -100
-        if targets is None and mask_labels is not None:
-            targets = MaskTargets(mask_labels, num_objects)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **vlm_kwargs}
         vlm_output, language_loss, loss = {}, None, None
@@ -194,7 +215,7 @@ class SegCompassForReasoningSegmentation(
         if image_embeddings is None and targets is not None:
             raise ValueError("mask_labels need an image for SAM: pass sam_pixel_values or image_embeddings.")
         output = SegCompassOutput()
-        reads_slots = image_embeddings is not None or slots_alone
+        reads_slots = image_embeddings is not None or slots_alone or output_slots
         if reads_slots or output_concepts:
             layer_and_last = (capture.layer_states[0], None) if slots_alone else capture.states()
             states = SequenceStates(*layer_and_last, input_ids, attention_mask, completion_mask)
@@ -225,9 +246,12 @@ class SegCompassForReasoningSegmentation(
         return capture
 
     def image_embeddings_of(
-        self, sam_pixel_values: torch.Tensor | None, image_embeddings: torch.Tensor | None, batch_size: int
-    ) -> torch.Tensor | None:
-        """SAM features `(batch_size, channels, h, w)`, given or computed; `None` where there is neither.
+        self,
+        sam_pixel_values: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
+        batch_size: int,
+    ) -> torch.Tensor | ImageFeatures | None:
+        """Features of images, given or computed; `None` where there is neither.
 
         Raises:
             ValueError: There are both, or not one image per sequence.

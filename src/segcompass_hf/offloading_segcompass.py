@@ -9,13 +9,14 @@ from torch import nn
 
 
 @contextmanager
-def weights_at_hand(*modules: nn.Module) -> Iterator[None]:
-    """Load the offloaded weights of modules and of what they hold, for the time of the context.
+def weights_at_hand(*modules: nn.Module, recurse: bool = True) -> Iterator[None]:
+    """Load the offloaded weights of modules and, with `recurse`, of what they hold, for the time of the context.
 
     The hooks of `device_map` and `cpu_offload` load weights for each module's own `forward`. An SAE's `encode` is
     none, and SAM's mask decoder reads weights of embeddings that it never calls. Without hooks nothing is done.
     """
-    hooked = [module for part in modules for module in part.modules() if hasattr(module, "_hf_hook")]
+    parts = [module for part in modules for module in (part.modules() if recurse else [part])]
+    hooked = [module for module in parts if hasattr(module, "_hf_hook")]
     try:
         for module in hooked:
             module._hf_hook.pre_forward(module)

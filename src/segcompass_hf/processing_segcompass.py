@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Image and instruction -> inputs of the VLM and of SAM; the model's maps -> masks at the image's size."""
+"""Image and instruction -> inputs of the VLM and of the segmenter; the model's maps -> masks at the image's size."""
 
 import copy
 import os
@@ -14,11 +14,10 @@ from transformers import AddedToken, BatchFeature, ProcessorMixin
 from .images_segcompass import (
     check_masks,
     fit_objects_to_slots,
-    resized_size,
-    soft_mask_targets,
     to_rgb_image,
 )
 from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
+from .segmenters_segcompass import Geometry, geometry_of, to_sam_image_processor
 from .threads_segcompass import tokenizer_lock, within_seconds
 from .vlm_processors_segcompass import (
     ImageHandling,
@@ -28,7 +27,6 @@ from .vlm_processors_segcompass import (
     measure_image_handling,
     on_pil_backend,
     own_arguments,
-    to_sam_image_processor,
 )
 
 INSTRUCTION_TEMPLATE = (
@@ -55,17 +53,17 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
 
     The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
-    tokenizer (without parts for videos or audio: a video processor would need torchvision). SAM's come from
-    `SamImageProcessorPil`.
+    tokenizer (without parts for videos or audio: a video processor would need torchvision). The segmenter's come from
+    one of transformers' image processors on PIL.
 
     Args:
         image_processor (`BaseImageProcessor`): The VLM's image processor.
         tokenizer (`PreTrainedTokenizerBase`):
             The VLM's tokenizer; `<REF_POS>`, `<think>`, `</think>` are added where missing, not as special tokens, so
             that decoding with `skip_special_tokens` keeps them.
-        sam_image_processor (`SamImageProcessorPil`):
-            SAM's image processor: `size["longest_edge"]` is the canvas, `mask_size["longest_edge"]` the side of the
-            low-resolution maps (4 x SAM's embedding).
+        sam_image_processor (`BaseImageProcessor`):
+            The segmenter's image processor: `size` is the canvas, `mask_size` the low-resolution maps (4 x the image
+            embedding). With `"longest_edge"` images are padded to the square, with `"height"` and `"width"` stretched.
         num_slots (`int`, *optional*, defaults to 4): Slots of the model, and `<REF_POS>` tokens of a completion.
         vlm_processor_class (`str`, *optional*, defaults to `"LlavaProcessor"`): The family's class in transformers.
         vlm_processor_kwargs (`dict`, *optional*): What that class takes besides image processor and tokenizer.
@@ -104,7 +102,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             raise ValueError(
                 f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}."
             )
-        image_processor, sam_image_processor = on_pil_backend(image_processor), on_pil_backend(sam_image_processor)
+        image_processor = on_pil_backend(image_processor)
+        sam_image_processor = to_sam_image_processor(sam_image_processor)
         known = tokenizer.get_vocab()
         needed = (REF_TOKEN, THINK_START, THINK_END) if think_tags == "tokens" else (REF_TOKEN,)
         missing = [token for token in needed if token not in known]
@@ -130,14 +129,15 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     def from_parts(
         cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs
     ) -> "SegCompassProcessor":
-        """Put a processor together from a VLM's and SAM's.
+        """Put a processor together from a VLM's and a segmenter's.
 
         Args:
             vlm_processor (`ProcessorMixin`, `str` or `os.PathLike`):
                 A VLM's processor, or the id or folder of one (also where `AutoProcessor` wants a video processor). Of
                 a `SegCompassProcessor` its VLM's, and the templates.
-            sam_processor (`SamProcessor`, `SamImageProcessor`, `SamConfig`, `str`, `os.PathLike` or `int`):
-                SAM's processor, configuration, id or folder, or the side of its canvas in pixels (patches of 16).
+            sam_processor (`ProcessorMixin`, `BaseImageProcessor`, `PretrainedConfig`, `str`, `os.PathLike` or `int`):
+                A segmenter's processor, configuration, id or folder, or the side of SAM's canvas in pixels (patches of
+                16).
             num_slots (`int`, *optional*, defaults to 4): Slots of the model.
             kwargs: Further arguments of the constructor.
         """
@@ -232,14 +232,19 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(self.end_of_turn_token)
 
     @property
+    def geometry(self) -> Geometry:
+        """How images lie on the segmenter's canvas."""
+        return geometry_of(self.sam_image_processor)
+
+    @property
     def canvas_size(self) -> int:
-        """Side of SAM's input in pixels."""
-        return self.sam_image_processor.size["longest_edge"]
+        """Side of the segmenter's input in pixels."""
+        return self.geometry.canvas
 
     @property
     def mask_size(self) -> int:
         """Side of the low-resolution maps in cells."""
-        return self.sam_image_processor.mask_size["longest_edge"]
+        return self.geometry.map_size
 
     @property
     def model_input_names(self) -> list[str]:
@@ -493,7 +498,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
 
     def _sam_inputs(self, images: list) -> dict:
         sizes = [(image.height, image.width) for image in images]
-        resized = [resized_size(size, self.canvas_size) for size in sizes]
+        resized = [self.geometry.resized_size(size) for size in sizes]
         # SAM's processor rounds the short side of a very thin image to nothing: those are resized here, to one pixel
         thin = [1 in size for size in resized]
         images = [
@@ -519,7 +524,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             objects = check_masks(objects, (image.height, image.width), f"masks of sample {index}")
             objects = fit_objects_to_slots(objects, self.num_slots, overflow, f"sample {index}")
             counts[index] = len(objects)
-            labels[index, : len(objects)] = soft_mask_targets(objects, self.canvas_size, self.mask_size)
+            labels[index, : len(objects)] = self.geometry.soft_mask_targets(objects)
         return {"mask_labels": labels, "num_objects": counts}
 
     # Saving and copying leave out what is built from the rest
@@ -530,7 +535,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
             bare.__dict__.pop(name, None)
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
-        output["sam_image_processor"]["image_processor_type"] = "SamImageProcessorPil"
+        output["sam_image_processor"]["image_processor_type"] = type(self.sam_image_processor).__name__
         for part in ("image_processor", "sam_image_processor"):
             output[part].pop("auto_map", None)  # saving as remote code notes ours in every part
         return output

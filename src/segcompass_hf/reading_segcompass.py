@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""From the states of sequences to masks: concepts, slots, heatmaps, SAM. Every caller takes this one path."""
+"""From the states of sequences to masks: concepts, slots, heatmaps, masks. Every caller takes this one path."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,10 +11,11 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 
 from .configuration_segcompass import SegCompassConfig
+from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
 from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import SparseConcepts, encode_concepts
-from .modeling_masks import SamMaskStage
+from .modeling_masks import MaskStage
 from .modeling_slots import SlotEncoderOutput
 
 logger = logging.get_logger(__name__)
@@ -56,8 +57,8 @@ class SegCompassOutput(ModelOutput):
             read, with `output_concept_embeddings=True`.
         slot_attentions (`tuple[torch.Tensor]`, *optional*): One per slot encoder layer, of shape
             `(batch_size, num_heads, num_slots, num_slots + sequence_length)`, with `output_slot_attentions=True`.
-        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, *optional*): SAM's, with
-            `output_image_embeddings=True`.
+        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`], *optional*):
+            The segmenter's, with `output_image_embeddings=True`; `forward` and `segment` take them back.
         language_loss, segmentation_loss, confidence_loss (`torch.Tensor` of shape `()`, *optional*): Before weights.
         losses ([`SegmentationLossOutput`], *optional*): The single terms and the matched pairs.
         cache (`Cache`, *optional*): Of the VLM, with `use_cache=True`.
@@ -73,7 +74,7 @@ class SegCompassOutput(ModelOutput):
     concepts: SparseConcepts | None = None
     concept_embeddings: torch.Tensor | None = None
     slot_attentions: tuple[torch.Tensor, ...] | None = None
-    image_embeddings: torch.Tensor | None = None
+    image_embeddings: torch.Tensor | ImageFeatures | None = None
     language_loss: torch.Tensor | None = None
     segmentation_loss: torch.Tensor | None = None
     confidence_loss: torch.Tensor | None = None
@@ -198,12 +199,12 @@ class ReadingMixin:
     training: bool
 
     @property
-    def mask_stage(self) -> SamMaskStage:
-        """The mask decoder's interface: image -> embeddings; embeddings and heatmaps -> masks."""
-        return SamMaskStage(self.sam)
+    def mask_stage(self) -> MaskStage:
+        """The mask decoder's interface: image -> features; features and heatmaps -> masks."""
+        return MaskStage(self.sam)
 
-    def encode_image(self, sam_pixel_values: torch.Tensor) -> torch.Tensor:
-        """SAM features `(batch_size, channels, h, w)` of `sam_pixel_values` `(batch_size, 3, canvas, canvas)`."""
+    def encode_image(self, sam_pixel_values: torch.Tensor) -> torch.Tensor | ImageFeatures:
+        """Features of `sam_pixel_values` `(batch_size, 3, canvas, canvas)`; see [`~MaskStage.encode_image`]."""
         return self.mask_stage.encode_image(sam_pixel_values)
 
     def modality_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -273,7 +274,7 @@ class ReadingMixin:
         self,
         reference_states: torch.Tensor,
         slots: torch.Tensor,
-        image_embeddings: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         decode_slots: Sequence[int] | None = None,
@@ -283,8 +284,8 @@ class ReadingMixin:
         Args:
             reference_states (`torch.Tensor` of shape `(batch_size, num_slots, hidden_size)`): At the `<REF_POS>`.
             slots (`torch.Tensor` of shape `(batch_size, num_slots, d_slot)`): Concept slots.
-            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or `None`): SAM features; without
-                them only the confidences of the slots are computed.
+            image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`, [`ImageFeatures`] or `None`):
+                From `encode_image`; without them only the confidences of the slots are computed.
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas; the whole canvas counts as image when left out.
             targets ([`MaskTargets`], *optional*): Adds the losses.
@@ -295,7 +296,8 @@ class ReadingMixin:
             [`SegCompassOutput`]: `heatmap_logits`, `slot_logits`, `pred_masks`, `slots`, `reference_states`, and with
             targets `loss`, `segmentation_loss`, `confidence_loss` and `losses`.
         """
-        mapped = self.slot_mapper(reference_states, slots, image_embeddings)
+        embeddings = None if image_embeddings is None else parts_of(image_embeddings)[0]
+        mapped = self.slot_mapper(reference_states, slots, embeddings)
         output = SegCompassOutput(**mapped, slots=slots, reference_states=reference_states)
         if image_embeddings is None:
             return output
@@ -331,7 +333,7 @@ class ReadingMixin:
     def read_masks(
         self,
         states: SequenceStates,
-        image_embeddings: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         interventions: Interventions = None,

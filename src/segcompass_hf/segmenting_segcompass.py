@@ -19,6 +19,7 @@ from .generation_segcompass import (
     generate_and_feed_last,
     reasoning_budget,
 )
+from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
 from .reading_segcompass import ReadingMixin, SegCompassOutput, SequenceStates
@@ -63,7 +64,7 @@ class SegCompassSegmentationOutput(ModelOutput):
     reference_states: torch.Tensor | None = None
     concepts: SparseConcepts | None = None
     slot_attentions: tuple[torch.Tensor, ...] | None = None
-    image_embeddings: torch.Tensor | None = None
+    image_embeddings: torch.Tensor | ImageFeatures | None = None
 
 
 class SegmentingMixin(ScoringMixin, ReadingMixin):
@@ -76,7 +77,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     call_lock: CallLock
     generation_config: GenerationConfig
     vision_token_ids: list[int]  # never written
-    image_embeddings_of: Callable[..., torch.Tensor | None]
+    image_embeddings_of: Callable[..., torch.Tensor | ImageFeatures | None]
     capture_states: Callable[..., HiddenStateCapture]
     with_concept_states: Callable[..., SequenceStates]
 
@@ -87,7 +88,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
-        image_embeddings: torch.Tensor | None = None,
+        image_embeddings: torch.Tensor | ImageFeatures | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
@@ -133,7 +134,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, batch_size)
         if image_embeddings is None:
             raise ValueError("segmenting needs an image for SAM: pass sam_pixel_values or image_embeddings.")
-        self._check_finite("sam.vision_encoder", image_embeddings)
+        self._check_finite("sam.vision_encoder", *parts_of(image_embeddings))
         end_ids = self._end_token_ids(kwargs)
         budget = self._max_new_tokens(max_new_tokens, kwargs)
         processors = self._logits_processors(prompt_length, reasoning, constrain_format, budget, end_ids)

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Image processors and tokenizers of VLM families and of SAM, loaded without torchvision."""
+"""Image processors and tokenizers of VLM families, loaded without torchvision."""
 
 import copy
 import inspect
@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 
 import transformers
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    ProcessorMixin,
-    SamImageProcessorPil,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 hides it without torchvision
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -267,28 +261,3 @@ def _load_image_processor(path: str) -> Any:
             f"the image processor of {path!r} exists only for torchvision, which is not installed; install "
             "torchvision, or use a VLM of another family."
         ) from error
-
-
-def to_sam_image_processor(source: Any) -> SamImageProcessorPil:
-    """SAM's image processor from a processor, configuration, id or folder, or the side of the canvas."""
-    if isinstance(source, (str, os.PathLike)):
-        source = AutoConfig.from_pretrained(source)
-    if hasattr(source, "image_processor"):
-        source = source.image_processor
-    if hasattr(source, "to_dict") and hasattr(source, "mask_size"):
-        return source
-    if isinstance(source, int):
-        canvas, patch_size = source, 16
-    elif hasattr(source, "vision_config"):
-        canvas, patch_size = source.vision_config.image_size, source.vision_config.patch_size
-    else:
-        raise ValueError(
-            f"sam_processor is a {type(source).__name__}; expected SAM's processor, config, path or canvas size."
-        )
-    side = 4 * (canvas // patch_size)
-    return SamImageProcessorPil(
-        size={"longest_edge": canvas},
-        pad_size={"height": canvas, "width": canvas},
-        mask_size={"longest_edge": side},
-        mask_pad_size={"height": side, "width": side},
-    )

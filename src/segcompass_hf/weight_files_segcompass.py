@@ -47,11 +47,17 @@ def _is_pointer(file: Path) -> bool:
         return opened.read(len(_POINTER)) == _POINTER
 
 
-def check_nothing_missing(model: nn.Module, info: dict[str, Any], source: Any) -> None:
+def check_nothing_missing(
+    model: nn.Module,
+    info: dict[str, Any],
+    source: Any,
+    remedy: str = "complete the checkpoint, or compose a new model with from_pretrained_parts",
+) -> None:
     """Compare what the model has with what a checkpoint held.
 
     Args:
         model, info, source: As in [`check_nothing_left`].
+        remedy (`str`, *optional*): What the message says can be done.
 
     Raises:
         ValueError: Weights are missing.
@@ -60,7 +66,7 @@ def check_nothing_missing(model: nn.Module, info: dict[str, Any], source: Any) -
     if missing:
         raise ValueError(
             f"{source} lacks {len(missing)} weights of this model ({_first(missing)}), which would be random; "
-            "complete the checkpoint, or compose a new model with from_pretrained_parts."
+            f"{remedy}."
         )
 
 

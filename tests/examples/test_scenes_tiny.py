@@ -3,9 +3,11 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from places import ROOT
 from safetensors.torch import load_file
 
@@ -14,7 +16,7 @@ pytest.importorskip("trl")
 sys.path.insert(0, str(ROOT / "examples" / "scenes_tiny"))
 import pretrain  # noqa: E402
 import trainers  # noqa: E402
-from labels import MAX_OBJECTS, patch_labels  # noqa: E402
+from labels import MAX_OBJECTS, collate, patch_labels  # noqa: E402
 
 from segcompass_hf.data import scenes  # noqa: E402
 from segcompass_hf.data.scenes.drawing import CELL, GRID, IMAGE_SIZE  # noqa: E402
@@ -72,6 +74,32 @@ def parts(tmp_path_factory):
             patch.setitem(pretrain.STAGES, stage, (4, min(2, batch_size)))
             pretrain.run(stage, folder / stage)
     return folder
+
+
+def test_masks_trains_a_sam2_and_init_takes_it(tmp_path, monkeypatch):
+    from transformers import Sam2Model
+
+    from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
+    from segcompass_hf.hub import swap_segmenter
+
+    monkeypatch.setitem(pretrain.STAGES, "masks", (4, 2))
+    pretrain.run("masks", tmp_path / "masks", segmenter="sam2")
+    sam = Sam2Model.from_pretrained(tmp_path / "masks")
+    assert sum(weight.numel() for weight in sam.parameters()) < 1e6 and not hasattr(sam, "auxiliary_head")
+    swap_segmenter(bundled_checkpoint(), tmp_path / "masks", tmp_path / "swapped")
+    model = SegCompassForReasoningSegmentation.from_pretrained(tmp_path / "swapped")
+    processor = SegCompassProcessor.from_pretrained(tmp_path / "swapped")
+    assert isinstance(model.sam, Sam2Model) and model.mask_stage.map_size == IMAGE_SIZE // 2
+    assert torch.equal(model.sam.no_memory_embedding, sam.no_memory_embedding)
+    # trained on pixels as the processor makes them
+    sample = scenes.sample("train", 0, seed=1)
+    pixels = collate(
+        [{"image": sample.image, "ids": sample.ids, "objects": np.zeros((MAX_OBJECTS, 4))}],
+        processor.sam_image_processor,
+    )
+    row = scenes.SceneRows("val", 1)[0] | {"image": Image.fromarray(sample.image)}
+    inputs = processor(images=row["image"], instruction=row["instruction"])
+    torch.testing.assert_close(pixels["pixel_values"], inputs["sam_pixel_values"])
 
 
 def changes_of(parts, output):

@@ -9,14 +9,16 @@ import pytest
 import torch
 from original_checkpoint import SAM_FIXTURE, write_original
 from parity import golden
+from published_mobile_sam import MOBILE_SAM_FIELDS, published_state
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_parts, tiny_sam_config, tiny_sam_image_processor, tiny_vlm_config
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, SamModel
 
-from segcompass_hf import SegCompassSae, SegCompassSaeConfig
+from segcompass_hf import MobileSamModel, SegCompassSae, SegCompassSaeConfig
 from segcompass_hf.commands import init
 from segcompass_hf.commands.common import UserError
 from segcompass_hf.hub.composition import compose_checkpoint
+from segcompass_hf.hub.conversion.segmenters import convert_original_sam
 from segcompass_hf.training.sae.sae_lens import save_sae_lens
 
 SMALL = {"d_slot": 32, "d_sae": 64}
@@ -128,6 +130,19 @@ class TestComposes:
         first = load_file(SAM_FIXTURE)["image_encoder.patch_embed.proj.weight"]
         assert torch.equal(model.sam.vision_encoder.patch_embed.projection.weight, first.to(torch.bfloat16))
         assert AutoProcessor.from_pretrained(made.folder).canvas_size == 256
+
+    def test_mobile_sam_as_its_file_or_as_a_converted_folder(self, parts, tmp_path):
+        file = tmp_path / "mobile_sam.pt"
+        torch.save(published_state(), file)
+        folder = convert_original_sam(file, tmp_path / "folder", **MOBILE_SAM_FIELDS)
+        expected = MobileSamModel.from_pretrained(folder).state_dict()
+        for sam, canvas in ((file, 1024), (folder, 64)):
+            made = compose_checkpoint(parts / "llava", sam, tmp_path / f"canvas {canvas}", **SMALL)
+            model = AutoModel.from_pretrained(made.folder)
+            assert type(model.sam) is MobileSamModel and model.config.sam_config.model_type == "mobile_sam"
+            assert model.mask_stage.canvas == AutoProcessor.from_pretrained(made.folder).canvas_size == canvas
+            for name, weight in model.sam.state_dict().items():
+                assert torch.equal(weight, expected[name]), name
 
 
 def cut_shard(folder):

@@ -40,7 +40,9 @@ def by_length(completions, **kwargs):
     return [len(set(completion[0]["content"])) / 10 for completion in completions]
 
 
-def tiny_trainer(output_dir, family="llava", model=None, rows=None, reward_funcs=None, cls=None, **settings):
+def tiny_trainer(
+    output_dir, family="llava", model=None, rows=None, reward_funcs=None, cls=None, processor=None, **settings
+):
     from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer
 
     peft_config = settings.pop("peft_config", None)
@@ -67,6 +69,6 @@ def tiny_trainer(output_dir, family="llava", model=None, rows=None, reward_funcs
         reward_funcs=[by_length] if reward_funcs is None else reward_funcs,
         args=SegCompassGRPOConfig(str(output_dir), **settings),
         train_dataset=tiny_rows() if rows is None else rows,
-        processing_class=tiny_processor(family),
+        processing_class=tiny_processor(family) if processor is None else processor,
         peft_config=peft_config,
     )

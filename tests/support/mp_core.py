@@ -18,6 +18,7 @@ from mp_common import (
     sends_whole_weights,
     with_joint_forward,
 )
+from tiny import tiny_segmenter_config
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -80,6 +81,15 @@ def fsdp2_lora():
     return result | {"gradients": gradients(model)}
 
 
+def fsdp2_sam2():
+    """Its images are encoded with two layers of the mask decoder, which is a unit of its own."""
+    model = prepare_fsdp2(model_of(sam_config=tiny_segmenter_config("sam2")))
+    loss = world_size * loss_of(model, batch(rows=mine), NUM_TOKENS)
+    loss.backward()
+    result = {"gradients": gradients(model), "units": units(model)}  # before weights are gathered again
+    return result | {"encoded": model.encode_image(batch(rows=mine)["sam_pixel_values"]).parts}
+
+
 def prepare_as_accelerate(model):
     """accelerate's own FSDP2 preparation: it is off on a CPU, so it is called here, with the settings of the yaml."""
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -119,6 +129,7 @@ results["fsdp2_qwen"] = fsdp2("qwen2_5_vl", tie=False, as_accelerate=False)
 results["fsdp2_tied"] = fsdp2("gemma3", tie=True, as_accelerate=False)
 results["accelerate"] = fsdp2("llava", tie=False, as_accelerate=True)
 results["lora"] = fsdp2_lora()
+results["sam2"] = fsdp2_sam2()
 results["joint"] = {how: joint(how) for how in ("ddp", "fsdp2", "accelerate")}
 torch.save(results, folder / f"rank{rank}.pt")
 dist.destroy_process_group()

@@ -273,6 +273,118 @@ def tiny_sam_config(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH, hidde
     )
 
 
+SEGMENTERS = ("sam", "sam_hq", "mobile_sam", "sam2", "sam3_tracker", "edgetam")
+
+
+def tiny_segmenter_config(kind: str = "sam", canvas: int = SAM_CANVAS):
+    """A segmenter of hidden size 32 by `model_type`: patches of 8 pixels, embedding and maps as of `tiny_sam_config`
+    (EdgeTAM's backbone has patches of 16).
+
+    EdgeTAM's backbone comes from timm: where it is missing the test is skipped.
+    """
+    if kind == "sam":
+        return tiny_sam_config(canvas)
+    from transformers import AutoConfig
+
+    size = {"image_size": canvas, "patch_size": 16 if kind == "edgetam" else SAM_PATCH}
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    decoder |= {"iou_head_hidden_dim": 32}
+    config = tiny_sam_config(canvas).to_dict()
+    if kind == "mobile_sam":
+        from segcompass_hf import MobileSamConfig
+
+        vision = {"embed_dims": [8, 16, 16, 32], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 4, 4]}
+        vision |= {"strides": [2, 1, 1], "window_sizes": [7, 3, 4, 3], "output_channels": 32, "image_size": canvas}
+        prompts = {"mask_input_channels": 8}
+        return MobileSamConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    if kind == "sam_hq":
+        # two layers: of its features the decoder reads those of the first with global attention
+        vision = config["vision_config"] | {"num_hidden_layers": 3, "global_attn_indexes": [1, 2]}
+        parts = {"vision_config": vision, "prompt_encoder_config": config["prompt_encoder_config"]}
+        parts["mask_decoder_config"] = decoder | {"vit_dim": 32, "layer_norm_eps": 1e-5}
+        for part in parts.values():
+            part.pop("model_type", None)
+        return AutoConfig.for_model("sam_hq", **parts, initializer_range=0.02)
+    parts = {
+        "prompt_encoder_config": {"hidden_size": 32, "mask_input_channels": 8, **size},
+        "mask_decoder_config": decoder,
+        "vision_config": _tiny_pyramid(kind, canvas),
+    }
+    return AutoConfig.for_model(kind, **parts)
+
+
+def _tiny_pyramid(kind: str, canvas: int) -> dict:
+    """Image encoder with a feature pyramid: levels of 4, 2 and 1 cells per cell of the embedding."""
+    side = canvas // SAM_PATCH
+    common = {"fpn_hidden_size": 32, "backbone_feature_sizes": [[4 * side] * 2, [2 * side] * 2, [side] * 2]}
+    if kind == "sam3_tracker":
+        vit = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vit |= {"image_size": canvas, "patch_size": SAM_PATCH, "window_size": 4, "global_attn_indexes": [1]}
+        vit |= {"pretrain_image_size": canvas, "model_type": "sam3_vit_model"}
+        return {"model_type": "sam3_vision_model", "backbone_config": vit, **common}
+    if kind == "sam2":
+        hiera = {
+            "hidden_size": 8,
+            "image_size": [canvas, canvas],
+            "patch_stride": [2, 2],
+            "blocks_per_stage": [1, 1, 2, 1],
+        }
+        hiera |= {"embed_dim_per_stage": [8, 16, 32, 64], "num_attention_heads_per_stage": [1, 1, 2, 2]}
+        hiera |= {"window_size_per_stage": [8, 4, 8, 4], "global_attention_blocks": [3]}
+        hiera |= {"window_positional_embedding_background_size": [4, 4], "model_type": "sam2_hiera_det_model"}
+        return {
+            "model_type": "sam2_vision_model",
+            "backbone_config": hiera,
+            "backbone_channel_list": [64, 32, 16, 8],
+            **common,
+        }
+    if kind != "edgetam":
+        raise ValueError(f"unknown segmenter {kind!r}; expected one of {SEGMENTERS}")
+    import pytest
+    from transformers import TimmWrapperConfig
+
+    pytest.importorskip("timm", reason="EdgeTAM's backbone is timm's")
+    arguments = {"in_chans": 3, "features_only": True, "out_indices": [0, 1, 2, 3]}
+    # A cell of its levels is 4, 8, 16 or 32 pixels wide, twice those of the others here.
+    common["backbone_feature_sizes"] = [[canvas // step] * 2 for step in (4, 8, 16)]
+    return {
+        "model_type": "edgetam_vision_model",
+        "backbone_config": TimmWrapperConfig(architecture="repvit_m0_9", model_args=arguments),
+        "backbone_channel_list": [384, 192, 96, 48],
+        **common,
+    }
+
+
+def tiny_segmenter(kind: str = "sam", seed: int = 0, canvas: int = SAM_CANVAS):
+    """A random segmenter in eval mode with weights of unit gain, so that masks differ visibly; see `tiny_model`."""
+    from segcompass_hf.modeling_masks import segmenter_class
+
+    config = tiny_segmenter_config(kind, canvas)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        segmenter = segmenter_class(config)(config).eval()
+        unit_gain(segmenter)
+    return segmenter
+
+
+def unit_gain(module: torch.nn.Module) -> None:
+    """Draw the matrices and kernels of a module anew, so that each keeps the scale of what it is given."""
+    for name, weight in module.named_parameters():
+        if weight.ndim >= 2 and "pos" not in name:
+            torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
+    for part in module.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):  # its statistics are of no data: EdgeTAM's residuals would pile up
+            torch.nn.init.constant_(part.weight, 0.7)
+
+
+def realign(model: torch.nn.Module) -> torch.nn.Module:
+    """Copy a loaded model's weights to addresses as those of a new one. Those of a file lie where its header ends,
+    and kernels for unaligned weights round otherwise, which random models make visible."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PATCH):
     """SAM's image processor for the canvas; `mask_size`: side of the low-resolution maps, 4 x the embedding's."""
     from transformers import SamImageProcessorPil
@@ -287,13 +399,16 @@ def tiny_sam_image_processor(canvas: int = SAM_CANVAS, patch_size: int = SAM_PAT
 
 
 def tiny_processor(family: str = "llava", num_slots: int = NUM_SLOTS, canvas: int = SAM_CANVAS, **kwargs):
-    """A `SegCompassProcessor` for the family; further keywords go to its constructor."""
+    """A `SegCompassProcessor` for the family; further keywords go to its constructor.
+
+    `sam_image_processor` may be a segmenter's configuration, such as `tiny_segmenter_config("sam2")`.
+    """
     from segcompass_hf.processing_segcompass import SegCompassProcessor
 
     tokenizer_kwargs = {k: kwargs.pop(k) for k in ("model_max_length",) if k in kwargs}
     parts = tiny_parts(family, **tokenizer_kwargs)
     return SegCompassProcessor(
-        **parts, sam_image_processor=tiny_sam_image_processor(canvas), num_slots=num_slots, **kwargs
+        **parts, **{"sam_image_processor": tiny_sam_image_processor(canvas), "num_slots": num_slots, **kwargs}
     )
 
 
@@ -330,16 +445,10 @@ def tiny_model(family: str = "llava", seed: int = 0, tie: bool = False, **config
     config = tiny_config(family, tie=tie, **config_overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return with_unit_gain(SegCompassForReasoningSegmentation(config).eval())
-
-
-def with_unit_gain(model):
-    """New weights of unit gain for SAM and the segmentation heads, see `tiny_model`."""
-    for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
-        for name, weight in part.named_parameters():
-            if weight.ndim >= 2 and "pos" not in name:
-                torch.nn.init.normal_(weight, std=(weight[0].numel()) ** -0.5)
-    return model
+        model = SegCompassForReasoningSegmentation(config).eval()
+        for part in (model.sam, model.codebook, model.slot_encoder, model.slot_mapper):
+            unit_gain(part)
+        return model
 
 
 def follow_concepts(model):

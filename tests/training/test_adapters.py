@@ -49,8 +49,9 @@ class TestLoraConfig:
         linear = attention | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
         assert adapted == {f"{LAYERS}.{layer}.{name}" for layer in (2, 3) for name in linear}
 
-    def test_heads_are_those_of_freeze_for_training(self):
-        model = tiny.tiny_model()
+    @pytest.mark.parametrize("segmenter", ["sam", "sam2"])
+    def test_heads_are_those_of_freeze_for_training(self, segmenter):
+        model, fresh = (tiny.tiny_model(sam_config=tiny.tiny_segmenter_config(segmenter)) for _ in range(2))
         model.freeze_for_training("none")
         expected = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith(HEADS)}
         names = [
@@ -59,7 +60,7 @@ class TestLoraConfig:
             for name, _ in model.get_submodule(head).named_parameters()
         ]
         assert len(names) == len(set(names)) and set(names) == expected
-        copied = trainable(wrapped())
+        copied = trainable(get_peft_model(fresh, lora_config(fresh, r=4)))
         copied = {name.removeprefix("base_model.model.").replace(".modules_to_save.default", "") for name in copied}
         assert {name for name in copied if name.startswith(HEADS)} == expected
 

@@ -183,6 +183,17 @@ def test_fsdp2_with_lora(core):
             torch.testing.assert_close(result["lora"]["outside"][name], value, atol=1e-5, rtol=1e-5)
 
 
+def test_fsdp2_with_a_segmenter_that_encodes_with_its_decoder(core):
+    model, inputs = model_of(sam_config=tiny.tiny_segmenter_config("sam2")), batch()
+    loss_of(model, inputs, (inputs["labels"][:, 1:] != -100).sum()).backward()
+    for rank, result in enumerate(core[1]):
+        assert {"sam.mask_decoder", "sam.vision_encoder"} <= set(result["sam2"]["units"])
+        same_gradients(result["sam2"]["gradients"], gradients(model))
+        pixels = inputs["sam_pixel_values"][2 * rank : 2 * rank + 2]
+        for part, expected in zip(result["sam2"]["encoded"], model.encode_image(pixels).parts, strict=True):
+            torch.testing.assert_close(part, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", [*FSDP, "lora", "accelerate"])
 def test_vllm_gets_whole_weights_of_a_sharded_model(core, case):
     assert all(result[case]["sends_whole_weights"] for result in core[1])

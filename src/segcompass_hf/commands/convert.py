@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass convert`: checkpoints of the original code to ours, and back."""
+"""`segcompass convert`: checkpoints of the original code to ours, and back; published segmenters to folders."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _EPILOG = """\
 examples:
   segcompass convert global_step_4000/actor --sam sam_vit_h_4b8939.pth --output runs/converted
   segcompass convert --back runs/converted --output runs/original
+  segcompass convert mobile_sam.pt --output runs/mobile_sam
+  segcompass convert mobile_sam.pt --output runs/mobile_sam_512 --config '{"vision_config": {"image_size": 512}}'
 
 docs/conversion.md says what the original's files are called and what the result computes.
 """
@@ -23,11 +25,15 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     parser = commands.add_parser(
         "convert",
-        help="a checkpoint of the original SegCompass code to ours, or --back",
+        help="a checkpoint of the original SegCompass code to ours, or --back; or a published SAM or MobileSAM",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours")
+    parser.add_argument(
+        "source",
+        help="folder with refseg_modules.pt and llm_hf; with --back a checkpoint of ours; or the published weights "
+        "of a segmenter, sam_vit_*.pth or mobile_sam.pt",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--back", action="store_true", help="from ours to the original's files")
     parser.add_argument("--sam", type=Path, help="weights of SAM, for its image encoder (sam_vit.pth beside)")
@@ -47,12 +53,20 @@ def run(args: argparse.Namespace) -> None:
 
     logging.disable_progress_bar()
     one_way = ("sam", "sae", "llm", "sae_layer", "ref_token_id", "dtype")
+    of_language_model = one_way[:-1]
     with user_errors(kinds=(ValueError, OSError, ImportError, TypeError)):
+        from ..hub.conversion.segmenters import convert_original_sam, is_segmenter_file
+
+        following = 'segcompass predict IMAGE "INSTRUCTION" --model {}'
         if args.back:
-            _refuse_with_back([name for name in one_way if getattr(args, name) is not None], args)
+            _refuse([*one_way, "config"], args, "--back writes every weight as it is")
             from ..hub.conversion.to_original import convert_to_original_checkpoint
 
             folder = convert_to_original_checkpoint(args.source, args.output, args.max_shard_size)
+        elif is_segmenter_file(args.source):
+            _refuse(of_language_model, args, f"{args.source} holds a segmenter alone")
+            folder = convert_original_sam(args.source, args.output, args.dtype, args.max_shard_size, **args.config)
+            following = "segcompass init --vlm VLM --sam {} --output FOLDER"
         else:
             from ..hub.conversion.from_original import convert_original_checkpoint
 
@@ -63,13 +77,13 @@ def run(args: argparse.Namespace) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
     print(f"{folder}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e9:.2f} GB")
     if not args.back:
-        print(f'next: segcompass predict IMAGE "INSTRUCTION" --model {folder}')
+        print(f"next: {following.format(folder)}")
 
 
-def _refuse_with_back(given: list[str], args: argparse.Namespace) -> None:
-    if given or args.config:
-        flags = ", ".join("--" + name.replace("_", "-") for name in [*given, *(["config"] if args.config else [])])
-        raise UserError(f"--back writes every weight as it is and takes no {flags}; leave it out.")
+def _refuse(names: list[str] | tuple[str, ...], args: argparse.Namespace, why: str) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) not in (None, {})]
+    if given:
+        raise UserError(f"{why} and takes no {', '.join(given)}; leave it out.")
 
 
 __all__ = ["add_parser", "run"]

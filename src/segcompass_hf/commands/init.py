@@ -1,5 +1,6 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass init`: a ready-to-train checkpoint from a VLM, a SAM and, if there is one, an SAE."""
+"""`segcompass init`: a ready-to-train checkpoint from a VLM, a SAM and, if there is one, an SAE; or a trained one with
+another SAM."""
 
 from __future__ import annotations
 
@@ -8,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import positive, user_errors
+from .common import UserError, positive, user_errors
 
 _EPILOG = """\
 examples:
   segcompass init --vlm llava-hf/llava-1.5-7b-hf --sam facebook/sam-vit-huge --output runs/start
   segcompass init --vlm Qwen/Qwen2.5-VL-3B-Instruct --sam facebook/sam-vit-base --sae runs/sae \\
       --num-slots 6 --dtype bfloat16 --output runs/start
+  segcompass init --from runs/grpo --sam facebook/sam2.1-hiera-large --output runs/swapped
 """
+_OF_HEADS = ("sae", "num_slots", "sae_layer", "d_sae", "d_slot", "concept_threshold")  # what --from keeps
 
 
 def add_parser(commands: Any) -> None:
@@ -26,8 +29,12 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--vlm", required=True, help="Hub id or folder of a VLM, or of a SegCompass to take it from")
-    parser.add_argument("--sam", help="Hub id or folder of a SAM, or Segment Anything's .pth (a SegCompass has one)")
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--vlm", help="Hub id or folder of a VLM, or of a SegCompass to take it from")
+    start.add_argument(
+        "--from", dest="checkpoint", help="Hub id or folder of a SegCompass that keeps all but its SAM, with --sam"
+    )
+    parser.add_argument("--sam", help="Hub id or folder of a SAM (SAM 2, ...), or SAM's .pth (a SegCompass has one)")
     parser.add_argument("--sae", help="Hub id or folder of an SAE (ours or SAELens'), or ep_N.pt of the original code")
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--num-slots", type=positive, help="objects per answer at most (4, or the SegCompass's)")
@@ -53,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
+    if args.checkpoint is not None:
+        _swap(args)
+        return
     fields = {"d_slot": args.d_slot, "concept_threshold": args.concept_threshold}
     with user_errors():
         made = compose_checkpoint(
@@ -67,20 +77,41 @@ def run(args: argparse.Namespace) -> None:
             max_shard_size=args.max_shard_size,
             **{name: value for name, value in fields.items() if value is not None},
         )
-    _print(args, made)
+    _print(made, _next_steps(made))
 
 
-def _print(args: argparse.Namespace, made: Any) -> None:
+def _swap(args: argparse.Namespace) -> None:
+    from ..hub.segmenter_swap import swap_segmenter
+
+    given = [f"--{name.replace('_', '-')}" for name in _OF_HEADS if getattr(args, name) is not None]
+    if given:
+        raise UserError(f"--from keeps SAE, slots and heads as they are: leave out {', '.join(given)}.")
+    if args.sam is None:
+        raise UserError("--from puts another SAM into a checkpoint: name one with --sam.")
+    with user_errors():
+        made = swap_segmenter(args.checkpoint, args.sam, args.output, args.dtype, args.max_shard_size)
+    _print(
+        made,
+        [
+            f"python examples/train_segmentation.py --model {made.folder} --dataset ROWS --trainable masks "
+            "--slot_cache_dir runs/slots --embedding_cache_dir runs/embeddings --output_dir runs/segmentation",
+            "segcompass calibrate runs/segmentation --dataset HELD_OUT_ROWS",
+        ],
+    )
+
+
+def _print(made: Any, next_steps: list[str]) -> None:
     millions = ", ".join(f"{name} {count / 1e6:,.1f}" for name, count in made.num_parameters.items())
     print(f"{made.folder}: {made.vlm_type}, {made.num_slots} slots; millions of parameters: {millions}")
     state = "untrained" if made.sae_is_new else "as given"
     print(f"SAE: {made.d_sae} features on layer {made.sae_layer} of {made.depth}, {state}")
+    print(f"new, to be trained: {', '.join(made.new_modules)}")
     if made.added_tokens:
         print(f"added to the tokenizer: {' '.join(made.added_tokens)}")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
     print("\nnext (docs/training.md says more, --help lists all settings):")
-    for number, step in enumerate(_next_steps(made), start=1):
+    for number, step in enumerate(next_steps, start=1):
         print(f"  {number}. {step}")
 
 

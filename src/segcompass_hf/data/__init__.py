@@ -13,6 +13,7 @@ from .._lazy import lazy_names
 _EXPORTS = {
     "builders.build_report": ("BuildReport",),
     "embedding_cache": ("EmbeddingCache",),
+    "slot_cache": ("SlotCache",),
     "collator": ("SegmentationCollator",),
     "builders.coco": ("build_coco",),
     "builders.folder": ("build_folder",),

@@ -47,6 +47,8 @@ class SegmentationCollator:
         with_reasoning (`bool`, defaults to `True`): Append the reference answers, with `labels`.
         with_masks (`bool`, defaults to `True`): Add `mask_labels` and `num_objects`.
         embedding_cache ([`EmbeddingCache`], *optional*): Gives `image_embeddings` in place of `sam_pixel_values`.
+        slot_cache ([`SlotCache`], *optional*): Gives `slots` and `reference_states` in place of the VLM's inputs
+            and of `labels`.
         extra (`Callable`, *optional*): Called with the rows, their images and the batch; returns further entries.
 
     Example:
@@ -64,6 +66,7 @@ class SegmentationCollator:
     with_reasoning: bool = True
     with_masks: bool = True
     embedding_cache: Any = None
+    slot_cache: Any = None
     extra: Callable[[Sequence[dict], list, BatchFeature], dict[str, Any]] | None = None
 
     def __post_init__(self):
@@ -119,9 +122,9 @@ class SegmentationCollator:
             for row, objects in zip(rows, masks, strict=True):
                 self._count_overflow(row, len(objects))
         batch = self._inputs(rows, images, masks if self.with_masks else None)
-        if self.with_reasoning:
+        if self.with_reasoning and "labels" in batch:
             self._mask_missing_reasoning(rows, batch)
-        else:
+        elif not self.with_reasoning:
             batch["references"] = [_reference(row, objects) for row, objects in zip(rows, masks, strict=True)]
         if self.extra is not None:
             batch.update(self.extra(rows, images, batch))
@@ -134,6 +137,10 @@ class SegmentationCollator:
             if self.inputs == "segmentation":
                 cache = self.embedding_cache
                 processor = self.processor if cache is None else cache.caching_processor(self.processor)
+                if self.slot_cache is not None:
+                    batch = self.slot_cache.states_of(rows, images) | processor._sam_inputs(images)
+                    batch |= {} if masks is None else processor._mask_targets(masks, images, self.overflow)
+                    return BatchFeature(batch)
                 return processor(
                     images=images, instruction=instructions, reasoning=reasonings, masks=masks, overflow=self.overflow
                 )

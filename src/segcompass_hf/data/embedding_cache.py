@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 import weakref
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,13 +17,13 @@ from PIL import Image
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from ..files import free_space, json_digest, weights_digest, write_whole
-from ..images_segcompass import resized_size, to_rgb_image
+from ..files import free_space, json_digest, write_whole
+from ..image_features_segcompass import ImageFeatures, join_rows, parts_of
+from ..images_segcompass import to_rgb_image
+from .embedding_key import change_counters, describe_encoding, image_key, image_settings
 from .tensor_shards import DTYPES, TensorShards, check_dtype, gib
 
 logger = logging.get_logger(__name__)
-
-FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
 
 
 class CacheSize(NamedTuple):
@@ -48,7 +48,8 @@ class EmbeddingCache:
     """Image -> SAM embedding, from disk where it has been computed before.
 
     The key of an embedding is made of the image's pixels and of everything that turns them into the embedding: all
-    weights of SAM's image encoder and their dtype, its config, the image processor's settings, and the dtype stored. A
+    weights of SAM's image encoder (and of what else takes part) and their dtype, its config, the image processor's
+    settings, and the dtype stored. A
     changed encoder therefore finds nothing, also when it changes while the cache is in use. Weights that an
     optimizer changes through `.data` go unseen: call `refresh_key`.
 
@@ -61,7 +62,8 @@ class EmbeddingCache:
         model (`SegCompassForReasoningSegmentation`): Its SAM encodes what is missing.
         processor (`SegCompassProcessor`): Prepares the images.
         dtype (`str`, *optional*, defaults to `"float16"`): `"float16"`, `"bfloat16"` or `"float32"`: what is stored
-            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB.
+            and returned. At full size (256 x 64 x 64) an image takes 2 MiB, with float32 4 MiB; of a segmenter whose
+            mask decoder reads more, as SAM 2's, four to six times as much.
         batch_size (`int`, *optional*, defaults to 4): Images through the encoder at a time.
         shard_bytes (`int`, *optional*, defaults to 256 MiB): Size of a file; a kill loses at most so much.
         min_free_bytes (`int`, *optional*, defaults to 1 GiB): Space on the disk that is left alone.
@@ -94,9 +96,9 @@ class EmbeddingCache:
         self.folder, self.dtype, self.batch_size = Path(folder), dtype, batch_size
         self.model, self.processor, self.missing = model, processor, missing
         self._limits = {"shard_bytes": shard_bytes, "min_free_bytes": min_free_bytes}
-        vision = model.sam.config.vision_config
-        side = vision.image_size // vision.patch_size
-        self._bytes_per_image = vision.output_channels * side * side * DTYPES[dtype].itemsize
+        shapes = model.mask_stage.feature_shapes
+        self._extra = tuple(f"/{number}" for number in range(1, len(shapes)))  # ends of the names of extra parts
+        self._bytes_per_image = sum(prod(shape) for shape in shapes) * DTYPES[dtype].itemsize
         self.num_encoded = 0  # images that went through the encoder
         self._stores_new, self._state, self.shards = True, None, None
         self._check_key()
@@ -111,10 +113,10 @@ class EmbeddingCache:
         """Follow the encoder, if it has changed since the last look. Unchanged weights are not read again."""
         if self.model is None:
             return
-        state = _change_counters(self.model.sam.vision_encoder), _processor_settings(self.processor)
+        state = change_counters(self.model), image_settings(self.processor)
         if state == self._state:
             return
-        description = _describe(self.model, self.processor) | {"stored": self.dtype}
+        description = describe_encoding(self.model, self.processor) | {"stored": self.dtype}
         key = json_digest(description)[:32]
         if self.shards is not None and key != self.encoder_key:
             logger.warning("embedding cache: SAM's image encoder or its input changed; earlier entries do not fit.")
@@ -129,16 +131,29 @@ class EmbeddingCache:
         self._state = state
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.shards) // (1 + len(self._extra))
 
-    def get(self, images: Sequence[Any]) -> torch.Tensor:
+    def __contains__(self, key: str) -> bool:
+        """Whether all of an image is there, by its `image_key`."""
+        return all(name in self.shards for name in self._names(key))
+
+    def _names(self, key: str) -> list[str]:
+        """Under which the parts of an image are stored."""
+        return [key, *(key + end for end in self._extra)]
+
+    def _read(self, key: str) -> torch.Tensor | ImageFeatures:
+        embeddings, *extra = (self.shards.get(name) for name in self._names(key))
+        return ImageFeatures(embeddings, tuple(extra)) if extra else embeddings
+
+    def get(self, images: Sequence[Any]) -> torch.Tensor | ImageFeatures:
         """Embeddings of images; what is missing is encoded and kept.
 
         Args:
             images (`Sequence`): Of any form that `to_rgb_image` takes.
 
         Returns:
-            `torch.Tensor` of shape `(num_images, channels, height, width)`: on the CPU, in the cache's dtype.
+            `torch.Tensor` of shape `(num_images, channels, height, width)`, or [`ImageFeatures`] where the mask
+            decoder reads more: on the CPU, in the cache's dtype.
 
         Raises:
             MissingEmbeddingsError: (a `ValueError`) An image is missing and this copy cannot encode it.
@@ -147,10 +162,10 @@ class EmbeddingCache:
         self._check_key()
         images = [to_rgb_image(image) for image in images]
         keys = [image_key(image) for image in images]
-        unknown = {key: image for key, image in zip(keys, images, strict=True) if key not in self.shards}
-        known = {key: self.shards.get(key) for key in keys if key not in unknown}
+        unknown = {key: image for key, image in zip(keys, images, strict=True) if key not in self}
+        known = {key: self._read(key) for key in keys if key not in unknown}
         found = known | self._encode_missing(unknown)
-        return torch.stack([found[key] for key in keys])
+        return join_rows([found[key] for key in keys])
 
     def sam_inputs(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
         """What the model takes in place of `sam_pixel_values`: `image_embeddings`, and the images' sizes."""
@@ -164,7 +179,7 @@ class EmbeddingCache:
         return {
             "image_embeddings": embeddings,
             "original_sizes": torch.tensor(sizes),
-            "reshaped_input_sizes": torch.tensor([resized_size(size, self.processor.canvas_size) for size in sizes]),
+            "reshaped_input_sizes": torch.tensor([self.processor.geometry.resized_size(size) for size in sizes]),
         }
 
     def caching_processor(self, processor: Any) -> Any:
@@ -201,7 +216,7 @@ class EmbeddingCache:
         for row in rows:
             image = to_rgb_image(row["image"] if isinstance(row, dict) and "image" in row else row)
             key = image_key(image)
-            if int(key, 16) % num_processes == process_index and key not in self.shards:
+            if int(key, 16) % num_processes == process_index and key not in self:
                 batch[key] = image
             if len(batch) == self.batch_size:
                 self._encode_missing(batch, must_store=True)
@@ -242,11 +257,11 @@ class EmbeddingCache:
         self.flush()
         return self.__dict__ | {"model": None, "_state": None}
 
-    def _encode_missing(self, images: dict[str, Image.Image], must_store: bool = False) -> dict[str, torch.Tensor]:
+    def _encode_missing(self, images: dict[str, Image.Image], must_store: bool = False) -> dict[str, Any]:
         """Embeddings of images whose keys were not there. Those that no other process has added are encoded."""
         if images:
             self.shards.refresh()
-        found = {key: self.shards.get(key) for key in images if key in self.shards}
+        found = {key: self._read(key) for key in images if key in self}
         missing = [key for key in images if key not in found]
         if missing and (self.model is None or get_worker_info() is not None):
             raise MissingEmbeddingsError(
@@ -259,7 +274,8 @@ class EmbeddingCache:
                 found[key] = embedding
                 try:
                     if must_store or self._stores_new:
-                        self.shards.put(key, embedding)
+                        for name, part in zip(self._names(key), parts_of(embedding), strict=True):
+                            self.shards.put(name, part)
                 except OSError as error:
                     if must_store:
                         raise
@@ -267,19 +283,19 @@ class EmbeddingCache:
         return found
 
     @torch.no_grad()
-    def _encode(self, images: list[Image.Image]) -> list[torch.Tensor]:
+    def _encode(self, images: list[Image.Image]) -> list[torch.Tensor | ImageFeatures]:
         device = next(self.model.sam.vision_encoder.parameters()).device
         pixels = self.processor._sam_inputs(images)["sam_pixel_values"].to(device)
         with torch.autocast(device.type, enabled=False):  # what is stored must not depend on who asks first
             embeddings = self.model.encode_image(pixels)
         embeddings = embeddings.to("cpu", DTYPES[self.dtype])
-        if not embeddings.isfinite().all():
+        if not all(part.isfinite().all() for part in parts_of(embeddings)):
             raise ValueError(
                 f"SAM's embeddings hold NaN or infinity in {self.dtype}; try dtype='float32', and if that does not "
                 "help look at SAM's weights."
             )
         self.num_encoded += len(images)
-        return [embedding.clone() for embedding in embeddings]
+        return [embeddings[row].clone() for row in range(len(images))]
 
     def _stop_storing(self, error: OSError) -> None:
         self._stores_new = False
@@ -293,44 +309,6 @@ def _flush_at_exit(shards: TensorShards, process: int) -> None:
             shards.flush()
     except OSError as error:
         logger.warning(f"embedding cache: the last embeddings are not stored ({error}).")
-
-
-def image_key(image: Image.Image) -> str:
-    """Of the pixels of an RGB image, 32 hexadecimal digits: the same for a file, its bytes and its array."""
-    digest = hashlib.sha256(f"{image.width}x{image.height} ".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()[:32]
-
-
-def _describe(model: Any, processor: Any) -> dict[str, Any]:
-    """All that decides an embedding, as json holds it."""
-    encoder = model.sam.vision_encoder
-    config = encoder.config.to_dict()
-    for name in [name for name in config if name.startswith("_") or name in ("transformers_version", "dtype")]:
-        del config[name]
-    return {
-        "format": FORMAT,
-        "encoder": type(encoder).__name__,
-        "config": json.loads(json.dumps(config, default=str)),
-        "weights": weights_digest(encoder),
-        "image_processor": json.loads(_processor_settings(processor)),
-    }
-
-
-def _processor_settings(processor: Any) -> str:
-    image_processor = processor.sam_image_processor
-    settings = {name: value for name, value in image_processor.to_dict().items() if not name.startswith("_")}
-    settings |= {"class": type(image_processor).__name__, "canvas": processor.canvas_size}
-    settings.pop("processor_class", None)
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _change_counters(encoder: torch.nn.Module) -> list[tuple]:
-    """Changes when a weight is replaced, moved, or written to in place."""
-    return [
-        (name, id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-        for name, tensor in encoder.named_parameters()
-    ]
 
 
 def _count_images(rows: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..image_features_segcompass import ImageFeatures
 from ..interventions_segcompass import apply_interventions, normalize_interventions
 from ..modeling_concepts import SparseConcepts
 from ..offloading_segcompass import weights_at_hand
@@ -31,7 +32,7 @@ class CapturedSegmentation:
         completion_mask (`torch.LongTensor` of shape `(1, T)`): 1 on what the model wrote.
         concepts ([`SparseConcepts`]): Active concepts, a batch of one.
         reference_states (`torch.Tensor` of shape `(1, K, hidden_size)`): Last states at the `<REF_POS>` tokens.
-        image_embeddings (`torch.Tensor` of shape `(1, channels, h, w)`): SAM features.
+        image_embeddings (`torch.Tensor` of shape `(1, channels, h, w)` or [`ImageFeatures`]): Of the image.
         heatmap_logits, pred_masks (`torch.Tensor` of shape `(1, K, 4h, 4w)`): As `segment` gave them.
         slot_logits, slot_scores (`torch.Tensor` of shape `(1, K)`): As `segment` gave them.
         reasoning_surprisal (`torch.Tensor` of shape `(1,)`): As `segment` gave it.
@@ -45,7 +46,7 @@ class CapturedSegmentation:
     completion_mask: torch.Tensor
     concepts: SparseConcepts
     reference_states: torch.Tensor
-    image_embeddings: torch.Tensor
+    image_embeddings: torch.Tensor | ImageFeatures
     heatmap_logits: torch.Tensor
     pred_masks: torch.Tensor
     slot_logits: torch.Tensor

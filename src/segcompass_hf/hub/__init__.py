@@ -7,9 +7,11 @@ from .._lazy import lazy_names
 
 # Submodule -> public names that it defines.
 _EXPORTS = {
-    "conversion.from_original": ("convert_original_checkpoint", "load_original_sae", "load_original_sam"),
+    "conversion.from_original": ("convert_original_checkpoint", "load_original_sae"),
+    "conversion.segmenters": ("convert_original_sam", "load_original_sam"),
     "conversion.to_original": ("convert_to_original_checkpoint",),
     "composition": ("compose_checkpoint",),
+    "segmenter_swap": ("swap_segmenter",),
     "space.write": ("write_space",),
     "publishing.push": ("push_to_hub", "ModelPublication"),
     "publishing.stage": ("stage_checkpoint",),

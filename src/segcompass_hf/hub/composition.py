@@ -1,9 +1,11 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""A new checkpoint from published parts: VLM, SAM and, if there is one, an SAE."""
+"""A new checkpoint from published parts: VLM, segmenter and, if there is one, an SAE."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, de
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
+from ..segmenters_segcompass import segmenter_kind
 from .conversion.vlm import check_is_vlm
 
 logger = logging.get_logger(__name__)
@@ -27,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class Composition:
-    """What [`compose_checkpoint`] made.
+    """What [`compose_checkpoint`] or [`swap_segmenter`] made.
 
     Args:
         folder (`Path`): The checkpoint, with its processor.
@@ -37,6 +40,7 @@ class Composition:
         depth (`int`): Decoder layers of the VLM.
         d_sae (`int`): Features of the SAE.
         sae_is_new (`bool`): Whether the SAE is untrained.
+        new_modules (`list[str]`): What else is untrained, by its name in the model.
         added_tokens (`list[str]`): What the VLM's tokenizer lacked.
         num_parameters (`dict[str, int]`): By part.
         notes (`list[str]`): What the user should know.
@@ -49,9 +53,25 @@ class Composition:
     depth: int
     d_sae: int
     sae_is_new: bool
-    added_tokens: list[str]
+    new_modules: list[str]
     num_parameters: dict[str, int]
+    added_tokens: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: Any, folder: Path, **others: Any) -> Composition:
+        """Of a model that is saved in `folder`; `others` are the fields that its configuration does not say."""
+        config = model.config
+        return cls(
+            folder=folder,
+            vlm_type=config.vlm_config.model_type,
+            num_slots=config.num_slots,
+            sae_layer=config.sae_layer,
+            depth=config.get_text_config().num_hidden_layers,
+            d_sae=config.sae_config.d_sae,
+            num_parameters={name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},
+            **others,
+        )
 
 
 def compose_checkpoint(
@@ -73,8 +93,9 @@ def compose_checkpoint(
     Args:
         vlm (`str` or `os.PathLike`): Hub id or folder of a VLM (LLaVA-1.5, Qwen2.5-VL, Qwen3-VL, ...), or of a
             SegCompass checkpoint, whose VLM is taken (after its warm-up, to give it an SAE).
-        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a SAM, or Segment Anything's own `.pth`; may be
-            left out where `vlm` is a SegCompass checkpoint, which has one.
+        sam (`str` or `os.PathLike`, *optional*): Hub id or folder of a segmenter that takes mask prompts (see
+            `SEGMENTERS`), or Segment Anything's own `.pth`; may be left out where `vlm` is a SegCompass checkpoint,
+            which has one.
         output (`str` or `os.PathLike`): Folder to make.
         sae (`str` or `os.PathLike`, *optional*): Hub id or folder of an SAE of ours or SAELens', or an `ep_N.pt` of
             the original code; a new, untrained one when left out.
@@ -94,12 +115,11 @@ def compose_checkpoint(
         ValueError: A part is something else, or they do not fit together.
     """
     check_new_folder(output)
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}, or leave it out.")
-    parts = _read_parts(vlm, sam)
+    check_dtype_name(dtype)
+    parts = read_parts(vlm, sam)
     vlm_config = parts.vlm_config
     num_slots = num_slots or (parts.whole_config.num_slots if parts.whole_config is not None else 4)
-    config_kwargs = _own_settings(parts.whole_config) | config_kwargs
+    config_kwargs = own_settings(parts.whole_config) | config_kwargs
     notes: list[str] = []
     loaded_sae = None if sae is None else _load_sae(_source(sae, "sae"), sae_layer)
     layer = _choose_layer(vlm_config, loaded_sae, sae_layer, notes)
@@ -115,18 +135,14 @@ def compose_checkpoint(
     with staged_folder(output) as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
-    return Composition(
-        folder=Path(output).expanduser(),
-        vlm_type=vlm_config.model_type,
-        num_slots=num_slots,
-        sae_layer=layer,
-        depth=vlm_config.get_text_config().num_hidden_layers,
-        d_sae=model.config.sae_config.d_sae,
-        sae_is_new=loaded_sae is None,
-        added_tokens=added,
-        num_parameters={name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()},
-        notes=notes,
-    )
+    new = {"sae_is_new": loaded_sae is None, "new_modules": ["codebook", "slot_encoder", "slot_mapper"]}
+    return Composition.of(model, Path(output).expanduser(), added_tokens=added, notes=notes, **new)
+
+
+def check_dtype_name(dtype: str | None) -> None:
+    """Refuse a dtype that checkpoints are not made in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}, or leave it out.")
 
 
 @dataclass
@@ -140,8 +156,8 @@ class _Parts:
     whole_config: PretrainedConfig | None  # where `vlm` is a SegCompass checkpoint
 
 
-def _read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
-    from .conversion.from_original import load_original_sam
+def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
+    from .conversion.segmenters import load_original_sam
 
     vlm, whole = _source(vlm, "vlm"), None
     vlm_config = _read_config(vlm, "vlm")
@@ -157,7 +173,10 @@ def _read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts
         model = load_original_sam(sam)
         return _Parts(vlm, model, vlm_config, model.config, whole)
     sam_config = _read_config(sam, "sam")
-    _check_sam(sam_config, sam)
+    try:
+        segmenter_kind(sam_config)
+    except ValueError as error:
+        raise ValueError(f"sam: {sam!r}: {error}") from error
     return _Parts(vlm, sam, vlm_config, sam_config, whole)
 
 
@@ -181,14 +200,6 @@ def _read_config(source: str, name: str) -> PretrainedConfig:
         raise ValueError(f"{name}: {source!r} is no model that transformers knows: {error}") from error
     except OSError as error:
         raise OSError(f"{name}: cannot read {source!r}: {error}") from error
-
-
-def _check_sam(config: PretrainedConfig, source: str) -> None:
-    if config.model_type != "sam":
-        raise ValueError(
-            f"sam: {source!r} is a {config.model_type!r} model; expected a SAM of the first generation, such as "
-            "facebook/sam-vit-base, -large or -huge."
-        )
 
 
 def _load_sae(source: str, layer: int | None) -> SegCompassSae:
@@ -224,7 +235,7 @@ def _choose_layer(vlm_config: PretrainedConfig, sae: SegCompassSae | None, given
     return default_sae_layer(vlm_config) if layer is None else layer
 
 
-def _own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
+def own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
     """What a SegCompass checkpoint says of itself, apart from its parts and what follows from them."""
     if whole_config is None:
         return {}
@@ -284,7 +295,7 @@ def _make_model(
     from ..modeling_segcompass import SegCompassForReasoningSegmentation
 
     vlm, sam = parts.vlm, parts.sam
-    try:
+    with model_errors(parts.vlm):
         if parts.whole_config is not None:
             load = {} if dtype is None else {"dtype": dtype}
             whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
@@ -296,10 +307,17 @@ def _make_model(
         return SegCompassForReasoningSegmentation.from_pretrained_parts(
             vlm, sam, sae, num_slots, layer, processor=processor, dtype=dtype, **config_kwargs
         )
+
+
+@contextmanager
+def model_errors(vlm: str) -> Iterator[None]:
+    """What goes wrong inside, where a model is made of parts, as a `ValueError` that says which part is wrong."""
+    try:
+        yield
     except StrictDataclassError as error:
         raise ValueError(str(error.__cause__ or error)) from error
     except SafetensorError as error:
-        raise ValueError(f"a weight file of {parts.vlm!r} or of SAM is damaged ({error}); get it again.") from error
+        raise ValueError(f"a weight file of {vlm!r} or of SAM is damaged ({error}); get it again.") from error
 
 
 def _check_tokens(model: Any, processor: Any) -> None:

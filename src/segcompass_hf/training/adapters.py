@@ -81,9 +81,12 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     """Names of the largest modules of the heads of which every parameter trains.
 
     SAM's parts that mask prompts never use are left out: PEFT turns on the gradient of everything it copies, each time
-    an adapter is enabled, and DistributedDataParallel would wait for theirs.
+    an adapter is enabled, and DistributedDataParallel would wait for theirs. So are those that take part in encoding
+    images: PEFT freezes the image encoder, whatever it was before.
     """
-    unused = {id(parameter) for _, parameter in model.mask_stage.unused_parameters()}  # SAM ties two of its names
+    stage = model.mask_stage
+    left_out = dict(stage.unused_parameters()) | stage.encoding_parameters()
+    unused = {id(parameter) for parameter in left_out.values()}  # SAM ties two of its names
     names = []
     pending = ["sam.mask_decoder", "sam.prompt_encoder", "slot_mapper", "slot_encoder", "codebook"]
     while pending:

@@ -51,10 +51,10 @@ def open_embedding_cache(trainer: Any, model: Any, processor: Any) -> EmbeddingC
         _fill(cache, trainer, accelerator.process_index, accelerator.num_processes)
     elif accelerator.is_main_process:  # before it is sharded, which `Trainer` does when it starts
         place = next(encoder.parameters()).device
-        encoder.to(accelerator.device)
+        model.sam.to(accelerator.device)  # of some segmenters other parts take part in encoding
         cache = EmbeddingCache(args.embedding_cache_dir, model, processor, _dtype(args, encoder), missing="pixels")
         _fill(cache, trainer)
-        encoder.to(place)
+        model.sam.to(place)
     accelerator.wait_for_everyone()
     if shares_weights:
         copies = [cache]

@@ -23,10 +23,10 @@ FORWARD_METHODS = (
 def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
     """Shard a SegCompass model with FSDP2, in place, into the units that accelerate makes of it.
 
-    Units: what `_no_split_modules` names (decoder layers, vision blocks, SAM's image encoder and mask decoder,
-    codebook, slot encoder, slot mapper), the embeddings, the final norm with the head (whose weight is read outside
-    its `forward`, so it stays whole until the backward pass), and the rest. Freeze before you shard; the optimizer
-    comes afterwards.
+    Units: what `_no_split_modules` names (decoder layers, vision blocks, the segmenter's image encoder and mask
+    decoder, codebook, slot encoder, slot mapper), the embeddings, the final norm with the head (whose weight is read
+    outside its `forward`, so it stays whole until the backward pass), and the rest. Freeze before you shard; the
+    optimizer comes afterwards.
 
     Args:
         model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): Sharded in place.
@@ -60,8 +60,9 @@ def finish_sharding(model: nn.Module) -> nn.Module:
     - The gradient hooks that let only the rows of the added tokens train are put on the shards: `fully_shard` replaces
       parameters and leaves hooks behind, and the whole head would train.
 
-    - Under DeepSpeed ZeRO-3, which gathers what a module's `forward` reads, the SAE and SAM's positional matrix are
-      gathered where they are read otherwise.
+    - The mask decoder is whole once the image encoder has run, where it has layers that take part in encoding.
+    - Under DeepSpeed ZeRO-3, which gathers what a module's `forward` reads, the SAE and what the segmenter reads
+      otherwise are gathered where they are read.
 
     Args:
         model ([`SegCompassForReasoningSegmentation`] or `PeftModel` of it): As sharded by accelerate, DeepSpeed or
@@ -77,6 +78,7 @@ def finish_sharding(model: nn.Module) -> nn.Module:
         if "_fsdp_methods" not in core.__dict__:
             core.__dict__["_fsdp_methods"] = _gather_in_methods(model, core)
             _gather_head_after_norm(core)
+            _gather_decoder_after_encoder(core)
         _train_only_token_rows(core)
     return model
 
@@ -139,17 +141,29 @@ def _gather_for_zero3(core: nn.Module) -> None:
                 return plain(*args, **kwargs)
 
         setattr(core.sae, name, method)
-    decoder = core.sam.mask_decoder  # reads the weights of two embeddings without calling them
-    for embedding in (decoder.iou_token, decoder.mask_tokens):
-        deepspeed.zero.register_external_parameter(decoder, embedding.weight)
-    matrix = core.sam.shared_image_embedding.positional_embedding  # read right after the prompt encoder has run
-    core.sam.prompt_encoder.register_forward_hook(lambda *_: matrix.all_gather())
+    for part in (core.sam.mask_decoder, core.sam.prompt_encoder):  # read embeddings' weights without calling them
+        for embedding in part.children():
+            if isinstance(embedding, nn.Embedding):
+                deepspeed.zero.register_external_parameter(part, embedding.weight)
+    # Read right after the prompt encoder has run, and the image encoder. SAM 2 has the former as a buffer.
+    matrix = core.sam.shared_image_embedding.positional_embedding
+    if hasattr(matrix, "ds_id"):
+        core.sam.prompt_encoder.register_forward_hook(lambda *_: matrix.all_gather())
+    if "no_memory_embedding" in dict(core.sam.named_parameters(recurse=False)):
+        core.sam.vision_encoder.register_forward_hook(lambda *_: core.sam.no_memory_embedding.all_gather())
 
 
 def _gather_head_after_norm(core: nn.Module) -> None:
     head = core.get_output_embeddings()
     if isinstance(head, FSDPModule):
         final_norm(core.vlm).register_forward_hook(lambda *_: head.unshard())
+
+
+def _gather_decoder_after_encoder(core: nn.Module) -> None:
+    """SAM 2 and later encode images with two layers of their mask decoder, outside its `forward`."""
+    decoder = core.sam.mask_decoder
+    if isinstance(decoder, FSDPModule) and core.mask_stage.encoding_parameters():
+        core.sam.vision_encoder.register_forward_hook(lambda *_: decoder.unshard())
 
 
 def _train_only_token_rows(core: nn.Module) -> None:

@@ -19,11 +19,8 @@ from segcompass_hf.commands import convert
 from segcompass_hf.commands.common import UserError
 from segcompass_hf.files import check_disk_space, staged_folder
 from segcompass_hf.hub.conversion.files import StoredTensor, open_weights, write_shards
-from segcompass_hf.hub.conversion.from_original import (
-    convert_original_checkpoint,
-    load_original_sae,
-    load_original_sam,
-)
+from segcompass_hf.hub.conversion.from_original import convert_original_checkpoint, load_original_sae
+from segcompass_hf.hub.conversion.segmenters import load_original_sam
 from segcompass_hf.hub.conversion.to_original import convert_to_original_checkpoint
 from segcompass_hf.modeling_segcompass import SegCompassForReasoningSegmentation
 

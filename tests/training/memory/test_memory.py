@@ -1,12 +1,15 @@
 """The memory estimator: what is counted exactly, and what is compared with a step that was measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from joint_step import joint_inputs
-from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_vlm_config
+from tiny import tiny_config, tiny_model, tiny_sam_config, tiny_segmenter_config, tiny_vlm_config
 from torch import nn
 
 from segcompass_hf.generation_segcompass import CACHE
+from segcompass_hf.image_features_segcompass import parts_of
 from segcompass_hf.training.memory.estimate import estimate_memory, parameter_bytes
 from segcompass_hf.training.memory.meter import MemoryMeter
 from segcompass_hf.training.memory.model import fake_model
@@ -62,12 +65,13 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(family, tie):
     assert parts["reference"] == sum(copy.nbytes for copy in copies)
 
 
-def _middle_config(family: str):
-    """Large enough that activations outweigh what is constant: hidden 256, 6 layers, 1,024 features, 16 x 16 SAM."""
+def _middle_config(family: str, segmenter: str = "sam"):
+    """Large enough that activations outweigh what is constant: hidden 256, 6 layers, 1,024 features, canvas of 256."""
     text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "head_dim": 64}
     vlm = tiny_vlm_config(family, **text, num_attention_heads=4, num_key_value_heads=4)
     fields = {"sae_config": {"d_in": 256, "d_sae": 1024, "layer": 2}, "d_slot": 64, "concept_threshold": 0.0}
-    return tiny_config(family, vlm_config=vlm, sam_config=tiny_sam_config(256, 16, 64), **fields)
+    sam = tiny_sam_config(256, 16, 64) if segmenter == "sam" else tiny_segmenter_config(segmenter, 256)
+    return tiny_config(family, vlm_config=vlm, sam_config=sam, **fields)
 
 
 def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
@@ -89,7 +93,8 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    known = [*model.parameters(), *model.buffers(), *reference.parameters(), *(p.grad for p in trained)]
+    features = parts_of(inputs["segmentation"].image_embeddings)  # held all along; the estimate makes them itself
+    known = [*model.parameters(), *model.buffers(), *reference.parameters(), *(p.grad for p in trained), *features]
     known_places, saved = {tensor.data_ptr() for tensor in known}, {}
 
     def save(tensor):
@@ -103,12 +108,16 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
         loss = output.log_probs.sum() + output.segmentation
         kept, kept_by_autograd = meter.live, sum(saved.values())
         loss.backward()
-    return kept, kept_by_autograd, meter.peak
+    held = sum(part.nbytes for part in features)
+    return kept + held, kept_by_autograd + held, meter.peak + held
 
 
-@pytest.mark.parametrize(("checkpointing", "autocast"), [(False, False), (True, True)])
-def test_activations_are_those_of_a_measured_step(checkpointing, autocast):
-    config = _middle_config("llava")
+@pytest.mark.parametrize(
+    ("checkpointing", "autocast", "segmenter"),
+    [(False, False, "sam"), (True, True, "sam"), (False, False, "sam2"), (True, True, "sam3_tracker")],
+)
+def test_activations_are_those_of_a_measured_step(checkpointing, autocast, segmenter):
+    config = _middle_config("llava", segmenter)
     setup = TrainingSetup(
         batch_size=3,
         rollouts=3,
@@ -218,8 +227,8 @@ def test_estimates_add_up_and_follow_the_settings():
     assert 0 < sharded.weights < base.weights and sharded.gathered > 0
 
 
-# As reported for the checkpoints; for LLaVA-13B none was found, for SAM ViT-B and ViT-L none looked
-# up: those pin the shapes only.
+# As reported for the checkpoints; for LLaVA-13B none was found, for SAM ViT-B, ViT-L and SAM 3's tracker none
+# looked up: those pin the shapes only. SAM 2.1: see the test of whole checkpoints.
 PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
     "llava-hf/llava-1.5-13b-hf": 13_351_494_656,
@@ -230,20 +239,46 @@ PUBLISHED = {
     "facebook/sam-vit-base": 93_735_728,
     "facebook/sam-vit-large": 312_343_088,
     "facebook/sam-vit-huge": 641_090_864,
+    "facebook/sam2.1-hiera-tiny": 31_440_721,
+    "facebook/sam2.1-hiera-small": 38_538_577,
+    "facebook/sam2.1-hiera-base-plus": 73_328_401,
+    "facebook/sam2.1-hiera-large": 216_924_865,
+    "facebook/sam3": 458_260_369,
 }
+SAM2_MILLIONS = {"tiny": 38.9, "small": 46.0, "base-plus": 80.8, "large": 224.4}  # reported, the memory included
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shapes_have_the_published_number_of_parameters(name):
-    from transformers import AutoModelForImageTextToText, SamModel
+    from transformers import AutoModelForImageTextToText, AutoModelForMaskGeneration
 
     with torch.device("meta"):
         if name in SAM_SHAPES:
-            model = SamModel(sam_config(name))
+            model = AutoModelForMaskGeneration.from_config(sam_config(name))
         else:
             model = AutoModelForImageTextToText.from_config(vlm_config(name))
     assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name]
     assert set(PUBLISHED) == {*VLM_SHAPES, *SAM_SHAPES}
+
+
+@pytest.mark.parametrize("name", SAM2_MILLIONS)
+def test_sam2_with_its_memory_for_videos_has_the_published_size(name):
+    from transformers import Sam2VideoConfig, Sam2VideoModel
+
+    vision = sam_config(f"facebook/sam2.1-hiera-{name}").vision_config.to_dict()
+    with torch.device("meta"):
+        model = Sam2VideoModel(Sam2VideoConfig(vision_config=vision))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions == pytest.approx(SAM2_MILLIONS[name], abs=0.1)
+
+
+def test_masks_alone_take_less_than_the_whole():
+    config, setup = tiny_config("llava"), TrainingSetup(**SMALL, stage="segmentation")
+    joint, masks = estimate_memory(config, setup), estimate_memory(config, replace(setup, trainable="masks"))
+    assert masks.weights == joint.weights
+    model = tiny_model("llava").freeze_for_training(trainable="masks")
+    assert masks.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) < joint.trainable
+    assert masks.activations < joint.activations
 
 
 def test_errors_say_what_is_known():

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ...data.schema import decode_masks
-from ...images_segcompass import resized_size, restore_map, soft_mask_targets
+from ...segmenters_segcompass import geometry_of, to_sam_image_processor
 from ..prediction import Prediction, Predictor
-from .sam_prompts import PromptedSam, SamPrompt, sam_image_processor_of
+from .sam_prompts import PromptedSam, SamPrompt
 
 
 class EverythingPredictor:
@@ -130,9 +130,8 @@ class SamBoxCentrePredictor:
     bundled `scenes-tiny`, answers them with next to nothing: `"ideal-masks"` bounds such a model.
 
     Args:
-        sam (`SamModel`): transformers' SAM, such as the `sam` of a SegCompass model.
-        processor (`SegCompassProcessor`, `SamProcessor`, `SamImageProcessor`, `SamConfig`, `str` or `int`):
-            The model's or SAM's.
+        sam (`PreTrainedModel`): transformers' SAM or another segmenter, such as the `sam` of a SegCompass model.
+        processor: The model's or the segmenter's; see `to_sam_image_processor`.
         prompt (`str`, *optional*, defaults to `"centre"`): `"centre"`, `"box"` or `"both"`.
     """
 
@@ -168,29 +167,27 @@ class IdealMasksPredictor:
     number of slots is no limit here.
 
     Args:
-        processor (`SegCompassProcessor`, `SamProcessor`, `SamImageProcessor`, `SamConfig`, `str` or `int`):
-            The model's or SAM's.
+        processor: The model's or the segmenter's; see `to_sam_image_processor`.
     """
 
     name = "ideal-masks"
 
     def __init__(self, processor: Any):
-        image_processor = sam_image_processor_of(processor)
-        self.canvas = image_processor.size["longest_edge"]
-        self.map_size = image_processor.mask_size["longest_edge"]
+        self.geometry = geometry_of(to_sam_image_processor(processor))
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"canvas": self.canvas, "map_size": self.map_size}
+        stretched = {} if self.geometry.fit == "pad" else {"fit": self.geometry.fit}
+        return {"canvas": self.geometry.canvas, "map_size": self.geometry.map_size, **stretched}
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[Prediction]:
         return [Prediction(self._through_maps(decode_masks(row["masks"], _size(row)))) for row in rows]
 
     def _through_maps(self, masks: np.ndarray) -> np.ndarray:
         size, restored = masks.shape[1:], np.zeros_like(masks)
-        maps = soft_mask_targets(torch.from_numpy(masks), self.canvas, self.map_size).clamp(0.02, 0.98)
+        maps = self.geometry.soft_mask_targets(torch.from_numpy(masks)).clamp(0.02, 0.98)
         for index, values in enumerate(maps):  # logits are interpolated, as a model's are
-            logits = restore_map(values.logit(), self.canvas, resized_size(size, self.canvas), size)
+            logits = self.geometry.restore_map(values.logit(), size)
             restored[index] = (logits > 0).numpy()
         return restored
 
@@ -231,7 +228,8 @@ def make_baseline(
 
     Args:
         name (`str`): One of `BASELINES`.
-        sam (`SamModel`, *optional*), processor (*optional*): See `SamBoxCentrePredictor`; needed by `SAM_BASELINES`.
+        sam (`PreTrainedModel`, *optional*), processor (*optional*): See `SamBoxCentrePredictor`; `SAM_BASELINES` need
+            both.
         seed (`int`, *optional*, defaults to 0): Of `"random-object"`.
         unknown (`str`, *optional*, defaults to `"error"`): Of the baselines that need all objects of an image.
 

@@ -40,7 +40,7 @@ class BoxLocalizerPredictor:
     Args:
         vlm (`PreTrainedModel`): Any `AutoModelForImageTextToText`; is left in the mode (training or not) it is in.
         vlm_processor (`ProcessorMixin`): Its processor, with a chat template.
-        sam (`SamModel`), sam_processor: See `SamBoxCentrePredictor`.
+        sam (`PreTrainedModel`), sam_processor: See `SamBoxCentrePredictor`.
         coordinates (`str`, *optional*, defaults to `"absolute"`): What the numbers of an answer are. It is a habit of
             the VLM, learned in its training:
 
@@ -100,14 +100,14 @@ class BoxLocalizerPredictor:
         cls, vlm: str | os.PathLike, sam: str | os.PathLike, device: str | torch.device = "cpu", **kwargs
     ) -> BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
-        from transformers import AutoModelForImageTextToText, SamModel
+        from transformers import AutoModelForImageTextToText
 
-        from ...loading_segcompass import load_part
+        from ...loading_segcompass import load_part, load_segmenter
 
         image_processor, tokenizer, class_name, arguments, template = load_vlm_parts(os.fspath(vlm))
         processor = build_vlm_processor(class_name, image_processor, tokenizer, template, arguments)
         model = load_part(AutoModelForImageTextToText, vlm).to(device)
-        return cls(model, processor, load_part(SamModel, sam, dtype="float32").to(device), os.fspath(sam), **kwargs)
+        return cls(model, processor, load_segmenter(sam, dtype="float32").to(device), os.fspath(sam), **kwargs)
 
     @property
     def settings(self) -> dict[str, Any]:

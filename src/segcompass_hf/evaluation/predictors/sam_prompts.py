@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import SamImageProcessorPil
 
 from ...files import weights_digest
-from ...images_segcompass import resized_size, restore_map
-from ...vlm_processors_segcompass import to_sam_image_processor
+from ...image_features_segcompass import ImageFeatures
+from ...modeling_masks import MaskStage, check_segmenter
+from ...segmenters_segcompass import geometry_of, to_sam_image_processor
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the mask decoder
 
@@ -37,42 +37,35 @@ class SamPrompt:
             raise ValueError("a prompt for SAM is empty; it needs a box or at least one point.")
 
 
-def sam_image_processor_of(processor: Any) -> SamImageProcessorPil:
-    """SAM's image processor out of whatever a `processor` may be, see `PromptedSam`."""
-    image_processor = getattr(processor, "sam_image_processor", None) or to_sam_image_processor(processor)
-    if isinstance(image_processor, SamImageProcessorPil):
-        return image_processor
-    return SamImageProcessorPil.from_dict(image_processor.to_dict())  # the torchvision one resizes differently
-
-
 class PromptedSam:
-    """transformers' SAM with its one-mask output (`multimask_output=False`): a prompt gives one mask.
+    """A segmenter with its one-mask output (`multimask_output=False`): a prompt gives one mask.
 
     Args:
-        sam (`SamModel`): Of other dtypes than float32 a copy is used, since they blur the places of prompts.
-        processor (`SegCompassProcessor`, `SamProcessor`, `SamImageProcessor`, `SamConfig`, `str` or `int`):
-            What SAM's image processor is taken or made from.
+        sam (`PreTrainedModel`): A SAM or another of `SEGMENTERS`. Of other dtypes than float32 a copy is used, since
+            they blur the places of prompts.
+        processor (*optional*): Whatever `to_sam_image_processor` takes: what images are prepared with.
 
     Raises:
-        ValueError: the processor is for another image size than the model.
+        ValueError: the processor is for another image size than the model, or this is no segmenter.
     """
 
     def __init__(self, sam: torch.nn.Module, processor: Any):
         if any(parameter.dtype != torch.float32 for parameter in sam.parameters()):
             sam = copy.deepcopy(sam).float()
-        image_processor = sam_image_processor_of(processor)
-        self.sam, self.image_processor = sam, image_processor
-        self.canvas = sam.config.vision_config.image_size
-        if image_processor.size["longest_edge"] != self.canvas:
+        check_segmenter(sam)
+        self.sam, self.stage, self.image_processor = sam, MaskStage(sam), to_sam_image_processor(processor)
+        self.geometry, needed = geometry_of(self.image_processor), self.stage.geometry
+        if (self.geometry.canvas, self.geometry.fit) != (needed.canvas, needed.fit):
             raise ValueError(
-                f"the processor resizes images to {image_processor.size['longest_edge']} pixels but this SAM takes "
-                f"{self.canvas}; pass the processor of the same checkpoint."
+                f"the processor resizes images to {self.geometry.canvas} pixels but this SAM takes {needed.canvas} "
+                f"(fit {self.geometry.fit!r} and {needed.fit!r}); pass the processor of the same checkpoint."
             )
 
     @property
     def settings(self) -> dict[str, Any]:
         """What decides the masks."""
-        return {"sam_weights": weights_digest(self.sam), "sam_canvas": self.canvas, "sam_output": "single mask"}
+        weights, canvas = weights_digest(self.sam), self.geometry.canvas
+        return {"sam_weights": weights, "sam_canvas": canvas, "sam_output": "single mask"}
 
     @torch.no_grad()
     def segment(
@@ -89,21 +82,21 @@ class PromptedSam:
             estimate of each mask's IoU, in [0, 1].
         """
         asked = [index for index, own in enumerate(prompts) if own]
-        embeddings = self._encode([images[index] for index in asked]) if asked else ()
+        features = self._encode([images[index] for index in asked]) if asked else None
         results = [(np.zeros((0, image.height, image.width), dtype=bool), []) for image in images]
-        for index, embedding in zip(asked, embeddings, strict=True):
-            results[index] = self._decode(embedding[None], images[index], prompts[index])
+        for row, index in enumerate(asked):
+            results[index] = self._decode(features[row : row + 1], images[index], prompts[index])
         return results
 
-    def _encode(self, images: list[Image.Image]) -> torch.Tensor:
-        sizes = [resized_size((image.height, image.width), self.canvas) for image in images]
+    def _encode(self, images: list[Image.Image]) -> torch.Tensor | ImageFeatures:
+        sizes = [self.geometry.resized_size((image.height, image.width)) for image in images]
         # SAM's processor rounds the short side of a very thin image to nothing
         images = [image.resize(s[::-1]) if 1 in s else image for image, s in zip(images, sizes, strict=True)]
         pixels = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return self.sam.get_image_embeddings(pixels.to(self.sam.device))  # (num_images, channels, h, w)
+        return self.stage.encode_image(pixels.to(self.sam.device))
 
     def _decode(
-        self, embedding: torch.Tensor, image: Image.Image, prompts: Sequence[SamPrompt]
+        self, features: torch.Tensor | ImageFeatures, image: Image.Image, prompts: Sequence[SamPrompt]
     ) -> tuple[np.ndarray, list[float]]:
         size = (image.height, image.width)
         masks, scores = np.zeros((len(prompts), *size), dtype=bool), [0.0] * len(prompts)
@@ -114,18 +107,18 @@ class PromptedSam:
             for start in range(0, len(indices), PROMPTS_AT_ONCE):
                 group = indices[start : start + PROMPTS_AT_ONCE]
                 inputs = self._inputs([prompts[index] for index in group], size)
-                output = self.sam(image_embeddings=embedding, multimask_output=False, **inputs)
+                output = self.sam(multimask_output=False, **self.stage.as_inputs(features), **inputs)
                 logits, quality = output.pred_masks[0, :, 0], output.iou_scores[0, :, 0]  # (n, h, w), (n,)
                 if not (logits.isfinite().all() and quality.isfinite().all()):
                     raise ValueError("SAM's masks hold NaN or infinity: are its weights damaged?")
                 for index, low, value in zip(group, logits.cpu(), quality.clamp(0, 1).tolist(), strict=True):
-                    masks[index] = (restore_map(low, self.canvas, resized_size(size, self.canvas), size) > 0).numpy()
+                    masks[index] = (self.geometry.restore_map(low, size) > 0).numpy()
                     scores[index] = value
         return masks, scores
 
     def _inputs(self, prompts: list[SamPrompt], size: tuple[int, int]) -> dict[str, torch.Tensor]:
         """Prompts of one form, scaled to the canvas as SAM's processor does."""
-        height, width = resized_size(size, self.canvas)
+        height, width = self.geometry.resized_size(size)
         scale = torch.tensor([width / size[1], height / size[0]])
         inputs = {}
         if prompts[0].points:

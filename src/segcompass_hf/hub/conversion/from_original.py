@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, PretrainedConfig, SamModel
+from transformers import AutoTokenizer, PretrainedConfig
 from transformers.utils import logging
 
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
@@ -25,7 +25,7 @@ from ...files import check_disk_space, check_new_folder, staged_folder
 from ...generation_segcompass import ADDED_TOKENS
 from ...modeling_sae import SegCompassSae
 from .files import StoredTensor, check_state_dict, open_weights, read_torch_file, shorten, write_shards
-from .keys import convert_original_sam_state_dict, convert_original_state_dict
+from .keys import convert_original_state_dict
 from .sizes import head_fields, sae_fields, sam_config_of
 from .vlm import empty_vlm, module_names, read_vlm_config
 
@@ -139,25 +139,6 @@ def load_original_sae(
     sae = SegCompassSae(SegCompassSaeConfig(**{**sae_fields(weights), "layer": layer, **(config or {})}))
     sae.to(weights["W_enc"].dtype).load_state_dict(weights)
     return sae.eval()
-
-
-def load_original_sam(path: str | os.PathLike, config: Mapping[str, Any] | None = None) -> SamModel:
-    """Segment Anything from its published `.pth`, as transformers' `SamModel`.
-
-    Args:
-        path (`str` or `os.PathLike`): The file.
-        config (`Mapping`, *optional*): Fields of `SamConfig` that the weights do not show, nested.
-    """
-    weights = check_state_dict(read_torch_file(path), path)
-    converted = convert_original_sam_state_dict(weights)
-    sam_config = sam_config_of(weights, config)
-    with torch.device("meta"):
-        empty = SamModel(sam_config)
-    check_weights(empty, {name: StoredTensor.of(tensor, str(path)) for name, tensor in converted.items()})
-    # not load_state_dict: parameters it assigns would be drawn anew when the model becomes part of another
-    return SamModel.from_pretrained(
-        None, config=sam_config, state_dict=converted, dtype=weights["mask_decoder.mask_tokens.weight"].dtype
-    )
 
 
 def _find_parts(source: Path, sam: Any, sae: Any, llm: Any) -> dict[str, Path | None]:
@@ -340,5 +321,4 @@ __all__ = [
     "ORIGINAL_BEHAVIOUR",
     "convert_original_checkpoint",
     "load_original_sae",
-    "load_original_sam",
 ]

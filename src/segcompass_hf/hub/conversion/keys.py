@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Parameter names of original SegCompass and Segment Anything checkpoints <-> ours.
+"""Parameter names of original SegCompass, Segment Anything and MobileSAM checkpoints <-> ours.
 
 An original checkpoint's side file holds `{sae,query_book,heatmap_head,prompt_encoder,mask_decoder}.*`; ours hold
 `{sae,codebook,slot_encoder,slot_mapper,sam}.*`. Two tensors change more than their name: the codebook is transposed (a
@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 
 import torch
+
+from .files import shorten
 
 # Segments of a dotted name, original -> ours; applied to whole segments only.
 _SLOT_NAMES = (
@@ -51,16 +53,30 @@ _MASK_DECODER_NAMES = (
     ("output_upscaling.1", "upscale_layer_norm"),
     ("output_upscaling.3", "upscale_conv2"),
 ) + _TRANSFORMER_NORMS
-_IMAGE_ENCODER_NAMES = (  # the neck first: on the way back its norms must not be taken for those of the blocks
-    ("patch_embed.proj", "patch_embed.projection"),
+_NECK_NAMES = (
     ("neck.0", "neck.conv1"),
     ("neck.1", "neck.layer_norm1"),
     ("neck.2", "neck.conv2"),
     ("neck.3", "neck.layer_norm2"),
+)
+_IMAGE_ENCODER_NAMES = _NECK_NAMES + (  # it first: on the way back its norms must not be taken for those of the blocks
+    ("patch_embed.proj", "patch_embed.projection"),
     ("blocks", "layers"),
     ("norm1", "layer_norm1"),
     ("norm2", "layer_norm2"),
 )
+_TINY_VIT_NAMES = _NECK_NAMES + (
+    ("patch_embed.seq.0", "patch_embed.conv1"),
+    ("patch_embed.seq.2", "patch_embed.conv2"),
+    ("layers", "stages"),
+    ("blocks", "layers"),
+    ("attn.attention_biases", "attention.relative_position_bias"),
+    ("attn", "attention"),
+    ("norm", "layer_norm"),
+)
+_TINY_VIT_MARK = "image_encoder.patch_embed.seq.0.c.weight"
+_CLASSIFIER = tuple(f"image_encoder.{part}." for part in ("norm_head", "head"))  # of TinyViT's training on ImageNet
+_BATCH_NORM_EPS = 1e-5  # of every batch norm in MobileSAM
 _MLP_SEGMENTS = ("output_hypernetworks_mlps", "iou_prediction_head")
 _SHARED_POSITIONS = "shared_image_embedding.positional_embedding"
 _PROMPT_POSITIONS = "prompt_encoder.shared_embedding.positional_embedding"
@@ -115,7 +131,10 @@ def convert_original_heatmap_head_state_dict(state_dict: Mapping[str, torch.Tens
 
 def convert_original_sam_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Rename a Segment Anything checkpoint, whole or in part, to transformers' `SamModel`.
+    Rename a Segment Anything or MobileSAM checkpoint, whole or in part, to `SamModel` or `MobileSamModel`.
+
+    MobileSAM's batch norms are folded into its convolutions, and the classifier left over from the training of its
+    image encoder, which segmentation never uses, is left out.
 
     Args:
         state_dict (`Mapping[str, torch.Tensor]`): `image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`.
@@ -124,11 +143,16 @@ def convert_original_sam_state_dict(state_dict: Mapping[str, torch.Tensor]) -> d
         `dict[str, torch.Tensor]`: `vision_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`, and the positional
         matrix a second time as `shared_image_embedding.positional_embedding`.
     """
+    encoder_names = _IMAGE_ENCODER_NAMES
+    if has_tiny_vit(state_dict):
+        encoder_names = _TINY_VIT_NAMES
+        used = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_CLASSIFIER)}
+        state_dict = fold_batch_norms(used)
     converted = {}
     for name, tensor in state_dict.items():
         part, _, rest = name.partition(".")
         if part == "image_encoder":
-            converted[f"vision_encoder.{_rename(rest, _IMAGE_ENCODER_NAMES)}"] = tensor
+            converted[f"vision_encoder.{_rename(rest, encoder_names)}"] = tensor
         elif part == "prompt_encoder":
             converted[f"prompt_encoder.{_rename(rest, _PROMPT_ENCODER_NAMES)}"] = tensor
         elif part == "mask_decoder":
@@ -141,6 +165,38 @@ def convert_original_sam_state_dict(state_dict: Mapping[str, torch.Tensor]) -> d
     if _PROMPT_POSITIONS in converted:
         converted[_SHARED_POSITIONS] = converted[_PROMPT_POSITIONS].clone()
     return converted
+
+
+def has_tiny_vit(state_dict: Mapping[str, torch.Tensor]) -> bool:
+    """Whether published weights are those of MobileSAM, and not of Segment Anything with a ViT."""
+    return _TINY_VIT_MARK in state_dict
+
+
+def fold_batch_norms(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """
+    Make each pair `NAME.c` (a convolution without bias) and `NAME.bn` (its batch norm) one convolution `NAME`.
+
+    With its statistics at rest a batch norm maps `y` to `gain (y - mean) + bias`, `gain = weight / sqrt(var + eps)`:
+    the convolution's weights times `gain`, and the bias `bias - gain mean`. Computed in float64.
+
+    Args:
+        state_dict (`Mapping[str, torch.Tensor]`): Other names are passed on.
+
+    Raises:
+        ValueError: A batch norm lacks tensors.
+    """
+    folded = dict(state_dict)
+    for name in [name for name in state_dict if name.endswith(".c.weight")]:
+        base = name.removesuffix(".c.weight")
+        parts = [f"{base}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
+        if missing := [part for part in parts if part not in state_dict]:
+            raise ValueError(f"{base}.c lacks its batch norm's {shorten(missing)}; get the file again.")
+        convolution, (weight, bias, mean, variance) = folded.pop(name), (folded.pop(part).double() for part in parts)
+        folded.pop(f"{base}.bn.num_batches_tracked", None)  # counts steps of its training
+        gain = weight / (variance + _BATCH_NORM_EPS).sqrt()  # (channels,)
+        folded[f"{base}.weight"] = (convolution.double() * gain[:, None, None, None]).to(convolution.dtype)
+        folded[f"{base}.bias"] = (bias - mean * gain).to(convolution.dtype)
+    return folded
 
 
 def convert_original_state_dict(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import SamConfig
 
+from ...configuration_mobile_sam import DECODER_NORM_EPS, MobileSamConfig, MobileSamVisionConfig
 from .files import shorten
 
 SAM_HEADS = 8  # of every published Segment Anything mask decoder; the weights do not tell
-SAM_NORM_EPS = 1e-5  # of the original's mask decoder; transformers' default is another
+SAM_NORM_EPS = DECODER_NORM_EPS  # of the original's mask decoder; transformers' default is another
 _ARCHITECTURES = {"standard": {"b_enc"}, "jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "r_mag", "b_mag"}}
 
 
@@ -96,20 +99,61 @@ def sam_config_of(weights: Mapping[str, torch.Tensor], overrides: Mapping[str, A
         "patch_size": patch_size,
         "mask_input_channels": _shape(weights, mask_conv, 4, "SAM prompt encoder")[0],
     }
+    return SamConfig(**_with_overrides(vision, prompt, _decoder_fields(weights, dim), overrides))
+
+
+def mobile_sam_config_of(
+    weights: Mapping[str, torch.Tensor], overrides: Mapping[str, Any] | None = None
+) -> MobileSamConfig:
+    """The configuration of a published MobileSAM, whatever the size of its TinyViT.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): `image_encoder.*`, `prompt_encoder.*`, `mask_decoder.*`.
+        overrides (`Mapping`, *optional*): Fields that the weights do not show, nested as in [`MobileSamConfig`]: the
+            canvas (1024 pixels) and the strides between stages.
+    """
+    encoder = {name.removeprefix("image_encoder."): w for name, w in weights.items() if name.startswith("image_enc")}
+    what, mask_conv = "MobileSAM image encoder", "prompt_encoder.mask_downscaling.3.weight"
+    _require(weights, [mask_conv, "mask_decoder.mask_tokens.weight"], "MobileSAM", "prompt_encoder.*, mask_decoder.*")
+    found = (re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name) for name in encoder)
+    blocks = {(int(match[1]), int(match[2])) for match in found if match}  # (stage, layer)
+    stages = range(1 + max((stage for stage, _ in blocks), default=0))
+    dims = [_shape(encoder, "patch_embed.seq.2.c.weight", 4, what)[0]]
+    dims += [_shape(encoder, f"layers.{stage}.downsample.conv1.c.weight", 4, what)[0] for stage in stages[:-1]]
+    biases = [_shape(encoder, f"layers.{stage}.blocks.0.attn.attention_biases", 2, what) for stage in stages[1:]]
+    defaults, dim = MobileSamVisionConfig(), _shape(encoder, "neck.0.weight", 4, what)[0]
+    vision = {
+        "embed_dims": dims,
+        "depths": [sum(of == stage for of, _ in blocks) for stage in stages],
+        "num_heads": [defaults.num_heads[0], *(heads for heads, _ in biases)],
+        "window_sizes": [defaults.window_sizes[0], *(math.isqrt(offsets) for _, offsets in biases)],
+        "expand_ratio": _shape(encoder, "layers.0.blocks.0.conv1.c.weight", 4, what)[0] / dims[0],
+        "mlp_ratio": _shape(encoder, "layers.1.blocks.0.mlp.fc1.weight", 2, what)[0] / dims[1],
+        "output_channels": dim,
+    }
+    prompt = {"mask_input_channels": _shape(weights, mask_conv, 4, "MobileSAM prompt encoder")[0]}
+    return MobileSamConfig(**_with_overrides(vision, prompt, _decoder_fields(weights, dim), overrides))
+
+
+def _decoder_fields(weights: Mapping[str, torch.Tensor], dim: int) -> dict[str, Any]:
+    """Fields of `SamMaskDecoderConfig`."""
     transformer = [name for name in weights if name.startswith("mask_decoder.transformer.layers.")]
-    decoder = {
+    return {
         "hidden_size": dim,
         "mlp_dim": _shape(weights, "mask_decoder.transformer.layers.0.mlp.lin1.weight", 2, "SAM mask decoder")[0],
         "num_hidden_layers": len({name.split(".")[3] for name in transformer}),
         "num_attention_heads": SAM_HEADS,
-        "num_multimask_outputs": len(weights[tokens]) - 1,
+        "num_multimask_outputs": len(weights["mask_decoder.mask_tokens.weight"]) - 1,
         "iou_head_hidden_dim": _shape(weights, "mask_decoder.iou_prediction_head.layers.0.weight", 2, "SAM")[0],
         "layer_norm_eps": SAM_NORM_EPS,
     }
+
+
+def _with_overrides(vision: dict, prompt: dict, decoder: dict, overrides: Mapping[str, Any] | None) -> dict[str, Any]:
     fields = {"vision_config": vision, "prompt_encoder_config": prompt, "mask_decoder_config": decoder}
     for name, value in (overrides or {}).items():
         fields[name] = {**fields[name], **value} if isinstance(fields.get(name), dict) else value
-    return SamConfig(**fields)
+    return fields
 
 
 def _embedding_side(encoder: Mapping[str, torch.Tensor]) -> int:
@@ -163,4 +207,4 @@ def _shape(weights: Mapping[str, torch.Tensor], name: str, dimensions: int, what
     return shape
 
 
-__all__ = ["SAM_HEADS", "SAM_NORM_EPS", "head_fields", "sae_fields", "sam_config_of"]
+__all__ = ["SAM_HEADS", "SAM_NORM_EPS", "head_fields", "mobile_sam_config_of", "sae_fields", "sam_config_of"]

@@ -95,6 +95,9 @@ def _read_config(checkpoint: Path) -> SegCompassConfig:
     fields = json.loads(path.read_text("utf-8"))
     if fields.get("model_type") != SegCompassConfig.model_type:
         raise ValueError(f"{checkpoint} holds a {fields.get('model_type')!r} model; expected a SegCompass checkpoint.")
+    kind = (fields.get("sam_config") or {}).get("model_type", "sam")
+    if kind != "sam":
+        raise ValueError(f"{checkpoint} segments with a {kind!r} model; the original has a place for SAM alone.")
     if fields.get("quantization_config"):
         raise ValueError(f"{checkpoint} is quantised; the original reads floating weights only.")
     return SegCompassConfig.from_pretrained(checkpoint)

@@ -160,6 +160,7 @@ def render_model_card(
         "architecture": "",
         "licence": f"`{header['license']}`.",
         "adapter": False,
+        "quoted_title": "Quoted from the paper, not measured by us",
         "measured": results_table(evaluations),
         "measured_how": results_how(evaluations),
         "planned": "architecture" not in text,

@@ -36,12 +36,15 @@ def _model_lines(config: dict[str, Any]) -> list[list[str]]:
     text, vision = vlm.get("text_config") or vlm, sam.get("vision_config") or {}
     layers, width = text.get("num_hidden_layers"), text.get("hidden_size")
     sae_text = f"{sae['d_sae']:,} features ({sae['architecture']}) on `hidden_states[{config['sae_layer']}]`, frozen"
-    canvas = vision.get("image_size", 1024)
+    canvas = (sam.get("prompt_encoder_config") or vision).get("image_size", 1024)
+    canvas = canvas if isinstance(canvas, int) else canvas[0]
+    kind, depth = sam.get("model_type", "sam"), vision.get("num_hidden_layers")
+    facts = [kind] * (kind != "sam") + [f"{depth} layers"] * (depth is not None) + [f"{canvas} x {canvas} pixels"]
     return [
         ["VLM", f"{vlm['model_type']}, {layers} layers of width {width:,}"],
         ["SAE", sae_text],
         ["slots", str(config["num_slots"])],
-        ["SAM", f"{vision.get('num_hidden_layers')} layers, {canvas} x {canvas} pixels"],
+        ["SAM", ", ".join(facts)],
         ["scores", _scores_text(config.get("score_calibration"))],
     ]
 

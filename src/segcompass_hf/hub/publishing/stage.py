@@ -32,6 +32,7 @@ PROCESSOR_CODE = (
     "images_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
+    "segmenters_segcompass.py",
     "threads_segcompass.py",
     "vlm_processors_segcompass.py",
 )
@@ -65,7 +66,7 @@ GUESTS = (
     ".eval_results/*.yaml",
 )
 EXAMPLES = "examples/*"  # pictures that the card names
-CODE = ("modeling_*.py", "*_segcompass.py")  # of this package, beside the weights
+CODE = ("configuration_*.py", "modeling_*.py", "*_segcompass.py")  # of this package, beside the weights
 # What a push may remove from a repository: what an earlier push put there and this one does not.
 OWNED = (*KEPT, EXAMPLES, *CODE, WEIGHTS, SHARDS, INDEX, ADAPTER)
 

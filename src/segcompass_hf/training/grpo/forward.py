@@ -43,7 +43,7 @@ class JointTargets:
     Args:
         completion_mask (`torch.Tensor` of shape `(batch_size, completion_length)`): 1 on tokens of the completions,
             which stand at the end of the sequences.
-        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): SAM features.
+        image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`]): Of the images.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`): (height, width) on SAM's canvas.
         masks ([`MaskTargets`]): Of the segmentation losses.
     """

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from ...image_features_segcompass import join_rows
 from ...modeling_masks import valid_area
 from ...reading_segcompass import SequenceStates
+from ...segmenters_segcompass import geometry_of
 from ..rewards.rewards import is_well_formed
 from .targets import SegmentationTargets
 
@@ -39,14 +41,14 @@ class RolloutMasks:
         parts = []
         for start in range(0, len(self.states.input_ids), batch_size):
             rows = slice(start, start + batch_size)
-            images = torch.stack(self.targets.image_embeddings[rows])
+            images = join_rows(self.targets.image_embeddings[rows])
             output = model.read_finite_masks(self.states[rows], images, self.targets.reshaped_input_sizes[rows])
             parts.append({name: output[name] for name in MASK_FIELDS})
         return {name: torch.cat([part[name] for part in parts]) for name in MASK_FIELDS}
 
     def columns(self, outputs: dict[str, torch.Tensor], config: Any) -> list[dict[str, Any]]:
         """What reward functions get, one dict per completion."""
-        targets, canvas = self.targets, config.sam_config.vision_config.image_size
+        targets, canvas = self.targets, geometry_of(config.sam_config).canvas
         areas = valid_area(targets.reshaped_input_sizes, outputs["pred_masks"].shape[-1], canvas)[:, 0]
         counts = targets.num_objects.tolist()
         return [
@@ -103,7 +105,7 @@ def masks_of_rollouts(
             input_ids=torch.cat([inputs.pop("input_ids"), ids], dim=1),
             attention_mask=torch.cat([prompt_mask, mask], dim=1),
             completion_mask=torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
-            image_embeddings=torch.stack(targets.image_embeddings[rows]),
+            image_embeddings=join_rows(targets.image_embeddings[rows]),
             reshaped_input_sizes=targets.reshaped_input_sizes[rows],
             **inputs,
         )

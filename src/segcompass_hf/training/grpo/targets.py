@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ...data.schema import decode_masks
-from ...images_segcompass import fit_objects_to_slots, soft_mask_targets, to_rgb_image
+from ...image_features_segcompass import ImageFeatures, join_rows
+from ...images_segcompass import fit_objects_to_slots, to_rgb_image
 
 IMAGES_AT_A_TIME = 4  # through SAM's encoder
 
@@ -22,14 +23,14 @@ class SegmentationTargets:
     """Targets of a batch of rows. Rows of one group share their tensors, so lists cost one image per prompt.
 
     Args:
-        image_embeddings (`list[torch.Tensor]` of shape `(channels, h, w)`): SAM features.
+        image_embeddings (`list[torch.Tensor]` of shape `(channels, h, w)`, or of [`ImageFeatures`] of one image).
         mask_labels (`list[torch.Tensor]` of shape `(num_slots, 4h, 4w)`): Soft targets in [0, 1].
         num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per row.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(batch_size, 2)`): (height, width).
         num_dropped (`list[int]`): Objects beyond the number of slots that were left out, per row.
     """
 
-    image_embeddings: list[torch.Tensor]
+    image_embeddings: list[torch.Tensor | ImageFeatures]
     mask_labels: list[torch.Tensor]
     num_objects: torch.Tensor
     original_sizes: torch.Tensor
@@ -107,14 +108,14 @@ def segmentation_targets(
         embeddings = sam["image_embeddings"].to(device)
     else:
         pixels = sam["sam_pixel_values"].to(device).split(IMAGES_AT_A_TIME)
-        embeddings = torch.cat([model.encode_image(some) for some in pixels])
+        embeddings = join_rows([model.encode_image(some) for some in pixels], torch.cat)
     labels, counts, dropped = [], [], []
     for index in unique:
         size = (images[index].height, images[index].width)
         objects = torch.from_numpy(decode_masks(rows[index]["masks"], size))
         kept = fit_objects_to_slots(objects, processor.num_slots, overflow, _name(rows[index]))
         target = torch.zeros(processor.num_slots, processor.mask_size, processor.mask_size)
-        target[: len(kept)] = soft_mask_targets(kept, processor.canvas_size, processor.mask_size)
+        target[: len(kept)] = processor.geometry.soft_mask_targets(kept)
         labels.append(target.to(device))
         counts.append(len(kept))
         dropped.append(len(objects) - len(kept) if overflow == "drop" else 0)

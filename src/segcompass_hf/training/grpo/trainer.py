@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 
 from ...data.vlm_texts import RowTextCheck
+from ...image_features_segcompass import join_rows
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets, SequenceStates
@@ -336,7 +337,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             loss_weights=self.args.loss_weights(self.core.config, self.state.global_step),
             decode="matched",
         )
-        images = torch.stack(inputs["image_embeddings"])
+        images = join_rows(inputs["image_embeddings"])
         targets = JointTargets(inputs["completion_mask"], images, inputs["reshaped_input_sizes"], masks)
         call = JointCall(model, inputs, targets)
         loss, output = super().compute_loss(call, inputs, return_outputs, num_items_in_batch), call.output

@@ -49,7 +49,7 @@ def count_window(
     Args:
         batches (`Iterable[Mapping]`): The micro-batches of one optimizer step on this process. `labels` are counted
             from the second token on (the first is never predicted), `num_objects`, `alignment_words`
-            and `pair_words` where given.
+            and `pair_words` where given. Batches of a slot cache have `slots` in place of `input_ids`.
         empty_samples (`str`, defaults to `"exclude"`): The model configuration's: whether samples without objects
             count in L_seg.
         reduce (`Callable`, *optional*): Sums a tensor over the processes (`accelerator.reduce`).
@@ -57,7 +57,7 @@ def count_window(
     totals = torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         labels, objects, words = (batch.get(name) for name in ("labels", "num_objects", "alignment_words"))
-        size = len(batch["input_ids"])
+        size = len(batch["input_ids"] if "input_ids" in batch else batch["slots"])
         tokens = 0 if labels is None else int((labels[:, 1:] != -100).sum())
         found = 0 if objects is None else int((objects > 0).sum()) if empty_samples == "exclude" else size
         aligned = 0 if words is None else int((words.any(1) & (batch["alignment_coverage"] > 0).any(1)).sum())

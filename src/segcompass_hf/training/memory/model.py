@@ -30,7 +30,7 @@ def fake_model(
         config ([`SegCompassConfig`]): Of the model.
         peft_config (`peft.PeftConfig`, *optional*): Adapters; what they replace does not train then.
         stage (`str`, defaults to `"grpo"`): `"warmup"` keeps the VLM alone, `"sae"` the VLM and the SAE.
-        trainable (`str`, defaults to `"without_vision"`): What of the VLM trains in the warm-up, see [`WarmupConfig`].
+        trainable (`str`, defaults to `"without_vision"`): See [`TrainingSetup`].
     """
     with torch.device("meta"):
         model = SegCompassForReasoningSegmentation(config)
@@ -56,7 +56,7 @@ def _freeze(model: nn.Module, stage: str, trainable: str) -> None:
         model.requires_grad_(False)
         model.sae.requires_grad_(True)
     else:
-        model.freeze_for_training()
+        model.freeze_for_training(trainable="masks" if trainable == "masks" else "joint")
 
 
 def _to_fake(model: nn.Module) -> None:

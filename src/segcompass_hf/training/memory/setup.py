@@ -24,7 +24,8 @@ class TrainingSetup:
         prompt_tokens, completion_tokens (`int`): Per sequence; image tokens are part of the prompt.
         active_concepts (`int`): Concepts above the threshold per token.
         objects (`int`): Objects per sample, each of which is decoded to a mask; at most the number of slots.
-        trainable (`str`): What of the VLM trains in the warm-up, see [`WarmupConfig`].
+        trainable (`str`): What trains: of the VLM in the warm-up, see [`WarmupConfig`]; in the segmentation stage
+            `"masks"` leaves the VLM and the slots alone, see [`SegmentationConfig`].
         rows_per_batch, buffer_tokens (`int`): See [`SaeTrainingConfig`].
         dtype, trainable_dtype (`torch.dtype`): Of the weights that are frozen and of those that train.
         autocast (`bool`): Whether computation runs in bfloat16 (`bf16`).
@@ -91,7 +92,7 @@ class TrainingSetup:
             fields["rollouts"] = arguments.per_device_train_batch_size * arguments.steps_per_generation
             fields["completion_tokens"] = arguments.max_completion_length
             fields["reference"] = arguments.beta > 0
-        if stage == "warmup":
+        if stage in ("warmup", "segmentation"):
             fields["trainable"] = arguments.trainable
         if stage == "sae":
             fields |= {name: getattr(arguments, name) for name in ("rows_per_batch", "buffer_tokens")}

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, SamConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from ...configuration_segcompass import SegCompassConfig
 
@@ -84,13 +84,37 @@ VLM_SHAPES = {
 
 def _sam(width: int, depth: int, heads: int, full_attention: list[int]) -> dict[str, Any]:
     vision = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "mlp_dim": 4 * width}
-    return {"vision_config": vision | {"global_attn_indexes": full_attention}}
+    return {"model_type": "sam", "vision_config": vision | {"global_attn_indexes": full_attention}}
 
 
+def _sam2(
+    width: int,
+    heads: int,
+    blocks: list[int],
+    full_attention: list[int],
+    windows: tuple[int, ...] = (8, 4, 14, 7),
+    background: int = 7,
+) -> dict[str, Any]:
+    widths = [width * 2**stage for stage in range(4)]
+    backbone = {"model_type": "sam2_hiera_det_model", "hidden_size": width, "num_attention_heads": heads}
+    backbone |= {"blocks_per_stage": blocks, "embed_dim_per_stage": widths, "window_size_per_stage": list(windows)}
+    backbone |= {"num_attention_heads_per_stage": [heads * 2**stage for stage in range(4)]}
+    backbone |= {"global_attention_blocks": full_attention}
+    backbone |= {"window_positional_embedding_background_size": [background, background]}
+    vision = {"model_type": "sam2_vision_model", "backbone_config": backbone, "backbone_channel_list": widths[::-1]}
+    return {"model_type": "sam2", "vision_config": vision}
+
+
+# Hub id -> configuration of the segmenter for images in it.
 SAM_SHAPES = {
     "facebook/sam-vit-base": _sam(768, 12, 12, [2, 5, 8, 11]),
     "facebook/sam-vit-large": _sam(1024, 24, 16, [5, 11, 17, 23]),
     "facebook/sam-vit-huge": _sam(1280, 32, 16, [7, 15, 23, 31]),
+    "facebook/sam2.1-hiera-tiny": _sam2(96, 1, [1, 2, 7, 2], [5, 7, 9]),
+    "facebook/sam2.1-hiera-small": _sam2(96, 1, [1, 2, 11, 2], [7, 10, 13]),
+    "facebook/sam2.1-hiera-base-plus": _sam2(112, 2, [2, 3, 16, 3], [12, 16, 20], background=14),
+    "facebook/sam2.1-hiera-large": _sam2(144, 2, [2, 6, 36, 4], [23, 33, 43], windows=(8, 4, 16, 8)),
+    "facebook/sam3": {"model_type": "sam3_tracker"},  # the published shape is the default
 }
 
 
@@ -100,15 +124,16 @@ def vlm_config(name: str) -> PretrainedConfig:
     Raises:
         ValueError: neither a known id nor a folder.
     """
-    if Path(name).is_dir():
-        return AutoConfig.from_pretrained(name)
-    shape = dict(_known(name, VLM_SHAPES, "VLM"))
-    return AutoConfig.for_model(shape.pop("model_type"), **shape)
+    return _configuration(name, VLM_SHAPES, "VLM")
 
 
-def sam_config(name: str) -> SamConfig:
-    """Configuration of a SAM by Hub id (one of `SAM_SHAPES`) or by the folder of a checkpoint."""
-    return SamConfig.from_pretrained(name) if Path(name).is_dir() else SamConfig(**_known(name, SAM_SHAPES, "SAM"))
+def sam_config(name: str) -> PretrainedConfig:
+    """Configuration of a segmenter by Hub id (one of `SAM_SHAPES`) or by the folder of a checkpoint.
+
+    Raises:
+        ValueError: neither a known id nor a folder.
+    """
+    return _configuration(name, SAM_SHAPES, "SAM")
 
 
 def composite_config(vlm: str, sam: str, **fields) -> SegCompassConfig:
@@ -124,7 +149,10 @@ def composite_config(vlm: str, sam: str, **fields) -> SegCompassConfig:
     return SegCompassConfig(vlm_config=vlm, sam_config=sam_config(sam), **added, **fields)
 
 
-def _known(name: str, shapes: dict[str, Any], kind: str) -> dict[str, Any]:
+def _configuration(name: str, shapes: dict[str, Any], kind: str) -> PretrainedConfig:
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)
     if name not in shapes:
         raise ValueError(f"no {kind} of known shape and no folder is called {name!r}; known are {', '.join(shapes)}.")
-    return shapes[name]
+    shape = dict(shapes[name])
+    return AutoConfig.for_model(shape.pop("model_type"), **shape)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...image_features_segcompass import ImageFeatures
 from ...losses_segcompass import SlotAssignments
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
 from ...reading_segcompass import MaskTargets
@@ -43,6 +44,8 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
                 if setup.reference:
                     with torch.no_grad():  # the reference policy repeats the upper layers
                         _log_probs(model, setup, _language_pass(model, *states.shape[:2]))
+            elif setup.trainable == "masks":
+                loss = 0.0  # no language loss
             else:
                 loss = _language_loss(model, setup, states)
             if setup.stage != "warmup":
@@ -124,20 +127,22 @@ def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) 
         del feature_acts, _
     concepts = _EvenConcepts(batch_size, tokens, setup.active_concepts, states.dtype)
     slots = model.encode_slots(concepts, torch.ones(batch_size, tokens)).slots
-    side, channels = model.mask_stage.embedding_size, model.config.sam_config.mask_decoder_config.hidden_size
+    canvas, map_size = model.mask_stage.canvas, model.mask_stage.map_size
     if setup.stage == "grpo":  # encoded one by one before the step
-        embeddings = torch.empty(batch_size, channels, side, side, dtype=model.sam.dtype)
+        shapes, dtype = model.mask_stage.feature_shapes, model.sam.dtype
+        embeddings, *extra = (torch.empty(batch_size, *shape, dtype=dtype) for shape in shapes)
+        embeddings = ImageFeatures(embeddings, tuple(extra)) if extra else embeddings
     else:
-        embeddings = model.encode_image(torch.empty(batch_size, 3, model.mask_stage.canvas, model.mask_stage.canvas))
+        embeddings = model.encode_image(torch.empty(batch_size, 3, canvas, canvas))
     objects = min(setup.objects, config.num_slots)
     samples = torch.arange(batch_size).repeat_interleave(objects)
     order = torch.arange(objects).repeat(batch_size)
     targets = MaskTargets(
-        torch.empty(batch_size, config.num_slots, 4 * side, 4 * side),
+        torch.empty(batch_size, config.num_slots, map_size, map_size),
         torch.full((batch_size,), objects),
         assignments=SlotAssignments(samples, order, order, pairs_per_sample=[objects] * batch_size),
     )
-    sizes = torch.full((batch_size, 2), model.mask_stage.canvas)
+    sizes = torch.full((batch_size, 2), canvas)
     return model.predict_masks(states[:, -config.num_slots :], slots, embeddings, sizes, targets).loss
 
 

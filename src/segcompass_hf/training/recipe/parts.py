@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, SamImageProcessorPil, SamModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
 import segcompass_hf
 
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
-from ...loading_segcompass import add_tokens, load_part
+from ...loading_segcompass import add_tokens, load_part, load_segmenter
 from ...modeling_sae import SegCompassSae
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
+from ...segmenters_segcompass import segmenter_kind
 from ..sae.start import DEFAULT_K
 from .settings import RecipeError, RecipeSettings
 
@@ -116,9 +117,7 @@ class PartLoader:
             return whole
         vlm = whole.vlm_config if parts.vlm is None else AutoConfig.from_pretrained(parts.vlm)
         vlm = getattr(vlm, "vlm_config", vlm)
-        sam = getattr(whole, "sam_config", None) if parts.sam is None else AutoConfig.from_pretrained(parts.sam)
-        if sam is not None and not hasattr(sam, "mask_decoder_config"):
-            raise RecipeError(f"sam: {parts.sam!r} is a {sam.model_type!r} model; expected a SAM.")
+        sam = getattr(whole, "sam_config", None) if parts.sam is None else _segmenter_config(parts.sam)
         sae = getattr(whole, "sae_config", None)
         if parts.sae is not None:
             sae = SegCompassSaeConfig.from_pretrained(parts.sae)
@@ -142,9 +141,7 @@ class PartLoader:
             return own
         sam = 1024 if own is None else own.sam_image_processor
         if parts.sam is not None:
-            files = [Path(parts.sam) / name for name in ("preprocessor_config.json", "processor_config.json")]
-            has_own = any(file.is_file() for file in files)
-            sam = SamImageProcessorPil.from_pretrained(parts.sam) if has_own else parts.sam
+            sam = _segmenter_config(parts.sam)
         slots = num_slots or getattr(own, "num_slots", 4)
         return SegCompassProcessor.from_parts(parts.vlm or own, sam, num_slots=slots, **changes)
 
@@ -182,7 +179,7 @@ class PartLoader:
         vlm = whole.vlm if parts.vlm is None else self.vlm(replace(parts, model=None), processor)
         if parts.sam is None and whole is None:
             raise RecipeError("the recipe names no SAM; segmentation needs one: sam.")
-        sam = whole.sam if parts.sam is None else load_part(SamModel, parts.sam, dtype=self.dtype)
+        sam = whole.sam if parts.sam is None else load_segmenter(parts.sam, dtype=self.dtype)
         sae = self.sae(parts) if parts.sae is not None else getattr(whole, "sae", None)
         fields = (
             _own_fields(getattr(whole, "config", None)) | self.settings.config | {"num_slots": processor.num_slots}
@@ -206,6 +203,15 @@ class PartLoader:
         if self.settings.attn_implementation is not None:
             getattr(model, "vlm", model).set_attn_implementation(self.settings.attn_implementation)
         return model
+
+
+def _segmenter_config(source: str) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(source)
+    try:
+        segmenter_kind(config)
+    except ValueError as error:
+        raise RecipeError(f"sam: {source!r}: {error}") from error
+    return config
 
 
 def _own_fields(config: SegCompassConfig | None) -> dict[str, Any]:

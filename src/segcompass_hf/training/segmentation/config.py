@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from ..loop.resume import RobustTrainingArguments
 from ..objective import SEGMENTATION_LOSS_WEIGHTS, SegmentationObjective
 
+_OF_SLOTS = ("slot_pull_weight", "slots_first_share", "heads_only_share")
 LOSS_WEIGHTS = ("lm_loss_weight", *SEGMENTATION_LOSS_WEIGHTS)
 
 
@@ -21,9 +22,14 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
 
     The objective is `lm_loss_weight * L_lm + seg_loss_weight * L_seg + conf_loss_weight * L_conf`, on reference
     answers, and where asked for `slot_pull_weight * L_pull`. New heads take three stages: slots (`slots_first_share`),
-    heads (`heads_only_share`), everything.
+    heads (`heads_only_share`), everything. Another segmenter (`segcompass init --from`) takes `trainable="masks"`.
 
     Args:
+        trainable (`str`, defaults to `"joint"`): `"joint"` trains what the method trains. `"masks"` trains what turns
+            slots into masks, slot mapper and SAM's mask path, and leaves the VLM, codebook and slot encoder as they
+            are, so that there is no language loss.
+        slot_cache_dir (`str`, *optional*): With `trainable="masks"`, a folder for the slots and reference states of
+            all rows, see [`SlotCache`]: the VLM then reads every row once, before training, and does not run again.
         lm_loss_weight (`float`, *optional*): Of L_lm; the model configuration's when left out. This and the weights
             of [`SegmentationObjective`] replace the configuration's, where they are then also saved.
         optimizer (`str`, defaults to `"trainer"`): `"trainer"` follows `optim`; `"muon"` is [`MuonWithAdamW`], which
@@ -57,6 +63,10 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW weight decay."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator reads the rows' columns."})
 
+    trainable: Literal["joint", "masks"] = field(
+        default="joint", metadata={"help": "Everything the method trains, or what turns slots into masks."}
+    )
+    slot_cache_dir: str | None = field(default=None, metadata={"help": "Folder for slots and reference states."})
     lm_loss_weight: float | None = field(default=None, metadata={"help": "Of the language loss."})
     optimizer: Literal["trainer", "muon"] = field(
         default="trainer", metadata={"help": "What `optim` says, or Muon with AdamW."}
@@ -88,6 +98,14 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
         if (self.slots_first_share or self.heads_only_share) and self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = True  # these stages leave most of the model alone
+        stages = [name for name in _OF_SLOTS if getattr(self, name)]
+        if self.trainable == "masks" and (stages or self.codebook_init != "keep"):
+            raise ValueError(
+                f'trainable="masks" leaves codebook and slots as they are, and {", ".join(stages) or "codebook_init"} '
+                "is there to train or change them; leave it out."
+            )
+        if self.slot_cache_dir is not None and self.trainable != "masks":
+            raise ValueError('slot_cache_dir keeps the states of a frozen VLM; set trainable="masks" with it.')
         if self.slots_first_share and not self.slot_pull_weight:
             raise ValueError(
                 f"slots_first_share={self.slots_first_share} leaves the slots to the slot pull, which "

@@ -18,13 +18,13 @@ from ...losses_segcompass import SlotAssignments, confidence_loss
 from ...processing_segcompass import SegCompassProcessor
 from ...reading_segcompass import MaskTargets
 from ..alignment.object_patches import ObjectPatches
-from ..embeddings import open_embedding_cache
 from ..inputs import check_segcompass, load_model, load_processor
 from ..loop.counts import WindowCounts, WindowCountsMixin
 from ..loop.first_rows import FirstRows
 from ..loop.means import MetricMeansMixin
 from ..loop.resume import RobustTrainerMixin
 from ..warmup.language_loss import language_loss_sums, logits_to_keep
+from .caches import use_caches
 from .config import LOSS_WEIGHTS, SegmentationConfig
 from .evaluation import segment_and_score, segmentation_report
 from .slot_pull import SlotPull, SlotPullCallback, slot_pull_loss
@@ -89,7 +89,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         if args.codebook_init == "sae_decoder":
             init_codebook_from_sae(model)
         if peft_config is None:
-            model.freeze_for_training(args.train_token_rows)
+            model.freeze_for_training(args.train_token_rows, args.trainable)
+        elif args.trainable == "masks":
+            raise ValueError('trainable="masks" leaves the VLM as it is; leave the adapters (peft_config) out.')
         else:
             model = _with_adapters(model, peft_config, args.train_token_rows)
         super().__init__(
@@ -101,12 +103,13 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
             processing_class=processing_class,
             **kwargs,
         )
-        self.label_names = ["labels"]  # adapters hide the model's own signature from Trainer
+        # Adapters hide the model's own signature from Trainer; rows of a slot cache have no language targets.
+        self.label_names = ["mask_labels"]
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             from ..fsdp import FinishShardingCallback
 
             self.add_callback(FinishShardingCallback())
-        self._eval_processor = self._use_embedding_cache()
+        self._eval_processor = use_caches(self)
         self._model_weights = {name: getattr(model_config, name) for name in LOSS_WEIGHTS}
         if args.slot_pull_weight or args.heads_only_share:
             self._prepare_first_stages()
@@ -131,27 +134,13 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
-    def _use_embedding_cache(self) -> Any:
-        """Give it to the collators; returns the processor whose inputs come from it, for evaluation."""
-        cache = open_embedding_cache(self, self.segcompass, self.processing_class)
-        if cache is None:
-            return self.processing_class
-        for collator in {id(collator): collator for collator in (self.data_collator, self.eval_collator)}.values():
-            if not hasattr(collator, "embedding_cache"):
-                raise ValueError(
-                    f"embedding_cache_dir needs a collator that reads it, and data_collator is a "
-                    f"{type(collator).__name__}; use a SegmentationCollator, or leave the setting out."
-                )
-            collator.embedding_cache = cache
-        return cache.caching_processor(self.processing_class)
-
     # Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         weights = self._set_loss_weights()
         inputs = dict(inputs)
-        labels = inputs.pop("labels")  # the VLM's own loss would be a mean per micro-batch
+        labels = inputs.pop("labels", None)  # the VLM's own loss would be a mean per micro-batch
         patches = {name: inputs.pop(name, None) for name in ("object_patches", "patch_places")}
         stage, with_pull = self._stage(model.training), model.training and self.slot_pull is not None
         if with_pull and patches["object_patches"] is None:
@@ -178,8 +167,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
                 assignments=match_by_pull if with_pull else None,
                 decode="all" if shows_giou else "auto",
             )
-            of_stage = {"slots_alone": True} if stage == "heads" else logits_to_keep(self.segcompass.vlm, labels)
-            output = model(**inputs, **of_stage, targets=targets)
+            output = model(**inputs, **self._of_stage(stage, labels), targets=targets)
             loss = output.losses.loss + sum(pulled)
             if model.training:
                 self._report(output, inputs, counts)
@@ -193,8 +181,18 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         loss = loss * scale
         return (loss, output) if return_outputs else loss
 
-    def _stage(self, training: bool) -> Literal["slots", "heads", "all"]:
+    def _of_stage(self, stage: str, labels: torch.Tensor | None) -> dict[str, Any]:
+        """Arguments of the model that spare it what a stage has no use for."""
+        if stage == "heads":
+            return {"slots_alone": True}
+        if labels is None:  # slots of a cache
+            return {}
+        return logits_to_keep(self.segcompass.vlm, torch.full_like(labels, -100) if stage == "masks" else labels)
+
+    def _stage(self, training: bool) -> Literal["slots", "heads", "masks", "all"]:
         """What trains at this step."""
+        if self.args.trainable == "masks":
+            return "masks"
         step, steps = self.state.global_step, self.state.max_steps
         if training and step < self.args.slots_first_share * steps:
             return "slots"
@@ -238,7 +236,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     def _report(self, output: Any, inputs: Mapping[str, torch.Tensor], counts: WindowCounts) -> None:
         """Add a micro-batch to the means. Losses are shares of the window's mean; times the count they are sums."""
-        num_samples = len(inputs["input_ids"])
+        num_samples = len(output.slot_logits)
         everything = self.segcompass.config.empty_samples == "zero"
         num_items = num_samples if everything else (inputs["num_objects"] > 0).sum()
         for name in LOSS_TERMS:
