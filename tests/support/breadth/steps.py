@@ -152,9 +152,10 @@ def image(trial: Trial) -> None:
     assert (states[0] - states[1]).abs().amax((1, 2)).min() > 1e-4, "the reference states do not see the picture"
 
 
-@step("forward")
+@step("vlm", "forward")
 def batch_forward(trial: Trial) -> None:
     """`forward`: a batch, padded on the left, equals its rows alone."""
+    trial.check_comparable()
     with torch.no_grad():
         together = trial.model(**trial.inputs(training=True))
         pairs = {}
@@ -181,9 +182,10 @@ def segment(trial: Trial) -> None:
     assert len(passes) == 1 + written.shape[1], f"{len(passes)} passes for {written.shape[1]} tokens"
 
 
-@step("segment")
+@step("vlm", "segment")
 def batch_segment(trial: Trial) -> None:
     """`segment`: a batch, padded on the left, equals its rows alone, in words and masks."""
+    trial.check_comparable()
     pairs = {}
     for row in (0, 1):
         alone = trial.model.segment(**trial.inputs((row,)), max_new_tokens=NEW_TOKENS)

@@ -118,6 +118,17 @@ class Trial:
             for row in (0, 1)
         ]
 
+    def check_comparable(self) -> None:
+        """Raise where transformers' own logits of a row without padding are others in a batch than alone."""
+        made = self.inputs()
+        row = int(made["attention_mask"].sum(1).argmax())
+        with torch.no_grad():
+            together = self.model.vlm(**vlm_inputs(made)).logits[row]
+            alone = self.model.vlm(**vlm_inputs(self.inputs((row,)))).logits[0]
+        difference = float((together[-len(alone) :] - alone).abs().max())
+        if difference > NOISE:
+            raise NotComparable(f"the VLM alone differs by {difference:.1e} between a batch and its row")
+
     @functools.cached_property
     def segmented(self):
         return self.model.segment(**self.inputs(), max_new_tokens=NEW_TOKENS)
