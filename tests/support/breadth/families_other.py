@@ -95,6 +95,7 @@ OTHER = {
             "vision_config.num_hidden_layers": 1,
             "vision_config.num_attention_heads": 1,
         },  # of 4096 patches, whatever the size
+        note="wrong without an error: a row padded on the left gets other masks than alone.",
     ),
     "mllama": Family(
         placeholder="<|image|>",
