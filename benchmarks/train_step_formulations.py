@@ -152,12 +152,12 @@ def composed_forward(
     ref_log_probs = None
     if formulation.reference == "whole":
         with torch.no_grad():
-            logits = reference(**inputs.vlm, use_cache=False).logits  # (batch_size, tokens, vocab_size)
+            logits = reference(**inputs.vlm).logits  # (batch_size, tokens, vocab_size)
             ref_log_probs = _log_probs(logits, inputs)
             del logits
     shared = formulation.reference == "shared"
     with LayerTrace(model.base_model, layer) if shared else nullcontext() as trace:
-        first = model.base_model(**inputs.vlm, use_cache=False, output_hidden_states=True)
+        first = model.base_model(**inputs.vlm, output_hidden_states=True)
     last_states, head = first.last_hidden_state, model.get_output_embeddings()
     if formulation.head == "completion":
         fused = FusedHead(model, model.get_output_embeddings, 1.0, False, ("log_probs", "entropy"))
@@ -172,7 +172,7 @@ def composed_forward(
     states, mask = first.hidden_states[layer], inputs.vlm["attention_mask"]
     if formulation.second_pass != "none":
         with torch.set_grad_enabled(formulation.second_pass == "graph"):
-            second = model.vlm(**inputs.second, use_cache=False, output_hidden_states=True)
+            second = model.vlm(**inputs.second, output_hidden_states=True)
         states, mask = second.hidden_states[layer], inputs.second["attention_mask"]
     references = _reference_states(model, last_states, inputs)
     if formulation.concepts == "dense":

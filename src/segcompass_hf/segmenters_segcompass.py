@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -160,14 +160,26 @@ def _side(size: int | Sequence[int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
+def _own_statistics(source: str | os.PathLike) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std` as the image processor in an id or folder says them; nothing where there is none."""
+    try:
+        fields, _ = SamImageProcessorPil.get_image_processor_dict(source)
+    except OSError:
+        return {}
+    return {name: tuple(fields[name]) for name in ("image_mean", "image_std") if fields.get(name)}
+
+
 def to_sam_image_processor(source: Any) -> SamImageProcessorPil | ViTImageProcessorPil:
     """A segmenter's image processor, on PIL, from a processor, configuration, id or folder, or the canvas's side.
+
+    Of an id or folder the mean and standard deviation of pixels are those of its own image processor, where it has one.
 
     Raises:
         ValueError: It is none of these, or the configuration of something else.
     """
     if isinstance(source, (str, os.PathLike)):
-        source = AutoConfig.from_pretrained(source)
+        geometry = geometry_of(AutoConfig.from_pretrained(source))
+        return replace(geometry, **_own_statistics(source)).image_processor()
     source = getattr(source, "sam_image_processor", None) or getattr(source, "image_processor", source)
     if hasattr(source, "to_dict") and hasattr(source, "mask_size"):
         fields = source.to_dict()

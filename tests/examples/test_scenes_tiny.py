@@ -103,7 +103,8 @@ def test_masks_trains_a_sam2_and_init_takes_it(tmp_path, monkeypatch):
 
 
 def changes_of(parts, output):
-    return [f"output_dir={output}", f"vlm={parts / 'vision'}", f"sam={parts / 'masks'}"]
+    cache = f"sae.cache_dir={output / 'activations'}"
+    return [f"output_dir={output}", f"vlm={parts / 'vision'}", f"sam={parts / 'masks'}", cache]
 
 
 def test_parts_are_what_a_download_would_be(parts):

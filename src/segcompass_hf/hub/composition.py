@@ -155,6 +155,15 @@ class _Parts:
     sam_config: PretrainedConfig
     whole_config: PretrainedConfig | None  # where `vlm` is a SegCompass checkpoint
 
+    @property
+    def pixels(self) -> Any:
+        """What says how the segmenter's pixels are made: its id or folder, configuration, or SegCompass's processor."""
+        from ..processing_segcompass import SegCompassProcessor
+
+        if self.sam is None:
+            return SegCompassProcessor.from_pretrained(self.vlm)
+        return self.sam if isinstance(self.sam, str) else self.sam_config
+
 
 def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
     from .conversion.segmenters import load_original_sam
@@ -277,7 +286,7 @@ def _make_processor(parts: _Parts, num_slots: int) -> tuple[Any, list[str]]:
 
     try:
         known = AutoTokenizer.from_pretrained(parts.vlm).get_vocab()
-        processor = SegCompassProcessor.from_parts(parts.vlm, parts.sam_config, num_slots)
+        processor = SegCompassProcessor.from_parts(parts.vlm, parts.pixels, num_slots)
     except (OSError, ValueError) as error:
         raise OSError(f"vlm: {parts.vlm!r} lacks its tokenizer or image processor: {error}") from error
     return processor, [token for token in ADDED_TOKENS.values() if token not in known]

@@ -61,7 +61,7 @@ def swap_segmenter(
             "SegCompass checkpoint. Compose a new one from parts instead (--vlm)."
         )
     own = SegCompassProcessor.from_pretrained(parts.vlm)
-    processor = SegCompassProcessor.from_parts(own, parts.sam_config, own.num_slots, think_tags=own.think_tags)
+    processor = SegCompassProcessor.from_parts(own, parts.pixels, own.num_slots, think_tags=own.think_tags)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same command makes the same new parts
         model, new_modules = _with_segmenter(parts, dtype)

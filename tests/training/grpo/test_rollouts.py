@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import SamConfig
 
 from segcompass_hf.training.grpo.rollouts import RolloutMasks, rollout_metrics
 from segcompass_hf.training.grpo.targets import SegmentationTargets
@@ -21,7 +22,7 @@ def columns(mask_logit_threshold, slot_logit_threshold=0.0):
     maps = torch.tensor([3.0, 1.0, -1.0, -3.0]).expand(2, 2, 4, 4)
     outputs = {"heatmap_logits": maps, "pred_masks": maps, "slot_logits": torch.tensor([[1.0, -1.0]] * 2)}
     config = SimpleNamespace(
-        sam_config=SimpleNamespace(vision_config=SimpleNamespace(image_size=4)),
+        sam_config=SamConfig(prompt_encoder_config={"image_size": 4, "patch_size": 4}),
         slot_logit_threshold=slot_logit_threshold,
         mask_logit_threshold=mask_logit_threshold,
         num_slots=2,

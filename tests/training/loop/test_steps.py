@@ -324,5 +324,10 @@ def test_private_methods_of_the_trainer_that_are_overridden():
         "_push_from_checkpoint",
         "_save_checkpoint",
     }
-    of_trl = {"_calculate_rewards", "_generate_and_score_completions", "_generate_single_turn"}
+    of_trl = {
+        "_calculate_rewards",
+        "_generate_and_score_completions",
+        "_generate_single_turn",
+        "_get_per_token_logps_and_entropies",
+    }
     assert own & set(dir(GRPOTrainer)) - set(dir(Trainer)) == of_trl

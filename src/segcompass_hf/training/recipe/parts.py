@@ -141,7 +141,8 @@ class PartLoader:
             return own
         sam = 1024 if own is None else own.sam_image_processor
         if parts.sam is not None:
-            sam = _segmenter_config(parts.sam)
+            _segmenter_config(parts.sam)  # refuses what is none
+            sam = parts.sam
         slots = num_slots or getattr(own, "num_slots", 4)
         return SegCompassProcessor.from_parts(parts.vlm or own, sam, num_slots=slots, **changes)
 
