@@ -254,6 +254,14 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         raise ValueError("score_calibration holds a scale that is not positive; fit it again.")
 
 
+def own_settings(config: PretrainedConfig | None) -> dict[str, Any]:
+    """What a SegCompass configuration says apart from its parts, what follows from them (numbers of slots and layer,
+    token ids), and the calibration of its scores, which was fitted to heads that do not come along."""
+    apart = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer", "score_calibration"}
+    names = [name for name in SegCompassConfig.__annotations__ if name not in apart and not name.endswith("_token_id")]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def _resolve_config(config: dict | PretrainedConfig | None, default: str | type) -> PretrainedConfig:
     """Turn a nested configuration given as dict, object or nothing into an object.
 

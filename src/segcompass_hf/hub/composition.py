@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer
+from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer, own_settings
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
@@ -242,15 +242,6 @@ def _choose_layer(vlm_config: PretrainedConfig, sae: SegCompassSae | None, given
         )
     layer = given if given is not None else trained_on
     return default_sae_layer(vlm_config) if layer is None else layer
-
-
-def own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
-    """What a SegCompass checkpoint says of itself, apart from its parts and what follows from them."""
-    if whole_config is None:
-        return {}
-    parts = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer"}
-    names = [name for name in SegCompassConfig.__annotations__ if name not in parts and not name.endswith("_token_id")]
-    return {name: getattr(whole_config, name) for name in names if hasattr(whole_config, name)}
 
 
 def _check_fit(
