@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer, own_settings
+from ..configuration_segcompass import SegCompassSaeConfig, default_sae_layer, own_settings
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
