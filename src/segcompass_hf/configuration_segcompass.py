@@ -70,8 +70,8 @@ class SegCompassConfig(PretrainedConfig):
     The nested configurations may be given as configuration objects, as dicts (with a `model_type`), or left out.
 
     Args:
-        vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration whose
-            text model has `layers`; LLaVA-1.5 when left out.
+        vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration
+            of a decoder-only VLM; LLaVA-1.5 when left out.
         sam_config (`PretrainedConfig` or `dict`, *optional*): Of any segmenter that takes mask prompts, see
             [`SEGMENTERS`] (a video model's becomes that of its image part); SAM ViT-H when left out.
         sae_config (`PretrainedConfig` or `dict`, *optional*): A [`SegCompassSaeConfig`]; its `d_in` defaults to the

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from published_mobile_sam import published_state
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_processor, tiny_sam_config, tiny_segmenter
 from transformers import AutoModel, AutoProcessor, SamModel
@@ -93,6 +94,13 @@ def test_the_same_command_makes_the_same_new_parts(parts, tmp_path):
 def test_a_dtype_holds_for_everything_but_positions(parts, tmp_path):
     swap_segmenter(parts / "whole", parts / "sam", tmp_path / "new", dtype="bfloat16")
     weights = AutoModel.from_pretrained(tmp_path / "new").named_parameters()
+    assert {w.dtype for name, w in weights if "positional_embedding" not in name} == {torch.bfloat16}
+
+
+def test_a_dtype_holds_for_a_segmenter_in_its_authors_file_too(parts, tmp_path):
+    torch.save(published_state(), tmp_path / "mobile_sam.pt")
+    swap_segmenter(parts / "whole", tmp_path / "mobile_sam.pt", tmp_path / "new", dtype="bfloat16")
+    weights = AutoModel.from_pretrained(tmp_path / "new").sam.named_parameters()
     assert {w.dtype for name, w in weights if "positional_embedding" not in name} == {torch.bfloat16}
 
 

@@ -54,7 +54,7 @@ def swap_segmenter(
 
     check_new_folder(output)
     check_dtype_name(dtype)
-    parts = read_parts(checkpoint, sam)
+    parts = read_parts(checkpoint, sam, dtype)
     config = parts.whole_config
     if config is None:
         raise ValueError(
