@@ -2,18 +2,21 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OLDEST ?= .venv-oldest
+BREADTH ?= .venv-breadth
 BIN := $(VENV)/bin
 OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow test-oldest lint checkpoint clean
+.PHONY: help demo test slow test-oldest test-breadth backbones lint checkpoint clean
 
 help:
 	@echo "make demo        environment, then pictures, reasoning and scores of the bundled checkpoint in $(OUT)"
 	@echo "make test        environment, then every test that is not marked slow"
 	@echo "make slow        the slow tests"
 	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"
+	@echo "make test-breadth every VLM family against docs/backbones.md, with torchvision and timm, in $(BREADTH)"
+	@echo "make backbones   the same, and renew docs/backbones.md"
 	@echo "make lint        ruff"
 	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
 
@@ -51,6 +54,21 @@ test-oldest: export OMP_NUM_THREADS ?= 1
 
 test-oldest: $(OLDEST)/.stamp
 	$(OLDEST)/bin/python -m pytest -m "not slow" tests/test_*.py tests/metrics tests/data
+
+# Some families' image processors need torchvision, for which there is no build beside our torch.
+$(BREADTH)/.stamp: setup.py pyproject.toml constraints-breadth.txt
+	$(PYTHON) -m venv $(BREADTH)
+	$(BREADTH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-breadth.txt \
+		-e ".[train,data]" torchvision timm num2words pytest pytest-xdist
+	@touch $@
+
+test-breadth backbones: export OMP_NUM_THREADS ?= 1
+
+test-breadth: $(BREADTH)/.stamp
+	$(BREADTH)/bin/python -m pytest -n 2 tests/breadth
+
+backbones: $(BREADTH)/.stamp
+	$(BREADTH)/bin/python tests/breadth/report.py
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .

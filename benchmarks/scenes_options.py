@@ -59,8 +59,6 @@ OF_ALL_STAGES = {
 
 def trained(folder: Path, keys: tuple[str, ...]) -> Path:
     """Run the recipe with these keys, or what of it is not done; the checkpoint's folder."""
-    if "sae=null" not in keys:
-        keys = (*keys, f"sae.cache_dir={folder / 'activations'}")  # other states than those of the run
     recipe = read_recipe(RECIPE, (f"output_dir={folder}", *keys))
     return Path(run_recipe(recipe, f"scenes_options.py {folder.name}"))
 

@@ -8,7 +8,7 @@ with an SAE trained on it, any data set in the row schema:
     accelerate launch examples/train_segmentation.py --vlm runs/warmup --sae runs/sae --sam facebook/sam-vit-huge \
         --dataset my/rows --num_eval_rows 500 --output_dir runs/segmentation --bf16 --gradient_checkpointing
 
-After `segcompass init --from` put another segmenter into a checkpoint, `--trainable masks --slot_cache_dir FOLDER`
+After `segcompass init --from` has put another segmenter into a checkpoint, `--trainable masks --slot_cache_dir FOLDER`
 trains what reads it, and the VLM reads every row once.
 
 Flags override the file. With `--resume` the same command goes on from the last whole checkpoint.

@@ -19,7 +19,6 @@ from segcompass_hf.evaluation.predictors.sam_prompts import PromptedSam, SamProm
 from segcompass_hf.explain import explain
 from segcompass_hf.image_features_segcompass import ImageFeatures, parts_of
 from segcompass_hf.modeling_masks import MaskStage
-from segcompass_hf.training import SegCompassGRPOConfig, SegCompassGRPOTrainer  # noqa: F401 - TRL is there
 
 PHOTOGRAPHS = sorted((SAMPLES / "images").glob("*.jpg"))
 ODD_SIZES = [(200, 31), (31, 200), (64, 64), (3, 90)]  # width, height
@@ -157,6 +156,7 @@ def test_what_encodes_beside_the_encoder_is_part_of_the_key(tmp_path):
 
 @pytest.mark.parametrize("segmenter", ["sam_hq", "sam2"])
 def test_one_step_of_both_trainers(segmenter, tmp_path):
+    pytest.importorskip("trl")
     from grpo import tiny_trainer
     from supervised import arguments, tiny_row
 
@@ -267,6 +267,7 @@ def test_the_original_format_has_a_place_for_sam_alone(tmp_path):
 
 
 def test_what_quantising_skips_and_adapters_copy(model):
+    pytest.importorskip("peft")
     from segcompass_hf.loading_segcompass import full_precision_modules
     from segcompass_hf.training.adapters import head_modules
 

@@ -174,7 +174,7 @@ def _side(size: int | Sequence[int]) -> int:
 
 
 def _own_statistics(source: str | os.PathLike) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std` of the image processor in an id or folder; nothing where there is none."""
+    """`image_mean` and `image_std` as the image processor in an id or folder says them; nothing without one."""
     try:
         fields, _ = SamImageProcessorPil.get_image_processor_dict(source)
     except OSError:
@@ -185,7 +185,7 @@ def _own_statistics(source: str | os.PathLike) -> dict[str, tuple[float, ...]]:
 def to_sam_image_processor(source: Any) -> SamImageProcessorPil | ViTImageProcessorPil:
     """A segmenter's image processor, on PIL, from a processor, configuration, id or folder, or the canvas's side.
 
-    Of an id or folder mean and standard deviation of pixels are those of its own image processor, where it has one.
+    Of an id or folder the mean and standard deviation of pixels are those of its own image processor, if there is one.
 
     Raises:
         ValueError: It is none of these, or the configuration of something else.

@@ -157,7 +157,7 @@ class _Parts:
 
     @property
     def pixels(self) -> Any:
-        """What says how the segmenter's pixels are made: id or folder, configuration, or SegCompass's processor."""
+        """What says how the segmenter's pixels are made: id or folder, configuration, or our processor."""
         from ..processing_segcompass import SegCompassProcessor
 
         if self.sam is None:
