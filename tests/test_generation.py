@@ -329,6 +329,20 @@ class TestLastToken:
         assert torch.equal(output.sequences, expected.sequences)
         assert torch.equal(output.reasoning_surprisal, expected.reasoning_surprisal)
 
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [({"num_beams": 2}, "num_beams=2: beams"), ({"cache_implementation": "static"}, "'static' has no room")],
+    )
+    def test_what_would_give_states_of_other_tokens_is_refused(self, asked, message):
+        """Also where `segment` is not asked, as in joint training."""
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        config = GenerationConfig(max_new_tokens=4, **asked)
+        assert model.generate(**inputs, generation_config=config).shape[0] == 2
+        config.feed_last_token = True
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, generation_config=config)
+
     def test_through_the_model(self):
         """As joint training samples: the generation configuration asks for it."""
         model = tiny.tiny_model()

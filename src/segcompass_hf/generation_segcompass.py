@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 
@@ -34,6 +35,9 @@ def generate_and_feed_last(
         streamer (*optional*): Gets the tokens that are returned, each when the next one is written.
         synced_gpus (`bool`, *optional*): As for `generate`.
         args, kwargs: For `generate`.
+
+    Raises:
+        ValueError: Beam search, or a cache that has no room for the step more.
     """
     tokenizer = kwargs.pop("tokenizer", None)
     mode = vlm._extract_generation_mode_kwargs(None, {}, synced_gpus, None, streamer)
@@ -46,6 +50,12 @@ def generate_and_feed_last(
 
     # By this name `generate` prepares everything and leaves the loop to its caller.
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={generation_config.num_beams}: beams change places while they are written, so captured "
+                "states would belong to other beams; use greedy decoding or sampling."
+            )
+        check_growing_cache(generation_config.cache_implementation)
         stop = _OneStepLater(stopping_criteria)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
@@ -60,6 +70,19 @@ def generate_and_feed_last(
         return _without_last(output)
 
     return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+
+
+def check_growing_cache(implementation: str | None) -> None:
+    """Refuse a `cache_implementation` of a fixed length.
+
+    Raises:
+        ValueError: It is none of [`GROWING_CACHES`].
+    """
+    if implementation not in (None, *GROWING_CACHES):
+        raise ValueError(
+            f"cache_implementation={implementation!r} has no room for the step that completes the last token's "
+            f"states; use one of {', '.join(GROWING_CACHES)}."
+        )
 
 
 class _OneStepLater(StoppingCriteria):

@@ -14,7 +14,7 @@ class ImageFeatures(ModelOutput):
     """What a mask decoder reads of images, where that is more than their embeddings.
 
     It stands where SAM has a tensor `(batch_size, channels, h, w)`, and its rows are handled alike: `shape`, `device`,
-    `dtype`, `len`, `features[rows]`, `clone`, `expand`, `repeat_interleave` and `to`.
+    `dtype`, `len`, `features[rows]`, `clone`, `expand`, `repeat_interleave`, `pin_memory` and `to`.
 
     Args:
         embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): The image embeddings.
@@ -60,6 +60,10 @@ class ImageFeatures(ModelOutput):
 
     def to(self, *args, **kwargs) -> "ImageFeatures":
         return self.map(lambda part: part.to(*args, **kwargs))
+
+    def pin_memory(self) -> "ImageFeatures":
+        """As data loaders ask it of batches; they would update any other mapping, which a `ModelOutput` refuses."""
+        return self.map(torch.Tensor.pin_memory)
 
     def expand(self, rows: int, *sides: int) -> "ImageFeatures":
         return self.map(lambda part: part.expand(rows, *sides))

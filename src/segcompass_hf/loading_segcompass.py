@@ -16,7 +16,7 @@ from .configuration_segcompass import SegCompassConfig
 from .generation_segcompass import ADDED_TOKENS
 from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
-from .segmenters_segcompass import segmenter_config
+from .segmenters_segcompass import check_canvas, geometry_of, segmenter_config
 from .text_stack_segcompass import decoder_layers
 from .weight_files_segcompass import (
     check_no_layers_left,
@@ -84,8 +84,8 @@ class LoadingMixin:
 
         Raises:
             FileNotFoundError: A part is named by a folder that does not exist.
-            ValueError: The processor is for another number of slots, or `sam` is no segmenter that takes mask
-                prompts, or lacks weights.
+            ValueError: The processor is for another number of slots or another segmenter, or `sam` is no segmenter
+                that takes mask prompts, or lacks weights.
         """
         load = {} if dtype is None else {"dtype": dtype}
         if getattr(processor, "num_slots", num_slots) != num_slots:
@@ -101,6 +101,8 @@ class LoadingMixin:
         if _is_source(sam, "sam"):
             sam = load_segmenter(sam, dtype)
         check_segmenter(sam)
+        if hasattr(processor, "geometry"):
+            check_canvas(processor.geometry, geometry_of(sam.config))
         if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
