@@ -17,7 +17,7 @@ from .generation_segcompass import ADDED_TOKENS
 from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
 from .segmenters_segcompass import check_canvas, geometry_of, segmenter_config
-from .text_stack_segcompass import decoder_layers
+from .text_stack_segcompass import decoder_layers, text_config
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,
@@ -337,12 +337,47 @@ def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
 
     Returns:
         `dict[str, int]`: `ref_token_id`, `think_start_token_id` and `think_end_token_id`.
+
+    Raises:
+        ValueError: The VLM counts positions from another padding token than the tokenizer's.
     """
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in ADDED_TOKENS.values() if token not in known], special_tokens=False)
+    _check_padding(tokenizer, vlm)
+    _join_rows(vlm)
     if len(tokenizer) > num_token_rows(vlm):
         _resize_rows(vlm, len(tokenizer))
     return {name: tokenizer.convert_tokens_to_ids(token) for name, token in ADDED_TOKENS.items()}
+
+
+def _check_padding(tokenizer: Any, vlm: PreTrainedModel) -> None:
+    """Refuse a padding token that embeddings of positions do not know: they count the tokens that are none, so that a
+    padded row would be read at other positions than alone."""
+    for name, module in vlm.named_modules():
+        expected = getattr(module, "padding_idx", None)
+        if not hasattr(module, "create_position_ids_from_input_ids") or expected in (None, tokenizer.pad_token_id):
+            continue
+        raise ValueError(
+            f"the tokenizer pads with token {tokenizer.pad_token_id} ({tokenizer.pad_token}), but the VLM's {name} "
+            f"counts positions by token {expected} ({tokenizer.convert_ids_to_tokens(expected)}): a padded row would "
+            "be read otherwise than alone. Set the tokenizer's pad_token to that one, or take the tokenizer that was "
+            "published with the VLM."
+        )
+
+
+def _join_rows(vlm: PreTrainedModel) -> None:
+    """Bring rows that are kept apart from the vocabulary's (`additional_vocab_size`: IDEFICS's image tokens) into the
+    same matrices as these: resizing would leave them behind."""
+    config = text_config(vlm)
+    if not getattr(config, "additional_vocab_size", 0):
+        return
+    parts = (vlm.get_input_embeddings(), vlm.get_output_embeddings())
+    rows = [torch.cat([weight.detach() for weight in part.parameters()]) for part in parts]
+    config.additional_vocab_size = 0
+    vlm.__dict__.pop("_tied_weights_keys", None)  # the class's are those of a model without such rows
+    vlm.resize_token_embeddings(len(rows[0]), mean_resizing=False)
+    for part, weight in zip((vlm.get_input_embeddings(), vlm.get_output_embeddings()), rows, strict=True):
+        part.weight.data.copy_(weight)
 
 
 def num_token_rows(vlm: PreTrainedModel) -> int:

@@ -22,11 +22,13 @@ from .threads_segcompass import tokenizer_lock, within_seconds
 from .vlm_processors_segcompass import (
     ImageHandling,
     build_vlm_processor,
+    heard_texts,
     is_own_folder,
     load_vlm_parts,
     measure_image_handling,
     on_pil_backend,
     own_arguments,
+    shift_behind_padding,
 )
 
 INSTRUCTION_TEMPLATE = (
@@ -196,6 +198,20 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     def _picture_prompt(self) -> str:
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
         return self._render([message], add_generation_prompt=True)
+
+    def text_for_tokenizer(self, prompt: str) -> tuple[str, bool]:
+        """What the family's processor makes of a rendered prompt with one image before it is tokenized.
+
+        Families write into it what they need: a token per patch, line ends, separators, a second `<s>`.
+
+        Returns:
+            `tuple[str, bool]`: the text, with the patches of a small picture, and whether the tokenizer adds special
+            tokens to it. The prompt itself where the family does not pass its tokenizer a text.
+        """
+        options = self._special_tokens([prompt])
+        with tokenizer_lock:
+            heard = heard_texts(self.vlm_processor, prompt, nested=self.image_handling.nested, **options)
+        return max(heard, key=lambda text: len(text[0])) if heard else (prompt, options.get("add_special_tokens", True))
 
     @property
     def image_token(self) -> str | None:
@@ -455,6 +471,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         with tokenizer_lock:
             inputs = self.vlm_processor(images=images, text=text, **kwargs)
         inputs.pop("labels", None)  # PaliGemma's mark answers that it was not given
+        if images is not None and torch.is_tensor(inputs.get("attention_mask")):
+            shift_behind_padding(inputs, self.image_handling.padding_ignored)
         return inputs
 
     def _special_tokens(self, texts: list[str]) -> dict[str, bool]:
