@@ -271,6 +271,7 @@ class TestImageToken:
         assert SegCompassConfig.from_pretrained(tmp_path).image_token_id == 9
         model = tiny.tiny_model("llava")
         model.config.image_token_id = None
+        logging.Logger.warning_once.cache_clear()  # another test may have heard it
         with caplog.at_level(logging.WARNING, "segcompass_hf"):
             assert model.modality_ids(torch.tensor([[5, 7]])).tolist() == [[0, 0]]
         assert "image tokens count as text" in caplog.text
