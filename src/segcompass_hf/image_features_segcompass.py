@@ -61,9 +61,9 @@ class ImageFeatures(ModelOutput):
     def to(self, *args, **kwargs) -> "ImageFeatures":
         return self.map(lambda part: part.to(*args, **kwargs))
 
-    def pin_memory(self) -> "ImageFeatures":
+    def pin_memory(self, *device: Any) -> "ImageFeatures":
         """As data loaders ask it of batches; they would update any other mapping, which a `ModelOutput` refuses."""
-        return self.map(torch.Tensor.pin_memory)
+        return self.map(lambda part: part.pin_memory(*device))  # older versions of torch name one
 
     def expand(self, rows: int, *sides: int) -> "ImageFeatures":
         return self.map(lambda part: part.expand(rows, *sides))
