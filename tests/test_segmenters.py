@@ -202,7 +202,7 @@ def test_a_data_loader_pins_image_features(monkeypatch):
     from torch.utils.data._utils.pin_memory import pin_memory  # what a loader's thread calls, where there is a GPU
 
     pinned = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor.clone())
     features = ImageFeatures(torch.randn(2, 4, 2, 2), (torch.randn(2, 2, 8, 8),))
     found = pin_memory(BatchFeature({"image_embeddings": features}))["image_embeddings"]
     assert isinstance(found, ImageFeatures) and rows_differ(found, features) == 0

@@ -1,7 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """What an image encoder gives a mask decoder: a tensor of embeddings, or with more beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ class ImageFeatures(ModelOutput):
     """What a mask decoder reads of images, where that is more than their embeddings.
 
     It stands where SAM has a tensor `(batch_size, channels, h, w)`, and its rows are handled alike: `shape`, `device`,
-    `dtype`, `len`, `features[rows]`, `clone`, `expand`, `repeat_interleave`, `pin_memory` and `to`.
+    `dtype`, `len`, `features[rows]`, `clone`, `expand`, `repeat_interleave` and `to`.
 
     Args:
         embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)`): The image embeddings.
@@ -61,9 +61,10 @@ class ImageFeatures(ModelOutput):
     def to(self, *args, **kwargs) -> "ImageFeatures":
         return self.map(lambda part: part.to(*args, **kwargs))
 
-    def pin_memory(self) -> "ImageFeatures":
-        """As data loaders ask it of batches; they would update any other mapping, which a `ModelOutput` refuses."""
-        return self.map(torch.Tensor.pin_memory)
+    def update(self, parts: Mapping[str, Any]) -> None:
+        """As data loaders pin mappings in memory: a copy gets the pinned parts. Any other `ModelOutput` refuses it."""
+        for name, part in parts.items():
+            self[name] = part
 
     def expand(self, rows: int, *sides: int) -> "ImageFeatures":
         return self.map(lambda part: part.expand(rows, *sides))
