@@ -94,6 +94,7 @@ OTHER = {
             "latent_query_num": 4,
             "vision_config.num_hidden_layers": 1,
             "vision_config.num_attention_heads": 1,
+            "text_config.init_std": 0.5,  # else the queries see all patches as one
         },  # of 4096 patches, whatever the size
     ),
     "mllama": Family(
