@@ -30,7 +30,7 @@ def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     if "position_ids" not in given and "position_ids" in forward_arguments(vlm):
         given["position_ids"] = vlm._prepare_position_ids_for_generation(input_ids, given)
     prepared = vlm.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
-    if "position_ids" not in inputs and counting_embeddings(vlm):
+    if inputs.get("position_ids") is None and counting_embeddings(vlm):
         prepared.pop("position_ids", None)  # theirs do not begin at 0
     if "logits_to_keep" in prepared:
         prepared["logits_to_keep"] = every_state(vlm, prepared["logits_to_keep"])

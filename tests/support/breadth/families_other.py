@@ -82,6 +82,8 @@ OTHER = {
         image=SHORTEST,
         arguments={"num_patch_index_tokens": 4},
         config={"latent_query_num": 64, "vision_config.patch_size": 14},
+        note="its image tokens are 64 different ids, which are those of words too: they count as text in concepts "
+        "(composing warns), and `explain` finds no picture.",
     ),
     "kosmos-2.5": Family(
         processor="Kosmos2_5Processor",
