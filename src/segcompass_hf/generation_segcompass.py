@@ -2,7 +2,8 @@
 """Generation: every token passes the VLM, and answers are well-formed by construction."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -69,7 +70,46 @@ def generate_and_feed_last(
         )
         return _without_last(output)
 
-    return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+    with positions_without_padding(vlm, kwargs.get("attention_mask")):
+        return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+
+
+def counting_embeddings(vlm: torch.nn.Module) -> list[torch.nn.Module]:
+    """Embeddings that count positions themselves, from their padding token's id on (Kosmos-2's and Kosmos-2.5's)."""
+    return [module for module in vlm.modules() if hasattr(module, "create_position_ids_from_input_ids")]
+
+
+@contextmanager
+def positions_without_padding(vlm: torch.nn.Module, attention_mask: torch.Tensor | None) -> Iterator[None]:
+    """While a VLM writes, let embeddings that count positions themselves leave out the padding in front of a row.
+
+    They do so for a whole sequence, but to a written token they add the length of the whole cache.
+
+    Args:
+        vlm (`nn.Module`): Nothing happens where its embeddings get their positions.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Of the prompts.
+    """
+    counting = counting_embeddings(vlm)
+    if attention_mask is None or not counting:
+        yield
+        return
+    padding = (attention_mask.cumsum(1) == 0).sum(1)
+
+    def give_positions(module, args, kwargs):
+        past = kwargs.get("cache_length", kwargs.get("past_key_values_length")) or 0  # the latter until 5.23
+        ids = kwargs.get("input_ids")
+        if not past or ids is None:
+            return None
+        left_out = padding.repeat_interleave(len(ids) // len(padding))  # of beams and several answers too
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device) + module.padding_idx + past
+        return args, {**kwargs, "position_ids": places - left_out.to(ids.device)[:, None]}
+
+    handles = [module.register_forward_pre_hook(give_positions, with_kwargs=True) for module in counting]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def check_growing_cache(implementation: str | None) -> None:

@@ -13,7 +13,7 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import ADDED_TOKENS
+from .generation_segcompass import ADDED_TOKENS, counting_embeddings
 from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
 from .segmenters_segcompass import check_canvas, geometry_of, segmenter_config
@@ -353,15 +353,12 @@ def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
 def _check_padding(tokenizer: Any, vlm: PreTrainedModel) -> None:
     """Refuse a padding token that embeddings of positions do not know: they count the tokens that are none, so that a
     padded row would be read at other positions than alone."""
-    for name, module in vlm.named_modules():
-        expected = getattr(module, "padding_idx", None)
-        if not hasattr(module, "create_position_ids_from_input_ids") or expected in (None, tokenizer.pad_token_id):
-            continue
+    for expected in {module.padding_idx for module in counting_embeddings(vlm)} - {tokenizer.pad_token_id, None}:
         raise ValueError(
-            f"the tokenizer pads with token {tokenizer.pad_token_id} ({tokenizer.pad_token}), but the VLM's {name} "
-            f"counts positions by token {expected} ({tokenizer.convert_ids_to_tokens(expected)}): a padded row would "
-            "be read otherwise than alone. Set the tokenizer's pad_token to that one, or take the tokenizer that was "
-            "published with the VLM."
+            f"the tokenizer pads with token {tokenizer.pad_token_id} ({tokenizer.pad_token}), but the VLM counts "
+            f"positions by its padding token {expected} ({tokenizer.convert_ids_to_tokens(expected)}): a padded row "
+            "would be read otherwise than alone. Set the tokenizer's pad_token to that one, or take the tokenizer "
+            "that was published with the VLM."
         )
 
 
@@ -373,11 +370,14 @@ def _join_rows(vlm: PreTrainedModel) -> None:
         return
     parts = (vlm.get_input_embeddings(), vlm.get_output_embeddings())
     rows = [torch.cat([weight.detach() for weight in part.parameters()]) for part in parts]
-    config.additional_vocab_size = 0
+    with torch.device(rows[0].device):
+        head = nn.Linear(rows[1].shape[1], len(rows[1]), bias=False, dtype=rows[1].dtype)
+    head.weight.data = rows[1]
+    vlm.set_input_embeddings(nn.Embedding.from_pretrained(rows[0], freeze=False, padding_idx=parts[0].padding_idx))
+    vlm.set_output_embeddings(head)
+    config.vocab_size, config.additional_vocab_size = len(rows[0]), 0
     vlm.__dict__.pop("_tied_weights_keys", None)  # the class's are those of a model without such rows
-    vlm.resize_token_embeddings(len(rows[0]), mean_resizing=False)
-    for part, weight in zip((vlm.get_input_embeddings(), vlm.get_output_embeddings()), rows, strict=True):
-        part.weight.data.copy_(weight)
+    vlm.tie_weights()
 
 
 def num_token_rows(vlm: PreTrainedModel) -> int:

@@ -211,7 +211,8 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         options = self._special_tokens([prompt])
         with tokenizer_lock:
             heard = heard_texts(self.vlm_processor, prompt, nested=self.image_handling.nested, **options)
-        return max(heard, key=lambda text: len(text[0])) if heard else (prompt, options.get("add_special_tokens", True))
+        written = (prompt, options.get("add_special_tokens", True))
+        return max(heard, key=lambda text: len(text[0]), default=written)
 
     @property
     def image_token(self) -> str | None:
