@@ -365,10 +365,9 @@ def _check_padding(tokenizer: Any, vlm: PreTrainedModel) -> None:
 def _join_rows(vlm: PreTrainedModel) -> None:
     """Bring rows that are kept apart from the vocabulary's (`additional_vocab_size`: IDEFICS's image tokens) into the
     same matrices as these: resizing would leave them behind."""
-    config = text_config(vlm)
-    if not getattr(config, "additional_vocab_size", 0):
-        return
-    parts = (vlm.get_input_embeddings(), vlm.get_output_embeddings())
+    config, parts = text_config(vlm), (vlm.get_input_embeddings(), vlm.get_output_embeddings())
+    if not getattr(config, "additional_vocab_size", 0) or any(len([*part.parameters()]) < 2 for part in parts):
+        return  # Molmo2's are behind the others already
     rows = [torch.cat([weight.detach() for weight in part.parameters()]) for part in parts]
     with torch.device(rows[0].device):
         head = nn.Linear(rows[1].shape[1], len(rows[1]), bias=False, dtype=rows[1].dtype)
