@@ -18,8 +18,8 @@ from segcompass_hf.generation_segcompass import (
     positions_without_padding,
     reasoning_budget,
 )
-from segcompass_hf.loading_segcompass import add_tokens
 from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
+from segcompass_hf.token_rows_segcompass import add_tokens
 from segcompass_hf.vlm_inputs_segcompass import sequence_inputs
 
 INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]

@@ -63,7 +63,7 @@ def _processor_of(model: nn.Module, needed: type | None) -> Any:
         raise ValueError(
             f"processing_class is None and {path} holds a {type(processor).__name__}, not a {what}; make one by "
             f"{what}.from_parts({str(path)!r}), and embed its tokens in a bare VLM "
-            "(segcompass_hf.loading_segcompass.add_tokens)."
+            "(segcompass_hf.token_rows_segcompass.add_tokens)."
         )
     return processor
 

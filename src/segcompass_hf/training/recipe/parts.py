@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 import segcompass_hf
 
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, own_settings
-from ...loading_segcompass import add_tokens, load_part, load_segmenter
+from ...loading_segcompass import load_part, load_segmenter
 from ...modeling_sae import SegCompassSae
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ...segmenters_segcompass import segmenter_kind
+from ...token_rows_segcompass import add_tokens
 from ..sae.start import DEFAULT_K
 from .settings import RecipeError, RecipeSettings
 

@@ -9,7 +9,7 @@ from breadth.building import Parts
 from breadth.families import FAMILIES
 from transformers import AutoModelForImageTextToText
 
-from segcompass_hf.loading_segcompass import add_tokens, num_token_rows
+from segcompass_hf.token_rows_segcompass import add_tokens, num_token_rows
 
 ADDED = ("ref_token_id", "think_start_token_id", "think_end_token_id")
 
