@@ -34,7 +34,7 @@ def vlm_of_parts(num_layers: int, image_size: int, cache: Path = CACHE) -> tuple
     tower, _ = efficientnet_lite2(image_size, cache)
     language_model, tokenizer = smollm2(num_layers, cache), smollm2_tokenizer(cache)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    language_model.resize_token_embeddings(len(tokenizer))
+    language_model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # its row is never read
     config = FastVlmConfig(
         vision_config=tower.config,
         text_config=language_model.config,
