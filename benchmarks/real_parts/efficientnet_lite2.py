@@ -63,7 +63,9 @@ def efficientnet_lite2(image_size: int = 260, cache: Path = CACHE) -> tuple[Effi
     model = EfficientNetModel(efficientnet_lite2_config(image_size))
     blocks = range(len(model.encoder.blocks))
     modules = dict(STEM_AND_HEAD)
-    modules |= {f"encoder.blocks.{i}.{ours}": f"_blocks.{i}.{theirs}" for i in blocks for ours, theirs in PARTS.items()}
+    modules |= {
+        f"encoder.blocks.{i}.{ours}": f"_blocks.{i}.{theirs}" for i in blocks for ours, theirs in PARTS.items()
+    }
     weights = {}
     for name, tensor in model.state_dict().items():
         module, _, kind = name.rpartition(".")

@@ -159,7 +159,9 @@ def main() -> None:
         print(name, rows[name], massive[name], flush=True)
     command = f"python benchmarks/real_parts/smollm2_sae.py --steps {args.steps} --num-rows {args.num_rows}"
     command += f" --layer {args.layer} --d-sae {args.d_sae}"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    versions = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
     notes = (
         "# An SAE on SmolLM2's residual stream\n\n"
         f"A `batchtopk` SAE (k 32, {args.d_sae:,} features, `per_token`) on the states of layer {args.layer} of 30, "
@@ -171,8 +173,9 @@ def main() -> None:
         "entry: massive activations. The first token of a text is left out of training by default."
     )
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(f"{notes}\n\n{report(rows, massive)}\n\n`{command}`, {versions}, "
-                       f"{torch.get_num_threads()} thread(s), CPU\n")
+    RESULTS.write_text(
+        f"{notes}\n\n{report(rows, massive)}\n\n`{command}`, {versions}, {torch.get_num_threads()} thread(s), CPU\n"
+    )
 
 
 if __name__ == "__main__":

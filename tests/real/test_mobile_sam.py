@@ -86,7 +86,7 @@ def test_noisy_blobs_are_followed(sam, photographs, record_property):
         other_ious += [iou(one, target) for one, target in zip(restored, np.roll(masks, 1, axis=0), strict=True)]
     record_property("mean IoU of the blobs", statistics.mean(blob_ious))
     record_property("mean IoU of the masks", statistics.mean(mask_ious))
-    print([round(statistics.mean(x),3) for x in (blob_ious,mask_ious,other_ious)])
+    print([round(statistics.mean(x), 3) for x in (blob_ious, mask_ious, other_ious)])
     assert len(mask_ious) == 30 and statistics.mean(mask_ious) > 3 * statistics.mean(other_ious)
 
 
