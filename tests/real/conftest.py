@@ -13,6 +13,7 @@ from places import ROOT, SAMPLES
 
 HERE = Path(__file__).parent
 READERS = ("gguf", "onnx")
+FIGURES = pytest.StashKey[list]()
 PHOTOS = SAMPLES.parent / "photos"
 sys.path.append(str(ROOT / "benchmarks" / "real_parts"))
 
@@ -21,6 +22,19 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.real)
+
+
+@pytest.fixture
+def measured(request):
+    """`measured(name, value)`: a figure that is shown after the tests."""
+    figures = request.config.stash.setdefault(FIGURES, [])
+    return lambda name, value: figures.append(f"{request.node.name}: {name} {value}")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if FIGURES in config.stash:
+        terminalreporter.section("measured")
+        terminalreporter.write_line("\n".join(config.stash[FIGURES]))
 
 
 @pytest.fixture(scope="session", autouse=True)

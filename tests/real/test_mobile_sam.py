@@ -52,7 +52,7 @@ def masks_of(row: dict) -> np.ndarray:
     return decode_masks(row["masks"], row["image"].size[::-1])
 
 
-def test_boxes_give_the_objects(sam, photographs, record_property):
+def test_boxes_give_the_objects(sam, photographs, measured):
     """The baseline's box prompts, IoU with each object's own mask."""
     answers = SamBoxCentrePredictor(sam, sam.config, prompt="box").predict(photographs)
     found = [
@@ -60,12 +60,12 @@ def test_boxes_give_the_objects(sam, photographs, record_property):
         for answer, row in zip(answers, photographs, strict=True)
         for mask, target in zip(answer.masks, masks_of(row), strict=True)
     ]
-    record_property("mean IoU", statistics.mean(found))
+    measured("mean IoU", statistics.mean(found))
     assert len(found) == 30 and statistics.mean(found) >= 0.6
 
 
 @torch.no_grad()
-def test_noisy_blobs_are_followed(sam, photographs, record_property):
+def test_noisy_blobs_are_followed(sam, photographs, measured):
     """Mask prompts as the slots give them: objects, blurred and under noise, through our mask stage.
 
     SAM saw masks beside points only, so that it follows a mask alone badly until its decoder has trained on such.
@@ -84,9 +84,8 @@ def test_noisy_blobs_are_followed(sam, photographs, record_property):
             restored = [(stage.geometry.restore_map(one, size) > 0).numpy() for one in found]
             of += [iou(one, target) for one, target in zip(restored, masks, strict=True)]
         other_ious += [iou(one, target) for one, target in zip(restored, np.roll(masks, 1, axis=0), strict=True)]
-    record_property("mean IoU of the blobs", statistics.mean(blob_ious))
-    record_property("mean IoU of the masks", statistics.mean(mask_ious))
-    print([round(statistics.mean(x), 3) for x in (blob_ious, mask_ious, other_ious)])
+    measured("mean IoU of the blobs", statistics.mean(blob_ious))
+    measured("mean IoU of the masks", statistics.mean(mask_ious))
     assert len(mask_ious) == 30 and statistics.mean(mask_ious) > 3 * statistics.mean(other_ious)
 
 
