@@ -1,4 +1,4 @@
-"""Pretrained parts that package registries carry: versions and hashes pinned, kept in one folder outside the repository.
+"""Pretrained parts that package registries carry, pinned by version and hash, in one folder outside the repository.
 
 The folder is `~/.cache/segcompass_hf/real_parts`, or what the environment variable SEGCOMPASS_REAL_PARTS names.
 """

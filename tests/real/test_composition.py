@@ -62,7 +62,7 @@ def trainer(composition, samples, tmp_path_factory):
     )
 
 
-def test_memory_of_a_step_is_as_estimated(trainer):
+def test_memory_of_a_step_is_as_estimated(trainer, measured):
     model = trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
     length, active = batch["input_ids"].shape[1], []
@@ -88,13 +88,15 @@ def test_memory_of_a_step_is_as_estimated(trainer):
     )
     with fake_model(model.config, stage="segmentation", trainable="joint") as fake:
         estimated_kept, estimated_working = training_bytes(fake, setup)
-    print("kept", kept, estimated_kept, "peak", meter.peak, estimated_kept + estimated_working, setup)
+    measured("MiB kept, and estimated", [round(size / 2**20, 1) for size in (kept, estimated_kept)])
+    most = (meter.peak, estimated_kept + estimated_working)
+    measured("MiB at most, and estimated", [round(size / 2**20, 1) for size in most])
     assert estimated_kept == pytest.approx(kept, rel=0.15)
     assert estimated_kept + estimated_working == pytest.approx(meter.peak, rel=0.15)
     model.zero_grad()
 
 
-def test_a_step_moves_what_trains_and_nothing_else(trainer, record_property):
+def test_a_step_moves_what_trains_and_nothing_else(trainer):
     model = trainer.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.train()

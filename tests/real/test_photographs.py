@@ -58,7 +58,7 @@ def test_crowd_pixels_are_no_objects(things):
     assert decode_mask(row["ignore"]).shape == size == decode_masks(row["masks"], size).shape[1:]
 
 
-def test_baselines_in_their_order(things, archives, tmp_path, record_property):
+def test_baselines_in_their_order(things, archives, tmp_path, measured):
     """Nothing, the whole picture, all objects, the right objects through MobileSAM: each knows more."""
     from composition import mobile_sam
 
@@ -68,8 +68,7 @@ def test_baselines_in_their_order(things, archives, tmp_path, record_property):
     for name in ("nothing", "everything", "all-objects", "sam-box", "ideal-masks"):
         summary = evaluate_dataset(make_baseline(name, sam, sam.config), rows, tmp_path / name, dataset_name="things")
         found[name] = summary.figures["metrics"]
-        record_property(name, {metric: round(figure["value"], 3) for metric, figure in found[name].items()})
-    print({n: {m: round(f["value"], 3) for m, f in v.items()} for n, v in found.items()})
+        measured(name, {metric: round(figure["value"], 3) for metric, figure in found[name].items()})
     giou = {name: figures["gIoU"]["value"] for name, figures in found.items()}
     assert giou["everything"] < giou["all-objects"] < giou["sam-box"] < giou["ideal-masks"]
     assert found["nothing"]["N-acc"]["value"] == 1 and found["everything"]["T-acc"]["value"] == 1

@@ -40,27 +40,25 @@ def trainers(models, texts, tmp_path_factory) -> dict[str, SaeTrainer]:
     }
 
 
-def test_it_learns_the_real_ones(trainers, record_property):
+def test_it_learns_the_real_ones(trainers, measured):
     """Most of their variance by 32 features a token, more than of random ones, and most features live."""
     from smollm2_sae import measure
 
     found = {name: measure(trainer) for name, trainer in trainers.items()}
-    record_property("sae", found)
-    print(found)
+    measured("sae", found)
     assert found["real"]["explained_variance"] > max(0.5, found["random"]["explained_variance"])
     assert found["real"]["dead_features"] < 0.5
     assert all(abs(row["l0"] - 32) < 16 for row in found.values())
     assert found["real"]["ce_clean"] < found["random"]["ce_clean"]
 
 
-def test_the_first_token_is_massive_in_the_real_ones(models, texts, record_property):
+def test_the_first_token_is_massive_in_the_real_ones(models, texts, measured):
     """What `drop_first_token` is for."""
     from smollm2 import smollm2_tokenizer
     from smollm2_sae import massive_activations
 
     found = {name: massive_activations(model, smollm2_tokenizer(), LAYER, texts[:8]) for name, model in models.items()}
-    record_property("massive activations", found)
-    print(found)
+    measured("massive activations", found)
     assert found["real"]["first_token"] > 5 and found["random"]["first_token"] < 3
 
 

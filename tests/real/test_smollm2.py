@@ -56,7 +56,7 @@ def test_added_tokens_leave_the_others_alone(composition, language_model):
 
 
 @torch.no_grad()
-def test_a_composition_answers_in_form(language_model, samples, record_property):
+def test_a_composition_answers_in_form(language_model, samples, measured):
     """All 30 layers; the projector is new, so what it says of the picture means nothing yet."""
     from composition import model_of_parts
 
@@ -69,5 +69,4 @@ def test_a_composition_answers_in_form(language_model, samples, record_property)
     assert ANSWER.search(text), text
     assert output.pred_masks.shape[:2] == (1, 4) and output.pred_masks.isfinite().all()
     tokens = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    record_property("seconds a token, with the prompt and SAM", seconds / tokens)
-    print(text, seconds, tokens)
+    measured("seconds a token, the prompt and SAM included", round(seconds / tokens, 3))
