@@ -6,9 +6,9 @@ import torch
 from segcompass_hf.training.sae.sae_lens import save_sae_lens
 from segcompass_hf.training.sae.trainer import SaeTrainer
 
-LAYER, D_SAE, STEPS = 2, 1024, 30
+LAYER, D_SAE, STEPS = 2, 1024, 200
 SMALL = {"per_device_train_batch_size": 256, "buffer_tokens": 4096, "max_length": 64, "max_eval_rows": 8}
-SMALL |= {"dead_after_tokens": 256 * STEPS // 2, "logging_steps": STEPS}
+SMALL |= {"dead_after_tokens": 256 * STEPS // 2, "logging_steps": STEPS, "learning_rate": 3e-3}
 
 
 @pytest.fixture(scope="module")
