@@ -49,19 +49,7 @@ def freeze_for_training(
     config.score_calibration = None
     ids = [i for i in (config.ref_token_id, config.think_start_token_id, config.think_end_token_id) if i is not None]
     train_rows(model, (train_token_rows or config.train_token_rows) if joint else "none", ids)
-    keep_frozen_statistics(model)
     return model
-
-
-def keep_frozen_statistics(model: nn.Module) -> None:
-    """Put batch norms whose weights are all frozen into evaluation: in training they would normalise by the batch at
-    hand and move their running statistics, so that a frozen vision tower of convolutions would not be the one that
-    answers later."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        ):
-            module.eval()
 
 
 def _check_trainable(model: nn.Module, joint: bool) -> None:

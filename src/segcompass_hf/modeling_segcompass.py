@@ -11,7 +11,7 @@ from transformers import initialization as init
 
 from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin, supported_attention
-from .freezing_segcompass import TokenRowsMixin, freeze_for_training, keep_frozen_statistics, parameter_groups
+from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE
 from .image_features_segcompass import ImageFeatures
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
@@ -126,12 +126,6 @@ class SegCompassForReasoningSegmentation(
     # Functions of `freezing_segcompass`, which take the model first.
     freeze_for_training = freeze_for_training
     parameter_groups = parameter_groups
-
-    def train(self, mode: bool = True):
-        """As in the parent, but for batch norms that are frozen, which keep their statistics."""
-        super().train(mode)
-        keep_frozen_statistics(self)
-        return self
 
     @one_call_at_a_time
     def forward(

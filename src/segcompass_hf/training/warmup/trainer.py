@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ...configuration_segcompass import default_sae_layer
 from ...data.collator import SegmentationCollator, language_inputs
 from ...data.vlm_texts import RowTextCheck
-from ...freezing_segcompass import keep_frozen_statistics, parameter_groups
+from ...freezing_segcompass import parameter_groups
 from ...images_segcompass import to_rgb_image
 from ...processing_segcompass import SegCompassProcessor
 from ...text_stack_segcompass import decoder_layers
@@ -133,7 +133,6 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         self.add_callback(ReadingHeadSteps(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        keep_frozen_statistics(self.vlm)  # Trainer puts all of it into training before every step
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         inputs = {name: value for name, value in inputs.items() if name not in SAM_INPUTS}
         labels, _ = inputs.pop("labels"), inputs.pop("completion_mask", None)
