@@ -96,8 +96,8 @@ def test_memory_of_a_step_is_as_estimated(trainer, measured):
     measured("MiB kept, and estimated", [round(size / 2**20, 1) for size in (kept, estimated_kept)])
     most = (meter.peak, estimated_kept + estimated_working)
     measured("MiB at most, and estimated", [round(size / 2**20, 1) for size in most])
-    assert estimated_kept == pytest.approx(kept, rel=0.15)
-    assert estimated_kept + estimated_working == pytest.approx(meter.peak, rel=0.15)
+    assert estimated_kept == pytest.approx(kept, rel=0.05)
+    assert estimated_kept + estimated_working == pytest.approx(meter.peak, rel=0.05)
     model.zero_grad()
 
 

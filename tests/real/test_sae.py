@@ -46,10 +46,9 @@ def test_it_learns_the_real_ones(trainers, measured):
 
     found = {name: measure(trainer) for name, trainer in trainers.items()}
     measured("sae", found)
-    assert found["real"]["explained_variance"] > max(0.5, found["random"]["explained_variance"])
-    assert found["real"]["dead_features"] < 0.5
+    assert found["real"]["explained_variance"] > max(0.6, found["random"]["explained_variance"] + 0.1)
+    assert found["real"]["dead_features"] < 0.25
     assert all(abs(row["l0"] - 32) < 16 for row in found.values())
-    assert found["real"]["ce_clean"] < found["random"]["ce_clean"]
 
 
 def test_the_first_token_is_massive_in_the_real_ones(models, texts, measured):
@@ -59,7 +58,7 @@ def test_the_first_token_is_massive_in_the_real_ones(models, texts, measured):
 
     found = {name: massive_activations(model, smollm2_tokenizer(), LAYER, texts[:8]) for name, model in models.items()}
     measured("massive activations", found)
-    assert found["real"]["first_token"] > 5 and found["random"]["first_token"] < 3
+    assert found["real"]["first_token"] > 4 and found["random"]["first_token"] < 3
 
 
 @torch.no_grad()

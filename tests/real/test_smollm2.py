@@ -10,6 +10,10 @@ ANSWER = re.compile(r"<think>.*</think>(<REF_POS>){4}<\|im_end\|>", re.DOTALL)
 NEW_TOKENS = 32
 
 
+def seconds_a_token(start: float, tokens: int) -> float:
+    return round((time.process_time() - start) / tokens, 3)
+
+
 @pytest.fixture(scope="module")
 def language_model(smollm2_package):
     from smollm2 import smollm2, smollm2_tokenizer
@@ -18,12 +22,15 @@ def language_model(smollm2_package):
 
 
 @torch.no_grad()
-def test_it_knows_a_capital(language_model):
+def test_it_knows_a_capital(language_model, measured):
     model, tokenizer = language_model
     question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+    start = time.process_time()
+    model.generate(**inputs, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, do_sample=False)
+    measured("seconds of processor time a token, the prompt included", seconds_a_token(start, NEW_TOKENS))
 
 
 @torch.no_grad()
@@ -63,11 +70,10 @@ def test_a_composition_answers_in_form(samples, measured):
 
     model, processor = model_of_parts(num_layers=30, sae_config={"d_in": 576, "d_sae": 1024, "layer": 15}, d_slot=64)
     inputs = processor(images=min((samples / "images").glob("*.jpg")), instruction="the animal")
-    start = time.perf_counter()
+    start = time.process_time()
     output = model.segment(**inputs, max_new_tokens=NEW_TOKENS)
-    seconds = time.perf_counter() - start
+    seconds = seconds_a_token(start, output.sequences.shape[1] - inputs["input_ids"].shape[1])
     text = processor.tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :])
     assert ANSWER.search(text), text
     assert output.pred_masks.shape[:2] == (1, 4) and output.pred_masks.isfinite().all()
-    tokens = output.sequences.shape[1] - inputs["input_ids"].shape[1]
-    measured("seconds a token, the prompt and SAM included", round(seconds / tokens, 3))
+    measured("seconds of processor time a token, the prompt and SAM included", seconds)
