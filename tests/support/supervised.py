@@ -114,6 +114,7 @@ def make_trainer(stage: str, family: str, output_dir, rows, eval_rows=None, call
         weights = {"alignment_weight": 0.5, "embedding_alignment_weight": 0.25, "reading_weight": 0.25}
         settings = weights | settings
     ordered = type("Ordered", (InOrder, Trainer), {})
+    peft_config = settings.pop("peft_config", None)
     return ordered(
         model=tiny_model(family) if model is None else model,
         args=arguments(Config, output_dir, **settings),
@@ -121,6 +122,7 @@ def make_trainer(stage: str, family: str, output_dir, rows, eval_rows=None, call
         eval_dataset=eval_rows,
         processing_class=tiny_processor(family),
         callbacks=callbacks,
+        peft_config=peft_config,
     )
 
 

@@ -21,7 +21,7 @@ _EXPORTS = {
     "builders.refer": ("build_grefcoco", "build_refcoco"),
     "builders.reasonseg": ("build_reasonseg",),
     "schema": ("decode_mask", "decode_masks", "encode_mask", "row_features"),
-    "builders.leakage": ("eval_image_ids",),
+    "builders.leakage": ("eval_image_ids", "same_pictures"),
     "builders.hosted": ("from_hosted_reasonseg",),
     "hosting.publish": ("push_dataset",),
     "hosting.write": ("write_dataset",),

@@ -137,6 +137,16 @@ def test_activations_are_those_of_a_measured_step(checkpointing, autocast, segme
     assert estimated + working == pytest.approx(peak, rel=0.09)
 
 
+def test_tied_rows_that_learn_from_the_head_alone_keep_nothing_of_the_layers_below():
+    setup = TrainingSetup(**SMALL, stage="segmentation", active_concepts=8, objects=1, gradient_checkpointing=False)
+    kept = {}
+    for rows in ("head", "both"):
+        for tie in (False, True):
+            with fake_model(tiny_config("llava", tie=tie, train_token_rows=rows), stage="segmentation") as fake:
+                kept[rows, tie] = training_bytes(fake, setup)[0]
+    assert kept["head", True] == kept["head", False] < kept["both", True] == kept["both", False]
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
 def test_the_cache_is_as_large_as_a_real_one(family):
     from transformers import DynamicCache

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_image_dataset, readable_stream
+from .batch_norms import keep_stored_statistics
 from .checkpoints import WholeCheckpointsMixin
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
@@ -114,6 +115,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
       counters, and for TRL's GRPO the place in the cycle of generation with the completions still in use.
     - Rows of a `datasets` data set whose image or masks cannot be read are skipped or fatal (`unreadable_rows`), and
       listed in `unreadable_rows.jsonl` in the output folder; so are rows that `check_text` refuses.
+    - Batch norms normalise by their stored statistics, which stay as they are.
 
     A subclass with further state of its own extends `loop_state` and `load_loop_state`, one that reads the rows' texts
     sets `check_text`.
@@ -124,6 +126,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     def __init__(self, *args, **kwargs):
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
+        keep_stored_statistics(self.model)
         self.train_dataset = self._readable_streams(self.train_dataset, "train")
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
         self.add_callback(JudgeStepsCallback(self))

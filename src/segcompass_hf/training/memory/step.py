@@ -38,7 +38,9 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
         _checkpoint(model)
     with MemoryMeter(_held(model)) as meter:
         with _autocast(setup):
-            states = _language_pass(model, setup.batch_size, setup.prompt_tokens + setup.completion_tokens)
+            tokens = setup.prompt_tokens + setup.completion_tokens
+            # GRPO cuts the graph off where the SAE reads, below which nothing trains.
+            states = _language_pass(model, setup.batch_size, tokens, from_embeddings=setup.stage != "grpo")
             if setup.stage == "grpo":
                 loss = _log_probs(model, setup, states).sum()
                 if setup.reference:
@@ -104,12 +106,13 @@ def _held(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
 
 
-def _language_pass(model: nn.Module, batch_size: int, tokens: int) -> torch.Tensor:
+def _language_pass(model: nn.Module, batch_size: int, tokens: int, from_embeddings: bool = True) -> torch.Tensor:
     """Last states `(batch_size, tokens, hidden)`; the padding mask is passed in full, as with padded batches."""
     text_model, _ = text_stack(model.vlm)
-    weight = model.get_input_embeddings().weight
-    embeddings = torch.empty(batch_size, tokens, weight.shape[1], dtype=weight.dtype)
-    embeddings.requires_grad_(weight.requires_grad and torch.is_grad_enabled())
+    # Through the module, whose hooks decide whether a gradient runs down to here: of tied rows, and checkpointing's.
+    embeddings = model.get_input_embeddings()(torch.zeros(batch_size, tokens, dtype=torch.long))
+    if not from_embeddings:
+        embeddings = embeddings.detach()
     mask = torch.ones(batch_size, 1, tokens, tokens, dtype=torch.bool)
     return text_model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False).last_hidden_state
 
