@@ -56,10 +56,10 @@ def main() -> None:
             for name in ("gIoU", "cIoU", "N-acc", "T-acc"):
                 cells.append(figure_cell(summary.figures["metrics"][name]))
             lines.append("| " + " | ".join(cells) + " |")
-    processes.finish()
     if processes.is_main:
         (arguments.output / "model_index.yml").write_text(model_index_yaml(*of_model), encoding="utf-8")
         print("\n".join(lines))
+    processes.finish()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training.fsdp import FinishShardingCallback, core_model, prepare_fsdp2
 
 folder = Path(sys.argv[1])
@@ -132,4 +133,4 @@ results["lora"] = fsdp2_lora()
 results["sam2"] = fsdp2_sam2()
 results["joint"] = {how: joint(how) for how in ("ddp", "fsdp2", "accelerate")}
 torch.save(results, folder / f"rank{rank}.pt")
-dist.destroy_process_group()
+Processes.current().finish()

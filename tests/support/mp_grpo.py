@@ -12,6 +12,7 @@ import torch
 from grpo import by_length, tiny_rows, tiny_trainer
 from tiny import tiny_model
 
+from segcompass_hf.evaluation.processes import Processes
 from segcompass_hf.training import SegCompassGRPOTrainer, mask_reward
 
 NUM_OBJECTS = (2, 1, 0, 1)  # three of the four rows have objects: two processes never see equally many
@@ -92,7 +93,7 @@ def main():
     folder = Path(sys.argv[1])
     results = {case: run(case, folder / "out") for case in sys.argv[2:]}
     torch.save(results, folder / f"rank{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    Processes.current().finish()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from mp_common import (
     with_joint_forward,
 )  # noqa: E402
 
+from segcompass_hf.evaluation.processes import Processes  # noqa: E402
 from segcompass_hf.training.fsdp import FinishShardingCallback  # noqa: E402
 
 sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, and of no use here
@@ -63,4 +64,4 @@ results["joint"] = train(joint, lambda engine: joint_loss(engine, batch(rows=min
 dataloader = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}
 results["grpo"] = mp_grpo.run("one batch", folder / "out", deepspeed=CONFIG | dataloader)
 torch.save(results, folder / f"rank{rank}.pt")
-dist.destroy_process_group()
+Processes.current().finish()

@@ -101,9 +101,12 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
         print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
     summary = _evaluate(args, predictor, named)
+    if processes.is_main:
+        _print_results(args, summary)
     processes.finish()
-    if not processes.is_main:
-        return
+
+
+def _print_results(args: argparse.Namespace, summary: Any) -> None:
     comparison = None if args.compare is None else _compare(args)
     if args.json:
         extra = {} if comparison is None else {"comparison": comparison.to_dict()}

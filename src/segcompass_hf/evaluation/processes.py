@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,13 +77,21 @@ class Processes:
             self.wait()
 
     def finish(self) -> None:
-        """Leave together, at the end of a program: a process that exits earlier may pull the others down, and gloo's
-        threads may abort one that ends with its process group (pytorch issue 190489)."""
+        """End a program that several processes run, in all of them together; it does not return there.
+
+        A process that exits earlier may pull the others down. Python's own shutdown is left out after what `atexit`
+        holds: threads of gloo or of autograd that are still there while Python shuts down abort the process (pytorch
+        issue 190489), with or without a process group.
+        """
         if self.count > 1:
             from accelerate import PartialState
 
             self.wait()
             PartialState().destroy_process_group()
+            atexit._run_exitfuncs()  # such as a logger's last upload
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     def wait(self) -> None:
         """Until every process is here."""
