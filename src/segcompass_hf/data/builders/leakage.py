@@ -16,8 +16,8 @@ from .coco_instances import describe_folder, image_key
 from .refer import SPLITS, find_folder, read_refs, refs_file
 
 THUMBNAIL = 16  # pixels a side
-# Among 3,015 photographs of COCO different ones come to 0.960 at most. Copies of a quarter of the size at JPEG quality 30
-# come to 0.986 at least, of half the size to 0.990.
+# Among 3,015 photographs of COCO different ones come to 0.960 at most. Copies of a quarter of the size at JPEG
+# quality 30 come to 0.986 at least, of half the size to 0.990.
 SAME_CORRELATION = 0.98
 
 
