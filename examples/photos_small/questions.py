@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image
-from seen import Seen, Thing, color_of
+from seen import PEOPLE_ONLY, Seen, Thing, color_of
 from words import ALL, CATEGORIES, GROUPS, NUMBERS, ONE, SYNONYMS, USED, USES, members, plural
 
 APART = 0.06  # of the picture's width: centres of objects that are to the left of each other
@@ -46,7 +46,7 @@ def reasoning(seen: Seen, question: Question) -> str:
     said = ", ".join(" ".join([name, *places]) for name, places in answer.items()) or "none"
     listing = seen.listing(question.only)
     if question.only is not None:
-        listing = f"people only: {listing}"
+        listing = f"{PEOPLE_ONLY}{listing}"
     return f"{listing}. {question.because}. answer {said}."
 
 

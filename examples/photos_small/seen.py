@@ -3,6 +3,7 @@ begins with."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +14,23 @@ from words import CATEGORIES, COLORS
 from segcompass_hf.data.builders.build_report import RowProblem
 from segcompass_hf.data.builders.coco_instances import CocoInstances
 from segcompass_hf.data.schema import decode_mask
+from segcompass_hf.token_places import Name
 
 GRID = 6  # columns a to f and rows 1 to 6 of the places
 TOO_SMALL = 0.0008  # share of the picture: a fifth of an image token's; such objects are not listed
 MOST_PLACES = 16  # in a list, of all categories together
+PEOPLE_ONLY, MANY = "people only: ", "many"
+_PLACE = re.compile(r"[a-f][1-6]|\+\d+")
 MOST_OF_A_CATEGORY = 5  # places of a category in a list
 COLOR_SHARE = 0.5  # of an object's pixels that have its colour
-_BY_HUE = ((15, "red"), (40, "orange"), (68, "yellow"), (165, "green"), (255, "blue"), (290, "purple"), (335, "pink"))
+BLACK, BROWN, WHITE, PALE = 55, 150, 190, 45  # of 255: brightness below, below, above; saturation below
+_HUES = ((15, "orange"), (40, "yellow"), (68, "green"), (165, "blue"), (255, "purple"), (290, "pink"), (335, "red"))
+
+
+def place_of(x: float, y: float) -> str:
+    """The cell of a point in [0, 1] of the picture's sides: `c4` is the third column, the fourth row."""
+    column, row = (min(GRID - 1, int(GRID * value)) for value in (x, y))
+    return f"{chr(ord('a') + column)}{row + 1}"
 
 
 @dataclass
@@ -47,9 +58,8 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """The cell of its centre: `c4` is the third column, the fourth row."""
-        column, row = (min(GRID - 1, int(GRID * value)) for value in self.center)
-        return f"{chr(ord('a') + column)}{row + 1}"
+        """The cell of its centre."""
+        return place_of(*self.center)
 
 
 @dataclass
@@ -103,7 +113,7 @@ class Seen:
             if only in (None, name):
                 places = [thing.place for thing in self.of(name)[:count]]
                 places += [f"+{more}"] if (more := len(self.of(name)) - count) else []
-                places += ["many"] if name in {crowd.category for crowd in self.crowds} else []
+                places += [MANY] if name in {crowd.category for crowd in self.crowds} else []
                 entries.append(" ".join([name, *places]))
         return ", ".join(entries) or "nothing"
 
@@ -130,34 +140,35 @@ def color_of(image: Image.Image, thing: Thing) -> str | None:
     hue, saturation, value = (channel[thing.mask] for channel in np.moveaxis(np.asarray(image.convert("HSV")), 2, 0))
     degrees = hue.astype(float) * 360 / 256
     names = np.full(len(degrees), COLORS.index("red"))
-    for low, (_, name) in zip((15, 40, 68, 165, 255, 290), _BY_HUE[1:], strict=True):
-        names[(degrees >= low) & (degrees < 335)] = COLORS.index(name)
-    names[(degrees >= 10) & (degrees < 45) & (value < 150)] = COLORS.index("brown")
-    names[saturation < 45] = COLORS.index("gray")
-    names[(saturation < 45) & (value > 190)] = COLORS.index("white")
-    names[value < 55] = COLORS.index("black")
+    for start, name in _HUES:
+        names[degrees >= start] = COLORS.index(name)
+    names[(degrees >= 10) & (degrees < 45) & (value < BROWN)] = COLORS.index("brown")
+    names[saturation < PALE] = COLORS.index("gray")
+    names[(saturation < PALE) & (value > WHITE)] = COLORS.index("white")
+    names[value < BLACK] = COLORS.index("black")
     counts = np.bincount(names, minlength=len(COLORS))
     return COLORS[counts.argmax()] if counts.max() >= COLOR_SHARE * counts.sum() else None
 
 
-def named_words(row: dict[str, Any]) -> list[Any]:
+def named_words(row: dict[str, Any]) -> list[Name]:
     """Names of a row's objects, read from the list that its reasoning begins with: categories, and places.
 
     The n-th object of the list is object n of `instance_ids`; the distractors are the others in their order.
     """
-    from segcompass_hf.token_places import Name
-
     ids = list(row["instance_ids"])
     total = len(row["masks"]) + len(row.get("distractor_masks") or [])
-    ids += [number for number in range(1, max([total, *ids]) + 1) if number not in ids]
-    ids, objects, number = ids[:total], {}, 0
-    for entry in (row.get("reasoning") or "").split(".")[0].removeprefix("people only: ").split(", "):
-        category = next((name for name in sorted(CATEGORIES, key=len)[::-1] if f"{entry} ".startswith(f"{name} ")), None)
-        for word in entry.removeprefix(category).split() if category else ():
-            for _ in range(int(word) if word.startswith("+") else word != "many"):
+    ids += [number for number in range(1, total + 1) if number not in ids]
+    objects: dict[str, list[int]] = {}
+    number = 0
+    listed = (row.get("reasoning") or "").split(".")[0].removeprefix(PEOPLE_ONLY)
+    for entry in listed.split(", ") if total else ():
+        words = entry.split()
+        places = [word for word in words if _PLACE.fullmatch(word)]
+        name = " ".join(word for word in words if word not in (*places, MANY))
+        for place in places:
+            for _ in range(int(place) if place.startswith("+") else 1):
                 number += 1
-                if number in ids:
-                    objects.setdefault(category, []).append(ids.index(number))
-                    if not word.startswith("+"):
-                        objects.setdefault(word, []).append(ids.index(number))
+                objects.setdefault(name, []).append(ids.index(number))
+                if not place.startswith("+"):
+                    objects.setdefault(place, []).append(ids.index(number))
     return [Name(words, tuple(found)) for words, found in objects.items()]

@@ -108,7 +108,7 @@ COLORS = ("black", "white", "gray", "red", "orange", "yellow", "green", "blue", 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 ONE = ("the {one}", "{one}", "find the {one}", "where is the {one}?", "show me the {one}")
 ALL = ("{many}", "all {many}", "every {one}", "find the {many}", "where are the {many}?", "each {one} in the picture")
-USED = ("{use}", "{use}, please", "I need {use}", "show me {use}", "which thing here is {use}?")
+USED = ("{use}", "{use}, please", "find {use}", "show me {use}")
 PLACES = ("on the left", "on the right", "leftmost", "rightmost", "second from the left", "largest", "smallest")
 # Words of the reasoning; those of instructions that other people write are in the tokenizer's common tokens.
 _OTHERS = "not wanted answer none many people only here nearest to and except but if there are exactly both also is"

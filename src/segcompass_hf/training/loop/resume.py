@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_image_dataset, readable_stream
 from .checkpoints import WholeCheckpointsMixin
+from .batch_norms import keep_stored_statistics
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
 logger = logging.get_logger(__name__)
@@ -124,6 +125,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     def __init__(self, *args, **kwargs):
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
+        keep_stored_statistics(self.model)
         self.train_dataset = self._readable_streams(self.train_dataset, "train")
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
         self.add_callback(JudgeStepsCallback(self))
