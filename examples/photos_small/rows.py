@@ -5,7 +5,8 @@
 PHOTOS holds `things` and `people`, each with `images/` and `instances.json`: of `things` every object of the 80
 categories is annotated, of `people` persons alone. 120 photographs of `things` are held out before anything else, by
 the hashes of their file names; whatever looks like one of them is not trained on. The output gets the folder `rows`
-with the splits `train` and `held_out`, and the pictures.
+with the splits `train` and `held_out`, and the pictures. Where `parts.py` has made its folders there before, the split
+`warmup` is `train` with rows of ImageNet's words besides, of photographs without any other row.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from imagenet import words_rows
 from PIL import Image
 from questions import Question, person_questions, questions, reasoning
 from seen import Seen, read_seen
@@ -83,7 +85,9 @@ def split(things: Folder, people: Folder | None, count: int = HELD_OUT) -> dict[
     return parts
 
 
-def rows_of(folder: Folder, image_id: Any, split_name: str, image_path: Path, seed: int = 0) -> Iterator[dict[str, Any]]:
+def rows_of(
+    folder: Folder, image_id: Any, split_name: str, image_path: Path, seed: int = 0
+) -> Iterator[dict[str, Any]]:
     """The rows of a photograph in the row schema; none where an object has no mask."""
     seen = folder.seen(image_id)
     if seen is None:
@@ -143,9 +147,23 @@ def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> d
         kinds = Counter(row["kind"] for row in rows)
         figures[name] = {"photographs": len({row["image_id"] for row in rows}), "rows": len(rows), "kinds": kinds}
         dataset_from_rows(rows, f"photos-{name}", report).save_to_disk(target / name)
-    (target / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}))
+        if name == "train" and (output / "vlm").is_dir():
+            rows += _words(rows, pictures, output)
+            random.Random(seed).shuffle(rows)
+            dataset_from_rows(rows, "photos-warmup", report).save_to_disk(target / "warmup")
+            figures["warmup"] = {"rows": len(rows)}
+    splits = [name for name in ("train", "warmup", "held_out") if (target / name).is_dir()]
+    (target / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
     (target / "figures.json").write_text(json.dumps(figures, indent=2))
     return figures
+
+
+def _words(rows: list[dict[str, Any]], pictures: list[tuple[Folder, Any]], output: Path) -> list[dict[str, Any]]:
+    """Rows with ImageNet's words, of the photographs that have no other rows."""
+    known = {row["image_id"] for row in rows}
+    left = [(folder, folder.files[image_id]) for folder, image_id in pictures if folder.files[image_id] not in known]
+    paths = [(str((output / "rows/images" / folder.source / name).resolve()), name) for folder, name in left]
+    return list(words_rows(paths, output / "vlm", output / "classifier.safetensors"))
 
 
 def check_apart(train: list[tuple[Folder, Any]], held_out: list[tuple[Folder, Any]]) -> None:

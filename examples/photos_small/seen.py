@@ -153,8 +153,11 @@ def color_of(image: Image.Image, thing: Thing) -> str | None:
 def named_words(row: dict[str, Any]) -> list[Name]:
     """Names of a row's objects, read from the list that its reasoning begins with: categories, and places.
 
-    The n-th object of the list is object n of `instance_ids`; the distractors are the others in their order.
+    The n-th object of the list is object n of `instance_ids`; the distractors are the others in their order. Rows of
+    `imagenet.py` have their words in the instruction.
     """
+    if row.get("kind") == "words":  # ImageNet's, one object each
+        return [Name(word, (index,)) for index, word in enumerate(row["instruction"].split(", "))]
     ids = list(row["instance_ids"])
     total = len(row["masks"]) + len(row.get("distractor_masks") or [])
     ids += [number for number in range(1, total + 1) if number not in ids]
