@@ -10,9 +10,9 @@ CATEGORIES = (
     "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
     "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
     "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, "
+    "laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, "
+    "scissors, teddy bear, hair drier, toothbrush"
 ).split(", ")
 _PLURALS = {
     "person": "people",
@@ -54,7 +54,7 @@ SYNONYMS = {
     "teddy bear": ["stuffed bear"],
     "hair drier": ["blow dryer"],
 }
-# What all categories in the second list are, and none of the third is without doubt: pictures with these are not asked.
+# Group -> (categories in it, categories for which it is open to doubt: pictures with these are not asked).
 GROUPS = {
     "animals": ("bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe", "teddy bear"),
     "vehicles": ("bicycle, car, motorcycle, airplane, bus, train, truck, boat", "skateboard"),

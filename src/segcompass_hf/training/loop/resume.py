@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_image_dataset, readable_stream
-from .checkpoints import WholeCheckpointsMixin
 from .batch_norms import keep_stored_statistics
+from .checkpoints import WholeCheckpointsMixin
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
 logger = logging.get_logger(__name__)

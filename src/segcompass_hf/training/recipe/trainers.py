@@ -32,7 +32,8 @@ def names_of(stage: Stage) -> dict[str, Any]:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError, OSError) as error:
         raise RecipeError(
-            f"{stage.name}.names is {stage.own.names!r}; expected MODULE:FUNCTION or FILE.py:FUNCTION that can be imported: {error}"
+            f"{stage.name}.names is {stage.own.names!r}; expected MODULE:FUNCTION or FILE.py:FUNCTION that can be "
+            f"imported: {error}"
         ) from error
     return {"names": found}
 
