@@ -153,6 +153,8 @@ def compose(vision: EfficientNetModel, language: LlamaForCausalLM, tokenizer: Pr
     vlm.model.vision_tower.load_state_dict(vision.state_dict())
     vlm.model.language_model.load_state_dict(language.model.state_dict())
     vlm.tie_weights()
+    rows = vlm.get_input_embeddings().weight
+    nn.init.normal_(vlm.model.multi_modal_projector.linear_2.bias, std=float(rows.detach().std()))  # no empty token
     vlm.generation_config.eos_token_id = tokenizer.eos_token_id
     vlm.generation_config.pad_token_id = tokenizer.pad_token_id
     return vlm.eval()
