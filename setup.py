@@ -14,7 +14,7 @@ CORE = [
     "safetensors>=0.8",
     "huggingface-hub>=1.5",
     "numpy>=2",
-    "pillow>=10",
+    "pillow>=11.2",  # older ones show pictures that XMP turns the wrong way
     "scipy>=1.13",  # matches slots to objects in the loss
     "pycocotools>=2.0.8",  # masks as run lengths
 ]
@@ -24,11 +24,11 @@ EXTRAS = {
         "transformers>=5.24,<5.25",
         "trl>=1.16,<1.17",
         "peft>=0.18",
-        "datasets>=4",
+        "datasets>=5",
         "accelerate>=1.10",
         "bitsandbytes>=0.48",
     ],
-    "data": ["accelerate>=1.10", "datasets>=4", "evaluate>=0.4.6"],
+    "data": ["accelerate>=1.10", "datasets>=5", "evaluate>=0.4.6"],
     "demo": ["matplotlib>=3.8"],
     "explain": ["matplotlib>=3.8", "gradio>=6", "pyarrow>=15"],
 }

@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 import segcompass_hf
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation.processes import Processes
-from segcompass_hf.loading_segcompass import add_tokens
 from segcompass_hf.stopping import run_script
+from segcompass_hf.token_rows_segcompass import add_tokens
 from segcompass_hf.training.arguments import read_arguments
 from segcompass_hf.training.warmup.trainer import WarmupConfig, WarmupTrainer
 

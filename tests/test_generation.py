@@ -6,6 +6,8 @@ import copy
 import pytest
 import tiny
 import torch
+from breadth.families import FAMILIES
+from breadth.trial import Trial, vlm_inputs
 from transformers import GenerationConfig
 
 from segcompass_hf.generation_segcompass import (
@@ -13,9 +15,12 @@ from segcompass_hf.generation_segcompass import (
     SuppressTokensLogitsProcessor,
     completion_mask_of,
     generate_and_feed_last,
+    positions_without_padding,
     reasoning_budget,
 )
 from segcompass_hf.text_stack_segcompass import HiddenStateCapture, decoder_layers
+from segcompass_hf.token_rows_segcompass import add_tokens
+from segcompass_hf.vlm_inputs_segcompass import sequence_inputs
 
 INSTRUCTIONS = ["the largest red circle", "all the blue squares but not the small ring"]
 REF, START, END, EOS, PAD, VOCAB = 11, 12, 13, 14, 15, 20
@@ -329,6 +334,20 @@ class TestLastToken:
         assert torch.equal(output.sequences, expected.sequences)
         assert torch.equal(output.reasoning_surprisal, expected.reasoning_surprisal)
 
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [({"num_beams": 2}, "num_beams=2: beams"), ({"cache_implementation": "static"}, "'static' has no room")],
+    )
+    def test_what_would_give_states_of_other_tokens_is_refused(self, asked, message):
+        """Also where `segment` is not asked, as in joint training."""
+        model = tiny.tiny_model()
+        _, inputs = prompts()
+        config = GenerationConfig(max_new_tokens=4, **asked)
+        assert model.generate(**inputs, generation_config=config).shape[0] == 2
+        config.feed_last_token = True
+        with pytest.raises(ValueError, match=message):
+            model.generate(**inputs, generation_config=config)
+
     def test_through_the_model(self):
         """As joint training samples: the generation configuration asks for it."""
         model = tiny.tiny_model()
@@ -486,3 +505,25 @@ class TestRefusals:
             model.segment(**inputs, max_new_tokens=12)
         if parameter not in ("sae.W_enc", "codebook.weight"):
             assert parameter in str(error.value)
+
+
+def test_positions_that_a_vlm_counts_itself_leave_out_padding(tmp_path):
+    """Kosmos-2's: written tokens of a padded row get the positions that they have alone, and in a whole sequence."""
+    trial = Trial("kosmos-2", FAMILIES["kosmos-2"], tmp_path)
+    trial.processor, vlm = trial.new_processor(), trial.parts.vlm()
+    add_tokens(trial.processor.tokenizer, vlm)
+    batch, alone = vlm_inputs(trial.inputs()), vlm_inputs(trial.inputs((0,)))
+    assert not batch["attention_mask"][0].all()
+    asked = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    with positions_without_padding(vlm, batch["attention_mask"]):
+        written = vlm.generate(**batch, do_sample=False, **asked)
+    expected = vlm.generate(**alone, do_sample=False, **asked)
+    assert torch.equal(written.sequences[0, -4:], expected.sequences[0, -4:])
+    for one, other in zip(written.logits, expected.logits, strict=True):
+        torch.testing.assert_close(one[0], other[0], rtol=0, atol=1e-4)
+    whole = {**alone, "input_ids": expected.sequences, "attention_mask": torch.ones_like(expected.sequences)}
+    with torch.no_grad():
+        logits = vlm(**sequence_inputs(vlm, whole)).logits[0, -5:-1]
+    torch.testing.assert_close(logits, torch.cat(expected.logits), rtol=0, atol=1e-4)
+    unaided = vlm.generate(**batch, do_sample=False, **asked)
+    assert (unaided.logits[1][0] - expected.logits[1][0]).abs().max() > 1e-2  # what it is for; no hook is left

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from transformers import AutoProcessor
 
-from segcompass_hf import processing_segcompass
+from segcompass_hf import prompts_segcompass
 
 PARTS = "{% for p in m['content'] %}{% if p['type'] == 'image' %}IMAGE{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
 # What stands around the words of user and assistant; the markers of plain text that each must keep to itself.
@@ -122,7 +122,7 @@ def test_a_chat_template_that_loops_for_ever_is_stopped(tmp_path, monkeypatch):
     loop = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
     tiny.tiny_processor("llava").save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(loop)
-    monkeypatch.setattr(processing_segcompass, "RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(prompts_segcompass, "RENDER_SECONDS", 0.5)
     processor = AutoProcessor.from_pretrained(tmp_path)
     start = time.monotonic()
     with pytest.raises(ValueError, match="chat template is not done after 0.5 seconds and seems to loop"):

@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 import tiny
 import torch
+import transformers
 from model_inputs import inputs_of
+from packaging import version
 from transformers import AutoModel, AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import segcompass_hf  # noqa: F401  registers the Auto classes
@@ -328,10 +330,15 @@ def test_pointers_that_git_left_in_place_of_weights(tmp_path, part):
             SegCompassForReasoningSegmentation.from_pretrained_parts(**{**given, part: str(tmp_path / part)})
 
 
+OLD = version.parse(transformers.__version__) < version.parse("5.24")
+
+
 class TestAttention:
     @pytest.mark.parametrize("asked", ["sdpa", "eager", "flex_attention"])
     def test_one_for_the_whole_reaches_every_part_that_can(self, tmp_path, asked):
         """SAM computes no flex attention, and keeps its own; the SAE has none, and nothing to say."""
+        if OLD and asked == "flex_attention":
+            pytest.skip("transformers 5.17 refuses what one part cannot do, on loading")
         tiny.tiny_model().save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=asked)
         changed = tiny.tiny_model()
@@ -344,6 +351,7 @@ class TestAttention:
                 sam
             }
 
+    @pytest.mark.skipif(OLD, reason="transformers 5.17 does not hand an implementation on to nested configurations")
     def test_one_for_a_part(self, tmp_path):
         tiny.tiny_model().save_pretrained(tmp_path)
         loaded = AutoModel.from_pretrained(tmp_path, attn_implementation={"vlm_config": "eager"})

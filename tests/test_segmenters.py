@@ -1,15 +1,27 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Every segmenter behind the mask stage: its own numbers, gradients, batches, files, canvases, and what is refused."""
 
+import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import SEGMENTERS, realign, tiny_image, tiny_mask, tiny_segmenter, tiny_segmenter_config
+from tiny import (
+    SEGMENTERS,
+    realign,
+    tiny_image,
+    tiny_mask,
+    tiny_model,
+    tiny_processor,
+    tiny_segmenter,
+    tiny_segmenter_config,
+)
 from transformers import AutoConfig, AutoModel, BatchFeature, PretrainedConfig, SamConfig
 
+from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
 from segcompass_hf.image_features_segcompass import ImageFeatures, join_rows, parts_of
 from segcompass_hf.loading_segcompass import load_segmenter
 from segcompass_hf.modeling_masks import MaskStage, check_segmenter, positional_embeddings, segmenter_class
@@ -186,6 +198,17 @@ def test_image_features_survive_what_trainers_do_to_a_batch(tmp_path):
     assert rows_differ(ImageFeatures(tuple(features.items())), features) == 0  # as DistributedDataParallel makes one
 
 
+def test_a_data_loader_pins_image_features(monkeypatch):
+    from torch.utils.data._utils.pin_memory import pin_memory  # what a loader's thread calls, where there is a GPU
+
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor.clone())
+    features = ImageFeatures(torch.randn(2, 4, 2, 2), (torch.randn(2, 2, 8, 8),))
+    found = pin_memory(BatchFeature({"image_embeddings": features}))["image_embeddings"]
+    assert isinstance(found, ImageFeatures) and rows_differ(found, features) == 0
+    assert [tensor is part for tensor, part in zip(pinned, features.parts, strict=True)] == [True, True]
+
+
 def test_features_of_another_segmenter_are_refused():
     stage = MaskStage(tiny_segmenter("sam2"))
     features = stage.encode_image(pixels_of(stage))
@@ -239,6 +262,33 @@ def test_the_image_processors_of_the_segmenters_themselves_are_understood():
     assert geometry_of(to_sam_image_processor(1024)) == geometry_of(SamConfig())
     with pytest.raises(ValueError, match="sam_processor is a float; expected a segmenter's processor"):
         to_sam_image_processor(0.5)
+
+
+@pytest.mark.parametrize("kind", ["sam", "sam2"])
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_a_folder_s_own_statistics_of_pixels_count(file, kind, tmp_path):
+    config = tiny_segmenter_config(kind)
+    config.save_pretrained(tmp_path)
+    without = geometry_of(to_sam_image_processor(tmp_path))
+    assert without == geometry_of(config) and without.image_mean == (0.485, 0.456, 0.406)
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    published = {"image_processor_type": "Sam2ImageProcessorFast", "size": {"height": 9, "width": 9}, **own}
+    fields = (
+        published if file.startswith("pre") else {"image_processor": published, "processor_class": "Sam2Processor"}
+    )
+    (tmp_path / file).write_text(json.dumps(fields))
+    for source in (tmp_path, str(tmp_path)):
+        found = geometry_of(to_sam_image_processor(source))
+        assert found == replace(without, image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))  # the rest as before
+
+
+@pytest.mark.parametrize("given", [{"canvas": 128}, {"fit": "stretch"}], ids=str)
+def test_a_processor_of_another_segmenter_is_refused(given):
+    vlm, sam = tiny_model().vlm, tiny_segmenter("sam")
+    other = replace(geometry_of(sam.config), **given).image_processor()
+    processor = SegCompassProcessor.from_parts(tiny_processor().vlm_processor, other)
+    with pytest.raises(ValueError, match="pass the processor of the same checkpoint"):
+        SegCompassForReasoningSegmentation.from_pretrained_parts(vlm, sam, processor=processor)
 
 
 # Files

@@ -6,6 +6,9 @@ import pytest
 import tiny
 import torch
 import transformers
+from breadth import steps
+from breadth.families import FAMILIES
+from breadth.trial import Trial
 
 from segcompass_hf import SegCompassForReasoningSegmentation
 from segcompass_hf.generation_segcompass import generate_and_feed_last
@@ -128,6 +131,28 @@ class TestParallelStreams:
         cut = streams.replace(streams.mean.detach())
         assert not cut.requires_grad
         torch.testing.assert_close(cut, states.detach())
+
+
+class TestStatesWithoutTokens:
+    """GIT puts the picture's states in front of the text's: five here, of two by two patches and a class token."""
+
+    @pytest.fixture(scope="class")
+    def git(self, tmp_path_factory):
+        trial = Trial("git", FAMILIES["git"], tmp_path_factory.mktemp("git"))
+        steps.processor(trial)
+        steps.compose(trial)
+        return trial
+
+    def test_every_way_to_masks_is_refused(self, git):
+        inputs = git.inputs()
+        length = inputs["input_ids"].shape[1]
+        message = f"passes {length + 5} states for {length} tokens"
+        with pytest.raises(ValueError, match=message):
+            git.model.segment(**inputs, max_new_tokens=12)  # with five and more tokens written, the counts would agree
+        with pytest.raises(ValueError, match=message):
+            git.model(**inputs)
+        with pytest.raises(ValueError, match=message):
+            git.model(**inputs, slots_alone=True)
 
 
 @pytest.mark.parametrize("build", [gemma3n, gemma4], ids=["altup", "shared keys"])

@@ -12,6 +12,8 @@ import tiny
 import torch
 import transformers
 import vlm_families
+from breadth.families import FAMILIES as BREADTH
+from breadth.trial import Trial
 from transformers import AutoConfig
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import is_torchvision_available
@@ -271,6 +273,7 @@ class TestImageToken:
         assert SegCompassConfig.from_pretrained(tmp_path).image_token_id == 9
         model = tiny.tiny_model("llava")
         model.config.image_token_id = None
+        logging.Logger.warning_once.cache_clear()  # another test may have heard it
         with caplog.at_level(logging.WARNING, "segcompass_hf"):
             assert model.modality_ids(torch.tensor([[5, 7]])).tolist() == [[0, 0]]
         assert "image tokens count as text" in caplog.text
@@ -311,3 +314,22 @@ def test_pixels_are_the_same_wherever_a_processor_is_loaded(tmp_path):
 def test_a_class_without_chat_template_gets_one():
     processor = vlm_families.processor_of("ChameleonProcessor")
     assert processor.vlm_processor.chat_template == processor.tokenizer.chat_template is not None
+
+
+def test_places_of_the_image_follow_the_padding(tmp_path):
+    """Kosmos-2.5's processor writes them as if every row began at the left: in padding, if it is padded."""
+    trial = Trial("kosmos-2.5", BREADTH["kosmos-2.5"], tmp_path)
+    processor = trial.new_processor()
+    assert processor.image_handling.padding_ignored == ("image_embeds_position_mask",)
+    batch, alone = trial.inputs_by(processor), trial.inputs_by(processor, (0,))
+    padding = int((batch["attention_mask"][0] == 0).sum())
+    assert padding > 0 and int(batch["attention_mask"][1].sum()) == batch["attention_mask"].shape[1]
+    places = batch["image_embeds_position_mask"]
+    assert torch.equal(places == 1, batch["input_ids"] == processor.image_token_id)
+    assert torch.equal(places[0, padding:], alone["image_embeds_position_mask"][0])
+    assert not places[0, :padding].any()
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_families_that_heed_padding_are_left_alone(family):
+    assert tiny.tiny_processor(family).image_handling.padding_ignored == ()

@@ -26,10 +26,11 @@ An image and an instruction go in; reasoning and one mask per object come out. E
 
 `reading_segcompass` runs the stages from states to masks, `modeling_segcompass` composes them with VLM and segmenter,
 `losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What VLM
-families differ in: `text_stack_segcompass` finds the decoder whose states are read, `vlm_inputs_segcompass` prepares
-whole sequences as generation does. Which segmenters there are says `segmenters_segcompass`; the one that transformers
-does not have is `modeling_mobile_sam`. What all ask of files, memory and threads: `weight_files_segcompass`,
-`offloading_segcompass`, `threads_segcompass`.
+families differ in: `vlm_calls_segcompass` asks their own processors for inputs, `prompts_segcompass` writes the texts
+for these, `token_rows_segcompass` gives the added tokens rows, `text_stack_segcompass` finds the decoder whose states
+are read, `vlm_inputs_segcompass` prepares whole sequences as generation does. Which segmenters there are says
+`segmenters_segcompass`; the one that transformers does not have is `modeling_mobile_sam`. What all ask of files,
+memory and threads: `weight_files_segcompass`, `offloading_segcompass`, `threads_segcompass`.
 Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
 learn about them the same way.
 """

@@ -70,8 +70,8 @@ class SegCompassConfig(PretrainedConfig):
     The nested configurations may be given as configuration objects, as dicts (with a `model_type`), or left out.
 
     Args:
-        vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration whose
-            text model has `layers`; LLaVA-1.5 when left out.
+        vlm_config (`PretrainedConfig` or `dict`, *optional*): Any `AutoModelForImageTextToText` configuration
+            of a decoder-only VLM; LLaVA-1.5 when left out.
         sam_config (`PretrainedConfig` or `dict`, *optional*): Of any segmenter that takes mask prompts, see
             [`SEGMENTERS`] (a video model's becomes that of its image part); SAM ViT-H when left out.
         sae_config (`PretrainedConfig` or `dict`, *optional*): A [`SegCompassSaeConfig`]; its `d_in` defaults to the
@@ -252,6 +252,14 @@ def _check_calibration(calibration: dict[str, Any]) -> None:
         )
     if not all(entry["scale"] > 0 for entry in entries):
         raise ValueError("score_calibration holds a scale that is not positive; fit it again.")
+
+
+def own_settings(config: PretrainedConfig | None) -> dict[str, Any]:
+    """What a SegCompass configuration says apart from its parts, what follows from them (numbers of slots and layer,
+    token ids), and the calibration of its scores, which was fitted to heads that do not come along."""
+    apart = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer", "score_calibration"}
+    names = [name for name in SegCompassConfig.__annotations__ if name not in apart and not name.endswith("_token_id")]
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 def _resolve_config(config: dict | PretrainedConfig | None, default: str | type) -> PretrainedConfig:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import generate_and_feed_last
+from .generation_segcompass import generate_and_feed_last, positions_without_padding
 from .offloading_segcompass import execution_device
 from .threads_segcompass import CallLock, one_call_at_a_time
 
@@ -108,7 +108,8 @@ class VlmDelegationMixin:
             kwargs["suppress_tokens"] = suppressed
         if getattr(config, "feed_last_token", False):
             return generate_and_feed_last(self.vlm, *args, **kwargs)
-        return self.vlm.generate(*args, **kwargs)
+        with positions_without_padding(self.vlm, kwargs.get("attention_mask")):
+            return self.vlm.generate(*args, **kwargs)
 
     @property
     def vision_token_ids(self) -> list[int]:

@@ -2,7 +2,8 @@
 """Generation: every token passes the VLM, and answers are well-formed by construction."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
 ADDED_TOKENS = {"ref_token_id": "<REF_POS>", "think_start_token_id": "<think>", "think_end_token_id": "</think>"}
 
 
@@ -34,6 +36,9 @@ def generate_and_feed_last(
         streamer (*optional*): Gets the tokens that are returned, each when the next one is written.
         synced_gpus (`bool`, *optional*): As for `generate`.
         args, kwargs: For `generate`.
+
+    Raises:
+        ValueError: Beam search, or a cache that has no room for the step more.
     """
     tokenizer = kwargs.pop("tokenizer", None)
     mode = vlm._extract_generation_mode_kwargs(None, {}, synced_gpus, None, streamer)
@@ -46,6 +51,12 @@ def generate_and_feed_last(
 
     # By this name `generate` prepares everything and leaves the loop to its caller.
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        if (generation_config.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={generation_config.num_beams}: beams change places while they are written, so captured "
+                "states would belong to other beams; use greedy decoding or sampling."
+            )
+        check_growing_cache(generation_config.cache_implementation)
         stop = _OneStepLater(stopping_criteria)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
@@ -59,7 +70,59 @@ def generate_and_feed_last(
         )
         return _without_last(output)
 
-    return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+    with positions_without_padding(vlm, kwargs.get("attention_mask")):
+        return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
+
+
+def counting_embeddings(vlm: torch.nn.Module) -> list[torch.nn.Module]:
+    """Embeddings that count positions themselves, from their padding token's id on (Kosmos-2's and Kosmos-2.5's)."""
+    return [module for module in vlm.modules() if hasattr(module, "create_position_ids_from_input_ids")]
+
+
+@contextmanager
+def positions_without_padding(vlm: torch.nn.Module, attention_mask: torch.Tensor | None) -> Iterator[None]:
+    """While a VLM writes, let embeddings that count positions themselves leave out the padding in front of a row.
+
+    They do so for a whole sequence, but to a written token they add the length of the whole cache.
+
+    Args:
+        vlm (`nn.Module`): Nothing happens where its embeddings get their positions.
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): Of the prompts.
+    """
+    counting = counting_embeddings(vlm)
+    if attention_mask is None or not counting:
+        yield
+        return
+    padding = (attention_mask.cumsum(1) == 0).sum(1)
+
+    def give_positions(module, args, kwargs):
+        past = kwargs.get("cache_length", kwargs.get("past_key_values_length")) or 0  # the latter until 5.23
+        ids = kwargs.get("input_ids")
+        if not past or ids is None:
+            return None
+        left_out = padding.repeat_interleave(len(ids) // len(padding))  # of beams and several answers too
+        places = torch.arange(1, ids.shape[1] + 1, device=ids.device) + module.padding_idx + past
+        return args, {**kwargs, "position_ids": places - left_out.to(ids.device)[:, None]}
+
+    handles = [module.register_forward_pre_hook(give_positions, with_kwargs=True) for module in counting]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_growing_cache(implementation: str | None) -> None:
+    """Refuse a `cache_implementation` of a fixed length.
+
+    Raises:
+        ValueError: It is none of [`GROWING_CACHES`].
+    """
+    if implementation not in (None, *GROWING_CACHES):
+        raise ValueError(
+            f"cache_implementation={implementation!r} has no room for the step that completes the last token's "
+            f"states; use one of {', '.join(GROWING_CACHES)}."
+        )
 
 
 class _OneStepLater(StoppingCriteria):

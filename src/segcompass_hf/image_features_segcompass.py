@@ -1,7 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """What an image encoder gives a mask decoder: a tensor of embeddings, or with more beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,11 @@ class ImageFeatures(ModelOutput):
 
     def to(self, *args, **kwargs) -> "ImageFeatures":
         return self.map(lambda part: part.to(*args, **kwargs))
+
+    def update(self, parts: Mapping[str, Any]) -> None:
+        """As data loaders pin mappings in memory: a copy gets the pinned parts. Any other `ModelOutput` refuses it."""
+        for name, part in parts.items():
+            self[name] = part
 
     def expand(self, rows: int, *sides: int) -> "ImageFeatures":
         return self.map(lambda part: part.expand(rows, *sides))

@@ -13,11 +13,11 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import logging
 
 from .configuration_segcompass import SegCompassConfig
-from .generation_segcompass import ADDED_TOKENS
 from .modeling_masks import check_segmenter, segmenter_class
 from .modeling_sae import SegCompassSae
-from .segmenters_segcompass import segmenter_config
+from .segmenters_segcompass import check_canvas, geometry_of, segmenter_config
 from .text_stack_segcompass import decoder_layers
+from .token_rows_segcompass import add_tokens
 from .weight_files_segcompass import (
     check_no_layers_left,
     check_nothing_left,
@@ -84,8 +84,8 @@ class LoadingMixin:
 
         Raises:
             FileNotFoundError: A part is named by a folder that does not exist.
-            ValueError: The processor is for another number of slots, or `sam` is no segmenter that takes mask
-                prompts, or lacks weights.
+            ValueError: The processor is for another number of slots or another segmenter, or `sam` is no segmenter
+                that takes mask prompts, or lacks weights.
         """
         load = {} if dtype is None else {"dtype": dtype}
         if getattr(processor, "num_slots", num_slots) != num_slots:
@@ -101,6 +101,8 @@ class LoadingMixin:
         if _is_source(sam, "sam"):
             sam = load_segmenter(sam, dtype)
         check_segmenter(sam)
+        if hasattr(processor, "geometry"):
+            check_canvas(processor.geometry, geometry_of(sam.config))
         if _is_source(sae, "sae"):
             sae = SegCompassSae.from_pretrained(sae, **load)
         if tokenizer is not None:
@@ -326,37 +328,3 @@ def _measured_image_token(processor: Any, vlm_config: Any) -> dict[str, int]:
             *(part for pair in zip((written, replaced), names, strict=True) for part in pair),
         )
     return {"image_token_id": written}
-
-
-def add_tokens(tokenizer: Any, vlm: PreTrainedModel) -> dict[str, int]:
-    """Add `<REF_POS>`, `<think>` and `</think>` to a tokenizer and embedding rows for them to the VLM.
-
-    They are no special tokens: TRL decodes with `skip_special_tokens=True`, and rewards must see them.
-
-    Returns:
-        `dict[str, int]`: `ref_token_id`, `think_start_token_id` and `think_end_token_id`.
-    """
-    known = tokenizer.get_vocab()
-    tokenizer.add_tokens([token for token in ADDED_TOKENS.values() if token not in known], special_tokens=False)
-    if len(tokenizer) > num_token_rows(vlm):
-        _resize_rows(vlm, len(tokenizer))
-    return {name: tokenizer.convert_tokens_to_ids(token) for name, token in ADDED_TOKENS.items()}
-
-
-def num_token_rows(vlm: PreTrainedModel) -> int:
-    """Tokens that a VLM both reads and writes: the smaller of the rows of its embeddings and of its head."""
-    head = vlm.get_output_embeddings()
-    return min(module.weight.shape[0] for module in (vlm.get_input_embeddings(), head) if module is not None)
-
-
-def _resize_rows(vlm: PreTrainedModel, num_tokens: int) -> None:
-    """As `vlm.resize_token_embeddings`, but what the embeddings have beyond the head (rows of image tokens, in Mllama
-    and Molmo2), and their configurations count on, stays."""
-    rows = vlm.get_input_embeddings().weight.detach()
-    surplus = rows.shape[0] - num_token_rows(vlm)
-    rows = rows.clone() if surplus else rows  # resizing changes the module in place
-    vlm.resize_token_embeddings(num_tokens)
-    if surplus:
-        embeddings = vlm._get_resized_embeddings(vlm.get_input_embeddings(), num_tokens + surplus)
-        embeddings.weight.data[: len(rows)] = rows
-        vlm.set_input_embeddings(embeddings)

@@ -297,7 +297,7 @@ class SegCompassForReasoningSegmentation(
                 mask, modality = (x[:, span].repeat_interleave(copies, 0) for x in (attention_mask, modality_ids))
                 return steer_hidden_states(self.sae, states, interventions, mask, modality)
 
-        return HiddenStateCapture(self.vlm, self.config.sae_layer, edit, stop)
+        return HiddenStateCapture(self.vlm, self.config.sae_layer, edit, stop, prompt_length=input_ids.shape[1])
 
     def vlm_inputs(self, input_ids: torch.Tensor, **inputs) -> dict:
         """Arguments of `self.vlm(...)` for whole sequences; see [`sequence_inputs`]."""

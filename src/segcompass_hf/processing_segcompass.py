@@ -3,9 +3,6 @@
 
 import copy
 import os
-import re
-import unicodedata
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,39 +14,19 @@ from .images_segcompass import (
     to_rgb_image,
 )
 from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
+from .prompts_segcompass import (
+    COMPLETION_TEMPLATE,
+    INSTRUCTION_TEMPLATE,
+    MINIMAL_CHAT_TEMPLATE,
+    PromptsMixin,
+    checked_text,
+)
 from .segmenters_segcompass import Geometry, geometry_of, to_sam_image_processor
-from .threads_segcompass import tokenizer_lock, within_seconds
-from .vlm_processors_segcompass import (
-    ImageHandling,
-    build_vlm_processor,
-    is_own_folder,
-    load_vlm_parts,
-    measure_image_handling,
-    on_pil_backend,
-    own_arguments,
-)
-
-INSTRUCTION_TEMPLATE = (
-    "Find what this asks for in the image: {instruction}\n"
-    "Think first, inside <think> and </think>: name the candidates and rule out the wrong ones. Then write "
-    "{num_slots} position tokens, each as <REF_POS>, and nothing else."
-)
-COMPLETION_TEMPLATE = "<think>{reasoning}</think>{references}"
-# For tokenizers without a chat template: `<s>`, the image, the words; an answer ends with the end-of-sequence token.
-MINIMAL_CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE_TOKEN"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-RENDER_SECONDS = 30.0  # a chat template comes with a checkpoint, and takes milliseconds unless it loops
-_SENTINEL = "\u2603"  # stands for a message's content when a chat template is looked through
-_ROLE_SHAPE = re.compile(r"([^\s:：]*\w)[ \t]*[:：]")  # USER:
-_MARKER_SHAPE = re.compile(r"^[<\[]\S+[>\]]$")  # <think>, <|im_start|>, [INST]: control tokens even where not special
+from .vlm_calls_segcompass import VlmCallsMixin
+from .vlm_processors_segcompass import is_own_folder, load_vlm_parts, on_pil_backend, own_arguments
 
 
-class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
+class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
 
     The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
@@ -158,79 +135,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         sam_image_processor = to_sam_image_processor(sam_processor)
         return cls(image_processor, tokenizer, sam_image_processor, num_slots, **(fields | own | kwargs))
 
-    # What the VLM family brings
-
-    @property
-    def vlm_processor(self) -> ProcessorMixin:
-        """The family's own processor around our image processor and tokenizer; rebuilt when either is replaced."""
-        inner = self._vlm_processor
-        if inner is None or inner.tokenizer is not self.tokenizer or inner.image_processor is not self.image_processor:
-            template, arguments = getattr(self, "chat_template", None), self.vlm_processor_kwargs
-            inner = build_vlm_processor(
-                self.vlm_processor_class, self.image_processor, self.tokenizer, template, arguments
-            )
-            self._vlm_processor, self._handling = inner, None
-        return inner
-
-    @property
-    def image_handling(self) -> ImageHandling:
-        """How the family's processor wants images, and what stands for them in the ids; found out at first use."""
-        inner = self.vlm_processor
-        if self._handling is None:
-            prompt = self._picture_prompt()
-            with tokenizer_lock:
-                self._handling = measure_image_handling(
-                    inner, self.vlm_processor_class, prompt, **self._special_tokens([prompt])
-                )
-        return self._handling
-
-    def picture_inputs(self, picture: Any, **image_options) -> BatchFeature:
-        """The VLM's inputs for one picture in a short prompt, as the family's processor makes them of any image.
-
-        Args:
-            picture: See `to_rgb_image`.
-            image_options: For the family's image processor.
-        """
-        return self._vlm_inputs([[picture]], [self._picture_prompt()], return_tensors="pt", **image_options)
-
-    def _picture_prompt(self) -> str:
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
-        return self._render([message], add_generation_prompt=True)
-
-    @property
-    def image_token(self) -> str | None:
-        """The VLM's image placeholder in texts; `None` where the family has none."""
-        token = getattr(self.vlm_processor, "image_token", None) or getattr(self.tokenizer, "image_token", None)
-        return getattr(token, "content", token)
-
-    @property
-    def image_token_id(self) -> int | None:
-        """Id that stands for image patches in `input_ids`, as measured: families may write another token in the text.
-        `None` where the ids hold nothing for an image."""
-        return self.image_handling.token_id
-
-    @property
-    def ref_token_id(self) -> int:
-        """Id of `<REF_POS>`."""
-        return self.tokenizer.convert_tokens_to_ids(REF_TOKEN)
-
-    @property
-    def think_start_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(THINK_START)
-
-    @property
-    def think_end_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(THINK_END)
-
-    @property
-    def end_of_turn_token(self) -> str:
-        """What ends an answer: the first control token the chat template puts after it, else the end of sequence."""
-        return self._control_data()["end_of_turn"]
-
-    @property
-    def end_of_turn_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(self.end_of_turn_token)
-
     @property
     def geometry(self) -> Geometry:
         """How images lie on the segmenter's canvas."""
@@ -249,121 +153,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return [*self.vlm_processor.model_input_names, "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
-
-    # Text
-
-    def neutralize(self, text: str) -> str:
-        """Make control tokens inside somebody's words inert: they read the same to a person, but never encode to the
-        token.
-
-        Every control token of the tokenizer (special ones, image placeholders, `<REF_POS>`, think tags) and every
-        marker in brackets of the chat template gets a space after its first character, in any letter case; role
-        markers of plain text (`ASSISTANT:`) lose their colon, also glued to another word.
-
-        Raises:
-            `ValueError`: the tokenizer still reads a control token, whatever is done.
-        """
-        control = self._control_data()
-        for attempt in range(3):
-            broken = _without_markers(text, control)
-            ids = self._ids_of(broken)
-            found = {self.tokenizer.convert_ids_to_tokens(i) for i in ids if i in control["ids"]}
-            found |= {match[0] for match in control["roles"].finditer(self.tokenizer.decode(ids))}
-            if not found:
-                return broken
-            # the tokenizer's own normalisation put one together: spell it out first, then give up what marks them
-            text = unicodedata.normalize("NFKC", text) if attempt == 0 else re.sub(r"[<>|\[\]:]+", " ", text)
-        raise ValueError(
-            f"the text holds {sorted(found)}, which this tokenizer always reads as control tokens; leave them out."
-        )
-
-    def build_messages(self, instruction: str, image: Any = None, reasoning: str | None = None) -> list[dict]:
-        """The conversation for an instruction: one user turn, and the reference answer if `reasoning` is given.
-
-        Args:
-            instruction (`str`): The user's words, made inert here.
-            image (*optional*): Stands in the image part; without it the part only marks the place.
-            reasoning (`str`, *optional*): What the reference answer thinks.
-
-        Returns:
-            `list[dict]`: for `apply_chat_template`, or the `prompt` column of a TRL data set.
-
-        Raises:
-            `ValueError`: the instruction is empty or no text.
-        """
-        text = self.instruction_template.replace("{num_slots}", str(self.num_slots))
-        text = text.replace("{instruction}", self.neutralize(_checked_text(instruction, "the instruction")))
-        place = {"type": "image"} if image is None else {"type": "image", "image": image}
-        messages = [{"role": "user", "content": [place, {"type": "text", "text": text}]}]
-        if reasoning is not None:
-            answer = [{"type": "text", "text": self.build_completion(reasoning)}]
-            messages.append({"role": "assistant", "content": answer})
-        return messages
-
-    def build_prompt(self, instruction: str) -> str:
-        """The rendered prompt, ready for `processor(images=..., text=...)`."""
-        return self._render(self.build_messages(instruction), add_generation_prompt=True)
-
-    def build_completion(self, reasoning: str) -> str:
-        """The reference answer: think block and `num_slots` times `<REF_POS>`, without the end of turn."""
-        text = self.completion_template.replace("{references}", REF_TOKEN * self.num_slots)
-        return text.replace("{reasoning}", self.neutralize(reasoning))
-
-    def _ids_of(self, text: str) -> list[int]:
-        with tokenizer_lock:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def _render(self, messages: list[dict], **kwargs) -> str:
-        """Render a conversation.
-
-        Raises:
-            `ValueError`: the chat template does not end.
-        """
-        try:
-            return within_seconds(
-                RENDER_SECONDS, partial(self.apply_chat_template, messages, tokenize=False, **kwargs)
-            )
-        except TimeoutError as error:
-            raise ValueError(
-                f"the checkpoint's chat template is {error} and seems to loop for ever; do not use it, or pass "
-                "another chat_template."
-            ) from error
-
-    def _control_data(self) -> dict:
-        """Control tokens and role markers, looked up once per tokenizer, vocabulary and chat template."""
-        key = (
-            id(self.tokenizer),
-            len(self.tokenizer),
-            self.chat_template if isinstance(self.chat_template, str) else None,
-        )
-        if self._control is not None and self._control["key"] == key:
-            return self._control
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens = {token.content for token in added if token.special or _MARKER_SHAPE.match(token.content)}
-        tokens |= {*self.tokenizer.all_special_tokens, self.image_token or "", REF_TOKEN, THINK_START, THINK_END}
-        tokens = {token for token in tokens if len(token.strip()) > 1}
-        pattern = _any_of(tokens)
-        ids = set(self.tokenizer.convert_tokens_to_ids(sorted(tokens))) - {self.tokenizer.unk_token_id, None}
-
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _SENTINEL}]}
-        answer = {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]}
-        conversation = self._render([user, answer])
-        around = [
-            *conversation.split(_SENTINEL)[:2],
-            self._render([user], add_generation_prompt=True).split(_SENTINEL)[-1],
-        ]
-        end = pattern.search(conversation.rpartition(_SENTINEL)[2])
-        literal = "\n".join(pattern.sub("\n", text) for text in around)
-        tokens |= {word for word in literal.split() if _MARKER_SHAPE.match(word)}  # [INST], where it is no token
-        roles = {word for word in _ROLE_SHAPE.findall(literal) if not word.isdigit()}
-        self._control = {
-            "key": key,
-            "pattern": _any_of(tokens),
-            "ids": ids,
-            "end_of_turn": end[0] if end else self.tokenizer.eos_token,
-            "roles": re.compile(rf"({'|'.join(map(re.escape, sorted(roles))) or '(?!)'})(\s*[:：])+"),
-        }
-        return self._control
 
     # Inputs
 
@@ -429,7 +218,7 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         images = [to_rgb_image(image, name.format(index)) for index, image in enumerate(images)]
         messages = []
         for index, words in enumerate(instructions):
-            messages.append(self.build_messages(_checked_text(words, f"instruction {index}")))
+            messages.append(self.build_messages(checked_text(words, f"instruction {index}")))
         prompts = [self._render(message, add_generation_prompt=True) for message in messages]
         data = dict(
             self._vlm_inputs([[i] for i in images], prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -441,51 +230,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         if masks is not None:
             data |= self._mask_targets(masks, images, overflow)
         return BatchFeature(data)
-
-    def _vlm_inputs(self, images: Any, text: str | list[str], **kwargs) -> BatchFeature:
-        """What the family's own processor returns, but for labels."""
-        kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        kwargs = self._special_tokens([text] if isinstance(text, str) else text) | kwargs
-        images = _map_images(images)
-        if images is not None:
-            if not self.image_handling.nested:
-                images = _flat(images)
-            if self.image_handling.asks_types:
-                kwargs.setdefault("return_mm_token_type_ids", True)
-        with tokenizer_lock:
-            inputs = self.vlm_processor(images=images, text=text, **kwargs)
-        inputs.pop("labels", None)  # PaliGemma's mark answers that it was not given
-        return inputs
-
-    def _special_tokens(self, texts: list[str]) -> dict[str, bool]:
-        """A template that writes `<s>` itself must not get a second one."""
-        bos = self.tokenizer.bos_token
-        has_bos = bos and all(isinstance(words, str) and words.startswith(bos) for words in texts)
-        return {"add_special_tokens": False} if has_bos else {}
-
-    def _append_completions(self, data: dict, reasonings: list[str]) -> dict:
-        """The reference answers behind the prompts: `[padding | prompt | answer | padding]`, as TRL lays them out."""
-        texts = []
-        for index, words in enumerate(reasonings):
-            if not isinstance(words, str):
-                raise ValueError(f"reasoning {index} is a {type(words).__name__}; expected a text (it may be empty).")
-            texts.append(self.build_completion(words) + self.end_of_turn_token)
-        answers = [self._ids_of(words) for words in texts]
-        width = max(map(len, answers))
-        ids = torch.full((len(answers), width), self.tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, answer in enumerate(answers):
-            ids[row, : len(answer)] = torch.tensor(answer)
-            mask[row, : len(answer)] = 1
-        prompt_ids, prompt_mask = data["input_ids"], data["attention_mask"]
-        completion_mask = torch.cat([torch.zeros_like(prompt_mask), mask], dim=1)  # (B, T)
-        out = {
-            "input_ids": torch.cat([prompt_ids, ids], dim=1),
-            "attention_mask": torch.cat([prompt_mask, mask], dim=1),
-            "completion_mask": completion_mask,
-        }
-        out["labels"] = out["input_ids"].masked_fill(completion_mask == 0, -100)
-        return out
 
     def _check_length(self, attention_mask: torch.Tensor) -> None:
         limit = self.tokenizer.model_max_length
@@ -544,34 +288,6 @@ class SegCompassProcessor(PostProcessingMixin, ProcessorMixin):
         return self.__dict__ | {"_vlm_processor": None, "_control": None, "_handling": None}
 
 
-def _checked_text(words: Any, name: str) -> str:
-    if not isinstance(words, str):
-        raise ValueError(f"{name} is a {type(words).__name__}; expected a text.")
-    if not words.strip():
-        raise ValueError(f"{name} is empty; say what to look for in the image.")
-    try:
-        words.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds {words[error.start]!r}, which is no valid Unicode character.") from error
-    return words.strip()
-
-
-def _any_of(markers: set[str]) -> re.Pattern:
-    """Finds any of some texts, the longest first, in any letter case."""
-    longest_first = sorted((marker.strip() for marker in markers), key=lambda marker: (-len(marker), marker))
-    return re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
-
-
-def _without_markers(text: str, control: dict) -> str:
-    """Break control tokens and role markers, also those that breaking others puts together."""
-    before = None
-    while text != before:
-        before = text
-        text = control["pattern"].sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-        text = control["roles"].sub(lambda match: match[1], text)
-    return text
-
-
 def _depth(value: Any) -> int:
     """Number of axes of an array or nested list; -1 where there is nothing inside."""
     if hasattr(value, "ndim"):
@@ -602,22 +318,6 @@ def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, l
     count = next(iter(lengths.values()), 1)
     columns = {name: value if isinstance(value, list) else [value] * count for name, value in columns.items()}
     return columns["images"], columns["instruction"], columns.get("reasoning")
-
-
-def _map_images(images: Any) -> Any:
-    """`to_rgb_image` on every image of a nested list."""
-    if images is None:
-        return None
-    if isinstance(images, (list, tuple)):
-        return [_map_images(image) for image in images]
-    return to_rgb_image(images)
-
-
-def _flat(images: Any) -> Any:
-    """One list of all images of a nested one."""
-    if not isinstance(images, list) or not any(isinstance(image, list) for image in images):
-        return images
-    return [one for image in images for one in (image if isinstance(image, list) else [image])]
 
 
 SegCompassProcessor.register_for_auto_class("AutoProcessor")

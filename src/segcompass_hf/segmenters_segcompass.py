@@ -156,6 +156,19 @@ def geometry_of(source: Any) -> Geometry:
     return Geometry(canvas, 4 * canvas // map_size, fit, tuple(source.image_mean), tuple(source.image_std))
 
 
+def check_canvas(processor: Geometry, segmenter: Geometry) -> None:
+    """Refuse images that would lie on the canvas in another way than a segmenter was trained on.
+
+    Raises:
+        ValueError: Another canvas, or images padded where they should be stretched, or the other way round.
+    """
+    if (processor.canvas, processor.fit) != (segmenter.canvas, segmenter.fit):
+        raise ValueError(
+            f"the processor resizes images to {processor.canvas} pixels but this segmenter takes {segmenter.canvas} "
+            f"(fit {processor.fit!r} and {segmenter.fit!r}); pass the processor of the same checkpoint."
+        )
+
+
 def _side(size: int | Sequence[int]) -> int:
     return size if isinstance(size, int) else size[0]
 
@@ -200,6 +213,7 @@ __all__ = [
     "SEGMENTERS",
     "Geometry",
     "SegmenterKind",
+    "check_canvas",
     "geometry_of",
     "segmenter_config",
     "segmenter_kind",

@@ -13,8 +13,10 @@ from transformers.utils import ModelOutput
 
 from .generation_segcompass import (
     ADDED_TOKENS,
+    GROWING_CACHES,
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
+    check_growing_cache,
     completion_mask_of,
     generate_and_feed_last,
     reasoning_budget,
@@ -27,8 +29,6 @@ from .scoring_segcompass import ScoringMixin, TokenSurprisal
 from .text_stack_segcompass import HiddenStateCapture
 from .threads_segcompass import CallLock, one_call_at_a_time
 from .vlm_inputs_segcompass import every_state, forward_arguments
-
-_GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
 
 
 @dataclass
@@ -218,12 +218,6 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             kwargs.pop(name, None)
         if not bool(attention_mask[:, -1].all()):
             raise ValueError("some prompts are padded on the right; segment() continues them: pad on the left.")
-        num_beams = self._generation_setting(kwargs, "num_beams") or 1
-        if num_beams != 1:
-            raise ValueError(
-                f"num_beams={num_beams}: beams change places while they are written, so captured states would belong "
-                "to other beams; use greedy decoding or sampling."
-            )
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if self._generation_setting(kwargs, name) is not None:
                 raise ValueError(
@@ -236,12 +230,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                 "many passes; leave it out."
             )
         given = kwargs.get("cache_implementation")
-        given = given or getattr(kwargs.get("generation_config"), "cache_implementation", None)
-        if given not in (None, *_GROWING_CACHES):
-            raise ValueError(
-                f"cache_implementation={given!r} has no room for the step that completes the last token's states; use "
-                f"one of {', '.join(_GROWING_CACHES)}."
-            )
+        check_growing_cache(given or getattr(kwargs.get("generation_config"), "cache_implementation", None))
 
     def _is_format(self, completion: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
         """True on the tokens of the format, which are no reasoning; `(rows, completion_length)`."""
@@ -257,7 +246,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     def _generate_arguments(self, kwargs: dict, processors: list, end_ids: list[int]) -> dict:
         """What `generate` gets beside the prompt: the caller's arguments, greedy decoding, a cache that can grow."""
         cache = self._generation_setting(kwargs, "cache_implementation")
-        cache = {} if cache in (None, *_GROWING_CACHES) else {"cache_implementation": "dynamic"}  # the model's own
+        cache = {} if cache in (None, *GROWING_CACHES) else {"cache_implementation": "dynamic"}  # the model's own
         sampling = bool(getattr(kwargs.get("generation_config"), "do_sample", False))  # the caller's, not the model's
         processors = [*processors, *(kwargs.get("logits_processor") or [])]
         ends = {"eos_token_id": end_ids} if end_ids else {}

@@ -26,6 +26,11 @@ class HiddenStateCapture:
             tokens passed before; returns the states to go on with. What is captured is what it returns.
         stop (`bool`, defaults to `False`): End the pass and the context once the layer's states are there: what lies
             above is not computed, and `last_states` stay empty.
+        prompt_length (`int`, *optional*): Tokens of the first pass at most. Some VLMs put states of the picture in
+            front of the text, without tokens for them (GIT): states would be taken for those of other tokens.
+
+    Raises:
+        ValueError: The first pass has more states than `prompt_length`.
     """
 
     def __init__(
@@ -34,8 +39,9 @@ class HiddenStateCapture:
         layer: int,
         edit: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
         stop: bool = False,
+        prompt_length: int | None = None,
     ):
-        self.model, self.layer, self.edit, self.stop = model, layer, edit, stop
+        self.model, self.layer, self.edit, self.stop, self.prompt_length = model, layer, edit, stop, prompt_length
         self.layer_states: list[torch.Tensor] = []
         self.last_states: list[torch.Tensor] = []
         self._shape = (0, 0)  # (batch, tokens) of the pass that is running
@@ -90,6 +96,12 @@ class HiddenStateCapture:
     def _collect(self, states: torch.Tensor) -> torch.Tensor:
         streams = ParallelStreams(states, self._shape, self._width)
         mean = edited = streams.mean
+        if not self.layer_states and self.prompt_length is not None and mean.shape[1] > self.prompt_length:
+            raise ValueError(
+                f"the decoder of {type(self.model).__name__} passes {mean.shape[1]} states for {self.prompt_length} "
+                "tokens: those of the picture have no tokens, so states and tokens do not belong together; use a VLM "
+                "whose prompt holds a token for every image patch."
+            )
         if self.edit is not None:
             edited = self.edit(mean, self.num_tokens)
             states = streams.replace(edited)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .generation_segcompass import CACHE
+from .generation_segcompass import CACHE, counting_embeddings
 from .text_stack_segcompass import text_config
 
 
@@ -30,6 +30,8 @@ def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     if "position_ids" not in given and "position_ids" in forward_arguments(vlm):
         given["position_ids"] = vlm._prepare_position_ids_for_generation(input_ids, given)
     prepared = vlm.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
+    if inputs.get("position_ids") is None and counting_embeddings(vlm):
+        prepared.pop("position_ids", None)  # theirs do not begin at 0
     if "logits_to_keep" in prepared:
         prepared["logits_to_keep"] = every_state(vlm, prepared["logits_to_keep"])
     if labels is not None:
@@ -67,7 +69,7 @@ def _grown(vlm: nn.Module, inputs: Mapping[str, Any], length: int) -> dict[str, 
     """Those per-token inputs that are shorter than the sequences, brought to their `length`.
 
     The family's rule for one more token shows which inputs have an entry per token, and what a written token's is.
-    Token types that the rule does not know are those of text: 0.
+    Token types and marks of an image's places that the rule does not know are those of text: 0.
     """
     short = {name: value for name, value in inputs.items() if _may_grow(value, length) and name not in _OF_SEQUENCES}
     if not short:
@@ -77,7 +79,7 @@ def _grown(vlm: nn.Module, inputs: Mapping[str, Any], length: int) -> dict[str, 
     grown = {}
     for name, value in short.items():
         entry = longer[name][:, value.shape[1] :] if longer.get(name) is not None else value[:, :0]
-        if entry.shape[1] != 1 and name.endswith("token_type_ids"):
+        if entry.shape[1] != 1 and name.endswith(("token_type_ids", "position_mask")):
             entry = torch.zeros_like(value[:, -1:])
         if name == "token_type_ids" and not _is_causal(vlm, entry):
             entry = torch.ones_like(entry)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, ProcessorMixin
@@ -150,11 +151,14 @@ class ImageHandling(NamedTuple):
             the model looks at it by cross-attention. Ids around patches (rows, columns, tiles) are none: they show
             nothing of the image and are read like words. `None` where nothing stands for the image.
         asks_types (`bool`): Its models take `mm_token_type_ids`, and it gives them only when asked.
+        padding_ignored (`tuple[str, ...]`): Inputs with an entry per token that it lays out as if no row were padded
+            on the left (Kosmos-2.5's places of the image).
     """
 
     nested: bool
     token_id: int | None
     asks_types: bool
+    padding_ignored: tuple[str, ...] = ()
 
 
 def measure_image_handling(vlm_processor: ProcessorMixin, class_name: str, prompt: str, **kwargs) -> ImageHandling:
@@ -179,7 +183,64 @@ def measure_image_handling(vlm_processor: ProcessorMixin, class_name: str, promp
     plain = {name: value for name, value in kwargs.items() if name == "add_special_tokens"}
     token_id = _image_token_id(vlm_processor, ids, vlm_processor.tokenizer(prompt, **plain)["input_ids"])
     asks_types = "mm_token_type_ids" not in made and _models_take(class_name, "mm_token_type_ids")
-    return ImageHandling(nested, token_id, asks_types)
+    ignored = _padding_ignored(vlm_processor, prompt, nested, made, **kwargs)
+    return ImageHandling(nested, token_id, asks_types, ignored)
+
+
+def _padding_ignored(vlm_processor: Any, prompt: str, nested: bool, alone: Any, **kwargs) -> tuple[str, ...]:
+    """See [`ImageHandling`]: those of the inputs made `alone` that a longer row beside them leaves where they are."""
+    names = [name for name in alone if name not in ("input_ids", "attention_mask", "labels")]
+    names = [name for name in names if getattr(alone[name], "shape", ())[:2] == alone["input_ids"].shape]
+    if not names:
+        return ()
+    picture = Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))
+    images = [[picture], [picture]] if nested else [picture, picture]
+    texts = [prompt, f"{prompt} and more"]
+    kwargs |= {"padding": True, "padding_side": "left", "return_tensors": "pt"}
+    beside = vlm_processor(images=images, text=texts, **kwargs)
+    length = alone["input_ids"].shape[1]
+    pairs = {name: (alone[name][0], beside[name][0]) for name in names}
+    return tuple(
+        name
+        for name, (one, padded) in pairs.items()
+        if not torch.equal(padded[-length:], one) and torch.equal(padded[:length], one)
+    )
+
+
+def shift_behind_padding(inputs: Any, names: tuple[str, ...]) -> None:
+    """Move what [`ImageHandling`] calls `padding_ignored` in a batch to where its rows begin, in place."""
+    padding = (inputs["attention_mask"].cumsum(1) == 0).sum(1).tolist()
+    for name in names:
+        rows = [row.roll(count, 0) for row, count in zip(inputs[name], padding, strict=True)]
+        inputs[name] = torch.stack(rows)
+
+
+def heard_texts(vlm_processor: ProcessorMixin, prompt: str, nested: bool, **kwargs) -> list[tuple[str, bool]]:
+    """The texts that a family's processor gives its tokenizer for a prompt and a picture.
+
+    Args:
+        vlm_processor (`ProcessorMixin`): The family's; it is left as it is.
+        prompt (`str`): A rendered prompt with one image.
+        nested (`bool`): See [`ImageHandling`].
+        kwargs: For the processor.
+
+    Returns:
+        `list[tuple[str, bool]]`: each text, and whether the tokenizer adds special tokens to it.
+    """
+    heard: list[tuple[str, bool]] = []
+    base = type(vlm_processor.tokenizer)
+
+    def listen(self, text=None, *args, **options):
+        texts = [text] if isinstance(text, str) else list(text or [])
+        heard.extend((one, options.get("add_special_tokens", True)) for one in texts if isinstance(one, str))
+        return base.__call__(self, text, *args, **options)
+
+    listener, tokenizer = copy.copy(vlm_processor), copy.copy(vlm_processor.tokenizer)
+    tokenizer.__class__ = type(base.__name__, (base,), {"__call__": listen})
+    listener.tokenizer = tokenizer
+    picture = Image.new("RGB", (MEASURED_SIDE, MEASURED_SIDE))
+    listener(images=[[picture]] if nested else [picture], text=[prompt], return_tensors="pt", **kwargs)
+    return heard
 
 
 def _image_token_id(vlm_processor: ProcessorMixin, ids: list[int] | None, before: list[int]) -> int | None:

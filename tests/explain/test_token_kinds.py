@@ -5,9 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILIES, tiny_image, tiny_processor
+from breadth import families as breadth_families
+from breadth.building import Parts, processor_name
+from tiny import FAMILIES, tiny_image, tiny_processor, tiny_sam_image_processor
 from vlm_families import processor_of, tiled_model_and_processor
 
+from segcompass_hf import SegCompassProcessor
 from segcompass_hf.explain import explain
 from segcompass_hf.explain.claims.measure import measure_claims
 from segcompass_hf.explain.report.payload import payload
@@ -153,3 +156,49 @@ def test_tiles_that_only_the_family_s_processor_asks_for():
     assert patch_boxes(processor, (28, 28), 4) == [(0, 0, 14, 14), (14, 0, 28, 14), (0, 14, 14, 28), (14, 14, 28, 28)]
     with pytest.raises(UnknownPlacesError, match=r"shape \(3, 3, 28, 28\) for an image of 12 tokens"):
         patch_boxes(processor, (28, 56), 12)
+
+
+REWRITING = {name: breadth_families.FAMILIES[name] for name in ("chameleon", "idefics", "paligemma")}
+
+
+class TestFamiliesThatRewriteThePrompt:
+    """PaliGemma's processor puts `<s>` behind the image and a line end behind all, Chameleon's a separator, Idefics'
+    the text behind the image: the question is found in what they give their tokenizer."""
+
+    def processor(self, name, **kwargs):
+        parts = Parts.build(name, REWRITING[name])
+        return SegCompassProcessor(
+            parts.image_processor,
+            parts.tokenizer,
+            tiny_sam_image_processor(),
+            vlm_processor_class=processor_name(name, REWRITING[name]),
+            vlm_processor_kwargs=dict(REWRITING[name].arguments),
+            **kwargs,
+        )
+
+    def question(self, processor, output, row):
+        ids = output.sequences[row]
+        places = token_kinds(processor, output, QUESTIONS[row], row=row).positions("question")
+        return processor.tokenizer.decode(ids[places]).split()
+
+    @pytest.mark.parametrize("name", REWRITING)
+    def test_the_question_is_found(self, name):
+        processor = self.processor(name)
+        output = answers(processor)
+        for row in (0, 1):
+            assert self.question(processor, output, row) == QUESTIONS[row].split()
+
+    @pytest.mark.parametrize("name", REWRITING)
+    @pytest.mark.parametrize("template", ["{instruction}? I mean {instruction}", "Find it: {instruction}"])
+    def test_every_mention_is_found(self, name, template):
+        processor = self.processor(name, instruction_template=template)
+        output = answers(processor)
+        for row in (0, 1):
+            assert self.question(processor, output, row) == QUESTIONS[row].split() * template.count("{")
+
+    @pytest.mark.parametrize("name", [*REWRITING, "llava"])
+    @pytest.mark.parametrize("words", ["the red", "red one", "red", "the green one", "one the red"])
+    def test_another_or_a_part_of_it_is_refused(self, name, words):
+        processor = tiny_processor(name) if name == "llava" else self.processor(name)
+        with pytest.raises(ValueError, match="does not hold the instruction"):
+            token_kinds(processor, answers(processor), words)

@@ -117,6 +117,25 @@ class TestComposes:
             state = getattr(second, part).state_dict()
             assert all(torch.equal(state[name], w) for name, w in getattr(first, part).state_dict().items())
 
+    def test_pixels_are_the_checkpoint_s_or_the_named_sam_s_and_scores_start_anew(self, parts, tmp_path):
+        from tiny import tiny_model, tiny_processor
+
+        whole, sam = tmp_path / "whole", tmp_path / "sam"
+        calibration = {"features": {"slot_logit": {"mean": 1.0, "scale": 2.0, "weight": 0.5}}, "bias": 0.25}
+        tiny_model(score_calibration=calibration, mask_logit_threshold=0.5).save_pretrained(whole)
+        processor, statistics = tiny_processor(), ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        processor.sam_image_processor.image_mean, processor.sam_image_processor.image_std = statistics
+        processor.save_pretrained(whole)
+        shutil.copytree(parts / "sam", sam)
+        own = {"image_mean": (0.7, 0.8, 0.9), "image_std": (0.3, 0.2, 0.1)}
+        (sam / "preprocessor_config.json").write_text(json.dumps(own))
+        for source, expected in ((None, statistics), (sam, tuple(own.values()))):
+            made = compose_checkpoint(whole, source, tmp_path / f"with_{source is not None}", **SMALL)
+            config = json.loads((made.folder / "config.json").read_text())
+            assert config.get("score_calibration") is None and config["mask_logit_threshold"] == 0.5
+            pixels = AutoProcessor.from_pretrained(made.folder).geometry
+            assert (pixels.image_mean, pixels.image_std) == expected
+
     def test_dtype_and_original_sam(self, parts, tmp_path):
         core, description = golden("core")
         sam_file = write_original(tmp_path / "original", core, description) / "sam_vit.pth"

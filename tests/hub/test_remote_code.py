@@ -20,7 +20,13 @@ from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 
 SCRIPT = SUPPORT / "stranger.py"
 # What the model does not import.
-PROCESSORS_OWN = {"postprocessing_segcompass.py", "processing_segcompass.py", "vlm_processors_segcompass.py"}
+PROCESSORS_OWN = {
+    "postprocessing_segcompass.py",
+    "processing_segcompass.py",
+    "prompts_segcompass.py",
+    "vlm_calls_segcompass.py",
+    "vlm_processors_segcompass.py",
+}
 INSTRUCTION = "the largest red ring"
 
 

@@ -3,13 +3,16 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
+from published_mobile_sam import published_state
 from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_processor, tiny_sam_config, tiny_segmenter
 from transformers import AutoModel, AutoProcessor, SamModel
 
+from segcompass_hf import SegCompassConfig
 from segcompass_hf.commands import init
 from segcompass_hf.commands.common import UserError
 from segcompass_hf.explain.dictionary.store import NUMBERS_FILE
@@ -66,6 +69,20 @@ def test_everything_that_reads_the_vlm_stays(kind, map_side, channels, canvas, p
     assert str(parts) not in (tmp_path / "new" / "config.json").read_text()
 
 
+def test_ids_and_pixels_that_only_the_checkpoint_knows_stay(parts, tmp_path):
+    """The id of image patches may stand in no configuration of the VLM's; pixels are a folder's own."""
+    shutil.copytree(parts / "whole", tmp_path / "whole")
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config | {"image_token_id": 7}))
+    shutil.copytree(parts / "sam2", tmp_path / "sam2")
+    statistics = {"image_mean": (0.1, 0.2, 0.3), "image_std": (0.4, 0.5, 0.6)}
+    (tmp_path / "sam2" / "preprocessor_config.json").write_text(json.dumps(statistics))
+    swap_segmenter(tmp_path / "whole", tmp_path / "sam2", tmp_path / "new")
+    assert SegCompassConfig.from_pretrained(tmp_path / "new").image_token_id == 7
+    pixels = AutoProcessor.from_pretrained(tmp_path / "new").geometry
+    assert {name: getattr(pixels, name) for name in statistics} == statistics
+
+
 def test_the_same_command_makes_the_same_new_parts(parts, tmp_path):
     for number in range(2):
         torch.manual_seed(number)
@@ -77,6 +94,13 @@ def test_the_same_command_makes_the_same_new_parts(parts, tmp_path):
 def test_a_dtype_holds_for_everything_but_positions(parts, tmp_path):
     swap_segmenter(parts / "whole", parts / "sam", tmp_path / "new", dtype="bfloat16")
     weights = AutoModel.from_pretrained(tmp_path / "new").named_parameters()
+    assert {w.dtype for name, w in weights if "positional_embedding" not in name} == {torch.bfloat16}
+
+
+def test_a_dtype_holds_for_a_segmenter_in_its_authors_file_too(parts, tmp_path):
+    torch.save(published_state(), tmp_path / "mobile_sam.pt")
+    swap_segmenter(parts / "whole", tmp_path / "mobile_sam.pt", tmp_path / "new", dtype="bfloat16")
+    weights = AutoModel.from_pretrained(tmp_path / "new").sam.named_parameters()
     assert {w.dtype for name, w in weights if "positional_embedding" not in name} == {torch.bfloat16}
 
 

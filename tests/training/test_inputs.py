@@ -6,9 +6,10 @@ import pytest
 import torch
 from grpo import by_length, tiny_rows
 from supervised import arguments, bare_vlm
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor, tiny_segmenter_config
 
 from segcompass_hf import SegCompassProcessor
+from segcompass_hf.segmenters_segcompass import geometry_of
 from segcompass_hf.training import (
     SaeTrainer,
     SaeTrainingConfig,
@@ -87,6 +88,13 @@ def test_a_processor_that_is_not_there(tmp_path, segcompass):
     assert load_processor(None, alone, SegCompassProcessor).num_slots == processor.num_slots
     with pytest.raises(ValueError, match=r"holds a SegCompassProcessor, not a ProcessorMixinOfAnotherKind; make one"):
         load_processor(None, alone, type("ProcessorMixinOfAnotherKind", (), {}))
+
+
+def test_a_processor_for_another_segmenter_is_refused():
+    sam2 = geometry_of(tiny_segmenter_config("sam2")).image_processor()
+    stretching = SegCompassProcessor.from_parts(tiny_processor(), sam2)
+    with pytest.raises(ValueError, match="fit 'stretch' and 'pad'"):
+        load_processor(stretching, tiny_model())
 
 
 def test_a_bare_vlm_has_no_masks_to_train(tmp_path):

@@ -82,34 +82,34 @@ def token_kinds(
 
 
 def _question_places(processor: Any, ids: list[int], instruction: str) -> list[int]:
-    """Which tokens of a prompt `ids` (image placeholders expanded) are words of the instruction."""
+    """Which tokens of a prompt `ids` (image placeholders expanded) are words of the instruction.
+
+    The text that the family's processor makes of the prompt is tokenized once more, with places. It may hold another
+    number of image tokens than `ids`, so each mention of the instruction is looked for from both ends, with the token
+    before and behind it: a part of the instruction alone is another instruction.
+    """
     tokenizer = processor.tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"{type(tokenizer).__name__} does not say where in the text its tokens stand; load the fast tokenizer "
             "(use_fast=True)."
         )
-    text = processor.build_prompt(instruction)
-    around = processor.build_prompt(_MARK).split(_MARK)  # the texts around each mention of the instruction
+    text, special = processor.text_for_tokenizer(processor.build_prompt(instruction))
+    around = processor.text_for_tokenizer(processor.build_prompt(_MARK))[0].split(_MARK)  # each mention
     length = (len(text) - sum(map(len, around))) // (len(around) - 1)
-    spans, start = [], 0
+    with tokenizer_lock:
+        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    bare, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    head, tail = _common_prefix(bare, ids), _common_prefix(bare[::-1], ids[::-1])
+    places, start = [], 0
     for piece in around[:-1]:
         start += len(piece)
-        spans.append((start, start + length))
+        mention = [index for index, (left, right) in enumerate(offsets) if left < start + length and start < right]
         start += length
-    has_start = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    with tokenizer_lock:
-        encoding = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_start)
-    bare = encoding["input_ids"]  # as the prompt, but with one placeholder for the image
-    head, tail = _common_prefix(bare, ids), _common_prefix(bare[::-1], ids[::-1])
-    places = []
-    for index, (left, right) in enumerate(encoding["offset_mapping"]):
-        if not any(left < end and begin < right for begin, end in spans):
-            continue
-        if index >= len(bare) - tail:
-            places.append(index + len(ids) - len(bare))
-        elif index < head:
-            places.append(index)
+        if mention and (bare == ids or mention[0] > len(bare) - tail):
+            places += [index + len(ids) - len(bare) for index in mention]
+        elif mention and mention[-1] + 1 < head:
+            places += mention
         else:
             raise ValueError(
                 f"the sequence does not hold the instruction {instruction!r} as this processor writes it; pass the "

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file, logging
 
-from ..configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, default_sae_layer
+from ..configuration_segcompass import SegCompassSaeConfig, default_sae_layer, own_settings
 from ..files import check_new_folder, staged_folder
 from ..loading_segcompass import _cast_sam
 from ..modeling_sae import SegCompassSae
@@ -116,7 +116,7 @@ def compose_checkpoint(
     """
     check_new_folder(output)
     check_dtype_name(dtype)
-    parts = read_parts(vlm, sam)
+    parts = read_parts(vlm, sam, dtype)
     vlm_config = parts.vlm_config
     num_slots = num_slots or (parts.whole_config.num_slots if parts.whole_config is not None else 4)
     config_kwargs = own_settings(parts.whole_config) | config_kwargs
@@ -165,7 +165,8 @@ class _Parts:
         return self.sam if isinstance(self.sam, str) else self.sam_config
 
 
-def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
+def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None, dtype: str | None) -> _Parts:
+    """Where parts lie and what they are; a segmenter in its authors' file is loaded, in `dtype` where one is given."""
     from .conversion.segmenters import load_original_sam
 
     vlm, whole = _source(vlm, "vlm"), None
@@ -180,6 +181,8 @@ def read_parts(vlm: str | os.PathLike, sam: str | os.PathLike | None) -> _Parts:
     sam = _source(sam, "sam")
     if Path(sam).is_file():
         model = load_original_sam(sam)
+        if dtype is not None:
+            _cast_sam(model, getattr(torch, dtype))
         return _Parts(vlm, model, vlm_config, model.config, whole)
     sam_config = _read_config(sam, "sam")
     try:
@@ -244,15 +247,6 @@ def _choose_layer(vlm_config: PretrainedConfig, sae: SegCompassSae | None, given
     return default_sae_layer(vlm_config) if layer is None else layer
 
 
-def own_settings(whole_config: PretrainedConfig | None) -> dict[str, Any]:
-    """What a SegCompass checkpoint says of itself, apart from its parts and what follows from them."""
-    if whole_config is None:
-        return {}
-    parts = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer"}
-    names = [name for name in SegCompassConfig.__annotations__ if name not in parts and not name.endswith("_token_id")]
-    return {name: getattr(whole_config, name) for name in names if hasattr(whole_config, name)}
-
-
 def _check_fit(
     vlm_config: PretrainedConfig,
     sae: SegCompassSaeConfig | None,
@@ -311,8 +305,6 @@ def _make_model(
             vlm, sam = whole.vlm, whole.sam if sam is None else sam
         if dtype is not None and sae is not None:
             sae = sae.to(getattr(torch, dtype))
-        if dtype is not None and isinstance(sam, torch.nn.Module):
-            _cast_sam(sam, getattr(torch, dtype))
         return SegCompassForReasoningSegmentation.from_pretrained_parts(
             vlm, sam, sae, num_slots, layer, processor=processor, dtype=dtype, **config_kwargs
         )

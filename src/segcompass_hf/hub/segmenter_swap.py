@@ -12,10 +12,11 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
+from ..configuration_segcompass import own_settings
 from ..files import check_new_folder, staged_folder
-from .composition import Composition, check_dtype_name, model_errors, own_settings, read_parts
+from .composition import Composition, check_dtype_name, model_errors, read_parts
 
-_TOKEN_IDS = ("ref_token_id", "think_start_token_id", "think_end_token_id")
+_KEPT = ("num_slots", "sae_layer", "ref_token_id", "think_start_token_id", "think_end_token_id", "image_token_id")
 
 
 def swap_segmenter(
@@ -53,7 +54,7 @@ def swap_segmenter(
 
     check_new_folder(output)
     check_dtype_name(dtype)
-    parts = read_parts(checkpoint, sam)
+    parts = read_parts(checkpoint, sam, dtype)
     config = parts.whole_config
     if config is None:
         raise ValueError(
@@ -88,8 +89,7 @@ def _with_segmenter(parts: Any, dtype: str | None) -> tuple[nn.Module, list[str]
         load = {} if dtype is None else {"dtype": dtype}
         whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
         config = whole.config
-        fields = own_settings(config) | {name: getattr(config, name) for name in _TOKEN_IDS}
-        fields |= {"num_slots": config.num_slots, "sae_layer": config.sae_layer, "score_calibration": None}
+        fields = own_settings(config) | {name: getattr(config, name) for name in _KEPT}
         model = SegCompassForReasoningSegmentation.from_pretrained_parts(
             whole.vlm, parts.sam, whole.sae, dtype=dtype, **fields
         )

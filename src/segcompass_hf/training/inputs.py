@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ..loading_segcompass import load_part
+from ..segmenters_segcompass import check_canvas
 
 
 def load_model(model: nn.Module | str | os.PathLike, **options: Any) -> nn.Module:
@@ -35,11 +36,19 @@ def load_processor(processing_class: Any, model: nn.Module, needed: type | None 
         needed (`type`, *optional*): Class that the loaded one must be of.
 
     Raises:
-        ValueError: The model was not loaded from anywhere, or what lies there is no such processor.
+        ValueError: The model was not loaded from anywhere, what lies there is no such processor, or the processor
+            prepares images for another segmenter.
     """
-    if processing_class is not None:
-        return processing_class
     model = base_model(model)
+    if processing_class is None:
+        processing_class = _processor_of(model, needed)
+    if hasattr(model, "mask_stage") and hasattr(processing_class, "geometry"):
+        check_canvas(processing_class.geometry, model.mask_stage.geometry)
+    return processing_class
+
+
+def _processor_of(model: nn.Module, needed: type | None) -> Any:
+    """The one in the folder or repository that a model was loaded from."""
     path, what = getattr(model.config, "_name_or_path", ""), "processor" if needed is None else needed.__name__
     if not path:
         raise ValueError(
@@ -54,7 +63,7 @@ def load_processor(processing_class: Any, model: nn.Module, needed: type | None 
         raise ValueError(
             f"processing_class is None and {path} holds a {type(processor).__name__}, not a {what}; make one by "
             f"{what}.from_parts({str(path)!r}), and embed its tokens in a bare VLM "
-            "(segcompass_hf.loading_segcompass.add_tokens)."
+            "(segcompass_hf.token_rows_segcompass.add_tokens)."
         )
     return processor
 

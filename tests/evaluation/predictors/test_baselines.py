@@ -205,7 +205,7 @@ def test_ideal_masks_lose_what_the_maps_cannot_hold():
 
 
 def test_wrong_processors_and_names_are_refused(sam):
-    with pytest.raises(ValueError, match="resizes images to 128 pixels but this SAM takes 64"):
+    with pytest.raises(ValueError, match="resizes images to 128 pixels but this segmenter takes 64"):
         SamBoxCentrePredictor(sam, tiny_sam_image_processor(canvas=128))
     with pytest.raises(ValueError, match="prompt is 'point'"):
         SamBoxCentrePredictor(sam, tiny_processor(), "point")

@@ -62,6 +62,7 @@ class Family:
         image_token (`str`, *optional*): The token that image patches have in the ids; the placeholder when left out.
         attributes (`dict[str, str]`): Attributes of the tokenizer and their tokens.
         tokens (`tuple[str, ...]`): Further special tokens.
+        unknown (`str`): The unknown token, one of the special ones.
         bos (`bool`): Whether the tokenizer puts `<s>` in front.
         image (`dict`): Arguments of the image processor.
         image_processor (`str`, *optional*): Its class, where transformers' mapping knows none.
@@ -78,6 +79,7 @@ class Family:
     image_token: str | None = None
     attributes: dict[str, str] = field(default_factory=dict)
     tokens: tuple[str, ...] = ()
+    unknown: str = "<unk>"
     bos: bool = False
     image: dict[str, Any] = field(default_factory=dict)
     image_processor: str | None = None
@@ -108,7 +110,7 @@ def build_tokenizer(family: Family) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token=END,
         pad_token=PAD,
-        unk_token="<unk>",
+        unk_token=family.unknown,
         sep_token="</s>",
         extra_special_tokens=family.attributes,
     )

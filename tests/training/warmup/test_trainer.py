@@ -207,7 +207,7 @@ def test_other_families(family, tmp_path):
 
 
 def test_tokens_must_be_embedded(tmp_path):
-    from segcompass_hf.loading_segcompass import add_tokens
+    from segcompass_hf.token_rows_segcompass import add_tokens
 
     processor = tiny_processor()
     vlm = bare_vlm(vocab_size=len(processor.tokenizer) - 3)

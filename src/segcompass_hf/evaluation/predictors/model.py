@@ -90,7 +90,7 @@ class ModelPredictor:
         """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
-        inputs = {k: v.to(self.model.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
         output = self.model.segment(**{"do_sample": False, **inputs, **self.segment_kwargs})
         results = self.processor.post_process_segmentation(
             output,

@@ -15,7 +15,7 @@ from PIL import Image
 from ...files import weights_digest
 from ...image_features_segcompass import ImageFeatures
 from ...modeling_masks import MaskStage, check_segmenter
-from ...segmenters_segcompass import geometry_of, to_sam_image_processor
+from ...segmenters_segcompass import check_canvas, geometry_of, to_sam_image_processor
 
 PROMPTS_AT_ONCE = 32  # bounds the memory of the mask decoder
 
@@ -54,12 +54,8 @@ class PromptedSam:
             sam = copy.deepcopy(sam).float()
         check_segmenter(sam)
         self.sam, self.stage, self.image_processor = sam, MaskStage(sam), to_sam_image_processor(processor)
-        self.geometry, needed = geometry_of(self.image_processor), self.stage.geometry
-        if (self.geometry.canvas, self.geometry.fit) != (needed.canvas, needed.fit):
-            raise ValueError(
-                f"the processor resizes images to {self.geometry.canvas} pixels but this SAM takes {needed.canvas} "
-                f"(fit {self.geometry.fit!r} and {needed.fit!r}); pass the processor of the same checkpoint."
-            )
+        self.geometry = geometry_of(self.image_processor)
+        check_canvas(self.geometry, self.stage.geometry)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -141,6 +141,7 @@ def load_stage(stage: Stage, device: Any = None) -> tuple[Any, Any]:
 
     from ...modeling_segcompass import SegCompassForReasoningSegmentation
     from ...processing_segcompass import SegCompassProcessor
+    from ...segmenters_segcompass import check_canvas, geometry_of
 
     try:
         if stage.kind == "adapter":
@@ -153,6 +154,7 @@ def load_stage(stage: Stage, device: Any = None) -> tuple[Any, Any]:
     slots = getattr(model.config, "num_slots", processor.num_slots)
     if processor.num_slots != slots:
         raise ValueError(f"the processor is made for {processor.num_slots} slots, the model has {slots}.")
+    check_canvas(processor.geometry, geometry_of(model.config.sam_config))
     image_token = getattr(model.config, "image_token_id", processor.image_token_id)
     if image_token != processor.image_token_id:
         raise ValueError(

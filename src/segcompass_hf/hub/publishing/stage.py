@@ -32,8 +32,10 @@ PROCESSOR_CODE = (
     "images_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
+    "prompts_segcompass.py",
     "segmenters_segcompass.py",
     "threads_segcompass.py",
+    "vlm_calls_segcompass.py",
     "vlm_processors_segcompass.py",
 )
 SHARDS = "model-*-of-*.safetensors"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ...image_features_segcompass import ImageFeatures
 from ...reading_segcompass import MaskTargets, SequenceStates
 from ...text_stack_segcompass import HiddenStateCapture
 from .reference import FusedHead, LayerTrace
@@ -49,7 +50,7 @@ class JointTargets:
     """
 
     completion_mask: torch.Tensor
-    image_embeddings: torch.Tensor
+    image_embeddings: torch.Tensor | ImageFeatures
     reshaped_input_sizes: torch.Tensor
     masks: MaskTargets
 

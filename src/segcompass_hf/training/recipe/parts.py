@@ -14,12 +14,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConf
 
 import segcompass_hf
 
-from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig
-from ...loading_segcompass import add_tokens, load_part, load_segmenter
+from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, own_settings
+from ...loading_segcompass import load_part, load_segmenter
 from ...modeling_sae import SegCompassSae
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
 from ...segmenters_segcompass import segmenter_kind
+from ...token_rows_segcompass import add_tokens
 from ..sae.start import DEFAULT_K
 from .settings import RecipeError, RecipeSettings
 
@@ -127,7 +128,7 @@ class PartLoader:
             sae["k"] = (sae_settings.k or DEFAULT_K) if "topk" in sae_settings.architecture else None
         try:
             nested = {"vlm_config": vlm, "sam_config": sam, "sae_config": sae}
-            return SegCompassConfig(**(_own_fields(whole) | self.settings.config | nested))
+            return SegCompassConfig(**(own_settings(whole) | self.settings.config | nested))
         except (ValueError, TypeError, StrictDataclassError) as error:
             raise RecipeError(f"the parts do not fit each other: {error.__cause__ or error}") from error
 
@@ -169,7 +170,7 @@ class PartLoader:
         if parts.is_whole:
             model = SegCompassForReasoningSegmentation.from_pretrained(parts.model, **self._options())
             if new_heads:
-                fields = _own_fields(model.config) | self.settings.config | {"num_slots": processor.num_slots}
+                fields = own_settings(model.config) | self.settings.config | {"num_slots": processor.num_slots}
                 model = SegCompassForReasoningSegmentation.from_pretrained_parts(
                     model.vlm, model.sam, model.sae, processor=processor, dtype=self.dtype, **fields
                 )
@@ -183,7 +184,7 @@ class PartLoader:
         sam = whole.sam if parts.sam is None else load_segmenter(parts.sam, dtype=self.dtype)
         sae = self.sae(parts) if parts.sae is not None else getattr(whole, "sae", None)
         fields = (
-            _own_fields(getattr(whole, "config", None)) | self.settings.config | {"num_slots": processor.num_slots}
+            own_settings(getattr(whole, "config", None)) | self.settings.config | {"num_slots": processor.num_slots}
         )
         model = SegCompassForReasoningSegmentation.from_pretrained_parts(
             vlm, sam, sae, processor=processor, dtype=self.dtype, **fields
@@ -213,13 +214,6 @@ def _segmenter_config(source: str) -> PretrainedConfig:
     except ValueError as error:
         raise RecipeError(f"sam: {source!r}: {error}") from error
     return config
-
-
-def _own_fields(config: SegCompassConfig | None) -> dict[str, Any]:
-    """What a SegCompass says of itself, apart from its parts and what follows from them."""
-    apart = {*SegCompassConfig.sub_configs, "num_slots", "sae_layer"}
-    names = [name for name in SegCompassConfig.__annotations__ if name not in apart and not name.endswith("_token_id")]
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 __all__ = ["DTYPES", "PartLoader", "Parts"]

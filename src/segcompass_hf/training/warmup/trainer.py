@@ -16,10 +16,10 @@ from ...data.collator import SegmentationCollator, language_inputs
 from ...data.vlm_texts import RowTextCheck
 from ...freezing_segcompass import parameter_groups
 from ...images_segcompass import to_rgb_image
-from ...loading_segcompass import num_token_rows
 from ...processing_segcompass import SegCompassProcessor
 from ...text_stack_segcompass import decoder_layers
 from ...token_places import Name, instruction_words, target_names
+from ...token_rows_segcompass import num_token_rows
 from ...vlm_inputs_segcompass import sequence_inputs
 from ..alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 from ..alignment.names import TokenPairs
@@ -325,5 +325,5 @@ def _check_tokens(vlm: nn.Module, tokenizer: Any) -> None:
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the VLM embeds {rows}; call "
-            "segcompass_hf.loading_segcompass.add_tokens(processor.tokenizer, vlm) first."
+            "segcompass_hf.token_rows_segcompass.add_tokens(processor.tokenizer, vlm) first."
         )

@@ -5,9 +5,11 @@ import odd_vlms
 import pytest
 import tiny
 import torch
+from breadth.building import Parts
+from breadth.families import FAMILIES
 from transformers import AutoModelForImageTextToText
 
-from segcompass_hf.loading_segcompass import add_tokens, num_token_rows
+from segcompass_hf.token_rows_segcompass import add_tokens, num_token_rows
 
 ADDED = ("ref_token_id", "think_start_token_id", "think_end_token_id")
 
@@ -57,3 +59,40 @@ def test_embeddings_with_more_rows_than_the_head(num_tokens, tmp_path):
     loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert torch.equal(loaded.get_input_embeddings().weight, embeddings)
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_rows_kept_apart_are_joined(tie, tmp_path):
+    """IDEFICS keeps the rows of its image's tokens in matrices of their own, and resizing forgets those."""
+    parts = Parts.build("idefics", FAMILIES["idefics"])
+    size = len(parts.tokenizer)
+    parts.config.vocab_size, parts.config.additional_vocab_size = size - 2, 2
+    parts.config.tie_word_embeddings = tie
+    vlm = parts.vlm()
+    rows = torch.cat(list(vlm.get_input_embeddings().parameters()))
+    head_rows = torch.cat(list(vlm.get_output_embeddings().parameters()))
+    ids = torch.arange(size)[None]
+    given = {"pixel_values": torch.ones(1, 1, 3, 28, 28), "image_attention_mask": torch.ones(1, size, 1).long()}
+    with torch.no_grad():
+        before = vlm(input_ids=ids, **given).logits
+        added = add_tokens(parts.tokenizer, vlm)
+        after = vlm(input_ids=ids, **given).logits
+    assert before.shape[2] == size and after.shape[2] == num_token_rows(vlm) == size + len(ADDED)
+    assert added["think_end_token_id"] == size + 2
+    assert torch.equal(vlm.get_input_embeddings().weight[:size], rows)
+    assert torch.equal(vlm.get_output_embeddings().weight[:size], head_rows)
+    torch.testing.assert_close(after[..., :size], before)
+    vlm.save_pretrained(tmp_path)
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(input_ids=ids, **given).logits, after)
+
+
+def test_another_padding_token_than_positions_are_counted_by_is_refused():
+    parts = Parts.build("kosmos-2", FAMILIES["kosmos-2"])
+    vlm = parts.vlm()
+    add_tokens(parts.tokenizer, vlm)
+    parts.tokenizer.pad_token = "<s>"
+    with pytest.raises(ValueError, match=r"pads with token \d+ \(<s>\), but the VLM counts positions by"):
+        add_tokens(parts.tokenizer, vlm)
