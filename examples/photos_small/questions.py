@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image
-from seen import PEOPLE_ONLY, Seen, Thing, color_of
+from seen import Seen, Thing, color_of
 from words import ALL, CATEGORIES, GROUPS, NUMBERS, ONE, SYNONYMS, USED, USES, members, plural
 
 APART = 0.06  # of the picture's width: centres of objects that are to the left of each other
@@ -16,6 +16,7 @@ NEARER = 1.5  # times: distances of objects of which one is "nearest"
 MOST_COMPARED = 6  # objects of a category that are compared or counted
 MOST_NAMED = 6  # places in an answer
 MOST_RULED_OUT = 3  # categories
+NONE_BY_FAR = "none far"  # kind: a category that is not there and does not go with what is there
 
 
 class Question(NamedTuple):
@@ -27,7 +28,6 @@ class Question(NamedTuple):
         targets (`list[Thing]`): What is meant, the best known first; empty for none.
         because (`str`): Why, in words; a sentence without its period.
         ignored (`str`, *optional*): Category of crowds that neither count nor harm.
-        only (`str`, *optional*): The one category that the reasoning lists.
     """
 
     kind: str
@@ -35,7 +35,6 @@ class Question(NamedTuple):
     targets: list[Thing]
     because: str
     ignored: str | None = None
-    only: str | None = None
 
 
 def reasoning(seen: Seen, question: Question) -> str:
@@ -44,10 +43,7 @@ def reasoning(seen: Seen, question: Question) -> str:
     for thing in question.targets[:MOST_NAMED]:
         answer.setdefault(thing.category, []).append(thing.place)
     said = ", ".join(" ".join([name, *places]) for name, places in answer.items()) or "none"
-    listing = seen.listing(question.only)
-    if question.only is not None:
-        listing = f"{PEOPLE_ONLY}{listing}"
-    return f"{listing}. {question.because}. answer {said}."
+    return f"{seen.listing()}. {question.because}. answer {said}."
 
 
 def ruled_out(seen: Seen, wanted: Sequence[str]) -> str:
@@ -63,10 +59,9 @@ def _asked(dice: random.Random, category: str, things: Sequence[Thing]) -> str:
 
 
 def _whole(seen: Seen, kind: str, instruction: str, category: str) -> Question:
-    """All of a category, crowds ignored. Of persons nothing else is listed: other pictures know no more."""
-    only = category if category == "person" else None
-    out = "" if only else ruled_out(seen, [category])
-    return Question(kind, instruction, seen.of(category), f"{category} wanted{out}", category, only)
+    """All of a category, crowds ignored."""
+    because = f"{category} wanted{ruled_out(seen, [category])}"
+    return Question(kind, instruction, seen.of(category), because, category)
 
 
 def all_of(seen: Seen, dice: random.Random) -> Iterator[Question]:
@@ -129,12 +124,7 @@ def sides(seen: Seen, dice: random.Random) -> Iterator[Question]:
                 text = word.get(which, f"the second {category} from the left")
                 if len(found) == 2 and dice.random() < 0.5:
                     text = f"the {category} on the {'left' if index == 0 else 'right'}"
-                yield _one_of(seen, "place", text, target, f"from the left {order}, {which} {target.place}")
-
-
-def _one_of(seen: Seen, kind: str, instruction: str, target: Thing, because: str) -> Question:
-    only = "person" if target.category == "person" else None
-    return Question(kind, instruction, [target], because, None, only)
+                yield Question("place", text, [target], f"from the left {order}, {which} {target.place}")
 
 
 def sizes(seen: Seen, dice: random.Random) -> Iterator[Question]:
@@ -146,9 +136,9 @@ def sizes(seen: Seen, dice: random.Random) -> Iterator[Question]:
         ordered = " ".join(thing.place for thing in found)
         if found[0].area >= LARGER * found[1].area:
             word = dice.choice(("largest", "biggest"))
-            yield _one_of(seen, "size", f"the {word} {category}", found[0], f"largest first {ordered}")
+            yield Question("size", f"the {word} {category}", [found[0]], f"largest first {ordered}")
         if found[-2].area >= LARGER * found[-1].area:
-            yield _one_of(seen, "size", f"the smallest {category}", found[-1], f"largest first {ordered}")
+            yield Question("size", f"the smallest {category}", [found[-1]], f"largest first {ordered}")
 
 
 def nearest(seen: Seen, dice: random.Random) -> Iterator[Question]:
@@ -184,8 +174,7 @@ def counts(seen: Seen, dice: random.Random) -> Iterator[Question]:
         because = (
             f"there are {NUMBERS[right]}, not {NUMBERS[number]}" if number != right else f"{NUMBERS[right]} are here"
         )
-        only = category if category == "person" else None
-        yield Question("count", text, found if number == right else [], because, None, only)
+        yield Question("count", text, found if number == right else [], because)
 
 
 def colors(seen: Seen, dice: random.Random, image: Image.Image) -> Iterator[Question]:
@@ -220,28 +209,35 @@ def combinations(seen: Seen, dice: random.Random) -> Iterator[Question | None]:
 
 
 def absent(seen: Seen, dice: random.Random) -> Iterator[Question]:
-    """A category that is not there: one that goes with what is there, and any."""
+    """A category that is not there: one that goes with what is there, and any other."""
     groups = [members(wanted) for wanted, _ in (*GROUPS.values(), *USES.values())]
     near = {name for group in groups if seen.present() & set(group) for name in group} - seen.present()
-    far = set(CATEGORIES) - seen.present()
-    for pool in (near, far):
+    far = set(CATEGORIES) - seen.present() - near
+    for kind, pool in (("none", near), (NONE_BY_FAR, far)):
         if pool:
             category = dice.choice(sorted(pool))
             form = dice.choice((*ONE, *ALL)).format(one=category, many=plural(category))
-            only = category if category == "person" else None
-            yield Question("none", form, [], f"{category} wanted{'' if only else ruled_out(seen, [])}", None, only)
+            yield Question(kind, form, [], f"{category} wanted{ruled_out(seen, [])}")
 
 
 KINDS = (all_of, synonyms, uses, sides, sizes, nearest, counts, combinations, absent)
+COMPARING = ("place", "size", "count", "nearest")  # kinds that need every object of a category
 
 
-def questions(seen: Seen, image: Image.Image, dice: random.Random) -> list[Question]:
-    """All questions to a photograph of which every object is annotated with a mask."""
+def questions(seen: Seen, image: Image.Image, dice: random.Random, guessed: bool = False) -> list[Question]:
+    """All questions to a photograph.
+
+    Args:
+        guessed (`bool`, *optional*): Every person is annotated, but other objects may be missing, as
+            `guesses.py` leaves it: then nothing is asked that a missing object would make wrong.
+    """
     found = [question for kind in KINDS for question in kind(seen, dice)]
-    return [question for question in (*found, *colors(seen, dice, image)) if question is not None]
+    found = [question for question in (*found, *colors(seen, dice, image)) if question is not None]
+    return [question for question in found if holds_with_guesses(question)] if guessed else found
 
 
-def person_questions(seen: Seen, dice: random.Random) -> list[Question]:
-    """Questions to a photograph of which the persons alone are annotated, with masks."""
-    kinds = (all_of, synonyms, sides, sizes, counts)
-    return [question for kind in kinds for question in kind(seen, dice)]
+def holds_with_guesses(question: Question) -> bool:
+    """Whether the answer is right even if objects other than persons are missing."""
+    if question.kind in COMPARING:
+        return bool(question.targets) and question.targets[0].category == "person" and question.kind != "nearest"
+    return bool(question.targets) or question.kind == NONE_BY_FAR

@@ -3,10 +3,10 @@
     python examples/photos_small/rows.py --photos PHOTOS --output runs/photos-small
 
 PHOTOS holds `things` and `people`, each with `images/` and `instances.json`: of `things` every object of the 80
-categories is annotated, of `people` persons alone. 120 photographs of `things` are held out before anything else, by
+categories is annotated, of `people` persons alone; what else is in those comes from `people.json` of `guesses.py` in
+the output folder, and without it they are left out. 120 photographs of `things` are held out before anything else, by
 the hashes of their file names; whatever looks like one of them is not trained on. The output gets the folder `rows`
-with the splits `train` and `held_out`, and the pictures. Where `parts.py` has made its folders there before, the split
-`warmup` is `train` with rows of ImageNet's words besides, of photographs without any other row.
+with the splits `train` and `held_out`, and the pictures.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from imagenet import words_rows
 from PIL import Image
-from questions import Question, person_questions, questions, reasoning
+from questions import Question, questions, reasoning
 from seen import Seen, read_seen
+from views import views
 
 from segcompass_hf.data import BuildReport
 from segcompass_hf.data.builders.coco_instances import CocoInstances
@@ -34,6 +34,8 @@ from segcompass_hf.data.builders.photographs import Photographs
 from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
 
 HELD_OUT = 120  # photographs of `things`
+VIEWS = {"things": 4, "people": 2}  # of every training photograph, itself included
+JPEG_QUALITY = 92
 SAME_PICTURE = 8  # of 64 bits: photographs whose difference hashes differ in fewer show the same
 
 
@@ -53,11 +55,16 @@ def alike(one: int, others: list[int]) -> bool:
 
 
 class Folder:
-    """Photographs with COCO's annotations: `images/` and `instances.json`."""
+    """Photographs with COCO's annotations.
 
-    def __init__(self, root: Path, report: BuildReport):
-        self.root, self.source = root, root.name
-        path = root / "instances.json"
+    Args:
+        root (`Path`): With the pictures in `images/`.
+        annotations (`Path`, *optional*): A file of `guesses.py`; `instances.json` of the root when left out.
+    """
+
+    def __init__(self, root: Path, report: BuildReport, annotations: Path | None = None):
+        self.root, self.source, self.guessed = root, root.name, annotations is not None
+        path = annotations or root / "instances.json"
         photographs = Photographs(root / "images")
         self.instances = CocoInstances(path, report, photographs, renumber=True)
         self.names = {entry["id"]: entry["name"] for entry in self.instances.categories}
@@ -86,42 +93,46 @@ def split(things: Folder, people: Folder | None, count: int = HELD_OUT) -> dict[
 
 
 def rows_of(
-    folder: Folder, image_id: Any, split_name: str, image_path: Path, seed: int = 0
+    folder: Folder, image_id: Any, split_name: str, image_path: Path, num_views: int = 1, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """The rows of a photograph in the row schema; none where an object has no mask."""
+    """The rows of a photograph and of further views of it, in the row schema; none where an object has no mask.
+
+    Args:
+        image_path (`Path`): Where the photograph lies; further views are written beside it.
+        num_views (`int`, *optional*): Of the photograph, itself included.
+    """
     seen = folder.seen(image_id)
     if seen is None:
         return
-    whole = folder.source != "people"
     dice, image = random.Random(f"{seed}-{folder.source}-{image_id}"), folder.open(image_id)
-    asked = questions(seen, image, dice) if whole else person_questions(seen, dice)
-    for number, question in enumerate(asked):
-        yield row_of(folder, image_id, split_name, image_path, seen, question, f"{number}")
+    for which, (view, shown) in enumerate(views(seen, image.size, num_views, dice)):
+        part, path = view.of_image(image), image_path
+        if which:
+            path = image_path.with_stem(f"{image_path.stem}-{which}")
+            part.save(path, quality=JPEG_QUALITY)
+        for number, question in enumerate(questions(shown, part, dice, folder.guessed)):
+            row = row_of(shown, question, part.size)
+            place = {"image": str(path), "image_id": path.name, "split": split_name}
+            named = {"sample_id": f"{folder.source}-{path.stem}-{number}", "source": f"photos-{folder.source}"}
+            yield make_row(**row, **place, **named)
 
 
-def row_of(
-    folder: Folder, image_id: Any, split_name: str, path: Path, seen: Seen, question: Question, number: str
-) -> dict[str, Any]:
+def row_of(seen: Seen, question: Question, size: tuple[int, int]) -> dict[str, Any]:
+    """What the question adds to a row; `size` is (width, height) of the picture in pixels."""
     numbers = {id(thing): place for place, thing in enumerate(seen.things, start=1)}
     targets = [numbers[id(thing)] for thing in question.targets]
     others = [thing.rle for thing in seen.things if numbers[id(thing)] not in targets]
     crowds = [crowd.rle for crowd in seen.crowds if crowd.category == question.ignored]
-    size = folder.instances.size(image_id)
-    return make_row(
-        image=str(path),
-        instruction=question.instruction,
-        masks=[thing.rle for thing in question.targets],
-        distractor_masks=others,
-        ignore=union_of(crowds, size),
-        instance_ids=targets,
-        sample_id=f"{folder.source}-{image_id}-{number}",
-        image_id=folder.files[image_id],
-        source=f"photos-{folder.source}",
-        split=split_name,
-        kind=question.kind,
-        is_reasoning=question.kind in ("use", "no use", "group", "no group", "count", "except"),
-        reasoning=reasoning(seen, question),
-    )
+    return {
+        "instruction": question.instruction,
+        "masks": [thing.rle for thing in question.targets],
+        "distractor_masks": others,
+        "ignore": union_of(crowds, size[::-1]),
+        "instance_ids": targets,
+        "kind": question.kind,
+        "is_reasoning": question.kind in ("use", "no use", "group", "no group", "count", "except"),
+        "reasoning": reasoning(seen, question),
+    }
 
 
 def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> dict[str, Any]:
@@ -131,8 +142,9 @@ def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> d
         ValueError: A photograph is in both, or looks as if it were.
     """
     report = BuildReport()
-    folders = [Folder(photos / name, report) if (photos / name).is_dir() else None for name in ("things", "people")]
-    parts, figures = split(*folders, count), {"left out": 0}
+    guesses = output / "people.json"
+    people = Folder(photos / "people", report, guesses) if guesses.is_file() else None
+    parts, figures = split(Folder(photos / "things", report), people, count), {"left out": 0}
     figures["left out"] = len(parts.pop("left_out"))
     check_apart(parts["train"], parts["held_out"])
     target = output / "rows"
@@ -142,28 +154,15 @@ def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> d
             path = target / "images" / folder.source / folder.files[image_id]
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder.root / "images" / folder.files[image_id], path)
-            rows += rows_of(folder, image_id, name, path.resolve(), seed)
+            num_views = VIEWS[folder.source] if name == "train" else 1
+            rows += rows_of(folder, image_id, name, path.resolve(), num_views, seed)
         random.Random(seed).shuffle(rows)
         kinds = Counter(row["kind"] for row in rows)
         figures[name] = {"photographs": len({row["image_id"] for row in rows}), "rows": len(rows), "kinds": kinds}
         dataset_from_rows(rows, f"photos-{name}", report).save_to_disk(target / name)
-        if name == "train" and (output / "vlm").is_dir():
-            rows += _words(rows, pictures, output)
-            random.Random(seed).shuffle(rows)
-            dataset_from_rows(rows, "photos-warmup", report).save_to_disk(target / "warmup")
-            figures["warmup"] = {"rows": len(rows)}
-    splits = [name for name in ("train", "warmup", "held_out") if (target / name).is_dir()]
-    (target / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+    (target / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}))
     (target / "figures.json").write_text(json.dumps(figures, indent=2))
     return figures
-
-
-def _words(rows: list[dict[str, Any]], pictures: list[tuple[Folder, Any]], output: Path) -> list[dict[str, Any]]:
-    """Rows with ImageNet's words, of the photographs that have no other rows."""
-    known = {row["image_id"] for row in rows}
-    left = [(folder, folder.files[image_id]) for folder, image_id in pictures if folder.files[image_id] not in known]
-    paths = [(str((output / "rows/images" / folder.source / name).resolve()), name) for folder, name in left]
-    return list(words_rows(paths, output / "vlm", output / "classifier.safetensors"))
 
 
 def check_apart(train: list[tuple[Folder, Any]], held_out: list[tuple[Folder, Any]]) -> None:

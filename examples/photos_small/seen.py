@@ -19,12 +19,17 @@ from segcompass_hf.token_places import Name
 GRID = 6  # columns a to f and rows 1 to 6 of the places
 TOO_SMALL = 0.0008  # share of the picture: a fifth of an image token's; such objects are not listed
 MOST_PLACES = 16  # in a list, of all categories together
-PEOPLE_ONLY, MANY = "people only: ", "many"
+MANY = "many"
 _PLACE = re.compile(r"[a-f][1-6]|\+\d+")
 MOST_OF_A_CATEGORY = 5  # places of a category in a list
 COLOR_SHARE = 0.5  # of an object's pixels that have its colour
 BLACK, BROWN, WHITE, PALE = 55, 150, 190, 45  # of 255: brightness below, below, above; saturation below
 _HUES = ((15, "orange"), (40, "yellow"), (68, "green"), (165, "blue"), (255, "purple"), (290, "pink"), (335, "red"))
+
+
+def is_place(word: str) -> bool:
+    """Whether a word of a list is a place, `c4`, or how many more there are, `+2`."""
+    return _PLACE.fullmatch(word) is not None
 
 
 def place_of(x: float, y: float) -> str:
@@ -106,15 +111,14 @@ class Seen:
         """Categories with anything annotated, however small."""
         return {thing.category for thing in (*self.things, *self.crowds)}
 
-    def listing(self, only: str | None = None) -> str:
+    def listing(self) -> str:
         """`person b3 d2 +4, cup a5`: listed categories, places, how many more; `many` stands for a crowd."""
         entries = []
         for name, count in self.said.items():
-            if only in (None, name):
-                places = [thing.place for thing in self.of(name)[:count]]
-                places += [f"+{more}"] if (more := len(self.of(name)) - count) else []
-                places += [MANY] if name in {crowd.category for crowd in self.crowds} else []
-                entries.append(" ".join([name, *places]))
+            places = [thing.place for thing in self.of(name)[:count]]
+            places += [f"+{more}"] if (more := len(self.of(name)) - count) else []
+            places += [MANY] if name in {crowd.category for crowd in self.crowds} else []
+            entries.append(" ".join([name, *places]))
         return ", ".join(entries) or "nothing"
 
 
@@ -153,20 +157,17 @@ def color_of(image: Image.Image, thing: Thing) -> str | None:
 def named_words(row: dict[str, Any]) -> list[Name]:
     """Names of a row's objects, read from the list that its reasoning begins with: categories, and places.
 
-    The n-th object of the list is object n of `instance_ids`; the distractors are the others in their order. Rows of
-    `imagenet.py` have their words in the instruction.
+    The n-th object of the list is object n of `instance_ids`; the distractors are the others in their order.
     """
-    if row.get("kind") == "words":  # ImageNet's, one object each
-        return [Name(word, (index,)) for index, word in enumerate(row["instruction"].split(", "))]
     ids = list(row["instance_ids"])
     total = len(row["masks"]) + len(row.get("distractor_masks") or [])
     ids += [number for number in range(1, total + 1) if number not in ids]
     objects: dict[str, list[int]] = {}
     number = 0
-    listed = (row.get("reasoning") or "").split(".")[0].removeprefix(PEOPLE_ONLY)
+    listed = (row.get("reasoning") or "").split(".")[0]
     for entry in listed.split(", ") if total else ():
         words = entry.split()
-        places = [word for word in words if _PLACE.fullmatch(word)]
+        places = [word for word in words if is_place(word)]
         name = " ".join(word for word in words if word not in (*places, MANY))
         for place in places:
             for _ in range(int(place) if place.startswith("+") else 1):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 
 import datasets
@@ -21,11 +22,12 @@ with pytest.MonkeyPatch.context() as patch:  # scenes_tiny has a module `parts` 
     patch.syspath_prepend(str(EXAMPLE))
     theirs = sys.modules.pop("parts", None)
     import cut_tokenizer
-    import imagenet
+    import guesses
     import parts
     import questions
     import rows
     import seen
+    import views
     import words
 
     sys.modules.pop("parts")
@@ -163,7 +165,7 @@ def test_of_persons_only_persons_are_listed():
     shown = see(thing("person", "b3"), thing("cup", "a5"))
     found = list(questions.all_of(shown, random.Random(0)))
     assert [questions.reasoning(shown, question) for question in found] == [
-        "people only: person b3. person wanted. answer person b3.",
+        "person b3, cup a5. person wanted, not cup. answer person b3.",
         "person b3, cup a5. cup wanted, not person. answer cup a5.",
     ]
 
@@ -189,29 +191,80 @@ def test_every_word_of_the_tables_is_a_category():
     assert len(others) == len(set(others)) and not set(others) & set(words.CATEGORIES)
 
 
-# ImageNet's words
+# Guesses
 
 
-def test_classes_have_one_word_each():
-    indices = [index for listed in imagenet._CLASSES.values() for index in imagenet._indices(listed)]
-    assert len(indices) == len(set(indices)) and max(indices) < 1000
-    assert imagenet.WORD_OF_CLASS[207] == "dog" and imagenet.WORD_OF_CLASS[954] == "banana"
+class Sam:
+    """In place of MobileSAM: the mask is the box."""
+
+    def segment(self, images, prompts):
+        masks = np.zeros((len(prompts[0]), *images[0].size[::-1]), dtype=bool)
+        for mask, prompt in zip(masks, prompts[0], strict=True):
+            x0, y0, x1, y1 = (round(corner) for corner in prompt.box)
+            mask[y0:y1, x0:x1] = True
+        return [(masks, [1.0] * len(masks))]
 
 
-def test_patches_show_the_words_that_the_classifier_is_sure_of():
-    logits = torch.zeros(1000, 4, 4)
-    logits[151, 0, :2] = logits[152, 0, 2:] = 20.0  # two breeds, four places of the first row
-    logits[954, 3, 3] = 20.0  # one place alone
-    logits[281, 2, :], logits[151, 2, :] = 20.0, 20.0  # cat or dog: neither for sure
-    shown = imagenet.patch_words(logits)
-    assert list(shown) == ["dog"] and shown["dog"].sum() == 4 and shown["dog"][0].all()
-    row = imagenet.words_row(Image.new("RGB", (80, 40)), "a.jpg", shown, "a")
-    assert row["instruction"] == "dog" and row["reasoning"] is None and row["source"] == imagenet.SOURCE
-    assert decode_mask(row["masks"][0])[:10].all() and decode_mask(row["masks"][0]).sum() == 10 * 80
-    assert [tuple(name) for name in seen.named_words(row)] == [("dog", (0,))]
-    assert imagenet.words_row(Image.new("RGB", (80, 40)), "a.jpg", {}, "a") is None
-    with pytest.raises(ValueError, match="got 10 classes"):
-        imagenet.patch_words(torch.zeros(10, 2, 2))
+def detector(image):
+    return [guesses.Detection("cup", 0.9, (40, 40, 60, 60)), guesses.Detection("person", 0.8, (0, 0, 10, 10))]
+
+
+def test_guesses_are_told_from_what_is_known():
+    known = encode_mask(np.ones((SIDE, SIDE)))
+    annotations = [
+        {"category_id": 1, "bbox": [0, 0, 60, 60], "iscrowd": 0, "segmentation": known},
+        {"category_id": 1, "bbox": [5, 5, 10, 20], "iscrowd": 0, "segmentation": []},
+        {"category_id": 1, "bbox": [0, 50, 60, 10], "iscrowd": 1, "segmentation": []},
+    ]
+    found = list(guesses.guesses_of(Image.new("RGB", (SIDE, SIDE)), annotations, detector, Sam()))
+    by = {tuple(one["guessed"]): one for one in found if not one["iscrowd"]}
+    assert set(by) == {(), ("mask",), ("category", "box", "mask")} and len(found) == 4, "no person but the annotated"
+    assert by[()]["segmentation"] == known and by["category", "box", "mask"]["category"] == "cup"
+    assert decode_mask(by[("mask",)]["segmentation"])[5:25, 5:15].all() and by[("mask",)]["area"] == 200
+    (crowd,) = [one for one in found if one["iscrowd"]]
+    assert decode_mask(crowd["segmentation"]).sum() == 600
+
+
+def test_the_surer_one_of_two_boxes_of_an_object_counts():
+    assert guesses.overlap((0, 0, 10, 10), (0, 0, 10, 5)) == pytest.approx(0.5)
+    assert guesses.overlap((0, 0, 10, 10), (20, 20, 30, 30)) == 0.0
+    assert guesses.CATEGORY_OF_ID[90] == "toothbrush" and guesses.CATEGORY_OF_ID[13] == "stop sign"
+
+
+def test_what_a_missing_object_would_make_wrong_is_not_asked_of_guesses():
+    shown = see(thing("person", "a1"), thing("person", "d4", 20), thing("cup", "a5"), thing("cup", "f5"))
+    dice = random.Random(0)
+    asked_of = questions.questions(shown, picture_of(shown.things), dice, guessed=True)
+    compared = {question.targets[0].category for question in asked_of if question.kind in questions.COMPARING}
+    assert compared == {"person"} and asked(asked_of, "all", "cup")
+    assert not asked(asked_of, "none") and not asked(asked_of, "no use") and asked(asked_of, questions.NONE_BY_FAR)
+
+
+# Views
+
+
+def test_views_show_the_same_objects_elsewhere():
+    shown = see(thing("dog", "b2", 12), thing("cup", "e5", 4))
+    found = views.views(shown, (SIDE, SIDE), 6, random.Random(0))
+    (view, whole), (mirrored, other), *cut = found
+    assert view == ((0, 0, SIDE, SIDE), False) and whole is shown
+    assert mirrored.mirrored and other.listing() == "dog e2, cup b5"
+    image = picture_of(shown.things)
+    assert len(cut) == 4
+    for part, seen_in_part in cut:
+        assert part.of_image(image).size == seen_in_part.things[0].mask.shape[::-1]
+        for one in seen_in_part.things:
+            original = shown.of(one.category)[0]
+            assert one.mask.sum() >= views.WHOLE * original.mask.sum() and one.mask.any()
+            color = COLORS.get(one.category, (30, 200, 30))
+            assert (np.asarray(part.of_image(image))[one.mask] == color).all(), "the mask lies on the object"
+
+
+def test_an_object_cut_in_two_spoils_a_view():
+    shown = see(thing("dog", "c3", 20), thing("person", "c3", 40, is_crowd=True))
+    assert views.View((0, 0, 25, 60), False).of_seen(shown) is None, "half of the dog"
+    rest = views.View((40, 0, 60, 60), False).of_seen(shown)
+    assert not rest.things and len(rest.crowds) == 1
 
 
 # Rows
@@ -268,24 +321,26 @@ def photos(tmp_path):
 
 def test_rows_of_made_up_photographs(photos, tmp_path):
     root, held_out = photos
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(root / "people" / "instances.json", tmp_path / "out" / "people.json")
     figures = rows.build(root, tmp_path / "out", count=1)
     found = datasets.load_from_disk(str(tmp_path / "out" / "rows"))
     assert set(found["held_out"]["image_id"]) == {held_out}
     trained = set(found["train"]["image_id"])
-    assert trained == {f"{n}.png" for n in range(6)} - {held_out} | {"alone.png"}, "boxes alone give no masks"
+    things = [name for name in (f"{n}.png" for n in range(6)) if name != held_out]
+    assert {name for name in trained if "-" not in name} == {*things, "alone.png"}, "boxes alone give no masks"
+    assert {f"{name[0]}-1.png" for name in things} < trained, "mirrored"
     assert figures["left out"] == 2, "the held-out picture saved anew, and the one among the people"
     row = next(
-        r
-        for r in found["train"]
-        if r["kind"] == "all" and r["source"] == "photos-things" and "cup" in r["instruction"]
+        r for r in found["train"] if r["kind"] == "all" and r["image_id"] in things and "cup" in r["instruction"]
     )
     assert row["reasoning"] == "dog d4, cup a1. cup wanted, not dog. answer cup a1."
     masks = decode_masks(row["masks"], (SIDE, SIDE))
     assert masks.sum() == 100 and masks[0, :10, :10].all() and row["instance_ids"] == [2]
     assert len(row["distractor_masks"]) == 1
     assert {name.words: name.objects for name in seen.named_words(row)}["cup"] == (0,)
-    again = rows.build(root, tmp_path / "again", count=1)
-    assert again == figures
+    alone = rows.build(root, tmp_path / "alone", count=1)
+    assert alone["left out"] == 1 and alone["held_out"] == figures["held_out"], "without guesses, no people"
 
 
 def test_a_picture_in_both_splits_is_refused(photos):
