@@ -221,6 +221,7 @@ def absent(seen: Seen, dice: random.Random) -> Iterator[Question]:
 
 
 KINDS = (all_of, synonyms, uses, sides, sizes, nearest, counts, combinations, absent)
+OF_PEOPLE = {"all": "people", "place": "one person", "size": "one person", "nearest": "one person"}
 COMPARING = ("place", "size", "count", "nearest")  # kinds that need every object of a category
 
 
@@ -233,7 +234,13 @@ def questions(seen: Seen, image: Image.Image, dice: random.Random, guessed: bool
     """
     found = [question for kind in KINDS for question in kind(seen, dice)]
     found = [question for question in (*found, *colors(seen, dice, image)) if question is not None]
-    return [question for question in found if holds_with_guesses(question)] if guessed else found
+    return [with_people_apart(question) for question in found if not guessed or holds_with_guesses(question)]
+
+
+def with_people_apart(question: Question) -> Question:
+    """Persons alone are meant by kinds of their own: they are most common, and the easiest."""
+    alone = bool(question.targets) and all(thing.category == "person" for thing in question.targets)
+    return question._replace(kind=OF_PEOPLE[question.kind]) if alone and question.kind in OF_PEOPLE else question
 
 
 def holds_with_guesses(question: Question) -> bool:

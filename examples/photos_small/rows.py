@@ -6,7 +6,8 @@ PHOTOS holds `things` and `people`, each with `images/` and `instances.json`: of
 categories is annotated, of `people` persons alone; what else is in those comes from `people.json` of `guesses.py` in
 the output folder, and without it they are left out. 120 photographs of `things` are held out before anything else, by
 the hashes of their file names; whatever looks like one of them is not trained on. The output gets the folder `rows`
-with the splits `train` and `held_out`, and the pictures.
+with the splits `train` and `held_out`, and the pictures. For photographs that are all to be evaluated on there is
+`--all-held-out`.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ class Folder:
         return read_seen(self.instances, image_id, self.names)
 
 
-def split(things: Folder, people: Folder | None, count: int = HELD_OUT) -> dict[str, list[tuple[Folder, Any]]]:
-    """Photographs of the splits; `left_out` are those that look like a held-out one."""
-    chosen = held_out_names(list(things.files.values()), count)
+def split(things: Folder, people: Folder | None, count: int | None = HELD_OUT) -> dict[str, list[tuple[Folder, Any]]]:
+    """Photographs of the splits, `count` or all of `things` held out; `left_out` look like a held-out one."""
+    names = list(things.files.values())
+    chosen = set(names) if count is None else held_out_names(names, count)
     held_out = [(things, image_id) for image_id, name in things.files.items() if name in chosen]
     looks = [folder.looks[image_id] for folder, image_id in held_out]
     everything = [(folder, image_id) for folder in (things, people) if folder for image_id in folder.files]
@@ -135,7 +137,7 @@ def row_of(seen: Seen, question: Question, size: tuple[int, int]) -> dict[str, A
     }
 
 
-def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> dict[str, Any]:
+def build(photos: Path, output: Path, count: int | None = HELD_OUT, seed: int = 0) -> dict[str, Any]:
     """Write the splits; returns how many photographs and rows of each kind they have.
 
     Raises:
@@ -148,6 +150,7 @@ def build(photos: Path, output: Path, count: int = HELD_OUT, seed: int = 0) -> d
     figures["left out"] = len(parts.pop("left_out"))
     check_apart(parts["train"], parts["held_out"])
     target = output / "rows"
+    parts = {name: pictures for name, pictures in parts.items() if pictures}
     for name, pictures in parts.items():
         rows = []
         for folder, image_id in pictures:
@@ -179,8 +182,10 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/photos-small"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all-held-out", action="store_true", help="train on none of `things`")
     given = parser.parse_args()
-    print(json.dumps(build(given.photos, given.output, seed=given.seed), indent=2))
+    count = None if given.all_held_out else HELD_OUT
+    print(json.dumps(build(given.photos, given.output, count, given.seed), indent=2))
 
 
 if __name__ == "__main__":
