@@ -15,6 +15,7 @@ from segcompass_hf.evaluation.predictors.baselines import (
     SAM_BASELINES,
     AllObjectsPredictor,
     IdealMasksPredictor,
+    LargestObjectPredictor,
     RandomObjectPredictor,
     SamBoxCentrePredictor,
     make_baseline,
@@ -78,7 +79,15 @@ def test_all_objects_are_targets_and_distractors():
     assert second.masks.shape == (0, 30, 40)
 
 
-@pytest.mark.parametrize("kind", [AllObjectsPredictor, RandomObjectPredictor])
+def test_the_largest_object_be_it_meant_or_not():
+    stripes = tiny_mask(4)
+    large = stripes[1] | stripes[2]
+    first, second = LargestObjectPredictor().predict([row(stripes[:1], np.stack([large, stripes[3]])), row([], [])])
+    assert np.array_equal(first.masks, large[None])
+    assert second.masks.shape == (0, 30, 40)
+
+
+@pytest.mark.parametrize("kind", [AllObjectsPredictor, LargestObjectPredictor, RandomObjectPredictor])
 def test_unknown_distractors_stop_or_are_counted(kind):
     rows = [row(tiny_mask(2), None, "half-known"), row(tiny_mask(1), [], "known")]
     with pytest.raises(ValueError, match='half-known.*targets only.*unknown="empty"'):

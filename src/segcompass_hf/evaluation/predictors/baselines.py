@@ -87,6 +87,22 @@ class AllObjectsPredictor(_KnownObjects):
         return objects
 
 
+class LargestObjectPredictor(_KnownObjects):
+    """The largest of the known objects, whatever is asked; none where there is none.
+
+    Args:
+        unknown (`str`, *optional*, defaults to `"error"`): As for `AllObjectsPredictor`.
+    """
+
+    name = "largest-object"
+
+    def _choose(self, objects: np.ndarray, row: dict[str, Any]) -> np.ndarray:
+        if not len(objects):
+            return objects
+        largest = int(objects.sum((1, 2)).argmax())
+        return objects[largest : largest + 1]
+
+
 class RandomObjectPredictor(_KnownObjects):
     """One object of those known, each with the same chance; none where there is none.
 
@@ -207,6 +223,7 @@ BASELINES: dict[str, Callable[[Any, Any, int, Any], Predictor]] = {
     "all-objects": lambda sam, processor, seed, unknown: AllObjectsPredictor(unknown),
     "everything": lambda sam, processor, seed, unknown: EverythingPredictor(),
     "ideal-masks": lambda sam, processor, seed, unknown: IdealMasksPredictor(processor),
+    "largest-object": lambda sam, processor, seed, unknown: LargestObjectPredictor(unknown),
     "nothing": lambda sam, processor, seed, unknown: NothingPredictor(),
     "random-object": lambda sam, processor, seed, unknown: RandomObjectPredictor(seed, unknown),
     "sam-box": lambda sam, processor, seed, unknown: SamBoxCentrePredictor(sam, processor, "box"),

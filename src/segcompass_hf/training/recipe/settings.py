@@ -80,8 +80,8 @@ class StageSettings:
         eval_dataset, num_eval_samples (*optional*): The same for evaluation.
         batch_size (`int`, *optional*): Rows (SAE: tokens; GRPO: completions) of an optimizer step, of all processes
             and accumulated micro-batches together; in place of `per_device_train_batch_size`.
-        names (`str`, *optional*): `MODULE:FUNCTION`, row -> its [`Name`]s, for `alignment_pairs` (warmup) and
-            `pair_loss` (sae); those of the target when left out.
+        names (`str`, *optional*): `MODULE:FUNCTION` or `FILE.py:FUNCTION`, row -> its [`Name`]s, for
+            `alignment_pairs` (warmup) and `pair_loss` (sae); those of the target when left out.
         lora_r (`int`): Rank of LoRA adapters; 0 trains the weights themselves. Merged afterwards, unless quantised.
         new_weights (`bool`): Random weights for what the stage trains: the VLM (warmup), the heads (segmentation).
     """
@@ -92,7 +92,7 @@ class StageSettings:
     eval_dataset: str | None = field(default=None, metadata={"help": "As `dataset`."})
     num_eval_samples: int | None = field(default=None, metadata={"help": "Rows of it."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows of a step, of all processes together."})
-    names: str | None = field(default=None, metadata={"help": "MODULE:FUNCTION, row -> its names (warmup, sae)."})
+    names: str | None = field(default=None, metadata={"help": "MODULE:FUNCTION or FILE.py:FUNCTION: row -> names."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains the weights themselves."})
     new_weights: bool = field(default=False, metadata={"help": "Random weights for what the stage trains."})
 

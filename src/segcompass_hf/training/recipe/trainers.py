@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from .parts import PartLoader, Parts
@@ -21,12 +23,17 @@ def names_of(stage: Stage) -> dict[str, Any]:
         return {}
     if stage.name not in ("warmup", "sae"):
         raise RecipeError(f"{stage.name}.names: only warmup and sae read names; leave it out.")
-    module, _, name = stage.own.names.partition(":")
+    module, _, name = stage.own.names.rpartition(":")
     try:
+        if module.endswith(".py"):  # imports what lies beside it, as a script does
+            file = Path(module).resolve(strict=True)
+            sys.path.insert(0, str(file.parent))
+            module = file.stem
         found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         raise RecipeError(
-            f"{stage.name}.names is {stage.own.names!r}; expected MODULE:FUNCTION that can be imported: {error}"
+            f"{stage.name}.names is {stage.own.names!r}; expected MODULE:FUNCTION or FILE.py:FUNCTION that can be "
+            f"imported: {error}"
         ) from error
     return {"names": found}
 
