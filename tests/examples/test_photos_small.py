@@ -19,9 +19,11 @@ pytest.importorskip("transformers.models.fast_vlm")
 
 EXAMPLE = ROOT / "examples" / "photos_small"
 with pytest.MonkeyPatch.context() as patch:  # scenes_tiny has a module `parts` too
+    patch.syspath_prepend(str(ROOT / "benchmarks" / "real_parts"))
     patch.syspath_prepend(str(EXAMPLE))
     theirs = sys.modules.pop("parts", None)
     import cut_tokenizer
+    import efficientnet_lite2
     import guesses
     import parts
     import questions
@@ -378,27 +380,22 @@ def test_a_cut_tokenizer_says_the_same(full_tokenizer):
 
 def published_vision():
     """Weights as EfficientNet-lite2's authors publish them, with a classifier; random."""
-    own = parts.EfficientNetModel(parts.vision_config(64)).state_dict()
-    names = {"embeddings.convolution": "_conv_stem", "embeddings.batchnorm": "_bn0"}
-    names |= {"encoder.top_conv": "_conv_head", "encoder.top_bn": "_bn1"}
-    inner = {"expansion.expand_conv": "_expand_conv", "expansion.expand_bn": "_bn0"}
-    inner |= {"depthwise_conv.depthwise_conv": "_depthwise_conv", "depthwise_conv.depthwise_norm": "_bn1"}
-    inner |= {"projection.project_conv": "_project_conv", "projection.project_bn": "_bn2"}
+    own = parts.EfficientNetModel(efficientnet_lite2.efficientnet_lite2_config(64)).state_dict()
     published = {"_fc.weight": torch.randn(1000, 1280), "_fc.bias": torch.randn(1000)}
     for name, tensor in own.items():
         module, _, part = name.rpartition(".")
-        if module in names:
-            published[f"{names[module]}.{part}"] = tensor.clone()
+        if module in efficientnet_lite2.STEM_AND_HEAD:
+            published[f"{efficientnet_lite2.STEM_AND_HEAD[module]}.{part}"] = tensor.clone()
         elif "squeeze_excite" not in name:
             block, _, rest = module.removeprefix("encoder.blocks.").partition(".")
-            published[f"_blocks.{block}.{inner[rest]}.{part}"] = tensor.clone()
+            published[f"_blocks.{block}.{efficientnet_lite2.PARTS[rest]}.{part}"] = tensor.clone()
     return published
 
 
 @pytest.fixture(scope="module")
 def vision():
     torch.manual_seed(0)
-    return parts.convert_vision(published_vision(), 64)
+    return efficientnet_lite2.convert(published_vision(), 64)[0]
 
 
 def test_the_gates_of_a_lite_model_stay_open(vision):
@@ -410,10 +407,10 @@ def test_the_gates_of_a_lite_model_stay_open(vision):
 def test_other_weights_than_lite2s_are_refused():
     published = published_vision()
     missing = {name: tensor for name, tensor in published.items() if name != "_blocks.4._bn1.bias"}
-    with pytest.raises(ValueError, match="missing.*blocks.4"):
-        parts.convert_vision(missing, 64)
-    with pytest.raises(ValueError, match="left over.*_blocks.99"):
-        parts.convert_vision(published | {"_blocks.99._bn1.bias": torch.zeros(1)}, 64)
+    with pytest.raises(ValueError, match="lacks.*blocks.4"):
+        efficientnet_lite2.convert(missing, 64)
+    with pytest.raises(ValueError, match="has.*_blocks.99"):
+        efficientnet_lite2.convert(published | {"_blocks.99._bn1.bias": torch.zeros(1)}, 64)
 
 
 def test_a_language_model_keeps_layers_and_rows():
