@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
+from .concept_grids_segcompass import ConceptGrid
 from .configuration_segcompass import SegCompassConfig
 from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
@@ -100,6 +101,8 @@ class SequenceStates:
         completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion.
         concept_ids, concept_mask (`torch.Tensor` of shape `(batch_size, concept_length)`, *optional*): Ids and mask of
             `layer_states`; those above when left out, others with `concept_input="duplicated"`.
+        image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): Where the image tokens lie in the
+            image, a [`TokenGrid`] each; read with `heatmap_concepts`.
     """
 
     layer_states: torch.Tensor
@@ -109,6 +112,7 @@ class SequenceStates:
     completion_mask: torch.Tensor | None = None
     concept_ids: torch.Tensor | None = None
     concept_mask: torch.Tensor | None = None
+    image_token_grids: torch.Tensor | None = None
 
     def __post_init__(self):
         self.concept_ids = self.input_ids if self.concept_ids is None else self.concept_ids
@@ -121,11 +125,13 @@ class SequenceStates:
         sequences: torch.Tensor,
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
+        image_token_grids: torch.Tensor | None = None,
     ) -> "SequenceStates":
         """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
-        return cls(*states, sequences, attention_mask, torch.cat([torch.zeros_like(prompt_mask), written], dim=1))
+        completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
+        return cls(*states, sequences, attention_mask, completion_mask, image_token_grids=image_token_grids)
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""
@@ -246,6 +252,58 @@ class ReadingMixin:
         """Slots `(batch_size, num_slots, d_slot)` of sparse concepts; differentiable in `concepts.values`."""
         return self.slot_encoder(self.codebook(concepts), attention_mask, output_attentions=output_attentions)
 
+    def concept_grid(
+        self,
+        embeddings: torch.Tensor,
+        is_image: torch.Tensor,
+        image_token_grids: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+    ) -> ConceptGrid | None:
+        """The concepts of image tokens where they lie in the segmenter's image embeddings, for the slot mapper.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`): Of the codebook.
+            is_image (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 or true on image tokens.
+            image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`): From the processor, see [`SequenceStates`].
+            image_embeddings, reshaped_input_sizes: As in `predict_masks`.
+
+        Returns:
+            [`ConceptGrid`]; `None` without image embeddings, and without `heatmap_concepts`.
+
+        Raises:
+            ValueError: The grids are missing, or of other images.
+        """
+        if image_embeddings is None or not self.config.heatmap_concepts:
+            return None
+        if image_token_grids is None:
+            raise ValueError(
+                "this model has heatmap_concepts: its slots look at the concepts of image tokens where these lie in "
+                "the image, but there are no image_token_grids. The model's processor makes them; set "
+                "`processor.image_token_grids = True` on another, and pass on all that it returns."
+            )
+        shares = embeddings.new_ones(len(embeddings), 2, dtype=torch.float32)
+        if reshaped_input_sizes is not None:
+            shares = reshaped_input_sizes.to(shares) / self.mask_stage.canvas
+        return ConceptGrid.of_tokens(
+            embeddings, is_image.bool(), image_token_grids, tuple(image_embeddings.shape[-2:]), shares
+        )
+
+    def grid_of_image_concepts(
+        self, embeddings: torch.Tensor | None, image_token_grids: torch.Tensor | None, *image
+    ) -> ConceptGrid | None:
+        """As `concept_grid`, of embeddings `(batch_size, num_patches, d_slot)` of image tokens alone, padded behind."""
+        if image[0] is None or not self.config.heatmap_concepts:
+            return None
+        if embeddings is None:
+            raise ValueError(
+                "this model has heatmap_concepts: beside slots and reference_states it needs the "
+                "image_concept_embeddings that were read with them."
+            )
+        places = torch.arange(embeddings.shape[1], device=embeddings.device)
+        is_image = places < (0 if image_token_grids is None else image_token_grids[:, :2].prod(1, keepdim=True))
+        return self.concept_grid(embeddings, is_image, image_token_grids, *image)
+
     def find_reference_states(
         self,
         last_states: torch.Tensor,
@@ -278,6 +336,7 @@ class ReadingMixin:
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         decode_slots: Sequence[int] | None = None,
+        concept_grid: ConceptGrid | None = None,
     ) -> SegCompassOutput:
         """The last steps alone, from reference states and slots (perhaps changed by the caller) to masks.
 
@@ -291,13 +350,14 @@ class ReadingMixin:
             targets ([`MaskTargets`], *optional*): Adds the losses.
             decode_slots (`Sequence[int]`, *optional*): Slots whose masks are wanted, where there are no targets; all
                 when left out. `pred_masks` then has these alone, and is `None` for none.
+            concept_grid ([`ConceptGrid`], *optional*): From `concept_grid`; needed with `heatmap_concepts`.
 
         Returns:
             [`SegCompassOutput`]: `heatmap_logits`, `slot_logits`, `pred_masks`, `slots`, `reference_states`, and with
             targets `loss`, `segmentation_loss`, `confidence_loss` and `losses`.
         """
         embeddings = None if image_embeddings is None else parts_of(image_embeddings)[0]
-        mapped = self.slot_mapper(reference_states, slots, embeddings)
+        mapped = self.slot_mapper(reference_states, slots, embeddings, concept_grid)
         output = SegCompassOutput(**mapped, slots=slots, reference_states=reference_states)
         if image_embeddings is None:
             return output
@@ -368,7 +428,10 @@ class ReadingMixin:
         if targets is not None and callable(targets.assignments):
             found = targets.assignments(SegCompassOutput(slots=encoded.slots, concept_embeddings=embeddings))
             targets = replace(targets, assignments=found)
-        output = self.predict_masks(reference_states, encoded.slots, image_embeddings, reshaped_input_sizes, targets)
+        is_image = self.modality_ids(states.concept_ids) * states.concept_mask
+        image = image_embeddings, reshaped_input_sizes
+        grid = self.concept_grid(embeddings, is_image, states.image_token_grids, *image)
+        output = self.predict_masks(reference_states, encoded.slots, *image, targets, concept_grid=grid)
         output.concepts, output.slot_attentions = concepts if output_concepts else None, encoded.attentions
         output.concept_embeddings = embeddings if output_concept_embeddings else None
         return output
