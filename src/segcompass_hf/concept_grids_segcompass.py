@@ -12,8 +12,8 @@ GRID_FIELDS = 6  # of `TokenGrid`: rows, columns, top, bottom, left, right
 class ConceptGrid:
     """Concept embeddings of the image tokens of a batch, and how much of each lies in every cell of an embedding.
 
-    A cell's value is `sum_rc R_ir C_jc e_rc`: tokens are interpolated bilinearly, over as many tokens as a cell is wide
-    where they are finer than the cells. It is linear in the embeddings, and these are linear in the concepts'
+    The value of a cell is `sum_rc R_ir C_jc e_rc`: tokens are interpolated bilinearly, over as many tokens as a cell
+    is wide where they are finer than the cells. It is linear in the embeddings, and these are linear in the concepts'
     activations: the share of every concept in every cell can be told exactly.
 
     Args:

@@ -96,10 +96,10 @@ class SegCompassConfig(PretrainedConfig):
             Without it scores are the plain confidences.
         image_token_id (`int`, *optional*): Id that stands for image patches in `input_ids`: never written, and read as
             image. Composing takes what the processor was seen to write; left out, the VLM's configuration is asked.
-        heatmap_concepts (`bool`, defaults to `False`): Let the slot mapper compare slots not with the segmenter's image
-            embedding alone, which hardly knows categories, but with the concepts of the VLM's image tokens added to
-            it where they lie in the image. Added by a projection that begins at zero. Needs a VLM whose image tokens
-            lie on one grid, and `image_token_grids` from the processor.
+        heatmap_concepts (`bool`, defaults to `False`): Let the slot mapper see more of an image than the segmenter's
+            embedding, which hardly knows categories: the concepts of the VLM's image tokens, added to it where these
+            lie in the image, by a projection that begins at zero. Needs a VLM whose image tokens lie on one grid, and
+            `image_token_grids` of the processor.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the

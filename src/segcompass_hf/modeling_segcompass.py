@@ -52,16 +52,16 @@ class SegCompassPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Linear):
-            # By fan-in, as the original: with a fixed std the heads of small models would hardly react.
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
+        if type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
             if isinstance(module, nn.Embedding):
                 init.normal_(module.weight, std=self.config.initializer_range)
             else:
                 module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            # By fan-in, as the original: with a fixed std the heads of small models would hardly react.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .token_grids import TRIAL_SIZE, measure_token_grid
-from .token_places import UnknownPlacesError, picture_inputs
+from .token_grids_segcompass import TRIAL_SIZE, UnknownPlacesError, measure_token_grid, picture_inputs
 
 KEPT_SIZES = 256  # of images, whose geometry is remembered
 

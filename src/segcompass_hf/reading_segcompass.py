@@ -292,7 +292,7 @@ class ReadingMixin:
     def grid_of_image_concepts(
         self, embeddings: torch.Tensor | None, image_token_grids: torch.Tensor | None, *image
     ) -> ConceptGrid | None:
-        """As `concept_grid`, of embeddings `(batch_size, num_patches, d_slot)` of image tokens alone, padded behind."""
+        """As `concept_grid`, of embeddings `(batch_size, num_patches, d_slot)` of image tokens alone, padding last."""
         if image[0] is None or not self.config.heatmap_concepts:
             return None
         if embeddings is None:

@@ -10,8 +10,7 @@ from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .images_segcompass import to_rgb_image
 from .threads_segcompass import tokenizer_lock
-from .token_grids import TRIAL_SIZE, TokenGrid, measure_token_grid
-from .token_places import UnknownPlacesError
+from .token_grids_segcompass import TRIAL_SIZE, TokenGrid, UnknownPlacesError, measure_token_grid
 from .vlm_processors_segcompass import (
     ImageHandling,
     build_vlm_processor,
@@ -19,7 +18,6 @@ from .vlm_processors_segcompass import (
     measure_image_handling,
     shift_behind_padding,
 )
-
 
 KEPT_GRIDS = 4096  # sizes of images whose token grids are remembered
 
