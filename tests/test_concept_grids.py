@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from segcompass_hf.concept_grids_segcompass import ConceptGrid, cell_weights
 from segcompass_hf.patch_coverage import PatchCoverage
+from segcompass_hf.token_grids_segcompass import TokenGrid
 
 WHOLE = (0.0, 1.0, 0.0, 1.0)
 
@@ -17,7 +18,8 @@ def grid_of(embeddings, grids, size, shares=None, is_image=None):
     embeddings = torch.as_tensor(embeddings, dtype=torch.float32)
     is_image = torch.ones(embeddings.shape[:2], dtype=torch.bool) if is_image is None else is_image
     shares = torch.ones(len(embeddings), 2) if shares is None else torch.tensor(shares)
-    return ConceptGrid.of_tokens(embeddings, is_image, torch.tensor(grids), size, shares)
+    grids = torch.tensor([TokenGrid(*grid).as_row() for grid in grids])
+    return ConceptGrid.of_tokens(embeddings, is_image, grids, size, shares)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 6), (3, 5), (2, 2)], ids=str)

@@ -17,9 +17,10 @@ def test_one_grid_per_image_and_a_place_for_each_token(family):
     images = [tiny_image(0, (80, 60)), tiny_image(1, (50, 90))]
     made = processor(images=images, instruction=["red", "a longer instruction, so that there is padding"])
     grids = made["image_token_grids"]
-    assert grids.shape == (2, 6) and grids.dtype == torch.float32
+    assert grids.shape == (2, 6) and grids.dtype == torch.int64
     counts = (made["input_ids"] == processor.image_token_id).sum(1)
-    assert torch.equal(grids[:, :2].prod(1).long(), counts)
+    assert torch.equal(grids[:, :2].prod(1), counts)
+    assert grids[0].tolist() == processor.token_grid(60, 80).as_row()
     assert "image_token_grids" in processor.model_input_names
     plain = tiny_processor(family)
     assert "image_token_grids" not in plain(images=images, instruction="red") | {"": plain.model_input_names}

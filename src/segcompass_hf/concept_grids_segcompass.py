@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-GRID_FIELDS = 6  # of `TokenGrid`: rows, columns, top, bottom, left, right
+from .token_grids_segcompass import EDGE_UNITS, TokenGrid
 
 
 @dataclass
@@ -41,7 +41,7 @@ class ConceptGrid:
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`): Of all tokens.
             is_image (`torch.BoolTensor` of shape `(batch_size, sequence_length)`): Which are image tokens.
-            grids (`torch.Tensor` of shape `(batch_size, 6)`): The images' [`TokenGrid`]s.
+            grids (`torch.LongTensor` of shape `(batch_size, 6)`): The images' [`TokenGrid`]s, as rows.
             size (`tuple[int, int]`): (height, width) of the image embedding, in cells.
             image_shares (`torch.Tensor` of shape `(batch_size, 2)`): What images take of the canvas's height and
                 width, in (0, 1]; the rest is padding at the bottom and right.
@@ -49,14 +49,14 @@ class ConceptGrid:
         Raises:
             ValueError: The grids are of other images: they have other numbers of tokens.
         """
-        grids = grids.to(embeddings.device, torch.float32)
-        image_shares = image_shares.to(grids)
-        if tuple(grids.shape) != (len(embeddings), GRID_FIELDS):
+        expected = len(embeddings), len(TokenGrid._fields)
+        if tuple(grids.shape) != expected:
             raise ValueError(
-                f"image_token_grids have shape {tuple(grids.shape)}, expected {(len(embeddings), GRID_FIELDS)}: one "
-                "row per sequence, as the processor makes them."
+                f"image_token_grids have shape {tuple(grids.shape)}, expected {expected}: one row per sequence, as "
+                "the processor makes them."
             )
-        sides = grids[:, :2].long()  # rows and columns
+        sides, edges = grids.to(embeddings.device).split([2, 4], dim=1)
+        edges, image_shares = edges.float() / EDGE_UNITS, image_shares.to(edges.device)
         counted, expected = is_image.sum(1), sides.prod(1)
         if not torch.equal(counted, expected):
             raise ValueError(
@@ -70,7 +70,7 @@ class ConceptGrid:
         columns = sides[row, 1]
         laid = laid.index_put((row, order // columns, order % columns), embeddings[row, position])
         weights = (
-            cell_weights(grids[:, 2 + 2 * axis : 4 + 2 * axis], sides[:, axis], image_shares[:, axis], size[axis])
+            cell_weights(edges[:, 2 * axis : 2 * axis + 2], sides[:, axis], image_shares[:, axis], size[axis])
             for axis in (0, 1)
         )
         return cls(laid, *weights)

@@ -176,8 +176,8 @@ class SegCompassForReasoningSegmentation(
             image_concept_embeddings (`torch.Tensor` of shape `(batch_size, num_patches, d_slot)`, *optional*): Of the
                 image tokens, read before like these and needed beside them with `heatmap_concepts`; what lies beyond
                 an image's number of tokens is not read.
-            image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): Where image tokens lie, from a
-                processor that has them switched on; needed with `heatmap_concepts`, else not read.
+            image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): Where image tokens lie,
+                from a processor that has them switched on; needed with `heatmap_concepts`, else not read.
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.

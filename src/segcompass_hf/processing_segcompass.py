@@ -194,7 +194,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
             right; `pixel_values` and the family's own keys (token types and the like of the prompt alone, the model
             lets them grow over an answer); `sam_pixel_values` `(B, 3, canvas, canvas)`;
             `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); where switched on
-            `image_token_grids` `(B, 6)`, the fields of a [`TokenGrid`]; with `reasoning` `completion_mask`
+            `image_token_grids` `(B, 6)`, a [`TokenGrid`] each; with `reasoning` `completion_mask`
             and `labels` `(B, T)`, -100 outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1]
             and `num_objects` `(B,)`.
 
@@ -253,7 +253,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         resized = [self.geometry.resized_size(size) for size in sizes]
         places = {"original_sizes": torch.tensor(sizes), "reshaped_input_sizes": torch.tensor(resized)}
         if self.image_token_grids:
-            places["image_token_grids"] = torch.tensor([self.token_grid(*size) for size in sizes])
+            places["image_token_grids"] = torch.tensor([self.token_grid(*size).as_row() for size in sizes])
         return places
 
     def _sam_inputs(self, images: list) -> dict:

@@ -101,8 +101,8 @@ class SequenceStates:
         completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion.
         concept_ids, concept_mask (`torch.Tensor` of shape `(batch_size, concept_length)`, *optional*): Ids and mask of
             `layer_states`; those above when left out, others with `concept_input="duplicated"`.
-        image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): Where the image tokens lie in the
-            image, a [`TokenGrid`] each; read with `heatmap_concepts`.
+        image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): Where the image tokens lie in
+            the image, a [`TokenGrid`] each; read with `heatmap_concepts`.
     """
 
     layer_states: torch.Tensor
@@ -265,7 +265,8 @@ class ReadingMixin:
         Args:
             embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`): Of the codebook.
             is_image (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 or true on image tokens.
-            image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`): From the processor, see [`SequenceStates`].
+            image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`): Of the processor, see
+                [`SequenceStates`].
             image_embeddings, reshaped_input_sizes: As in `predict_masks`.
 
         Returns:

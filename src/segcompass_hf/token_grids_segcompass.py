@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+EDGE_UNITS = 1_000_000  # of a side, in which edges are handed on: numbers with a fraction would be cast to bf16
 TRIAL_SIZE = (320, 640)  # (height, width) of the picture tried at once: wide, so that families that tile do
 
 
@@ -28,6 +29,10 @@ class TokenGrid(NamedTuple):
     bottom: float
     left: float
     right: float
+
+    def as_row(self) -> list[int]:
+        """What the model gets of it, a row of `image_token_grids`: edges in millionths of the sides."""
+        return [self.rows, self.columns, *(round(edge * EDGE_UNITS) for edge in self[2:])]
 
 
 class UnknownPlacesError(ValueError):
@@ -135,4 +140,4 @@ def _edges(values: np.ndarray, whole: np.ndarray) -> tuple[float, float]:
     return float(start - slope / 2), float(start + slope * (len(values) - 0.5))
 
 
-__all__ = ["TRIAL_SIZE", "TokenGrid", "UnknownPlacesError", "measure_token_grid"]
+__all__ = ["EDGE_UNITS", "TRIAL_SIZE", "TokenGrid", "UnknownPlacesError", "measure_token_grid"]

@@ -24,7 +24,6 @@ PROCESSORS_OWN = {
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
     "prompts_segcompass.py",
-    "token_grids_segcompass.py",
     "vlm_calls_segcompass.py",
     "vlm_processors_segcompass.py",
 }

@@ -39,7 +39,7 @@ class CapturedSegmentation:
         slot_logit_threshold, mask_logit_threshold, duplicate_iou_threshold (`float`): The model's own.
         reshaped_input_sizes, original_sizes (`torch.LongTensor` of shape `(1, 2)`): (height, width) on SAM's canvas
             (`None`: the whole canvas is image) and of the image.
-        image_token_grids (`torch.Tensor` of shape `(1, 6)`, *optional*): Where image tokens lie; with
+        image_token_grids (`torch.LongTensor` of shape `(1, 6)`, *optional*): Where image tokens lie; with
             `heatmap_concepts`.
     """
 

@@ -47,7 +47,7 @@ class JointTargets:
         image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`]): Of the images.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`): (height, width) on SAM's canvas.
         masks ([`MaskTargets`]): Of the segmentation losses.
-        image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
+        image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
     """
 
     completion_mask: torch.Tensor

@@ -28,7 +28,7 @@ class SegmentationTargets:
         num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per row.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(batch_size, 2)`): (height, width).
         num_dropped (`list[int]`): Objects beyond the number of slots that were left out, per row.
-        image_token_grids (`torch.Tensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
+        image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
     """
 
     image_embeddings: list[torch.Tensor | ImageFeatures]
