@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+from .configuration_segcompass import SegCompassConfig
+from .image_features_segcompass import ImageFeatures
+from .modeling_masks import MaskStage
 from .token_grids_segcompass import EDGE_UNITS, TokenGrid
 
 
@@ -55,13 +58,14 @@ class ConceptGrid:
                 f"image_token_grids have shape {tuple(grids.shape)}, expected {expected}: one row per sequence, as "
                 "the processor makes them."
             )
+        is_image, image_shares = (given.to(embeddings.device) for given in (is_image, image_shares))
         sides, edges = grids.to(embeddings.device).split([2, 4], dim=1)
-        edges, image_shares = edges.float() / EDGE_UNITS, image_shares.to(edges.device)
-        counted, expected = is_image.sum(1), sides.prod(1)
-        if not torch.equal(counted, expected):
+        edges = edges.float() / EDGE_UNITS
+        counted, places = is_image.sum(1), sides.prod(1)
+        if not torch.equal(counted, places):
             raise ValueError(
-                f"sequences hold {counted.tolist()} image tokens, but their image_token_grids have {expected.tolist()}"
-                " places; both must come from one call of the processor, with one image per sequence."
+                f"sequences hold {counted.tolist()} image tokens, but their image_token_grids have {places.tolist()} "
+                "places; both must come from one call of the processor, with one image per sequence."
             )
         row, position = is_image.nonzero(as_tuple=True)  # in the order of the tokens
         order = (is_image.long().cumsum(1) - 1)[row, position]
@@ -114,4 +118,75 @@ def cell_weights(
     return torch.where(shown[..., None], weights / sums.clamp(min=1e-6), 0.0)
 
 
-__all__ = ["ConceptGrid", "cell_weights"]
+class ConceptGridsMixin:
+    """Concept grids for the slot mapper, of whole sequences or of what was read of them before.
+
+    Its heir has the configuration and the segmenter's stage.
+    """
+
+    config: SegCompassConfig
+    mask_stage: MaskStage
+
+    def concept_grid(
+        self,
+        embeddings: torch.Tensor,
+        is_image: torch.Tensor,
+        image_token_grids: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+    ) -> ConceptGrid | None:
+        """The concepts of image tokens where they lie in the segmenter's image embeddings.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`): Of the codebook.
+            is_image (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 or true on image tokens.
+            image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`): Of the processor, see
+                [`SequenceStates`].
+            image_embeddings, reshaped_input_sizes: As in `predict_masks`.
+
+        Returns:
+            [`ConceptGrid`]; `None` without image embeddings, and without `heatmap_concepts`.
+
+        Raises:
+            ValueError: The grids are missing, or of other images.
+        """
+        if image_embeddings is None or not self.config.heatmap_concepts:
+            return None
+        _check_given(image_token_grids)
+        shares = embeddings.new_ones(len(embeddings), 2, dtype=torch.float32)
+        if reshaped_input_sizes is not None:
+            shares = reshaped_input_sizes.to(shares) / self.mask_stage.canvas
+        size = tuple(image_embeddings.shape[-2:])
+        return ConceptGrid.of_tokens(embeddings, is_image.bool(), image_token_grids, size, shares)
+
+    def grid_of_image_concepts(
+        self,
+        embeddings: torch.Tensor | None,
+        image_token_grids: torch.Tensor | None,
+        image_embeddings: torch.Tensor | ImageFeatures | None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+    ) -> ConceptGrid | None:
+        """As `concept_grid`, of embeddings `(batch_size, num_patches, d_slot)` of image tokens alone, padding last."""
+        if image_embeddings is None or not self.config.heatmap_concepts:
+            return None
+        if embeddings is None:
+            raise ValueError(
+                "this model has heatmap_concepts: beside slots and reference_states it needs the "
+                "image_concept_embeddings that were read with them."
+            )
+        _check_given(image_token_grids)
+        counts = image_token_grids[:, :2].prod(1, keepdim=True).to(embeddings.device)
+        is_image = torch.arange(embeddings.shape[1], device=embeddings.device) < counts
+        return self.concept_grid(embeddings, is_image, image_token_grids, image_embeddings, reshaped_input_sizes)
+
+
+def _check_given(image_token_grids: torch.Tensor | None) -> None:
+    if image_token_grids is None:
+        raise ValueError(
+            "this model has heatmap_concepts: its slots look at the concepts of image tokens where these lie in the "
+            "image, but there are no image_token_grids. The model's processor makes them; set "
+            "`processor.image_token_grids = True` on another, and pass on all that it returns."
+        )
+
+
+__all__ = ["ConceptGrid", "ConceptGridsMixin", "cell_weights"]

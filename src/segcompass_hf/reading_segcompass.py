@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
-from .concept_grids_segcompass import ConceptGrid
+from .concept_grids_segcompass import ConceptGrid, ConceptGridsMixin
 from .configuration_segcompass import SegCompassConfig
 from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
@@ -190,7 +190,7 @@ def gather_reference_states(
     return states.index_put((rows, slot[rows, columns]), last_states[rows, columns])
 
 
-class ReadingMixin:
+class ReadingMixin(ConceptGridsMixin):
     """The steps from states to masks, each of use on its own (ablations, attribution, trainers), and all of them.
 
     Its heir is an `nn.Module` with the configuration and the modules named here.
@@ -251,59 +251,6 @@ class ReadingMixin:
     ) -> SlotEncoderOutput:
         """Slots `(batch_size, num_slots, d_slot)` of sparse concepts; differentiable in `concepts.values`."""
         return self.slot_encoder(self.codebook(concepts), attention_mask, output_attentions=output_attentions)
-
-    def concept_grid(
-        self,
-        embeddings: torch.Tensor,
-        is_image: torch.Tensor,
-        image_token_grids: torch.Tensor | None,
-        image_embeddings: torch.Tensor | ImageFeatures | None,
-        reshaped_input_sizes: torch.Tensor | None = None,
-    ) -> ConceptGrid | None:
-        """The concepts of image tokens where they lie in the segmenter's image embeddings, for the slot mapper.
-
-        Args:
-            embeddings (`torch.Tensor` of shape `(batch_size, sequence_length, d_slot)`): Of the codebook.
-            is_image (`torch.Tensor` of shape `(batch_size, sequence_length)`): 1 or true on image tokens.
-            image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`): Of the processor, see
-                [`SequenceStates`].
-            image_embeddings, reshaped_input_sizes: As in `predict_masks`.
-
-        Returns:
-            [`ConceptGrid`]; `None` without image embeddings, and without `heatmap_concepts`.
-
-        Raises:
-            ValueError: The grids are missing, or of other images.
-        """
-        if image_embeddings is None or not self.config.heatmap_concepts:
-            return None
-        if image_token_grids is None:
-            raise ValueError(
-                "this model has heatmap_concepts: its slots look at the concepts of image tokens where these lie in "
-                "the image, but there are no image_token_grids. The model's processor makes them; set "
-                "`processor.image_token_grids = True` on another, and pass on all that it returns."
-            )
-        shares = embeddings.new_ones(len(embeddings), 2, dtype=torch.float32)
-        if reshaped_input_sizes is not None:
-            shares = reshaped_input_sizes.to(shares) / self.mask_stage.canvas
-        return ConceptGrid.of_tokens(
-            embeddings, is_image.bool(), image_token_grids, tuple(image_embeddings.shape[-2:]), shares
-        )
-
-    def grid_of_image_concepts(
-        self, embeddings: torch.Tensor | None, image_token_grids: torch.Tensor | None, *image
-    ) -> ConceptGrid | None:
-        """As `concept_grid`, of embeddings `(batch_size, num_patches, d_slot)` of image tokens alone, padding last."""
-        if image[0] is None or not self.config.heatmap_concepts:
-            return None
-        if embeddings is None:
-            raise ValueError(
-                "this model has heatmap_concepts: beside slots and reference_states it needs the "
-                "image_concept_embeddings that were read with them."
-            )
-        places = torch.arange(embeddings.shape[1], device=embeddings.device)
-        is_image = places < (0 if image_token_grids is None else image_token_grids[:, :2].prod(1, keepdim=True))
-        return self.concept_grid(embeddings, is_image, image_token_grids, *image)
 
     def find_reference_states(
         self,
