@@ -13,7 +13,8 @@ HIDDEN, SAM_DIM, D_SLOT = 12, 8, 6
 
 
 def mapper(fuser="refine", heads=2, bias=-1.8) -> SlotMapper:
-    config = SimpleNamespace(d_slot=D_SLOT, heatmap_heads=heads, heatmap_fuser=fuser, heatmap_bias_init=bias)
+    heatmap = {"heatmap_heads": heads, "heatmap_fuser": fuser, "heatmap_bias_init": bias, "heatmap_concepts": False}
+    config = SimpleNamespace(d_slot=D_SLOT, **heatmap)
     return SlotMapper(config, hidden_size=HIDDEN, sam_dim=SAM_DIM).eval()
 
 

@@ -28,9 +28,10 @@ An image and an instruction go in; reasoning and one mask per object come out. E
 `losses_segcompass` trains them, `pipeline_segcompass` wraps them for `pipeline("reasoning-segmentation")`. What VLM
 families differ in: `vlm_calls_segcompass` asks their own processors for inputs, `prompts_segcompass` writes the texts
 for these, `token_rows_segcompass` gives the added tokens rows, `text_stack_segcompass` finds the decoder whose states
-are read, `vlm_inputs_segcompass` prepares whole sequences as generation does. Which segmenters there are says
-`segmenters_segcompass`; the one that transformers does not have is `modeling_mobile_sam`. What all ask of files,
-memory and threads: `weight_files_segcompass`, `offloading_segcompass`, `threads_segcompass`.
+are read, `vlm_inputs_segcompass` prepares whole sequences as generation does, `token_grids_segcompass` measures where
+image tokens lie, and `concept_grids_segcompass` lays their concepts beside the image embedding. Which segmenters there
+are says `segmenters_segcompass`; the one that transformers does not have is `modeling_mobile_sam`. What all ask of
+files, memory and threads: `weight_files_segcompass`, `offloading_segcompass`, `threads_segcompass`.
 Importing this package is cheap: classes are loaded when first used, and `AutoModel`, `AutoProcessor` and `pipeline`
 learn about them the same way.
 """

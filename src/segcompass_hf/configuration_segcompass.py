@@ -96,6 +96,10 @@ class SegCompassConfig(PretrainedConfig):
             Without it scores are the plain confidences.
         image_token_id (`int`, *optional*): Id that stands for image patches in `input_ids`: never written, and read as
             image. Composing takes what the processor was seen to write; left out, the VLM's configuration is asked.
+        heatmap_concepts (`bool`, defaults to `False`): Let the slot mapper see more of an image than the segmenter's
+            embedding, which hardly knows categories: the concepts of the VLM's image tokens, added to it where these
+            lie in the image, by a projection that begins at zero. Needs a VLM whose image tokens lie on one grid, and
+            `image_token_grids` of the processor.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
@@ -136,6 +140,7 @@ class SegCompassConfig(PretrainedConfig):
     heatmap_heads: int = 4
     heatmap_fuser: Literal["refine", "plain"] = "refine"
     heatmap_bias_init: float | int = -1.8  # logit
+    heatmap_concepts: bool = False
 
     slot_logit_threshold: float | int = 0.0  # logit
     mask_logit_threshold: float | int = 0.0  # logit
@@ -225,6 +230,11 @@ class SegCompassConfig(PretrainedConfig):
         if self.d_slot % self.slot_encoder_heads:
             raise ValueError(
                 f"d_slot={self.d_slot} must be a multiple of slot_encoder_heads={self.slot_encoder_heads}."
+            )
+        if self.heatmap_concepts and self.image_token_id is None:
+            raise ValueError(
+                "heatmap_concepts places the concepts of image tokens in the image, but image_token_id is None: no id "
+                "stands for image patches; set it to that of the processor, or heatmap_concepts to False."
             )
         if self.concept_threshold < 0:
             raise ValueError(f"concept_threshold is a magnitude and cannot be negative, got {self.concept_threshold}.")

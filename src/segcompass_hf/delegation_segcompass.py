@@ -96,7 +96,8 @@ class VlmDelegationMixin:
         A `generation_config` with `feed_last_token=True` passes the last token too, for whoever captures states; see
         [`generate_and_feed_last`].
         """
-        for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes"):
+        sizes = ("original_sizes", "reshaped_input_sizes", "image_token_grids")
+        for name in ("sam_pixel_values", "image_embeddings", *sizes):
             kwargs.pop(name, None)  # the processor makes them for the masks; text needs none
         config = kwargs.get("generation_config") or self.generation_config
         chosen = kwargs.pop("suppress_tokens", None) or config.suppress_tokens or []

@@ -80,10 +80,12 @@ class LoadingMixin:
                 as many embedding rows as it has tokens. Left out and `vlm` a path: that path's tokenizer. A
                 [`SegCompassProcessor`] also shows which token stands for image patches.
             dtype (`torch.dtype` or `str`, *optional*): Of everything; the checkpoints' own when left out.
-            config_kwargs: Further fields of [`SegCompassConfig`].
+            config_kwargs: Further fields of [`SegCompassConfig`]. With `heatmap_concepts` a `SegCompassProcessor` is
+                told, in place, to say where image tokens lie.
 
         Raises:
             FileNotFoundError: A part is named by a folder that does not exist.
+            UnknownPlacesError: `heatmap_concepts`, and it is not known where this VLM's image tokens lie.
             ValueError: The processor is for another number of slots or another segmenter, or `sam` is no segmenter
                 that takes mask prompts, or lacks weights.
         """
@@ -118,6 +120,8 @@ class LoadingMixin:
             sae_layer=sae_layer,
             **config_kwargs,
         )
+        if hasattr(processor, "image_token_grids"):
+            processor.use_image_token_grids(config.heatmap_concepts)
         if sae is None:
             logger.warning("no SAE given: its features are random until one is trained on layer %d.", config.sae_layer)
             sae = SegCompassSae(config.sae_config)
@@ -140,6 +144,8 @@ class LoadingMixin:
         A bitsandbytes `quantization_config` that names no `llm_int8_skip_modules` quantises the language model's
         decoder layers only: vision tower, projector, `lm_head`, SAE, heads and SAM keep their precision.
 
+        `heatmap_concepts=True` switches that on where the checkpoint is without: its answers stay, until it trains.
+
         Raises:
             FileNotFoundError: A shard of the checkpoint is missing.
             ValueError: The checkpoint lacks weights, which would be random, or holds some that its configuration has
@@ -155,6 +161,8 @@ class LoadingMixin:
         if kwargs.get("state_dict") is None:
             source = pretrained_model_name_or_path
             source = source if adapter is None else f"the adapter {adapter} (on {source})"
+            if kwargs.get("heatmap_concepts"):
+                info["missing_keys"] = set(info["missing_keys"]) - {"slot_mapper.concept_proj.weight"}  # zeros
             check_nothing_missing(model, info, source)
             check_nothing_left(model, info, source)
         return (model, info) if output_loading_info else model

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from .concept_grids_segcompass import ConceptGrid
+
 HEATMAP_UPSCALE = 4  # SAM's mask prompts are 4x its image embedding, by the strides of its prompt encoder
 
 
@@ -50,25 +52,33 @@ class HeatmapBiasConv(HeatmapConv):
         init.constant_(self.bias, self.bias_init)
 
 
+class ConceptProjection(nn.Linear):
+    """Concept embeddings of image tokens into the space of image embeddings; at first they say nothing."""
+
+    def __init__(self, d_slot: int, sam_dim: int):
+        super().__init__(d_slot, sam_dim, bias=False)
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+
+
 class SlotMapper(nn.Module):
     """
     Project every slot onto the image.
 
     `q_k = SiLU(W LN([e_k ; P r_k]))`; heatmap of slot k: `fuse_h((W_q q_k)_h . (W_k v)_h / sqrt(d_head))`, heads h
     fused by two 3x3 convolutions (`"refine"`) or one 1x1 (`"plain"`), upsampled x4; confidence `c_k = MLP(LN(q_k))`.
+    With `heatmap_concepts`, `v` is the image embedding plus `W_m m`, `m` the embedded concepts of the image tokens,
+    placed where they lie ([`ConceptGrid`]).
 
     Args:
         config (`SegCompassConfig`):
-            Reads `d_slot`, `heatmap_heads`, `heatmap_fuser` and `heatmap_bias_init`.
+            Reads `d_slot`, `heatmap_heads`, `heatmap_fuser`, `heatmap_bias_init` and `heatmap_concepts`.
         hidden_size (`int`):
             Width of the VLM's last hidden states.
         sam_dim (`int`):
             Channels of the SAM image embeddings.
     """
-
-    # What means something for the embeddings of one segmenter only: the space in which slots and locations are
-    # compared, and what makes maps of their scores. The other modules read slots and reference states alone.
-    embedding_modules = ("query_proj", "key_proj", "head_fuser")
 
     def __init__(self, config, hidden_size: int, sam_dim: int):
         super().__init__()
@@ -83,6 +93,7 @@ class SlotMapper(nn.Module):
         self.fuse_proj = nn.Linear(2 * hidden_size, hidden_size)
         self.query_proj = nn.Linear(hidden_size, sam_dim, bias=False)
         self.key_proj = HeatmapConv(sam_dim, sam_dim, kernel_size=1, bias=False)
+        self.concept_proj = ConceptProjection(config.d_slot, sam_dim) if config.heatmap_concepts else None
         heads, bias = config.heatmap_heads, config.heatmap_bias_init
         if config.heatmap_fuser == "refine":
             self.head_fuser = nn.Sequential(
@@ -98,8 +109,19 @@ class SlotMapper(nn.Module):
         self.confidence_fc1 = nn.Linear(hidden_size, hidden_size // 2)
         self.confidence_fc2 = nn.Linear(hidden_size // 2, 1)
 
+    @property
+    def embedding_modules(self) -> tuple[str, ...]:
+        """What means something for the embeddings of one segmenter only: the space in which slots and locations are
+        compared, and what makes maps of their scores. The other modules read slots and reference states alone."""
+        with_concepts = () if self.concept_proj is None else ("concept_proj",)
+        return ("query_proj", "key_proj", *with_concepts, "head_fuser")
+
     def forward(
-        self, reference_states: torch.Tensor, slots: torch.Tensor, image_embeddings: torch.Tensor | None = None
+        self,
+        reference_states: torch.Tensor,
+        slots: torch.Tensor,
+        image_embeddings: torch.Tensor | None = None,
+        concept_grid: ConceptGrid | None = None,
     ) -> SlotMapperOutput:
         """
         Args:
@@ -109,6 +131,8 @@ class SlotMapper(nn.Module):
                 Concept slots.
             image_embeddings (`torch.Tensor` of shape `(batch_size, sam_dim, height, width)`, *optional*):
                 SAM features; without them only the confidences are computed.
+            concept_grid ([`ConceptGrid`], *optional*):
+                Concepts of the image tokens; with image embeddings and `heatmap_concepts` only, and needed there.
 
         Returns:
             [`SlotMapperOutput`]
@@ -127,7 +151,17 @@ class SlotMapper(nn.Module):
         if image_embeddings is None:
             return SlotMapperOutput(slot_logits=slot_logits)
 
-        scores = self._scores(slot_states, image_embeddings.to(dtype))
+        image_embeddings = image_embeddings.to(dtype)
+        if self.concept_proj is not None:
+            if concept_grid is None:
+                raise ValueError(
+                    "this model has heatmap_concepts: its slots look at the concepts of image tokens, and need a "
+                    "concept_grid (`model.concept_grid`) beside the image embeddings."
+                )
+            concept_grid = concept_grid.to(image_embeddings.device)
+            placed = concept_grid.place(self.concept_proj(concept_grid.embeddings.to(dtype)))  # (batch_size, ., h, w)
+            image_embeddings = image_embeddings + placed
+        scores = self._scores(slot_states, image_embeddings)
         heatmaps = self.head_fuser(scores.flatten(0, 1))  # (batch_size * num_slots, 1, height, width)
         heatmaps = F.interpolate(heatmaps, scale_factor=HEATMAP_UPSCALE, mode="bilinear", align_corners=False)
         heatmap_logits = heatmaps.view(*slots.shape[:2], *heatmaps.shape[-2:])

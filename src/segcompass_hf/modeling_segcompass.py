@@ -52,16 +52,16 @@ class SegCompassPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Linear):
-            # By fan-in, as the original: with a fixed std the heads of small models would hardly react.
-            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
+        if type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
             if isinstance(module, nn.Embedding):
                 init.normal_(module.weight, std=self.config.initializer_range)
             else:
                 module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            # By fan-in, as the original: with a fixed std the heads of small models would hardly react.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                init.zeros_(module.bias)
         else:
             super()._init_weights(module)
 
@@ -141,6 +141,8 @@ class SegCompassForReasoningSegmentation(
         num_objects: torch.LongTensor | None = None,
         slots: torch.Tensor | None = None,
         reference_states: torch.Tensor | None = None,
+        image_concept_embeddings: torch.Tensor | None = None,
+        image_token_grids: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         interventions: Interventions = None,
@@ -171,6 +173,11 @@ class SegCompassForReasoningSegmentation(
             num_objects (`torch.LongTensor` of shape `(batch_size,)`, *optional*): Objects per sample.
             slots, reference_states (`torch.Tensor` of shape `(batch_size, num_slots, ...)`, *optional*): What was read
                 of sequences before, in place of `input_ids`: the VLM does not run, see [`SlotCache`].
+            image_concept_embeddings (`torch.Tensor` of shape `(batch_size, num_patches, d_slot)`, *optional*): Of the
+                image tokens, read before like these and needed beside them with `heatmap_concepts`; what lies beyond
+                an image's number of tokens is not read.
+            image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): Where image tokens lie,
+                from a processor that has them switched on; needed with `heatmap_concepts`, else not read.
             reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`, *optional*): (height, width) in pixels of
                 the image on SAM's canvas.
             original_sizes (*optional*): Accepted so that `model(**inputs)` works; not read.
@@ -192,7 +199,9 @@ class SegCompassForReasoningSegmentation(
             targets = MaskTargets(mask_labels, num_objects)
         if slots is not None and reference_states is not None and input_ids is None:
             image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, len(slots))
-            return self.predict_masks(reference_states, slots, image_embeddings, reshaped_input_sizes, targets)
+            image = image_embeddings, reshaped_input_sizes
+            grid = self.grid_of_image_concepts(image_concept_embeddings, image_token_grids, *image)
+            return self.predict_masks(reference_states, slots, *image, targets, concept_grid=grid)
         if input_ids is None or slots is not None or reference_states is not None:
             raise ValueError("the model needs input_ids; or, read of them before, both slots and reference_states.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -218,7 +227,9 @@ class SegCompassForReasoningSegmentation(
         reads_slots = image_embeddings is not None or slots_alone or output_slots
         if reads_slots or output_concepts:
             layer_and_last = (capture.layer_states[0], None) if slots_alone else capture.states()
-            states = SequenceStates(*layer_and_last, input_ids, attention_mask, completion_mask)
+            states = SequenceStates(
+                *layer_and_last, input_ids, attention_mask, completion_mask, image_token_grids=image_token_grids
+            )
             states = self.with_concept_states(states, interventions, **vlm_inputs)
         if reads_slots:
             switches = (output_concepts, output_concept_embeddings, output_slot_attentions)

@@ -3,27 +3,22 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .token_places import UnknownPlacesError, picture_as_seen, picture_inputs, unknown_layout
+from .token_grids_segcompass import TRIAL_SIZE, UnknownPlacesError, measure_token_grid, picture_inputs
 
 KEPT_SIZES = 256  # of images, whose geometry is remembered
-TRIAL_SIZE = (320, 640)  # (height, width) of the picture tried at once: wide, so that families that tile do
 
 
 class PatchCoverage:
     """Coverage of image tokens by masks: `R M C^T`, with `R` and `C` the shares of a token's rows and columns.
 
-    Where a token lies in the image is asked of the VLM's own processor, once per image size: it is shown two
-    pictures, brighter from left to right and from top to bottom, and a white one. What comes out tells which place of
-    the image every place of the processed one shows, so resizing, cropping and padding are the family's own. Known are
-    pixels `(1, C, H, W)` (LLaVA, Gemma: a grid, row by row) and flat patches (the Qwens: `merge_size^2` patches in a
-    row make a token).
+    Where a token lies in the image is asked of the VLM's own processor, once per image size; see
+    [`measure_token_grid`].
 
     Args:
         processor (`SegCompassProcessor`): Or a VLM's own.
@@ -70,55 +65,22 @@ class PatchCoverage:
             if len(self._known) >= KEPT_SIZES:
                 self._known.clear()
             try:
-                self._known[key] = self._measure(height, width, num_patches)
+                grid = measure_token_grid(self.processor, height, width, num_patches)
             except UnknownPlacesError as error:
                 raise UnknownPlacesError(
                     f"{error} Leave out what needs these places (alignment_weight=0, slot_pull_weight=0)."
                 ) from error
+            rows = _shares(grid.top, grid.bottom, height, grid.rows)
+            self._known[key] = rows, _shares(grid.left, grid.right, width, grid.columns)
         return self._known[key]
 
-    def _measure(self, height: int, width: int, num_patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-        along_y = np.repeat((np.arange(height) + 0.5)[:, None] / height, width, axis=1)
-        along_x = np.repeat((np.arange(width) + 0.5)[None] / width, height, axis=0)
-        inside, grid = self._seen(np.ones((height, width)), num_patches)  # (cell rows, cell columns)
-        places = []
-        for picture, size, axis, tokens in ((along_y, height, 0, grid[0]), (along_x, width, 1, grid[1])):
-            seen, _ = self._seen(picture, num_patches)
-            whole = (inside > 0.99).any(1 - axis)  # cells without padding
-            values = (seen * (inside > 0.99)).sum(1 - axis) / (inside > 0.99).sum(1 - axis).clip(min=1)
-            places.append(_shares(values * size, whole, size, tokens))
-        return places[0], places[1]
 
-    def _seen(self, picture: np.ndarray, num_patches: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """What the processor makes of a picture in [0, 1], and the grid of its tokens, (rows, columns)."""
-        shown = Image.fromarray(np.rint(picture * 255).astype(np.uint8)).convert("RGB")
-        made = picture_as_seen(self.processor, shown, num_patches, Image.Resampling.BILINEAR)
-        pixels = made["pixel_values"].float()
-        if pixels.ndim == 2 and "image_grid_thw" in made:
-            _, high, wide = made["image_grid_thw"][0].tolist()
-            merge = math.isqrt(high * wide // num_patches)
-            if len(pixels) == high * wide == num_patches * merge**2:
-                cells = pixels.mean(1).view(high // merge, wide // merge, merge, merge).transpose(1, 2)
-                return cells.reshape(high, wide).numpy(), (high // merge, wide // merge)
-        if pixels.ndim == 4 and len(pixels) == 1:
-            rows = round(math.sqrt(num_patches * pixels.shape[2] / pixels.shape[3]))
-            if rows and num_patches % rows == 0:
-                return pixels[0].mean(0).numpy(), (rows, num_patches // rows)
-        raise unknown_layout(self.processor, pixels, num_patches)
+def _shares(first: float, last: float, size: int, tokens: int) -> torch.Tensor:
+    """Share of every pixel row in every token row, of tokens that lie evenly between two edges (shares of the side).
 
-
-def _shares(values: np.ndarray, whole: np.ndarray, size: int, tokens: int) -> torch.Tensor:
-    """Share of every pixel row in every token row, from where the cells of the processed image come from.
-
-    Cell i shows the image at `a + b i`, a line fitted to `values` (pixels) of cells without padding; a token takes an
-    equal part of the cells. Returns `(tokens, size)`, rows that sum to 1 where the token lies in the image.
+    Returns `(tokens, size)`, rows that sum to 1 where the token lies in the image.
     """
-    cells = np.arange(len(values))
-    if whole.sum() > 1:
-        slope, start = np.polyfit(cells[whole], values[whole], 1)
-    else:
-        slope, start = size, size / 2
-    edges = start + slope * (np.linspace(0, len(values), tokens + 1) - 0.5)  # of the tokens, in pixels
+    edges = size * np.linspace(first, last, tokens + 1)  # of the tokens, in pixels
     pixel = np.arange(size)
     overlap = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
     return torch.from_numpy(overlap.clip(min=0) / np.diff(edges)[:, None]).float()

@@ -50,6 +50,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
         think_tags (`str`, *optional*, defaults to `"tokens"`): `"text"` leaves `<think>` and `</think>` to be spelled
             with the tokens there are, as the original code does; answers are then written freely.
+        image_token_grids (`bool`, *optional*, defaults to `False`): Say with every image where its tokens lie in it,
+            which models with `heatmap_concepts` need. Measured of the family's processor for every new size of image.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         completion_template: str = COMPLETION_TEMPLATE,
         chat_template: str | None = None,
         think_tags: Literal["tokens", "text"] = "tokens",
+        image_token_grids: bool = False,
     ):
         if type(num_slots) is not int or num_slots < 1:  # True is an int too
             raise ValueError(f"num_slots is {num_slots!r}; expected a positive integer.")
@@ -89,12 +92,12 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"  # prompts end together, where generation starts
 
-        self.num_slots, self.think_tags = num_slots, think_tags
+        self.num_slots, self.think_tags, self.image_token_grids = num_slots, think_tags, image_token_grids
         self.vlm_processor_class = vlm_processor_class
         self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
         self.instruction_template = instruction_template
         self.completion_template = completion_template
-        self._vlm_processor = self._control = self._handling = None
+        self._vlm_processor = self._control = self._handling = self._grids = None
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
         image_token = self.image_token  # builds the family's processor, so that a wrong class or argument shows here
@@ -122,7 +125,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         if isinstance(vlm_processor, (str, os.PathLike)) and is_own_folder(vlm_processor):
             vlm_processor = cls.from_pretrained(vlm_processor)
         if hasattr(vlm_processor, "vlm_processor_class"):  # one of ours, as the warm-up saves with a VLM
-            own = {name: getattr(vlm_processor, name) for name in ("instruction_template", "completion_template")}
+            names = ("instruction_template", "completion_template", "image_token_grids")
+            own = {name: getattr(vlm_processor, name) for name in names}
             vlm_processor = vlm_processor.vlm_processor
         if isinstance(vlm_processor, (str, os.PathLike)):
             image_processor, tokenizer, class_name, class_kwargs, template = load_vlm_parts(str(vlm_processor))
@@ -152,7 +156,9 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
 
     @property
     def model_input_names(self) -> list[str]:
-        return [*self.vlm_processor.model_input_names, "sam_pixel_values", "original_sizes", "reshaped_input_sizes"]
+        grids = ["image_token_grids"] if self.image_token_grids else []
+        own = ["sam_pixel_values", "original_sizes", "reshaped_input_sizes", *grids]
+        return [*self.vlm_processor.model_input_names, *own]
 
     # Inputs
 
@@ -187,7 +193,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
             `BatchFeature` with `input_ids`, `attention_mask` `(B, T)`: prompts padded on the left, answers on the
             right; `pixel_values` and the family's own keys (token types and the like of the prompt alone, the model
             lets them grow over an answer); `sam_pixel_values` `(B, 3, canvas, canvas)`;
-            `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); with `reasoning` `completion_mask`
+            `original_sizes`, `reshaped_input_sizes` `(B, 2)` as (height, width); where switched on
+            `image_token_grids` `(B, 6)`, a [`TokenGrid`] each; with `reasoning` `completion_mask`
             and `labels` `(B, T)`, -100 outside the answer; with `masks` `mask_labels` `(B, num_slots, h, w)` in [0, 1]
             and `num_objects` `(B,)`.
 
@@ -240,20 +247,26 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
                     f"model_max_length is {limit}; shorten it by {length - limit} tokens."
                 )
 
-    def _sam_inputs(self, images: list) -> dict:
+    def _places(self, images: list) -> dict[str, torch.Tensor]:
+        """Sizes of images and, where switched on, where their tokens lie in them."""
         sizes = [(image.height, image.width) for image in images]
         resized = [self.geometry.resized_size(size) for size in sizes]
+        places = {"original_sizes": torch.tensor(sizes), "reshaped_input_sizes": torch.tensor(resized)}
+        if self.image_token_grids:
+            places["image_token_grids"] = torch.tensor([self.token_grid(*size).as_row() for size in sizes])
+        return places
+
+    def _sam_inputs(self, images: list) -> dict:
+        places = self._places(images)
+        resized = [tuple(size) for size in places["reshaped_input_sizes"].tolist()]
         # SAM's processor rounds the short side of a very thin image to nothing: those are resized here, to one pixel
         thin = [1 in size for size in resized]
         images = [
             image.resize(size[::-1]) if flag else image
             for image, size, flag in zip(images, resized, thin, strict=True)
         ]
-        return {
-            "sam_pixel_values": self.sam_image_processor(images, return_tensors="pt")["pixel_values"],
-            "original_sizes": torch.tensor(sizes),
-            "reshaped_input_sizes": torch.tensor(resized),
-        }
+        pixels = self.sam_image_processor(images, return_tensors="pt")["pixel_values"]
+        return {"sam_pixel_values": pixels, **places}
 
     def _mask_targets(self, masks: Any, images: list, overflow: str) -> dict:
         if len(images) == 1 and (_depth(masks) in (2, 3) or len(masks) == 0):
@@ -275,7 +288,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
 
     def to_dict(self) -> dict[str, Any]:
         bare = copy.copy(self)
-        for name in ("_vlm_processor", "_control", "_handling"):
+        for name in ("_vlm_processor", "_control", "_handling", "_grids"):
             bare.__dict__.pop(name, None)
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
@@ -285,7 +298,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         return output
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_vlm_processor": None, "_control": None, "_handling": None}
+        return self.__dict__ | {"_vlm_processor": None, "_control": None, "_handling": None, "_grids": None}
 
 
 def _depth(value: Any) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput, logging
 
+from .concept_grids_segcompass import ConceptGrid, ConceptGridsMixin
 from .configuration_segcompass import SegCompassConfig
 from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
@@ -100,6 +101,8 @@ class SequenceStates:
         completion_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*): 1 on the completion.
         concept_ids, concept_mask (`torch.Tensor` of shape `(batch_size, concept_length)`, *optional*): Ids and mask of
             `layer_states`; those above when left out, others with `concept_input="duplicated"`.
+        image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): Where the image tokens lie in
+            the image, a [`TokenGrid`] each; read with `heatmap_concepts`.
     """
 
     layer_states: torch.Tensor
@@ -109,6 +112,7 @@ class SequenceStates:
     completion_mask: torch.Tensor | None = None
     concept_ids: torch.Tensor | None = None
     concept_mask: torch.Tensor | None = None
+    image_token_grids: torch.Tensor | None = None
 
     def __post_init__(self):
         self.concept_ids = self.input_ids if self.concept_ids is None else self.concept_ids
@@ -121,11 +125,13 @@ class SequenceStates:
         sequences: torch.Tensor,
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
+        image_token_grids: torch.Tensor | None = None,
     ) -> "SequenceStates":
         """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
-        return cls(*states, sequences, attention_mask, torch.cat([torch.zeros_like(prompt_mask), written], dim=1))
+        completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
+        return cls(*states, sequences, attention_mask, completion_mask, image_token_grids=image_token_grids)
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""
@@ -184,7 +190,7 @@ def gather_reference_states(
     return states.index_put((rows, slot[rows, columns]), last_states[rows, columns])
 
 
-class ReadingMixin:
+class ReadingMixin(ConceptGridsMixin):
     """The steps from states to masks, each of use on its own (ablations, attribution, trainers), and all of them.
 
     Its heir is an `nn.Module` with the configuration and the modules named here.
@@ -278,6 +284,7 @@ class ReadingMixin:
         reshaped_input_sizes: torch.Tensor | None = None,
         targets: MaskTargets | None = None,
         decode_slots: Sequence[int] | None = None,
+        concept_grid: ConceptGrid | None = None,
     ) -> SegCompassOutput:
         """The last steps alone, from reference states and slots (perhaps changed by the caller) to masks.
 
@@ -291,13 +298,14 @@ class ReadingMixin:
             targets ([`MaskTargets`], *optional*): Adds the losses.
             decode_slots (`Sequence[int]`, *optional*): Slots whose masks are wanted, where there are no targets; all
                 when left out. `pred_masks` then has these alone, and is `None` for none.
+            concept_grid ([`ConceptGrid`], *optional*): From `concept_grid`; needed with `heatmap_concepts`.
 
         Returns:
             [`SegCompassOutput`]: `heatmap_logits`, `slot_logits`, `pred_masks`, `slots`, `reference_states`, and with
             targets `loss`, `segmentation_loss`, `confidence_loss` and `losses`.
         """
         embeddings = None if image_embeddings is None else parts_of(image_embeddings)[0]
-        mapped = self.slot_mapper(reference_states, slots, embeddings)
+        mapped = self.slot_mapper(reference_states, slots, embeddings, concept_grid)
         output = SegCompassOutput(**mapped, slots=slots, reference_states=reference_states)
         if image_embeddings is None:
             return output
@@ -368,7 +376,10 @@ class ReadingMixin:
         if targets is not None and callable(targets.assignments):
             found = targets.assignments(SegCompassOutput(slots=encoded.slots, concept_embeddings=embeddings))
             targets = replace(targets, assignments=found)
-        output = self.predict_masks(reference_states, encoded.slots, image_embeddings, reshaped_input_sizes, targets)
+        is_image = self.modality_ids(states.concept_ids) * states.concept_mask
+        image = image_embeddings, reshaped_input_sizes
+        grid = self.concept_grid(embeddings, is_image, states.image_token_grids, *image)
+        output = self.predict_masks(reference_states, encoded.slots, *image, targets, concept_grid=grid)
         output.concepts, output.slot_attentions = concepts if output_concepts else None, encoded.attentions
         output.concept_embeddings = embeddings if output_concept_embeddings else None
         return output

@@ -89,6 +89,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         attention_mask: torch.Tensor | None = None,
         sam_pixel_values: torch.Tensor | None = None,
         image_embeddings: torch.Tensor | ImageFeatures | None = None,
+        image_token_grids: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         max_new_tokens: int | None = None,
@@ -105,7 +106,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Prompts, padded on the left.
             attention_mask (`torch.Tensor` of shape `(batch_size, prompt_length)`, *optional*): 1 on tokens.
-            sam_pixel_values, image_embeddings, reshaped_input_sizes, original_sizes: As in `forward`.
+            sam_pixel_values, image_embeddings, image_token_grids, reshaped_input_sizes, original_sizes: As in
+                `forward`.
             max_new_tokens (`int`, *optional*): Of the whole answer; a `generation_config`'s, else
                 `max_reasoning_tokens` plus the format by default.
             reasoning (`str`, defaults to `"full"`): `"short"` closes the reasoning after `short_reasoning_tokens`,
@@ -151,7 +153,12 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             copies = sequences.shape[0] // batch_size
             prompt_mask = attention_mask.repeat_interleave(copies, 0)
             written = completion_mask_of(sequences[:, prompt_length:], end_ids)
-            states = SequenceStates.of_answers(capture.states(sequences.shape[1]), sequences, prompt_mask, written)
+            grids, sizes = (
+                value if value is None else value.repeat_interleave(copies, 0)
+                for value in (image_token_grids, reshaped_input_sizes)
+            )
+            layer_and_last = capture.states(sequences.shape[1])
+            states = SequenceStates.of_answers(layer_and_last, sequences, prompt_mask, written, grids)
             if copies > 1 and self.config.concept_input == "duplicated":
                 raise ValueError(
                     f'concept_input="duplicated" reads one sequence per prompt, got num_return_sequences={copies}.'
@@ -161,7 +168,6 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             )
             vlm_inputs = {name: kwargs[name] for name in forward_arguments(self.vlm) & set(kwargs)}
             states = self.with_concept_states(states, interventions, **vlm_inputs)
-            sizes = None if reshaped_input_sizes is None else reshaped_input_sizes.repeat_interleave(copies, 0)
             output = self.read_finite_masks(
                 states,
                 image_embeddings.repeat_interleave(copies, 0),

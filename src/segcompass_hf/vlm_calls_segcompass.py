@@ -5,10 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .images_segcompass import to_rgb_image
 from .threads_segcompass import tokenizer_lock
+from .token_grids_segcompass import TRIAL_SIZE, TokenGrid, UnknownPlacesError, measure_token_grid
 from .vlm_processors_segcompass import (
     ImageHandling,
     build_vlm_processor,
@@ -16,6 +18,8 @@ from .vlm_processors_segcompass import (
     measure_image_handling,
     shift_behind_padding,
 )
+
+KEPT_GRIDS = 4096  # sizes of images whose token grids are remembered
 
 
 class VlmCallsMixin:
@@ -28,6 +32,7 @@ class VlmCallsMixin:
     vlm_processor_kwargs: dict[str, Any]
     _vlm_processor: ProcessorMixin | None
     _handling: ImageHandling | None
+    _grids: dict[tuple[int, int], TokenGrid] | None
     _picture_prompt: Callable[[], str]
 
     @property
@@ -39,7 +44,7 @@ class VlmCallsMixin:
             inner = build_vlm_processor(
                 self.vlm_processor_class, self.image_processor, self.tokenizer, template, arguments
             )
-            self._vlm_processor, self._handling = inner, None
+            self._vlm_processor, self._handling, self._grids = inner, None, None
         return inner
 
     @property
@@ -74,6 +79,34 @@ class VlmCallsMixin:
             image_options: For the family's image processor.
         """
         return self._vlm_inputs([[picture]], [self._picture_prompt()], return_tensors="pt", **image_options)
+
+    def token_grid(self, height: int, width: int) -> TokenGrid:
+        """Where the image tokens of an image of `height` x `width` pixels lie in it; measured once per size.
+
+        Raises:
+            UnknownPlacesError: The family cuts images into tokens in a way that is not known here.
+        """
+        _ = self.vlm_processor  # forgets what was measured of another
+        grids = self._grids = {} if self._grids is None or len(self._grids) >= KEPT_GRIDS else self._grids
+        if (height, width) not in grids:
+            try:
+                ids = self.picture_inputs(Image.new("RGB", (width, height)))["input_ids"].tolist()[0]
+                grids[height, width] = measure_token_grid(self, height, width, ids.count(self.image_token_id))
+            except UnknownPlacesError as error:
+                raise UnknownPlacesError(
+                    f"{error} heatmap_concepts needs these places; compose the model without (heatmap_concepts=False)."
+                ) from error
+        return grids[height, width]
+
+    def use_image_token_grids(self, use: bool) -> None:
+        """Set `image_token_grids`, tried on one picture.
+
+        Raises:
+            UnknownPlacesError: As `token_grid`.
+        """
+        if use:
+            self.token_grid(*TRIAL_SIZE)
+        self.image_token_grids = use
 
     def text_for_tokenizer(self, prompt: str) -> tuple[str, bool]:
         """What the family's processor makes of a rendered prompt with one image before it is tokenized.

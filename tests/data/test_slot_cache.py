@@ -122,3 +122,26 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_read(tmp_path, mode
     with pytest.raises(OSError, match="Use another folder or fewer rows"):
         cache.fill(uneven_rows())
     assert len(cache) == 0
+
+
+def test_with_heatmap_concepts_the_image_tokens_are_kept_beside_the_states(tmp_path, processor):
+    rows = uneven_rows()
+    SlotCache(tmp_path, follow_concepts(tiny_model()), processor).fill(rows[:4])
+    model = follow_concepts(tiny_model(heatmap_concepts=True))
+    for name in ("codebook", "slot_encoder"):  # the same readers: other random numbers come behind a new module
+        getattr(model, name).load_state_dict(getattr(tiny_model(), name).state_dict())
+    told = tiny_processor(image_token_grids=True)
+    cache = SlotCache(tmp_path, model, told)
+    assert len(cache.shards) == 4 and not cache._has(cache._key(rows[0], images_of(rows)[0]))
+    assert cache.fill(rows, batch_size=3) == len(cache) == 8  # those without image tokens are read again
+    found = cache.states_of(rows[2:5], images_of(rows[2:5]))
+    batch = SegmentationCollator(told)(rows[2:5])
+    with torch.no_grad():
+        output = model(**batch, output_concept_embeddings=True)
+    is_image = batch["input_ids"] == model.config.image_token_id
+    expected = torch.stack([row[where] for row, where in zip(output.concept_embeddings, is_image, strict=True)])
+    assert expected.shape == (3, 4, model.config.d_slot) and expected.std(0).max() > 1e-3
+    torch.testing.assert_close(found["image_concept_embeddings"], expected, rtol=1e-5, atol=1e-6)
+    cached = SegmentationCollator(told, slot_cache=cache)(rows[2:5])
+    with torch.no_grad():
+        torch.testing.assert_close(model(**cached).pred_masks, output.pred_masks, rtol=0, atol=1e-4)

@@ -69,6 +69,17 @@ def test_everything_that_reads_the_vlm_stays(kind, map_side, channels, canvas, p
     assert str(parts) not in (tmp_path / "new" / "config.json").read_text()
 
 
+def test_heatmap_concepts_stay_switched_on_and_their_projection_is_new(parts, tmp_path):
+    tiny_model(heatmap_concepts=True).save_pretrained(tmp_path / "whole")
+    tiny_processor(image_token_grids=True).save_pretrained(tmp_path / "whole")
+    made = swap_segmenter(tmp_path / "whole", parts / "sam", tmp_path / "new")
+    assert "slot_mapper.concept_proj" in made.new_modules
+    model, processor, output = read(tmp_path / "new")
+    assert processor.image_token_grids is True and model.config.heatmap_concepts is True
+    assert tuple(model.slot_mapper.concept_proj.weight.shape) == (64, 32) and output.pred_masks.shape[-1] == 24
+    assert not model.slot_mapper.concept_proj.weight.any()
+
+
 def test_ids_and_pixels_that_only_the_checkpoint_knows_stay(parts, tmp_path):
     """The id of image patches may stand in no configuration of the VLM's; pixels are a folder's own."""
     shutil.copytree(parts / "whole", tmp_path / "whole")

@@ -4,6 +4,7 @@
 import torch
 
 from segcompass_hf.reading_segcompass import MaskTargets
+from segcompass_hf.token_grids_segcompass import EDGE_UNITS
 from segcompass_hf.training.grpo.forward import JointTargets
 from segcompass_hf.training.memory.setup import TrainingSetup
 
@@ -27,6 +28,7 @@ def joint_inputs(model, setup: TrainingSetup) -> dict:
         image_embeddings=embeddings,
         reshaped_input_sizes=torch.full((batch_size, 2), 256),
         masks=MaskTargets(masks, torch.full((batch_size,), 2), decode="matched"),
+        image_token_grids=torch.tensor([[2, 2, 0, EDGE_UNITS, 0, EDGE_UNITS]]).expand(batch_size, -1),
     )
     vlm = {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(batch_size, 3, 28, 28)}
     return {**vlm, "labels": labels, "segmentation": segmentation}

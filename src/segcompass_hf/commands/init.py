@@ -18,7 +18,9 @@ examples:
       --num-slots 6 --dtype bfloat16 --output runs/start
   segcompass init --from runs/grpo --sam facebook/sam2.1-hiera-large --output runs/swapped
 """
-_OF_HEADS = ("sae", "num_slots", "sae_layer", "d_sae", "d_slot", "concept_threshold")  # what --from keeps
+_OF_HEADS = (  # what --from keeps
+    *("sae", "num_slots", "sae_layer", "d_sae", "d_slot", "concept_threshold", "heatmap_concepts"),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -46,6 +48,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--concept-threshold", type=float, help="activations below it count as zero (2.0, or the SegCompass's)"
     )
+    parser.add_argument(
+        "--heatmap-concepts",
+        action="store_true",
+        default=None,
+        help="let slots look at the concepts of image tokens beside the SAM's embeddings",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights (the VLM's)")
     parser.add_argument("--max-shard-size", default="5GB", help="of a weight file (%(default)s)")
     parser.set_defaults(run=run)
@@ -63,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
     if args.checkpoint is not None:
         _swap(args)
         return
-    fields = {"d_slot": args.d_slot, "concept_threshold": args.concept_threshold}
+    fields = {name: getattr(args, name) for name in ("d_slot", "concept_threshold", "heatmap_concepts")}
     with user_errors():
         made = compose_checkpoint(
             args.vlm,

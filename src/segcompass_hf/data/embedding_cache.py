@@ -175,12 +175,7 @@ class EmbeddingCache:
             if self.missing == "error":
                 raise
             return self.processor._sam_inputs(images)
-        sizes = [(image.height, image.width) for image in images]
-        return {
-            "image_embeddings": embeddings,
-            "original_sizes": torch.tensor(sizes),
-            "reshaped_input_sizes": torch.tensor([self.processor.geometry.resized_size(size) for size in sizes]),
-        }
+        return {"image_embeddings": embeddings, **self.processor._places(images)}
 
     def caching_processor(self, processor: Any) -> Any:
         """A copy of a processor whose inputs hold `image_embeddings` of this cache in place of `sam_pixel_values`."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..files import free_space, json_digest, weights_digest
@@ -26,6 +27,7 @@ from .vlm_texts import reasoning_of
 logger = logging.get_logger(__name__)
 
 FORMAT = 1  # part of every key: a change of what is stored must not find what was stored before
+_PATCHES = "/patches"  # end of the name under which the embeddings of a row's image tokens are stored
 READERS = ("vlm", "sae", "codebook", "slot_encoder")  # the modules that turn a row into its slots
 _SETTINGS = (  # of the configuration, beside those of the modules
     "num_slots",
@@ -48,7 +50,8 @@ class SlotCache:
     configuration, the processor's side of the VLM, and the precision. Changed weights therefore find nothing.
 
     States are kept as float32, `num_slots * (d_slot + hidden_size) * 4` bytes a row: 74 KB for 4 slots of 512 and a
-    VLM of width 4096. Several processes may fill one folder at once.
+    VLM of width 4096. With `heatmap_concepts` come the concept embeddings of the image tokens, `num_patches * d_slot *
+    4` bytes: 262 KB for 256 tokens of 256. Several processes may fill one folder at once.
 
     Args:
         folder (path): Where the cache is, or will be.
@@ -74,12 +77,20 @@ class SlotCache:
         config = model.config
         self._widths = (config.d_slot, config.hidden_size)
         self._bytes_per_row = 4 * config.num_slots * sum(self._widths)
+        self._with_patches = config.heatmap_concepts
         self.min_free_bytes = min_free_bytes
         key = json_digest(_describe(model, processor) | {"precision": precision_name})[:32]
         self.shards = TensorShards(Path(folder) / key, key, shard_bytes, min_free_bytes)
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.shards) // len(self._names(""))
+
+    def _names(self, key: str) -> list[str]:
+        """Under which what there is of a row is stored: its states and, where needed, those of its image tokens."""
+        return [key, f"{key}{_PATCHES}"] if self._with_patches else [key]
+
+    def _has(self, key: str) -> bool:
+        return all(name in self.shards for name in self._names(key))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies (data loader workers) leave the model behind, and read."""
@@ -94,7 +105,8 @@ class SlotCache:
 
         Returns:
             `dict`: `slots` `(batch_size, num_slots, d_slot)` and `reference_states`
-            `(batch_size, num_slots, hidden_size)`, float32, on the CPU.
+            `(batch_size, num_slots, hidden_size)`, float32, on the CPU; with `heatmap_concepts` also
+            `image_concept_embeddings` `(batch_size, num_patches, d_slot)`, padded with zeros.
 
         Raises:
             ValueError: A row was not read by `fill`.
@@ -102,14 +114,18 @@ class SlotCache:
         found = []
         for row, image in zip(rows, images, strict=True):
             key = self._key(row, image)
-            if key not in self.shards:
+            if not self._has(key):
                 raise ValueError(
                     f"sample {row.get('sample_id')!r} is not in the slot cache {os.fspath(self.shards.folder)!r}; "
                     "call cache.fill(rows) with all rows before."
                 )
-            found.append(self.shards.get(key))
-        slots, references = torch.stack(found).split(self._widths, dim=-1)
-        return {"slots": slots, "reference_states": references}
+            found.append([self.shards.get(name) for name in self._names(key)])
+        states, *patches = zip(*found, strict=True)
+        slots, references = torch.stack(states).split(self._widths, dim=-1)
+        inputs = {"slots": slots, "reference_states": references}
+        if patches:
+            inputs["image_concept_embeddings"] = pad_sequence(patches[0], batch_first=True)
+        return inputs
 
     def fill(self, rows: Any, batch_size: int = 8, process_index: int = 0, num_processes: int = 1) -> int:
         """Read the rows of a data set; its size is announced, and must fit the disk, before anything is read.
@@ -127,8 +143,7 @@ class SlotCache:
         Raises:
             OSError: The disk is too small; nothing has been read.
         """
-        self._announce(len(rows))
-        batch, number = {}, 0
+        batch, number, announced = {}, 0, False
         for index in logging.tqdm(range(len(rows)), desc="slot cache"):
             try:
                 row = rows[index]
@@ -138,7 +153,10 @@ class SlotCache:
                 raise
             except Exception:  # damaged files raise about anything
                 continue
-            if int(key, 16) % num_processes == process_index and key not in self.shards:
+            if not announced:
+                self._announce(len(rows), image)
+                announced = True
+            if int(key, 16) % num_processes == process_index and not self._has(key):
                 batch[key] = (image, row)
             if len(batch) == batch_size:
                 number += self._read(batch)
@@ -147,10 +165,15 @@ class SlotCache:
         self.shards.flush()
         return number
 
-    def _announce(self, num_rows: int) -> None:
-        size, free = self._bytes_per_row * max(0, num_rows - len(self)), free_space(self.shards.folder)
+    def _announce(self, num_rows: int, image: Image.Image) -> None:
+        """Of rows like the first one that can be read."""
+        per_row = self._bytes_per_row
+        if self._with_patches:
+            grid = self.processor.token_grid(image.height, image.width)
+            per_row += 4 * self._widths[0] * grid.rows * grid.columns
+        size, free = per_row * max(0, num_rows - len(self)), free_space(self.shards.folder)
         text = (
-            f"slot cache: up to {gib(size)} for {num_rows:,} rows ({self._bytes_per_row:,} bytes each, {len(self):,} "
+            f"slot cache: up to {gib(size)} for {num_rows:,} rows ({per_row:,} bytes each, {len(self):,} "
             f"are there), {gib(free)} free in {os.fspath(self.shards.folder)!r}"
         )
         if free - size < self.min_free_bytes:
@@ -178,13 +201,17 @@ class SlotCache:
         self.model.eval()
         try:
             with self._precision():
-                output = self.model(**inputs, output_slots=True)
+                output = self.model(**inputs, output_slots=True, output_concept_embeddings=self._with_patches)
         finally:
             for module in training:
                 module.training = True
         states = torch.cat([output.slots.float(), output.reference_states.float()], dim=-1).cpu()
         for key, state in zip(batch, states, strict=True):
             self.shards.put(key, state.clone())
+        if self._with_patches:
+            is_image = self.model.modality_ids(inputs["input_ids"]).bool()
+            for key, embeddings, where in zip(batch, output.concept_embeddings, is_image, strict=True):
+                self.shards.put(f"{key}{_PATCHES}", embeddings[where].float().cpu())
         return len(batch)
 
 
@@ -192,7 +219,8 @@ def _describe(model: Any, processor: Any) -> dict[str, Any]:
     """All that decides the states of a row, as json holds it."""
     config, tokenizer = model.config, processor.tokenizer
     parts = {name: getattr(config, f"{name}_config").to_dict() for name in ("vlm", "sae")}
-    settings = {name: value for name, value in processor.to_dict().items() if name != "sam_image_processor"}
+    others = ("sam_image_processor", "image_token_grids")  # nothing of the states
+    settings = {name: value for name, value in processor.to_dict().items() if name not in others}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
     words = {name: value for name, value in words.items() if name not in ("padding", "truncation")}  # of the last call

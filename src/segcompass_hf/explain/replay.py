@@ -39,6 +39,8 @@ class CapturedSegmentation:
         slot_logit_threshold, mask_logit_threshold, duplicate_iou_threshold (`float`): The model's own.
         reshaped_input_sizes, original_sizes (`torch.LongTensor` of shape `(1, 2)`): (height, width) on SAM's canvas
             (`None`: the whole canvas is image) and of the image.
+        image_token_grids (`torch.LongTensor` of shape `(1, 6)`, *optional*): Where image tokens lie; with
+            `heatmap_concepts`.
     """
 
     sequences: torch.Tensor
@@ -57,6 +59,7 @@ class CapturedSegmentation:
     duplicate_iou_threshold: float
     reshaped_input_sizes: torch.Tensor | None = None
     original_sizes: torch.Tensor | None = None
+    image_token_grids: torch.Tensor | None = None
 
     @property
     def kept_slots(self) -> list[int]:
@@ -90,7 +93,7 @@ def capture(model: Any, inputs: Any, **segment_kwargs) -> list[CapturedSegmentat
             'a mask alone; set model.config.concept_input = "once" to explain this model.'
         )
     output = model.segment(**inputs, output_concepts=True, output_image_embeddings=True, **segment_kwargs)
-    sizes = {name: inputs.get(name) for name in ("reshaped_input_sizes", "original_sizes")}
+    sizes = {name: inputs.get(name) for name in ("reshaped_input_sizes", "original_sizes", "image_token_grids")}
     return [_captured_row(model, output, row, sizes) for row in range(output.sequences.shape[0])]
 
 
@@ -122,6 +125,8 @@ def _captured_row(model: Any, output: Any, row: int, sizes: dict[str, Any]) -> C
 
 class Replay:
     """Runs concept embeddings -> slots -> heatmaps -> masks for one captured segmentation.
+
+    With `heatmap_concepts` the embeddings of image tokens reach the heatmaps beside the slots too.
 
     Equal to `segment(interventions=...)` for interventions on concepts: what the VLM wrote and its reference states
     stay. Rows are changes of the same answer, run together.
@@ -178,12 +183,18 @@ class Replay:
             decode_slots (`Sequence[int]`): Whose masks are decoded, `(rows, len(decode_slots), 4h, 4w)`.
         """
         captured, rows = self.captured, len(embeddings)
+        is_image = self.model.modality_ids(captured.sequences).expand(rows, -1)
+        sizes, grids = (
+            size if size is None else size.expand(rows, -1) for size in (self.sizes, captured.image_token_grids)
+        )
+        images = captured.image_embeddings.expand(rows, -1, -1, -1)
         return self.model.predict_masks(
             captured.reference_states.expand(rows, -1, -1),
             self.model.slot_encoder(embeddings).slots,  # (rows, K, d_slot)
-            captured.image_embeddings.expand(rows, -1, -1, -1),
-            self.sizes if self.sizes is None else self.sizes.expand(rows, -1),
+            images,
+            sizes,
             decode_slots=decode_slots,
+            concept_grid=self.model.concept_grid(embeddings, is_image, grids, images, sizes),
         )
 
     def decode(self, heatmap_logits: torch.Tensor) -> torch.Tensor:

@@ -37,13 +37,15 @@ def load_processor(processing_class: Any, model: nn.Module, needed: type | None 
 
     Raises:
         ValueError: The model was not loaded from anywhere, what lies there is no such processor, or the processor
-            prepares images for another segmenter.
+            prepares images for another segmenter, or does not know where the image tokens of a model with
+            `heatmap_concepts` lie. It is told, in place, to say it.
     """
     model = base_model(model)
     if processing_class is None:
         processing_class = _processor_of(model, needed)
     if hasattr(model, "mask_stage") and hasattr(processing_class, "geometry"):
         check_canvas(processing_class.geometry, model.mask_stage.geometry)
+        processing_class.use_image_token_grids(model.config.heatmap_concepts)
     return processing_class
 
 

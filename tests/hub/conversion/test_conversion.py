@@ -173,6 +173,9 @@ class TestRoundTrip:
         )
         with pytest.raises(ValueError, match="the SAE is 'batchtopk'"):
             convert_to_original_checkpoint(tmp_path / "ours", tmp_path / "back")
+        tiny_model("llava", heatmap_concepts=True).save_pretrained(tmp_path / "seeing")
+        with pytest.raises(ValueError, match="has heatmap_concepts"):
+            convert_to_original_checkpoint(tmp_path / "seeing", tmp_path / "back")
         assert not (tmp_path / "back").exists()
         with pytest.raises(FileNotFoundError, match="no config.json"):
             convert_to_original_checkpoint(tmp_path, tmp_path / "back")

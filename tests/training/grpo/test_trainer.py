@@ -63,6 +63,26 @@ def test_prompts_and_captured_masks_are_those_of_a_plain_forward(tmp_path, famil
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_heatmap_concepts_are_seen_while_sampling_and_train(tmp_path, family):
+    model = tiny_model(family, heatmap_concepts=True)
+    trainer = tiny_trainer(tmp_path, family, model=model, cls=Recorder)
+    generate(trainer)
+    rollouts, processor = trainer.seen["rollouts"], trainer.processing_class
+    captured = rollouts.segment(trainer.core, batch_size=4)
+    asked = trainer.seen["prompts"], trainer.seen["ids"], rollouts.targets
+    plain = masks_of_rollouts(trainer.model, processor, *asked, batch_size=3)
+    torch.testing.assert_close(captured["heatmap_logits"], plain["heatmap_logits"], atol=1e-4, rtol=1e-4)
+    before = model.slot_mapper.concept_proj.weight.clone()
+    with torch.no_grad():
+        model.slot_mapper.concept_proj.weight.zero_()
+        other = rollouts.segment(trainer.core, batch_size=4)
+        assert (other["heatmap_logits"] - captured["heatmap_logits"]).abs().max() > 1e-2
+        model.slot_mapper.concept_proj.weight.copy_(before)
+    trainer.train()
+    assert not torch.equal(model.slot_mapper.concept_proj.weight, before)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_masks_of_a_second_pass_over_the_sequence_see_the_image(tmp_path, family):
     seen = {}
 

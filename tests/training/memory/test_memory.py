@@ -65,13 +65,13 @@ def test_weights_gradients_and_states_are_those_of_a_real_step(family, tie):
     assert parts["reference"] == sum(copy.nbytes for copy in copies)
 
 
-def _middle_config(family: str, segmenter: str = "sam"):
+def _middle_config(family: str, segmenter: str = "sam", **others):
     """Large enough that activations outweigh what is constant: hidden 256, 6 layers, 1,024 features, canvas of 256."""
     text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "head_dim": 64}
     vlm = tiny_vlm_config(family, **text, num_attention_heads=4, num_key_value_heads=4)
     fields = {"sae_config": {"d_in": 256, "d_sae": 1024, "layer": 2}, "d_slot": 64, "concept_threshold": 0.0}
     sam = tiny_sam_config(256, 16, 64) if segmenter == "sam" else tiny_segmenter_config(segmenter, 256)
-    return tiny_config(family, vlm_config=vlm, sam_config=sam, **fields)
+    return tiny_config(family, vlm_config=vlm, sam_config=sam, **fields, **others)
 
 
 def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
@@ -113,11 +113,17 @@ def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "autocast", "segmenter"),
-    [(False, False, "sam"), (True, True, "sam"), (False, False, "sam2"), (True, True, "sam3_tracker")],
+    ("checkpointing", "autocast", "segmenter", "heatmap_concepts"),
+    [
+        (False, False, "sam", False),
+        (True, True, "sam", False),
+        (False, False, "sam2", False),
+        (True, True, "sam3_tracker", False),
+        (False, False, "sam", True),
+    ],
 )
-def test_activations_are_those_of_a_measured_step(checkpointing, autocast, segmenter):
-    config = _middle_config("llava", segmenter)
+def test_activations_are_those_of_a_measured_step(checkpointing, autocast, segmenter, heatmap_concepts):
+    config = _middle_config("llava", segmenter, heatmap_concepts=heatmap_concepts)
     setup = TrainingSetup(
         batch_size=3,
         rollouts=3,

@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 
 from tiny import tiny_model, tiny_processor, tiny_segmenter  # noqa: E402
 
+from segcompass_hf.training.inputs import load_processor  # noqa: E402
 from segcompass_hf.training.recipe.parts import PartLoader, Parts  # noqa: E402
 from segcompass_hf.training.recipe.settings import RecipeError, RecipeSettings  # noqa: E402
 
@@ -47,3 +48,14 @@ def test_a_sam_that_is_none_is_named(folders):
     parts = Parts(model=str(folders / "whole"), sam=str(folders / "whole"))
     with pytest.raises(RecipeError, match="sam: .*'segcompass' model; expected a SAM"):
         loader.processor(parts)
+
+
+def test_heatmap_concepts_are_switched_on_in_parts_and_in_a_whole_model(folders):
+    settings = RecipeSettings(output_dir="out", config={"heatmap_concepts": True}, processor={})
+    loader = PartLoader(settings)
+    for parts in (Parts(model=str(folders / "whole")), Parts(model=str(folders / "whole"), sam=str(folders / "sam"))):
+        processor = loader.processor(parts)
+        model = loader.model(parts, processor)
+        assert model.config.heatmap_concepts and loader.configuration(parts).heatmap_concepts
+        assert not model.slot_mapper.concept_proj.weight.any()
+        assert load_processor(processor, model).image_token_grids is True

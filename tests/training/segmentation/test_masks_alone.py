@@ -31,16 +31,16 @@ def passes(monkeypatch):
     return calls
 
 
-def run(folder, cache=None, rows=None, **settings):
+def run(folder, cache=None, rows=None, model=None, processor=None, **settings):
     """(trainer after training, gradients of its first step)."""
     gradients = Gradients()
     settings = {"trainable": "masks", "slot_cache_dir": cache, "num_eval_segmentations": 0} | settings
     trainer = SegmentationTrainer(
-        model=follow_concepts(tiny_model()),
+        model=follow_concepts(tiny_model() if model is None else model),
         args=arguments(SegmentationConfig, folder, **settings),
         train_dataset=uneven_rows() if rows is None else rows,
         eval_dataset=uneven_rows()[:3],
-        processing_class=tiny_processor(),
+        processing_class=tiny_processor() if processor is None else processor,
         callbacks=[gradients],
     )
     trainer.train()
@@ -63,6 +63,26 @@ def test_losses_and_gradients_are_those_without_a_cache(tmp_path, passes):
     assert "language_loss" not in one and "language_loss" not in other
     one, other = (trainer.evaluate()["eval_loss"] for trainer in (plain, cached))
     assert other == pytest.approx(one, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_heatmap_concepts_train_from_the_caches_as_without(family, tmp_path, passes):
+    settings = {"per_device_train_batch_size": 8}
+    results = []
+    for caches in ({}, {"cache": str(tmp_path / "cache"), "embedding_cache_dir": str(tmp_path / "embeddings")}):
+        model = tiny_model(family, heatmap_concepts=True)
+        processor = tiny_processor(family)  # the trainer tells it
+        results.append(run(tmp_path / f"{len(caches)}", model=model, processor=processor, **settings, **caches))
+        assert processor.image_token_grids is True
+    (plain, expected), (cached, got) = results
+    name = next(name for name in expected.values if name.endswith("concept_proj.weight"))
+    assert expected.values[name].abs().max() > 1e-4
+    for name, gradient in expected.values.items():
+        torch.testing.assert_close(got.values[name], gradient, rtol=0, atol=1e-5, msg=name)
+    one, other = (trainer.state.log_history[0]["loss"] for trainer in (plain, cached))
+    assert other == pytest.approx(one, abs=1e-6)
+    start = tiny_model(family, heatmap_concepts=True).slot_mapper.concept_proj.weight
+    assert (cached.model.slot_mapper.concept_proj.weight - start).abs().max() > 0
 
 
 def test_only_what_reads_the_segmenter_moves(tmp_path, passes):

@@ -112,6 +112,11 @@ def _check_expressible(config: SegCompassConfig, weights: Mapping[str, StoredTen
             f"the checkpoint holds {len(extra)} weights that the original has no place for ({shorten(extra)}); merge "
             "adapters first."
         )
+    if config.heatmap_concepts:
+        raise ValueError(
+            "the model has heatmap_concepts: its slots look at the concepts of image tokens, for which the original "
+            "has no place."
+        )
     sae = config.sae_config
     if sae.architecture == "batchtopk" or sae.normalize_activations == "per_modality":
         raise ValueError(

@@ -35,6 +35,7 @@ PROCESSOR_CODE = (
     "prompts_segcompass.py",
     "segmenters_segcompass.py",
     "threads_segcompass.py",
+    "token_grids_segcompass.py",
     "vlm_calls_segcompass.py",
     "vlm_processors_segcompass.py",
 )

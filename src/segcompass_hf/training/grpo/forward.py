@@ -47,12 +47,14 @@ class JointTargets:
         image_embeddings (`torch.Tensor` of shape `(batch_size, channels, h, w)` or [`ImageFeatures`]): Of the images.
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`): (height, width) on SAM's canvas.
         masks ([`MaskTargets`]): Of the segmentation losses.
+        image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
     """
 
     completion_mask: torch.Tensor
     image_embeddings: torch.Tensor | ImageFeatures
     reshaped_input_sizes: torch.Tensor
     masks: MaskTargets
+    image_token_grids: torch.Tensor | None = None
 
 
 def add_joint_forward(
@@ -115,7 +117,9 @@ def _joint_forward(
         output.ref_log_probs = reference(trace, labels)
     completion_mask = torch.zeros_like(attention_mask)
     completion_mask[:, -segmentation.completion_mask.shape[1] :] = segmentation.completion_mask
-    states = SequenceStates(layer_states, last_states, input_ids, attention_mask, completion_mask)
+    grids = segmentation.image_token_grids
+    ids_and_masks = input_ids, attention_mask, completion_mask
+    states = SequenceStates(layer_states, last_states, *ids_and_masks, image_token_grids=grids)
     states = model.with_concept_states(states, **vlm_inputs)
     image = segmentation.image_embeddings, segmentation.reshaped_input_sizes
     losses = model.read_masks(states, *image, segmentation.masks).losses

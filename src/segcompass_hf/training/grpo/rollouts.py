@@ -107,6 +107,7 @@ def masks_of_rollouts(
             completion_mask=torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
             image_embeddings=join_rows(targets.image_embeddings[rows]),
             reshaped_input_sizes=targets.reshaped_input_sizes[rows],
+            image_token_grids=None if targets.image_token_grids is None else targets.image_token_grids[rows],
             **inputs,
         )
         parts.append({name: output[name] for name in MASK_FIELDS})

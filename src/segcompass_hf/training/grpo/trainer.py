@@ -227,7 +227,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
         sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
         states = capture.states(sequences.shape[1])
-        self._rollouts.states = SequenceStates.of_answers(states, sequences, prompt_mask, written)
+        grids = self._rollouts.targets.image_token_grids
+        self._rollouts.states = SequenceStates.of_answers(states, sequences, prompt_mask, written, grids)
         return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
@@ -338,7 +339,8 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             decode="matched",
         )
         images = join_rows(inputs["image_embeddings"])
-        targets = JointTargets(inputs["completion_mask"], images, inputs["reshaped_input_sizes"], masks)
+        places = inputs["reshaped_input_sizes"], masks, inputs.get("image_token_grids")
+        targets = JointTargets(inputs["completion_mask"], images, *places)
         call = JointCall(model, inputs, targets)
         loss, output = super().compute_loss(call, inputs, return_outputs, num_items_in_batch), call.output
         # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...concept_grids_segcompass import ConceptGrid
 from ...image_features_segcompass import ImageFeatures
 from ...losses_segcompass import SlotAssignments
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
@@ -129,7 +131,8 @@ def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) 
         _ = feature_acts < config.concept_threshold
         del feature_acts, _
     concepts = _EvenConcepts(batch_size, tokens, setup.active_concepts, states.dtype)
-    slots = model.encode_slots(concepts, torch.ones(batch_size, tokens)).slots
+    concept_embeddings = model.codebook(concepts)  # (batch_size, tokens, d_slot)
+    slots = model.slot_encoder(concept_embeddings, torch.ones(batch_size, tokens)).slots
     canvas, map_size = model.mask_stage.canvas, model.mask_stage.map_size
     if setup.stage == "grpo":  # encoded one by one before the step
         shapes, dtype = model.mask_stage.feature_shapes, model.sam.dtype
@@ -146,7 +149,17 @@ def _segmentation(model: nn.Module, setup: TrainingSetup, states: torch.Tensor) 
         assignments=SlotAssignments(samples, order, order, pairs_per_sample=[objects] * batch_size),
     )
     sizes = torch.full((batch_size, 2), canvas)
-    return model.predict_masks(states[:, -config.num_slots :], slots, embeddings, sizes, targets).loss
+    grid = _concept_grid(concept_embeddings, model.mask_stage.embedding_size) if config.heatmap_concepts else None
+    references = states[:, -config.num_slots :]
+    return model.predict_masks(references, slots, embeddings, sizes, targets, concept_grid=grid).loss
+
+
+def _concept_grid(concept_embeddings: torch.Tensor, side: int) -> ConceptGrid:
+    """Of as many image tokens as there are tokens, but for what is left over by a square."""
+    tokens = math.isqrt(concept_embeddings.shape[1])  # along a side
+    laid = concept_embeddings[:, : tokens**2].unflatten(1, (tokens, tokens)).clone()
+    weights = torch.empty(len(laid), side, tokens)
+    return ConceptGrid(laid, weights, weights)
 
 
 class _EvenConcepts:

@@ -113,7 +113,7 @@ class PartLoader:
         Raises:
             RecipeError: The parts do not fit: the SAE reads states of another width or a layer that is not there.
         """
-        whole = None if parts.model is None else SegCompassConfig.from_pretrained(parts.model)
+        whole = None if parts.model is None else SegCompassConfig.from_pretrained(parts.model, **self._switches)
         if parts.is_whole and sae_settings is None:
             return whole
         vlm = whole.vlm_config if parts.vlm is None else AutoConfig.from_pretrained(parts.vlm)
@@ -168,7 +168,8 @@ class PartLoader:
     def model(self, parts: Parts, processor: SegCompassProcessor, new_heads: bool = False) -> nn.Module:
         """The whole model; its heads are new where a part was replaced, or `new_heads` asks for it."""
         if parts.is_whole:
-            model = SegCompassForReasoningSegmentation.from_pretrained(parts.model, **self._options())
+            options = self._options() | self._switches
+            model = SegCompassForReasoningSegmentation.from_pretrained(parts.model, **options)
             if new_heads:
                 fields = own_settings(model.config) | self.settings.config | {"num_slots": processor.num_slots}
                 model = SegCompassForReasoningSegmentation.from_pretrained_parts(
@@ -190,6 +191,11 @@ class PartLoader:
             vlm, sam, sae, processor=processor, dtype=self.dtype, **fields
         )
         return self._with_attention(model)
+
+    @property
+    def _switches(self) -> dict[str, Any]:
+        """What a recipe changes in a whole model too: its answers stay what they were."""
+        return {name: self.settings.config[name] for name in ("heatmap_concepts",) if name in self.settings.config}
 
     def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"dtype": self.dtype}

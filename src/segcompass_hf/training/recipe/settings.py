@@ -39,7 +39,8 @@ class RecipeSettings:
         save_dtype (`str`, *optional*): Of the weights in the final `checkpoint`, which still loads in `dtype`.
         attn_implementation (`str`, *optional*): Of the VLM, such as `eager`.
         load_in_4bit (`bool`): The decoder in NF4; only where `grpo` or `segmentation` alone trains adapters.
-        config (`dict`, *optional*): Fields of [`SegCompassConfig`] for a model composed of parts, such as `num_slots`.
+        config (`dict`, *optional*): Fields of [`SegCompassConfig`] for a model composed of parts, such as `num_slots`;
+            `heatmap_concepts` also switches these on in a whole model.
         processor (`dict`, *optional*): Arguments of [`SegCompassProcessor`] for it, such as `instruction_template`.
         processes (`int`, *optional*): Processes that share the work on a CPU.
         seed (`int`, defaults to 0): Of every stage that sets none.

@@ -41,7 +41,9 @@ ALIGNMENT_INPUTS = ("alignment_words", "alignment_text", "alignment_coverage")  
 PAIR_INPUTS = ("pair_words", "pair_patches")  # alignment_pairs="names"
 READING_INPUTS = ("object_patches",)
 READING_HEAD = "reading_head."  # before the names of its parameters
-SAM_INPUTS = ("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "mask_labels", "num_objects")
+SAM_INPUTS = (
+    *("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "image_token_grids", "mask_labels", "num_objects"),
+)
 
 
 class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Trainer):
