@@ -14,7 +14,7 @@ from PIL import Image
 
 from ...token_places import Box
 from .counts import DictionaryCounts, TopExamples
-from .labels import cofiring, firing_words
+from .labels import cofiring, firing_words, number
 from .reading import RowReading
 
 PICTURE_SIDE = 160  # pixels of the longer side
@@ -187,11 +187,6 @@ def _jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def number(value: float) -> float | None:
-    """A number in the precision it is stored with, `None` for NaN."""
-    return None if np.isnan(value) else float(np.float32(value))
-
-
 def make_entries(
     counts: DictionaryCounts, examples: ExampleStore, labels: dict[str, np.ndarray], max_pictures: int
 ) -> tuple[list[ConceptEntry], list[bytes]]:
@@ -203,8 +198,8 @@ def make_entries(
         labels (`dict`): See `derive_labels`.
         max_pictures (`int`): Keep so many at most.
     """
-    names = list(counts.vocabulary)
-    label_of = [names[word] if word >= 0 else None for word in labels["label"].tolist()]
+    properties = list(counts.vocabulary)
+    label_of = [properties[word].text if word >= 0 else None for word in labels["label"].tolist()]
     words = firing_words(counts)
     others, jaccard, information = cofiring(counts)
     pictures, picture_of = examples.pictures(max_pictures)

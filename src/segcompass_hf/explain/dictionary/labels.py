@@ -41,7 +41,7 @@ class FiringRates:
     """Hits, firings and units of words for one [`Firing`], at any threshold."""
 
     def __init__(self, firing: Firing):
-        self.d_sae = firing.d_sae
+        self.d_sae, self.units = firing.d_sae, firing.units
         self.hits = _Suffixes(*firing.hits.arrays())
         self.fires = np.cumsum(firing.fires[:, ::-1], axis=1, dtype=np.int32)[:, ::-1]  # (d_sae, NUM_BINS)
         self.positives = np.zeros(max(firing.positives, default=-1) + 1, np.int64)
@@ -111,7 +111,7 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     """
     derive = [FiringRates(firing[0]) for firing in (counts.words, counts.patches)]
     score = [FiringRates(firing[1]) for firing in (counts.words, counts.patches)]
-    best = _best_words(counts.d_sae, derive)
+    best = _best_words(counts, derive)
     features, words, bins = best["features"], best["words"], best["bins"]  # bins: (2, features)
     seen = [rates.at(words, features, b) for rates, b in zip(derive, bins, strict=True)]
     pooled = seen[0] + seen[1]
@@ -143,8 +143,9 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     return labels
 
 
-def _best_words(d_sae: int, derive: list[FiringRates]) -> dict[str, np.ndarray]:
-    """The best word of every feature that has one, with F1 and bins on words and on patches `(2, features)`."""
+def best_thresholds(derive: list[FiringRates]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every (property, feature) pair with a hit, `property * d_sae + feature`: the largest F1 on words and on
+    patches, and its bins, both `(2, pairs)`."""
     found = [rates.best() for rates in derive]
     pairs = np.union1d(found[0][0], found[1][0])
     f1, bins = np.zeros((2, len(pairs))), np.full((2, len(pairs)), -1)
@@ -152,8 +153,15 @@ def _best_words(d_sae: int, derive: list[FiringRates]) -> dict[str, np.ndarray]:
         place = np.searchsorted(pairs, own)
         f1[modality, place], bins[modality, place] = own_f1, own_bins
     # Where a word was never hit in one modality, the other's threshold stands for both.
-    bins = np.where(bins < 0, bins[::-1], bins)
-    words, features = pairs // d_sae, pairs % d_sae
+    return pairs, f1, np.where(bins < 0, bins[::-1], bins)
+
+
+def _best_words(counts: DictionaryCounts, derive: list[FiringRates]) -> dict[str, np.ndarray]:
+    """The best word of every feature that has one, with F1 and bins on words and on patches `(2, features)`."""
+    pairs, f1, bins = best_thresholds(derive)
+    is_word = np.array([property_.family == "word" for property_ in counts.vocabulary], bool)
+    pairs, f1, bins = (array[..., is_word[pairs // counts.d_sae]] for array in (pairs, f1, bins))
+    words, features = pairs // counts.d_sae, pairs % counts.d_sae
     order = np.lexsort((words, -f1.mean(0), features))
     first = order[np.flatnonzero(np.diff(features[order], prepend=-1))]
     first = first[f1[:, first].max(0) > 0]
@@ -162,17 +170,19 @@ def _best_words(d_sae: int, derive: list[FiringRates]) -> dict[str, np.ndarray]:
 
 def firing_words(counts: DictionaryCounts, top: int = 5) -> list[list[tuple[str, float]]]:
     """Per feature the words it fires on most, with their share of its firings on words."""
-    names = list(counts.vocabulary)
+    properties = list(counts.vocabulary)
+    is_word = np.array([property_.family == "word" for property_ in properties], bool)
     hits = [firing.hits.arrays() for firing in counts.words]
-    pairs = np.concatenate([keys >> _BIN_BITS for keys, _ in hits])
+    pairs, totals = (np.concatenate(parts) for parts in zip(*((keys >> _BIN_BITS, n) for keys, n in hits), strict=True))
+    pairs, totals = (array[is_word[pairs // counts.d_sae]] for array in (pairs, totals))
     pairs, place = np.unique(pairs, return_inverse=True)
-    totals = np.bincount(place, weights=np.concatenate([number for _, number in hits]), minlength=len(pairs))
+    totals = np.bincount(place, weights=totals, minlength=len(pairs))
     words, features = pairs // counts.d_sae, pairs % counts.d_sae
     found: list[list[tuple[str, float]]] = [[] for _ in range(counts.d_sae)]
     for index in np.lexsort((words, -totals, features)):
         feature = features[index]
         if len(found[feature]) < top:
-            found[feature].append((names[words[index]], float(totals[index] / counts.density[0, feature])))
+            found[feature].append((properties[words[index]].text, float(totals[index] / counts.density[0, feature])))
     return found
 
 
@@ -204,4 +214,9 @@ def cofiring(counts: DictionaryCounts) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return features, scores[0], scores[1]
 
 
-__all__ = ["FiringRates", "Scores", "cofiring", "derive_labels", "firing_words"]
+def number(value: float) -> float | None:
+    """A number in the precision it is stored with, `None` for NaN."""
+    return None if np.isnan(value) else float(np.float32(value))
+
+
+__all__ = ["FiringRates", "Scores", "cofiring", "derive_labels", "firing_words", "number"]
