@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .patch_coverage_segcompass import picture_as_seen, unknown_layout
+
 Box = tuple[int, int, int, int]  # (x0, y0, x1, y1) in pixels, ends not included
 
 # Function words and words of asking: they mean no object.
@@ -45,11 +47,6 @@ def word_occurrences(tokenizer: Any, tokens: list[int], word: str) -> list[tuple
             if length and tokens[start] == pattern[0] and tokens[start : start + length] == pattern:
                 found.add((start, length))
     return sorted(found)
-
-
-class UnknownPlacesError(ValueError):
-    """A family cuts images into tokens in a way whose places in the image are not known here: overlapping tiles, rows
-    that end in a token of their own, tokens that are asked for by queries."""
 
 
 def patch_boxes(processor: Any, image_size: tuple[int, int], num_patches: int) -> list[Box | None]:
@@ -92,46 +89,6 @@ def _coordinates(processor: Any, values: np.ndarray, num_patches: int) -> list[n
         return low
     high = _values_of_tokens(processor, values // 256, num_patches)
     return [256 * most + least for most, least in zip(high, low, strict=True)]
-
-
-def picture_inputs(processor: Any, picture: Image.Image, **image_options) -> Any:
-    """The VLM's inputs for a picture, of a `SegCompassProcessor` or a VLM's own processor."""
-    if hasattr(processor, "picture_inputs"):
-        return processor.picture_inputs(picture, **image_options)
-    return processor(images=[[picture]], text=[processor.image_token], return_tensors="pt", **image_options)
-
-
-def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resample: Any) -> dict[str, torch.Tensor]:
-    """What a VLM's processor makes of a picture, pixels not normalised.
-
-    Returns:
-        `dict` with `pixel_values` in [0, 1], and whatever else the family's image processor says of them.
-
-    Raises:
-        UnknownPlacesError: It makes no `pixel_values`, or another number of image tokens than `num_patches`.
-    """
-    try:
-        made = picture_inputs(processor, picture, do_normalize=False, resample=resample)
-    except Exception as error:  # whatever families make of options that they do not know
-        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error!r:.300}") from error
-    tokens = made["input_ids"].tolist()[0].count(processor.image_token_id)
-    if tokens != num_patches or "pixel_values" not in made:
-        raise UnknownPlacesError(
-            f"{_family(processor)} makes {tokens} tokens and {', '.join(made)} of a picture of {picture.width} x "
-            f"{picture.height} pixels, not `pixel_values` for an image of {num_patches} tokens."
-        )
-    return made
-
-
-def unknown_layout(processor: Any, pixels: torch.Tensor, num_patches: int) -> UnknownPlacesError:
-    return UnknownPlacesError(
-        f"{_family(processor)} makes pixel_values of shape {tuple(pixels.shape)} for an image of {num_patches} "
-        "tokens, a layout whose places in the image are not known here."
-    )
-
-
-def _family(processor: Any) -> str:
-    return getattr(processor, "vlm_processor_class", type(processor).__name__)
 
 
 def _values_of_tokens(processor: Any, values: np.ndarray, num_patches: int) -> list[np.ndarray]:

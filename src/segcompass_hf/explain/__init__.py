@@ -33,6 +33,8 @@ _EXPORTS = {
     "claims.figures": ("claims_figures",),
     "claims.report": ("claims_markdown", "plot_claims"),
     "dictionary.dictionary": ("ConceptDictionary", "ConceptEntry"),
+    "..concept_names_segcompass": ("NamedConcept",),
+    "drift": ("DriftMonitor", "DriftReport", "concept_histograms"),
     "..data.scenes.names": ("scenes_objects",),
     "dictionary.objects": ("target_objects",),
 }

@@ -22,7 +22,7 @@ from ...images_segcompass import fit_objects_to_slots
 from ...losses_segcompass import segmentation_loss
 from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
-from ...patch_coverage import PatchCoverage
+from ...patch_coverage_segcompass import PatchCoverage
 from ...text_stack_segcompass import HiddenStateCapture
 from ..token_kinds import token_kinds
 

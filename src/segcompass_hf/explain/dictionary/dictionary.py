@@ -13,11 +13,12 @@ import numpy as np
 from torch import nn
 from transformers.utils import logging
 
+from ...concept_names_segcompass import NamedConcept
 from ...data.readable_rows import keep_images_encoded
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
-from .labels import derive_labels
+from .labels import MIN_PRECISION, derive_labels
 from .objects import NamedObjects, normalize_word, target_objects
 from .page import write_page
 from .reading import ConceptReader
@@ -197,6 +198,19 @@ class ConceptDictionary:
                 ranked.append((1, -share, feature))
         return [self.entries[feature] for *_, feature in sorted(ranked)[:limit]]
 
+    def names(self) -> dict[str, NamedConcept]:
+        """What images show, by name, for guardrails: the features whose label predicts patches and holds on them.
+
+        Of the features with a label, those count whose label was derived on patches, and is right on held-out images
+        more often than not; each from its threshold on patches.
+        """
+        shown: dict[str, dict[int, float]] = {}
+        columns = map(self._column, ("label", "label_place", "purity", "threshold_patches"))
+        for feature, (label, place, purity, threshold) in enumerate(zip(*columns, strict=True)):
+            if label is not None and place != "words" and threshold is not None and (purity or 0) >= MIN_PRECISION:
+                shown.setdefault(label, {})[feature] = threshold
+        return {name: NamedConcept(name, tuple(found), tuple(found.values())) for name, found in shown.items()}
+
     def check(self, sae: nn.Module) -> None:
         """Raise a `ValueError` unless this is the dictionary of an SAE."""
         store.check_sae(self.info, self.sketch, sae)
@@ -210,7 +224,7 @@ class ConceptDictionary:
         arrays["sae_sketch"] = self.sketch
         arrays["pictures"] = np.frombuffer(b"".join(self.pictures), np.uint8)
         arrays["picture_ends"] = np.cumsum([len(picture) for picture in self.pictures], dtype=np.int64)
-        store.write_files(folder, arrays, columns, self.info)
+        store.write_files(folder, arrays, columns, self.info, self.names().values())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: Any = None) -> ConceptDictionary:

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .token_places import UnknownPlacesError, picture_as_seen, picture_inputs, unknown_layout
-
 KEPT_SIZES = 256  # of images, whose geometry is remembered
 TRIAL_SIZE = (320, 640)  # (height, width) of the picture tried at once: wide, so that families that tile do
+
+
+class UnknownPlacesError(ValueError):
+    """A family cuts images into tokens in a way whose places in the image are not known here: overlapping tiles, rows
+    that end in a token of their own, tokens that are asked for by queries."""
 
 
 class PatchCoverage:
@@ -124,4 +127,44 @@ def _shares(values: np.ndarray, whole: np.ndarray, size: int, tokens: int) -> to
     return torch.from_numpy(overlap.clip(min=0) / np.diff(edges)[:, None]).float()
 
 
-__all__ = ["PatchCoverage"]
+def picture_inputs(processor: Any, picture: Image.Image, **image_options) -> Any:
+    """The VLM's inputs for a picture, of a `SegCompassProcessor` or a VLM's own processor."""
+    if hasattr(processor, "picture_inputs"):
+        return processor.picture_inputs(picture, **image_options)
+    return processor(images=[[picture]], text=[processor.image_token], return_tensors="pt", **image_options)
+
+
+def picture_as_seen(processor: Any, picture: Image.Image, num_patches: int, resample: Any) -> dict[str, torch.Tensor]:
+    """What a VLM's processor makes of a picture, pixels not normalised.
+
+    Returns:
+        `dict` with `pixel_values` in [0, 1], and whatever else the family's image processor says of them.
+
+    Raises:
+        UnknownPlacesError: It makes no `pixel_values`, or another number of image tokens than `num_patches`.
+    """
+    try:
+        made = picture_inputs(processor, picture, do_normalize=False, resample=resample)
+    except Exception as error:  # whatever families make of options that they do not know
+        raise UnknownPlacesError(f"{_family(processor)} shows no picture as it is: {error!r:.300}") from error
+    tokens = made["input_ids"].tolist()[0].count(processor.image_token_id)
+    if tokens != num_patches or "pixel_values" not in made:
+        raise UnknownPlacesError(
+            f"{_family(processor)} makes {tokens} tokens and {', '.join(made)} of a picture of {picture.width} x "
+            f"{picture.height} pixels, not `pixel_values` for an image of {num_patches} tokens."
+        )
+    return made
+
+
+def unknown_layout(processor: Any, pixels: torch.Tensor, num_patches: int) -> UnknownPlacesError:
+    return UnknownPlacesError(
+        f"{_family(processor)} makes pixel_values of shape {tuple(pixels.shape)} for an image of {num_patches} "
+        "tokens, a layout whose places in the image are not known here."
+    )
+
+
+def _family(processor: Any) -> str:
+    return getattr(processor, "vlm_processor_class", type(processor).__name__)
+
+
+__all__ = ["PatchCoverage", "UnknownPlacesError"]
