@@ -28,7 +28,8 @@ from segcompass_hf.explain.dictionary.entries import ExampleStore, columns_of
 from segcompass_hf.explain.dictionary.labels import cofiring, derive_labels
 from segcompass_hf.explain.dictionary.objects import normalize_word, target_objects
 from segcompass_hf.explain.dictionary.page import page
-from segcompass_hf.explain.dictionary.reading import Active, ConceptReader, RowReading
+from segcompass_hf.explain.dictionary.properties import Property
+from segcompass_hf.explain.dictionary.reading import Active, ConceptReader, RowReading, ShownObject
 from segcompass_hf.modeling_sae import SegCompassSae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -50,7 +51,7 @@ def active(*triples):
 def reading(index, image_id, on_words=(), on_patches=(), words=WORDS, objects=None):
     empty = Active(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
     boxes = [(0, 0, 2, 2), (2, 0, 4, 2), (0, 2, 2, 4), None]
-    named = [(frozenset({"red", "square"}), RED), (frozenset({"blue"}), BLUE)] if objects is None else objects
+    named = [ShownObject(*pair) for pair in objects or [(("red", "square"), RED), (("blue",), BLUE)]]
     concepts = [active(*triples) if triples else empty for triples in (on_words, on_patches)]
     return RowReading(index, f"row-{index}", image_id, list(words), boxes, *concepts, named, Image.new("RGB", (4, 4)))
 
@@ -134,12 +135,12 @@ def test_patches_off_the_target_are_left_out_where_not_all_objects_are_named():
     counts = DictionaryCounts(D_SAE)
     for half in (0, 1):
         for i in range(8):
-            objects = [(frozenset({"red"}), RED)] if i < 6 else [(frozenset({"blue"}), BLUE)]
+            objects = [(("red",), RED)] if i < 6 else [(("blue",), BLUE)]
             words, patches = [(1, 2, 1.0)], [(0, 0, 1.0), (1, 0, 1.0), (3, 0, 1.0), (2, 1, 1.0), (3, 1, 1.0)]
             patches += [(2, 0, 1.0)] if i == 7 else []
             patches += [(unit, 2, 1.0) for unit in range(3)] if i in (0, 6, 7) else []
             counts.add(reading(10 * half + i, IMAGES[half][i], words, patches, objects=objects))
-    labels, red = derive_labels(counts), counts.vocabulary["red"]
+    labels, red = derive_labels(counts), counts.vocabulary[Property("word", "red")]
     # Feature 0: all 12 patches of the red objects and one of the blue; firings on the background do not count.
     assert labels["label"][0] == red and labels["f1_patches"][0] == pytest.approx(2 * 12 / (13 + 12))
     # Feature 1: on patch 2 in all rows, which counts in the two that name it blue.
@@ -200,7 +201,7 @@ def test_large_sae_needs_no_square_table():
     for i in range(12):
         counts.add(reading(i, IMAGES[i % 2][i], [(1, 65_535, 1.0), (1, 40_000, 2.0)], [(0, 65_535, 1.0)]))
     labels = derive_labels(counts)
-    assert labels["label"][65_535] == counts.vocabulary["red"] and labels["f1_words"][65_535] == 1.0
+    assert labels["label"][65_535] == counts.vocabulary[Property("word", "red")] and labels["f1_words"][65_535] == 1.0
     others, jaccard, _ = cofiring(counts)
     assert others[65_535, 0] == 40_000 and jaccard[65_535, 0] == 0.5  # 12 units of 24
     arrays = [counts.density, counts.words[0].fires, counts.top_words.places, others]
@@ -242,7 +243,7 @@ def test_an_explanation_refuses_the_dictionary_of_another_sae(made, tmp_path, ca
     asked = (model, tiny_processor("llava"), tiny_image(), "the red thing")
     options = {"max_new_tokens": 8, "num_ablations": 0}
     (first, *_) = explain(*asked, dictionary=own, **options).masks
-    assert first.concepts and all(concept.label == own.label(concept.feature) for concept in first.concepts)
+    assert first.concepts and all(concept.label == own.said(concept.feature)[0] for concept in first.concepts)
     with pytest.raises(ValueError, match="made with another SAE"):
         explain(*asked, dictionary=other, **options)
 
@@ -369,8 +370,9 @@ def test_builds_for_every_family(family):
     assert all("the red circle".split() == words[-3:] for words in _split(read[1].words, "circle"))
     assert [words for row in read for words in row.words].count("one") == 4  # the reasoning of four rows
     assert [len(row.objects) for row in read] == [0, 1, 1, 0, 1] and read[0].objects == []
-    words, patches = read[1].objects[0]
-    assert words == {"red", "circle"} and patches.all()  # one stripe as wide as the image
+    shown = read[1].objects[0]
+    assert set(shown.words) == {"red", "circle"} and shown.patches.all()  # one stripe as wide as the image
+    assert shown.roles == ("answer",) and read[1].covered.max() > 0.05 and read[0].covered.max() == 0
     assert all(box is not None for row in read for box in row.patches)
     built = ConceptDictionary.build(model, processor, iter(rows), batch_size=2)
     one_by_one = ConceptDictionary.build(model, processor, rows, batch_size=1, max_pictures=0)
@@ -462,11 +464,14 @@ def test_objects_of_scenes_are_named_by_their_reasoning():
         row = scenes.to_row(scene, "s", "val")
         named = scenes_objects(row)
         assert len(named) == len(scene.objects)
-        for words, mask in named:
+        for words, mask, roles in named:
             drawn = scene.ids[mask]
             (number,) = set(drawn.tolist())
             o = scene.objects[number - 1]
             assert words == [o.cell, o.size, o.color, o.shape] and mask.sum() == (scene.ids == number).sum()
+            verdict = re.search(rf"{o.cell} {o.size} {o.color} {o.shape} (\w+)", row["reasoning"])[1]
+            assert ("answer" in roles) == (number in row["instance_ids"]) != ({"ruled out", "anchor"} & set(roles) != set())
+            assert ("candidate" in roles) == (verdict == "yes") and ("anchor" in roles) == (verdict == "anchor")
     with pytest.raises(ValueError, match="without_reasoning"):
         scenes_objects(row | {"reasoning": None})
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
@@ -18,7 +19,10 @@ from ...data.readable_rows import keep_images_encoded
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
+from .families import ConceptFamily, families_of
+from .finding import from_cache, newest
 from .labels import MIN_PRECISION, derive_labels
+from .names import ConceptName, best_name, derive_names
 from .objects import NamedObjects, normalize_word, target_objects
 from .page import write_page
 from .reading import ConceptReader
@@ -60,6 +64,9 @@ class ConceptDictionary:
     ):
         self.entries, self.scores, self.pictures, self.info, self.sketch = entries, scores, pictures, info, sketch
         self._labels, self._purities, self._words = map(self._column, ("label", "purity", "words"))
+        names = self._column("names")
+        self._names = [best_name(own) for own in names]
+        self._has_names = any(own is not None for own in names)
 
     def _column(self, name: str) -> list:
         if isinstance(self.entries, StoredEntries):
@@ -144,7 +151,7 @@ class ConceptDictionary:
                 f"{'not derived' if not counts.rows[0] else 'not scored'}; read rows of more images."
             )
         labels = derive_labels(counts)
-        entries, pictures = make_entries(counts, examples, labels, max_pictures)
+        entries, pictures = make_entries(counts, examples, labels, derive_names(counts), max_pictures)
         names = ("derived_f1_words", "derived_f1_patches", "any_f1_words", "any_f1_patches")
         info = {
             "d_sae": counts.d_sae,
@@ -179,6 +186,35 @@ class ConceptDictionary:
     def purity(self, feature: int) -> float | None:
         """Share of a feature's firings on held-out images that are on its label."""
         return self._purities[self._checked(feature)]
+
+    def name(self, feature: int) -> ConceptName | None:
+        """What tells where a feature fires, and does so on held-out images; `None` where nothing does."""
+        return self._names[self._checked(feature)]
+
+    def said(self, feature: int) -> tuple[str | None, float | None]:
+        """What explanations call a feature, and the purity of that: its name; its label, where a dictionary of the
+        first releases has labels alone."""
+        if not self._has_names:
+            return self.label(feature), self.purity(feature)
+        name = self.name(feature)
+        return (None, None) if name is None else (name.text, name.purity)
+
+    def families(self) -> list[ConceptFamily]:
+        """Features of one name as one concept, largest families first; those without a name are in none."""
+        return families_of(self._names)
+
+    def updated(self, column: Literal["effect", "interpretation"], values: Mapping[int, Any]) -> ConceptDictionary:
+        """The same dictionary with what was found out of some features later.
+
+        Args:
+            column (`str`): `effect` (see [`measure_effects`]) or `interpretation` (see [`interpret`]).
+            values (`Mapping`): By feature; the others keep what they have.
+        """
+        entries = [
+            replace(entry, **{column: values[entry.feature]}) if entry.feature in values else entry
+            for entry in self.entries
+        ]
+        return ConceptDictionary(entries, self.scores, self.pictures, self.info, self.sketch)
 
     def search(self, text: str, limit: int = 20) -> list[ConceptEntry]:
         """Features by label, best first, then those that often fire on the word.
@@ -292,8 +328,8 @@ class ConceptDictionary:
             if not folder:
                 return None
             if os.path.isdir(folder):
-                return _newest(cls, Path(folder), model)
-            return None if is_path else _from_cache(cls, folder, model)
+                return newest(cls, Path(folder), model)
+            return None if is_path else from_cache(cls, folder, model)
         except (OSError, ValueError, ImportError) as error:
             logger.warning(f"concepts stay without labels: {error}")
             return None
@@ -307,37 +343,6 @@ class ConceptDictionary:
                 never fired are left out.
         """
         write_page(self, path, max_features)
-
-
-_LAST_FOUND: dict[tuple, ConceptDictionary] = {}  # at most one: every explanation of a model asks for it
-
-
-def _newest(cls: type, folder: Path, model: Any) -> ConceptDictionary | None:
-    """The dictionary of a folder, read again only where its files have changed."""
-    files = [folder / name for name in (store.NUMBERS_FILE, store.TABLE_FILE)]
-    present = [file for file in files if file.is_file()]
-    if not present:
-        return None
-    key = tuple((str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in present)
-    if key not in _LAST_FOUND:
-        found = cls.load(folder)
-        _LAST_FOUND.clear()
-        _LAST_FOUND[key] = found
-    if model is not None:
-        _LAST_FOUND[key].check(model.sae)
-    return _LAST_FOUND[key]
-
-
-def _from_cache(cls: type, repository: str, model: Any) -> ConceptDictionary | None:
-    """The dictionary of a checkpoint that came from the Hub, from the same commit."""
-    from transformers.utils import cached_file
-
-    commit = getattr(model.config, "_commit_hash", None)
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    files = [
-        cached_file(repository, name, revision=commit, **optional) for name in (store.NUMBERS_FILE, store.TABLE_FILE)
-    ]
-    return _newest(cls, Path(files[0]).parent, model) if all(files) else None
 
 
 def _word_and_share(word: Any) -> tuple[str, float]:

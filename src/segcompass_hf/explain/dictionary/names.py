@@ -7,8 +7,9 @@ A label is a single word. A name may also be a place, a role, a position in the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -45,7 +46,8 @@ class ConceptName:
         scope (`str`): Where it is said of: `words and patches`, `words` or `patches`.
         f1 (`float`, *optional*): Of firing against the property, in that scope; `None` where it does not occur.
         purity (`float`, *optional*): Share of all firings at the thresholds, on words and on patches, that are on it.
-        chance (`float`): Share of all words and patches that have the property: the purity of firing at random.
+        chance (`float`, *optional*): Share of all words and patches that have the property: the purity of firing at
+            random.
         threshold_words, threshold_patches (`float`): Activations from which the concept counts as firing.
     """
 
@@ -54,16 +56,22 @@ class ConceptName:
     scope: Scope
     f1: float | None
     purity: float | None
-    chance: float
-    threshold_words: float
-    threshold_patches: float
+    chance: float | None
+    threshold_words: float | None
+    threshold_patches: float | None
 
     @property
     def holds(self) -> bool:
         """Whether it does on held-out images: F1 of 0.8 or more and right more often than not, or purity of 0.8 or
         more of a property that at most a fifth of all units have."""
         f1, purity = self.f1 or 0.0, self.purity or 0.0
-        return (f1 >= HOLDS and purity >= MIN_PRECISION) or (purity >= HOLDS and self.chance <= TELLING_CHANCE)
+        return (f1 >= HOLDS and purity >= MIN_PRECISION) or (purity >= HOLDS and (self.chance or 0.0) <= TELLING_CHANCE)
+
+
+def best_name(names: Sequence[ConceptName | dict[str, Any]] | None) -> ConceptName | None:
+    """The first of a feature's names that holds, of an entry or as they are stored."""
+    found = (ConceptName(**name) if isinstance(name, dict) else name for name in names or ())
+    return next((name for name in found if name.holds), None)
 
 
 def derive_names(counts: DictionaryCounts) -> list[list[ConceptName]]:
@@ -132,4 +140,4 @@ def _rank(measured: _Measured, handicap: np.ndarray) -> np.ndarray:
     return np.where(tells, rank, 0.0)
 
 
-__all__ = ["ConceptName", "derive_names"]
+__all__ = ["ConceptName", "best_name", "derive_names"]

@@ -48,7 +48,8 @@ def word_properties(reading: RowReading) -> Iterator[tuple[Property, np.ndarray]
         say("word", word, unit)
         if unit:
             say("after", f"after “{words[unit - 1]}”", unit)
-            say("pair", f"{words[unit - 1]} {word}", unit)
+            if word[:1].isalnum() and words[unit - 1][:1].isalnum():
+                say("pair", f"{words[unit - 1]} {word}", unit)
         if unit > 1:
             say("after", f"after “{words[unit - 2]} {words[unit - 1]}”", unit)
     for property_, units in _positions(reading):
@@ -213,7 +214,7 @@ def _sentences(reading: RowReading, units: list[int]) -> Iterator[tuple[Property
 
 def _instruction(reading: RowReading, words: list[str]) -> Iterator[Property]:
     question = {word for word, part in zip(words, reading.parts, strict=False) if part == "question"}
-    for word in question:
+    for word in sorted(filter(str.isalnum, question)):
         yield Property("instruction", f"asked with “{word}”")
     if reading.kind:
         yield Property("instruction", f"kind {reading.kind}")

@@ -32,6 +32,7 @@ FORMAT = "segcompass-concepts-1"
 _ARRAYS = ("sae_sketch", "pictures", "picture_ends", "scores.derived_f1_words", "scores.derived_f1_patches")
 _INFO = {"d_sae": int, "rows": int, "rows_derive": int, "rows_score": int, "sae_sha256": str}
 _COLUMNS = [field.name for field in fields(ConceptEntry)]
+_NEWER_COLUMNS = ("names", "effect", "interpretation")  # that files of the first releases lack
 
 
 def sae_hash(sae: nn.Module) -> str:
@@ -126,7 +127,7 @@ def _what_is_wrong(arrays: dict[str, np.ndarray], table: Any, info: dict[str, An
     """What a reader would miss or trip over, in words."""
     lacking = [f"info.{name}" for name, kind in _INFO.items() if not isinstance(info.get(name), kind)]
     lacking += [name for name in _ARRAYS if name not in arrays]
-    lacking += [f"column {name}" for name in _COLUMNS if name not in table.column_names]
+    lacking += [f"column {name}" for name in _COLUMNS if name not in (*table.column_names, *_NEWER_COLUMNS)]
     if lacking:
         return f"lacks {', '.join(lacking)}"
     unknown = sorted(set(table.column_names) - set(_COLUMNS))
@@ -188,6 +189,11 @@ def _table(columns: dict[str, list]):
         "top_patches": pa.list_(pa.struct([*patch, ("picture", whole)])),
         "cofiring": pa.list_(pa.struct(other)),
     }
+    name = [("text", text), ("family", text), ("scope", text), ("f1", real), ("purity", real), ("chance", real)]
+    types["names"] = pa.list_(pa.struct([*name, ("threshold_words", real), ("threshold_patches", real)]))
+    effect = [("masks", whole), ("raises", real), ("share", real), ("slots", pa.list_(real)), ("tested", whole)]
+    types["effect"] = pa.struct([*effect, ("iou_without", real), ("inside", real), ("outside", real)])
+    types["interpretation"] = text
     schema = pa.schema([(name, types.get(name, real)) for name in columns])
     return pa.Table.from_pydict(columns, schema=schema)
 
