@@ -470,7 +470,7 @@ def test_objects_of_scenes_are_named_by_their_reasoning():
             o = scene.objects[number - 1]
             assert words == [o.cell, o.size, o.color, o.shape] and mask.sum() == (scene.ids == number).sum()
             verdict = re.search(rf"{o.cell} {o.size} {o.color} {o.shape} (\w+)", row["reasoning"])[1]
-            assert ("answer" in roles) == (number in row["instance_ids"]) != ({"ruled out", "anchor"} & set(roles) != set())
+            assert ("answer" in roles) == (number in row["instance_ids"]) != bool({"ruled out", "anchor"} & set(roles))
             assert ("candidate" in roles) == (verdict == "yes") and ("anchor" in roles) == (verdict == "anchor")
     with pytest.raises(ValueError, match="without_reasoning"):
         scenes_objects(row | {"reasoning": None})

@@ -59,7 +59,9 @@ def group_concepts(concepts: Iterable[Any]) -> list[FamilyShare]:
     """
     members: dict[Any, list[Any]] = {}
     for concept in concepts:
-        members.setdefault(("feature", concept.feature) if concept.label is None else concept.label, []).append(concept)
+        members.setdefault(("feature", concept.feature) if concept.label is None else concept.label, []).append(
+            concept
+        )
     found = []
     for own in members.values():
         own.sort(key=lambda concept: -abs(concept.contribution))

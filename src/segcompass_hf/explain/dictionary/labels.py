@@ -173,7 +173,9 @@ def firing_words(counts: DictionaryCounts, top: int = 5) -> list[list[tuple[str,
     properties = list(counts.vocabulary)
     is_word = np.array([property_.family == "word" for property_ in properties], bool)
     hits = [firing.hits.arrays() for firing in counts.words]
-    pairs, totals = (np.concatenate(parts) for parts in zip(*((keys >> _BIN_BITS, n) for keys, n in hits), strict=True))
+    pairs, totals = (
+        np.concatenate(parts) for parts in zip(*((keys >> _BIN_BITS, n) for keys, n in hits), strict=True)
+    )
     pairs, totals = (array[is_word[pairs // counts.d_sae]] for array in (pairs, totals))
     pairs, place = np.unique(pairs, return_inverse=True)
     totals = np.bincount(place, weights=totals, minlength=len(pairs))

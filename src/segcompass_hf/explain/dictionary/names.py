@@ -65,13 +65,19 @@ class ConceptName:
         """Whether it does on held-out images: F1 of 0.8 or more and right more often than not, or purity of 0.8 or
         more of a property that at most a fifth of all units have."""
         f1, purity = self.f1 or 0.0, self.purity or 0.0
-        return (f1 >= HOLDS and purity >= MIN_PRECISION) or (purity >= HOLDS and (self.chance or 0.0) <= TELLING_CHANCE)
+        return (f1 >= HOLDS and purity >= MIN_PRECISION) or (
+            purity >= HOLDS and (self.chance or 0.0) <= TELLING_CHANCE
+        )
 
 
 def best_name(names: Sequence[ConceptName | dict[str, Any]] | None) -> ConceptName | None:
-    """The first of a feature's names that holds, of an entry or as they are stored."""
-    found = (ConceptName(**name) if isinstance(name, dict) else name for name in names or ())
-    return next((name for name in found if name.holds), None)
+    """The first of a feature's names if it holds, of an entry or as they are stored.
+
+    The second or third is not taken where it happens to hold instead: it would have been chosen on held-out images.
+    """
+    first = names[0] if names else None
+    name = ConceptName(**first) if isinstance(first, dict) else first
+    return name if name is not None and name.holds else None
 
 
 def derive_names(counts: DictionaryCounts) -> list[list[ConceptName]]:
@@ -135,8 +141,10 @@ def _rank(measured: _Measured, handicap: np.ndarray) -> np.ndarray:
     own = np.clip(f1 - handicap, 1e-3, 1.0)
     rank = np.where((purity >= HOLDS) & (chance <= TELLING_CHANCE), 1 + own, own)
     rank = np.where(f1 >= HOLDS, 2 + own, rank)
-    # Right more often than not, and at least half of the way from chance to always.
-    tells = (purity >= MIN_PRECISION) & (purity - chance >= 0.5 * (1 - chance)) & (measured.hits >= MIN_HITS)
+    # Right more often than not, of a property that fewer than half of all units have, and at least half of the way
+    # from chance to always.
+    tells = (purity >= MIN_PRECISION) & (chance < 0.5) & (purity - chance >= 0.5 * (1 - chance))
+    tells &= measured.hits >= MIN_HITS
     return np.where(tells, rank, 0.0)
 
 

@@ -169,10 +169,8 @@ class ConceptReader:
             )
 
     def _parts(self, encoded: tuple, place: int, instruction: str, word_of: np.ndarray, count: int) -> list[TokenKind]:
-        """What part of the text every word stands in, by its first token; empty where the tokenizer knows no places."""
-        output = SimpleNamespace(
-            **dict(zip(("sequences", "attention_mask", "completion_mask"), encoded, strict=True))
-        )
+        """Which part of the text every word is of, by its first token; empty for slow tokenizers."""
+        output = SimpleNamespace(**dict(zip(("sequences", "attention_mask", "completion_mask"), encoded, strict=True)))
         if not getattr(self.processor.tokenizer, "is_fast", False):
             return []
         kinds = token_kinds(self.processor, output, instruction, place).kinds
