@@ -43,6 +43,7 @@ TARGETS = {"contribution": 0.8, "first": 0.9}
 TITLES = {
     "label": "labels: a word",
     "pure label": f"labels of purity {HOLDS} or more",
+    "f1": f"names of F1 {HOLDS} or more",
     "name": "names that hold",
     "firing": "names that hold, at tokens on which they fire",
 }
@@ -109,6 +110,7 @@ def scores(dictionary: ConceptDictionary, record: dict[str, Any]) -> dict[str, t
         has = {
             "label": label is not None,
             "pure label": label is not None and (dictionary.purity(feature) or 0.0) >= HOLDS,
+            "f1": name is not None and (name.f1 or 0.0) >= HOLDS,
             "name": name is not None,
         }
         for way, named in has.items():

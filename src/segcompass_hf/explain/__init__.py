@@ -36,7 +36,12 @@ _EXPORTS = {
     "..concept_names_segcompass": ("NamedConcept",),
     "drift": ("DriftMonitor", "DriftReport", "concept_histograms"),
     "..data.scenes.names": ("scenes_objects",),
-    "dictionary.objects": ("target_objects",),
+    "dictionary.names": ("ConceptName",),
+    "dictionary.families": ("ConceptFamily", "group_concepts"),
+    "dictionary.effects": ("ConceptEffect", "measure_effects"),
+    "dictionary.interpretation": ("Interpreter", "interpret", "detection_score"),
+    "dictionary.neuronpedia": ("save_neuronpedia",),
+    "dictionary.objects": ("target_objects", "NamedObject"),
 }
 __all__ = [name for names in _EXPORTS.values() for name in names]
 

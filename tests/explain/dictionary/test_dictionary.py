@@ -354,6 +354,9 @@ def test_page_in_a_browser(made, tmp_path):
         window.find_element("css selector", "[data-feature='2']").click()
         assert texts("#entry h2") == ["2 · blue"] and "Derived label, on patches." in texts("#entry")[0]
         assert window.find_element("css selector", "[data-feature='2']").get_attribute("aria-current") == "true"
+        # Feature 2: 10 of 20 firings of the other half are on blue patches, F1 2 * 10 / (20 + 10).
+        assert texts("#entry .names li")[0] == "blue on patches F1 0.67, purity 0.50, by chance 0.22, does not hold"
+        assert "Not measured." in texts("#entry")[0]
         window.find_element("css selector", "#search").clear()
         window.find_element("css selector", "#search").send_keys("red")
         window.find_element("css selector", "[data-feature='0']").click()

@@ -77,7 +77,8 @@ def test_effects_are_those_of_attribution_and_ablation(parts):
         assert effect.masks == len(answer.slots) and effect.share == pytest.approx(np.mean(own), abs=1e-5)
         assert [effect.slots[slot] for slot in answer.slots] == pytest.approx(own, abs=1e-5)
         assert effect.raises == np.mean([share > 0 for share in own])
-        assert effect.tested == len(tested.get(feature, ())) and (effect.tested > 0) == (effect.iou_without is not None)
+        assert effect.tested == len(tested.get(feature, ()))
+        assert (effect.tested > 0) == (effect.iou_without is not None)
     one, slots = max(tested.items(), key=lambda found: len(found[1]))
     heat = answer.captured.heatmap_logits[0].sigmoid()
     masks = answer.captured.pred_masks[0] > answer.captured.mask_logit_threshold

@@ -30,7 +30,10 @@ PROMPT = (
     "A feature of a neural network fires on words (between << and >>) and on places of pictures (framed in magenta). "
     "Say in at most eight words what they have in common. Answer with these words only.\n{words}{pictures}"
 )
-QUESTION = "A feature of a neural network is said to fire on: {line}\nDoes it fire here? {example}\nAnswer with yes or no only."
+QUESTION = (
+    "A feature of a neural network is said to fire on: {line}\nDoes it fire here? {example}\n"
+    "Answer with yes or no only."
+)
 
 
 class Interpreter:

@@ -56,16 +56,21 @@ class FiringRates:
         positives[known] = self.positives[words[known]]
         return Scores(self.hits.at(pairs, bins), self.fires[features, bins], positives)
 
-    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every (word, feature) pair with a hit, `word * d_sae + feature`: the largest F1 and its bin.
+    def best(self, beta: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every (word, feature) pair with a hit, `word * d_sae + feature`: F1 and bin where F-beta is largest.
 
-        F1 can peak only where a hit is: between two hits a higher threshold loses misses alone.
+        F-beta can peak only where a hit is: between two hits a higher threshold loses misses alone.
+
+        Args:
+            beta (`float`, defaults to 1.0): How much recall weighs against precision.
         """
         pairs, bins = self.hits.pairs, self.hits.keys & (NUM_BINS - 1)
         words = pairs // self.d_sae
-        f1 = self.at(words, pairs % self.d_sae, bins).f1
-        f1[self.positives[words] < MIN_POSITIVES] = 0.0
-        order = np.lexsort((bins, -f1, pairs))  # of equal F1 the lowest threshold
+        scores = self.at(words, pairs % self.d_sae, bins)
+        f1, f_beta = scores.f1, scores.f_beta(beta)
+        rare = self.positives[words] < MIN_POSITIVES
+        f1[rare], f_beta[rare] = 0.0, 0.0
+        order = np.lexsort((bins, -f_beta, pairs))  # of equal ones the lowest threshold
         first = order[np.flatnonzero(np.diff(pairs[order], prepend=-1))]
         return pairs[first], f1[first], bins[first]
 
@@ -81,8 +86,14 @@ class Scores:
     @property
     def f1(self) -> np.ndarray:
         """`2 hits / (firings + units of the word)`; NaN where the word does not occur."""
+        return self.f_beta(1.0)
+
+    def f_beta(self, beta: float) -> np.ndarray:
+        """`(1 + beta^2) hits / (firings + beta^2 units of the word)`; NaN where the word does not occur."""
+        weight = beta**2
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(self.positives > 0, 2 * self.hits / (self.fires + self.positives), np.nan)
+            found = (1 + weight) * self.hits / (self.fires + weight * self.positives)
+            return np.where(self.positives > 0, found, np.nan)
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.hits + other.hits, self.fires + other.fires, self.positives + other.positives)
@@ -143,10 +154,10 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     return labels
 
 
-def best_thresholds(derive: list[FiringRates]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of every (property, feature) pair with a hit, `property * d_sae + feature`: the largest F1 on words and on
-    patches, and its bins, both `(2, pairs)`."""
-    found = [rates.best() for rates in derive]
+def best_thresholds(derive: list[FiringRates], beta: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every (property, feature) pair with a hit, `property * d_sae + feature`: F1 on words and on patches, and the
+    bins, where F-beta is largest, both `(2, pairs)`."""
+    found = [rates.best(beta) for rates in derive]
     pairs = np.union1d(found[0][0], found[1][0])
     f1, bins = np.zeros((2, len(pairs))), np.full((2, len(pairs)), -1)
     for modality, (own, own_f1, own_bins) in enumerate(found):

@@ -22,6 +22,7 @@ SCOPES: tuple[Scope, ...] = ("words and patches", "words", "patches")
 
 HOLDS = 0.8  # F1 or purity on held-out images from which a name holds
 TELLING_CHANCE = 0.2  # purity tells something of a property that fewer of all units have
+BETAS = (1.0, 0.5)  # thresholds where F1 is best, and where being right counts twice as much as being complete
 NAMES_KEPT = 3  # per feature, of different families
 # By how much of F1 a name of each family must be better than a word: what a reader takes in at once comes first.
 HANDICAP: dict[Family, float] = {
@@ -94,18 +95,22 @@ def derive_names(counts: DictionaryCounts) -> list[list[ConceptName]]:
         `list[list[ConceptName]]`: of every feature.
     """
     derive, score = ([FiringRates(firing[half]) for firing in (counts.words, counts.patches)] for half in (0, 1))
-    pairs, _, bins = best_thresholds(derive)
+    tried_bins = []
+    for beta in BETAS:
+        pairs, _, bins = best_thresholds(derive, beta)
+        tried_bins += [bins, bins[[0, 0]], bins[[1, 1]]]  # as SCOPES, each (2, pairs)
     properties, features = pairs // counts.d_sae, pairs % counts.d_sae
-    bins_of = np.stack([bins, bins[[0, 0]], bins[[1, 1]]])  # (scopes, 2, pairs)
     known = list(counts.vocabulary)
     handicap = np.array([HANDICAP[property_.family] for property_ in known] or [0.0])[properties]
-    tried = [_measure(derive, properties, features, own, number) for number, own in enumerate(bins_of)]
-    ranks = np.stack([_rank(measured, handicap) for measured in tried])  # (scopes, pairs)
-    rank, scopes = ranks.max(0), ranks.argmax(0)
+    tried = [
+        _measure(derive, properties, features, bins, place % len(SCOPES)) for place, bins in enumerate(tried_bins)
+    ]
+    ranks = np.stack([_rank(measured, handicap) for measured in tried])  # (tried, pairs)
+    rank, best = ranks.max(0), ranks.argmax(0)
     order = np.lexsort((properties, -rank, features))
     order = order[rank[order] > 0]
-    properties, features, scopes = properties[order], features[order], scopes[order]
-    bins = np.moveaxis(bins_of, 1, 0)[:, scopes, order]  # (2, names)
+    properties, features, best = properties[order], features[order], best[order]
+    bins, scopes = np.stack(tried_bins, axis=1)[:, best, order], best % len(SCOPES)  # (2, names), (names,)
     held_out = _measure(score, properties, features, bins, scopes)
     names: list[list[ConceptName]] = [[] for _ in range(counts.d_sae)]
     for place, feature in enumerate(features.tolist()):
