@@ -4,17 +4,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from . import store
 
-if TYPE_CHECKING:
-    from .dictionary import ConceptDictionary
-
-_LAST_FOUND: dict[tuple, ConceptDictionary] = {}  # at most one: every explanation of a model asks for it
+_LAST_FOUND: dict[tuple, Any] = {}  # at most one: every explanation of a model asks for it
 
 
-def newest(cls: type, folder: Path, model: Any) -> ConceptDictionary | None:
+def newest(cls: type, folder: Path, model: Any) -> Any | None:
     """The dictionary of a folder, read again only where its files have changed."""
     files = [folder / name for name in (store.NUMBERS_FILE, store.TABLE_FILE)]
     present = [file for file in files if file.is_file()]
@@ -30,7 +27,7 @@ def newest(cls: type, folder: Path, model: Any) -> ConceptDictionary | None:
     return _LAST_FOUND[key]
 
 
-def from_cache(cls: type, repository: str, model: Any) -> ConceptDictionary | None:
+def from_cache(cls: type, repository: str, model: Any) -> Any | None:
     """The dictionary of a checkpoint that came from the Hub, from the same commit."""
     from transformers.utils import cached_file
 
