@@ -92,6 +92,12 @@ class Held:
             self.before.append(iou_of(row, before["masks"]))
             self.after.append(iou_of(row, after["masks"]))
 
+    def join(self, other: "Held") -> "Held":
+        """Add what was counted for another concept under the same rule."""
+        for name in ("stopped", "spared", "before", "after"):
+            getattr(self, name).extend(getattr(other, name))
+        return self
+
     def figures(self) -> dict[str, Any]:
         change = [after - before for before, after in zip(self.before, self.after, strict=True)]
         return {
@@ -125,8 +131,13 @@ def measure_guardrails(model: Any, processor: Any, rows: list[dict[str, Any]], b
             inputs, output = answer(model, processor, batch, interventions=interventions)
             for row, *answers in zip(batch, before, post_process(processor, output, inputs), strict=True):
                 ablated[name].add(row, *answers)
+    pooled = [Held("each of these", rule) for rule in ("forbid", "require")]
+    for total in pooled:
+        for item in held:
+            if item.rule == total.rule:
+                total.join(item)
     return {
-        "rules": [item.figures() for item in held],
+        "rules": [item.figures() for item in [*held, *pooled]],
         "ablations": [{"name": name, **item.figures()} for name, item in ablated.items()],
         "num_samples": len(rows),
     }
@@ -280,8 +291,8 @@ def _drift(part: dict[str, Any]) -> str:
         for item in part["kinds"]
     ]
     return (
-        f"## Drift monitor ({part['num_samples']} scenes of each kind)\n\nReference: `val`. {part['draws']} windows of "
-        f"{part['window']} samples of each kind; threshold: 99 % of the reference's own windows.\n\n"
+        f"## Drift monitor ({part['num_samples']} scenes of each kind)\n\nReference: `val`. {part['draws']} windows "
+        f"of {part['window']} samples of each kind; threshold: 99 % of the reference's own windows.\n\n"
         + markdown_table(["data", "called drifted", "distance", "threshold", "gIoU"], rows)
     )
 

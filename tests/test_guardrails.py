@@ -34,8 +34,9 @@ def nothing(model):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request):
-    """Every slot counts as present, else an untrained model might answer with nothing at all."""
-    model = tiny_model(request.param, slot_logit_threshold=-100.0, concept_threshold=0.0)
+    """Every slot and every pixel counts as present: an untrained model might answer with nothing at all."""
+    thresholds = {"slot_logit_threshold": -100.0, "mask_logit_threshold": -1e4, "concept_threshold": 0.0}
+    model = tiny_model(request.param, **thresholds)
     return model.eval(), tiny_processor(request.param)
 
 
