@@ -191,7 +191,7 @@ def measure_drift(model: Any, processor: Any, rows: list[dict[str, Any]], batch_
 
     monitor = DriftMonitor(model, read(rows)[0])
     others = {"val, another seed": list(scenes.iterate("val", len(rows), seed=seed + 1))}
-    others |= {f"{split}": list(scenes.iterate(split, len(rows), seed=seed)) for split in scenes.SPLITS[2:]}
+    others |= {f"{split}": list(scenes.iterate(split, len(rows), seed=seed)) for split in list(scenes.SPLITS)[2:]}
     others |= changed_rows(others["val, another seed"])
     generator, kinds = np.random.default_rng(seed), []
     for name, some in others.items():

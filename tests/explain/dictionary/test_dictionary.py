@@ -18,7 +18,7 @@ from vlm_families import tiled_model_and_processor
 
 from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.cli import main
-from segcompass_hf.concept_names_segcompass import read_names
+from segcompass_hf.concept_names_segcompass import NamedConcept, read_names
 from segcompass_hf.data import scenes
 from segcompass_hf.data.scenes.names import scenes_objects
 from segcompass_hf.explain import explain
@@ -480,18 +480,10 @@ def test_words_are_normalized():
     ]
 
 
-def test_names_are_of_what_patches_show(tmp_path):
-    """Of the made-up features only some have a label that holds on patches; they travel in the header of the file."""
-    dictionary = ConceptDictionary.from_counts(*constructed(), SegCompassSae(SegCompassSaeConfig(d_in=4, d_sae=D_SAE)))
-    names = dictionary.names()
-    assert names
-    for name, concept in names.items():
-        for feature, threshold in zip(concept.features, concept.thresholds, strict=True):
-            entry = dictionary[feature]
-            assert entry.label == name and entry.label_place != "words" and entry.purity >= 0.5
-            assert threshold == entry.threshold_patches
-    assert "find" not in names  # a word that names nothing in the image
-    dictionary.save(tmp_path)
+def test_names_are_of_what_patches_show(made, tmp_path):
+    """Feature 1 knows "blue" in words alone, 4 and 5 words that name no object; names travel in the file's header."""
+    names = {"red": NamedConcept("red", (0,), (4.0,)), "blue": NamedConcept("blue", (2,), (1.0,))}
+    assert made.names() == names
+    made.save(tmp_path)
     read, sketch = read_names(tmp_path / store.NUMBERS_FILE)
-    assert list(read) == list(names) and np.array_equal(sketch, dictionary.sketch)
-    assert {name: concept.features for name, concept in read.items()} == {n: c.features for n, c in names.items()}
+    assert read == names and np.array_equal(sketch, made.sketch)
