@@ -306,7 +306,7 @@ def _voting(part: dict[str, Any]) -> str:
         rows.append([item["name"], *ious, scores["num_masks"], *map(cell, kinds)])
     return (
         f"## Votes ({part['num_samples']} scenes of `val`)\n\nScores of the greedy and the one sampled answer are the "
-        "checkpoint's own, those of votes the share of samplings that have the mask.\n\n"
+        "checkpoint's own, those of votes their means over all samplings, 0 for one that lacks the mask.\n\n"
         + markdown_table(["answer", "gIoU", "against greedy", "masks", "calibration error", "ranking"], rows)
     )
 
