@@ -92,6 +92,12 @@ class Held:
             self.before.append(iou_of(row, before["masks"]))
             self.after.append(iou_of(row, after["masks"]))
 
+    def join(self, other: "Held") -> "Held":
+        """Add what was counted for another concept under the same rule."""
+        for name in ("stopped", "spared", "before", "after"):
+            getattr(self, name).extend(getattr(other, name))
+        return self
+
     def figures(self) -> dict[str, Any]:
         change = [after - before for before, after in zip(self.before, self.after, strict=True)]
         return {
@@ -125,8 +131,13 @@ def measure_guardrails(model: Any, processor: Any, rows: list[dict[str, Any]], b
             inputs, output = answer(model, processor, batch, interventions=interventions)
             for row, *answers in zip(batch, before, post_process(processor, output, inputs), strict=True):
                 ablated[name].add(row, *answers)
+    pooled = [Held("each of these", rule) for rule in ("forbid", "require")]
+    for total in pooled:
+        for item in held:
+            if item.rule == total.rule:
+                total.join(item)
     return {
-        "rules": [item.figures() for item in held],
+        "rules": [item.figures() for item in [*held, *pooled]],
         "ablations": [{"name": name, **item.figures()} for name, item in ablated.items()],
         "num_samples": len(rows),
     }
@@ -180,7 +191,7 @@ def measure_drift(model: Any, processor: Any, rows: list[dict[str, Any]], batch_
 
     monitor = DriftMonitor(model, read(rows)[0])
     others = {"val, another seed": list(scenes.iterate("val", len(rows), seed=seed + 1))}
-    others |= {f"{split}": list(scenes.iterate(split, len(rows), seed=seed)) for split in scenes.SPLITS[2:]}
+    others |= {f"{split}": list(scenes.iterate(split, len(rows), seed=seed)) for split in list(scenes.SPLITS)[2:]}
     others |= changed_rows(others["val, another seed"])
     generator, kinds = np.random.default_rng(seed), []
     for name, some in others.items():
@@ -280,8 +291,8 @@ def _drift(part: dict[str, Any]) -> str:
         for item in part["kinds"]
     ]
     return (
-        f"## Drift monitor ({part['num_samples']} scenes of each kind)\n\nReference: `val`. {part['draws']} windows of "
-        f"{part['window']} samples of each kind; threshold: 99 % of the reference's own windows.\n\n"
+        f"## Drift monitor ({part['num_samples']} scenes of each kind)\n\nReference: `val`. {part['draws']} windows "
+        f"of {part['window']} samples of each kind; threshold: 99 % of the reference's own windows.\n\n"
         + markdown_table(["data", "called drifted", "distance", "threshold", "gIoU"], rows)
     )
 
@@ -295,7 +306,7 @@ def _voting(part: dict[str, Any]) -> str:
         rows.append([item["name"], *ious, scores["num_masks"], *map(cell, kinds)])
     return (
         f"## Votes ({part['num_samples']} scenes of `val`)\n\nScores of the greedy and the one sampled answer are the "
-        "checkpoint's own, those of votes the share of samplings that have the mask.\n\n"
+        "checkpoint's own, those of votes their means over all samplings, 0 for one that lacks the mask.\n\n"
         + markdown_table(["answer", "gIoU", "against greedy", "masks", "calibration error", "ranking"], rows)
     )
 

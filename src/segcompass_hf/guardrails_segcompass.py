@@ -47,6 +47,10 @@ def guardrails_of(model: Any, forbid: Concepts = None, require: Concepts = None)
     both &= {rail.concept.name for rail in rules if rail.rule == "require"}
     if both:
         raise ValueError(f"{', '.join(sorted(both))} cannot be both forbidden and required.")
+    if rules and model.config.concept_input == "duplicated":
+        raise ValueError(
+            'guardrails read one set of concepts per token; set model.config.concept_input = "once" to use them.'
+        )
     d_sae = model.config.sae_config.d_sae
     for rail in rules:
         if not all(0 <= feature < d_sae for feature in rail.concept.features):

@@ -93,8 +93,9 @@ def vote(output: Any, num_votes: int, d_sae: int, valid_area: torch.Tensor | Non
     """One answer of several samplings.
 
     Of every prompt the sampling stays that agrees most with the others. Each of its masks becomes the mean, in logits,
-    of the masks that show the same object; `slot_scores` are the shares of samplings that have one, and `slot_logits`
-    their log odds above `slot_logit_threshold`, so that a mask stays that more than half of the samplings have.
+    of the masks that show the same object. `slot_scores` are the means of those masks' own scores over all samplings,
+    0 for one that has none: agreement, where each votes as surely as it is. `slot_logits` are the log odds, above
+    `slot_logit_threshold`, of the share of samplings that have one: a mask stays that more than half of them have.
 
     Args:
         output (`SegCompassSegmentationOutput`): Rows `batch_size * num_votes`, those of a prompt together; with
@@ -115,10 +116,11 @@ def vote(output: Any, num_votes: int, d_sae: int, valid_area: torch.Tensor | Non
         group = slice(first, first + num_votes)
         votes = count_votes(masks[group], kept[group], used[group])
         row = first + votes.chosen
-        shown, shares = kept[row], votes.shares
-        odds = shares.clamp(0.5 / num_votes, 1 - 0.5 / num_votes).logit() + output.slot_logit_threshold
+        shown = kept[row]
+        odds = votes.shares.clamp(0.5 / num_votes, 1 - 0.5 / num_votes).logit() + output.slot_logit_threshold
         slot_logits.append(torch.where(shown, odds.to(output.slot_logits), output.slot_logits[row]))
-        slot_scores.append(torch.where(shown, shares.to(output.slot_scores), output.slot_scores[row]))
+        sureness = _mean_scores(output.slot_scores[group], votes.voters)
+        slot_scores.append(torch.where(shown, sureness, output.slot_scores[row]))
         pred_masks.append(_mean_masks(output.pred_masks[group], output.pred_masks[row], votes.voters))
         rows.append(row)
         agreements.append(votes.concept_agreement)
@@ -126,6 +128,12 @@ def vote(output: Any, num_votes: int, d_sae: int, valid_area: torch.Tensor | Non
     fields |= {"slot_logits": torch.stack(slot_logits), "slot_scores": torch.stack(slot_scores)}
     fields |= {"pred_masks": torch.stack(pred_masks), "concept_agreement": torch.tensor(agreements)}
     return type(output)(**fields)
+
+
+def _mean_scores(scores: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:
+    """Mean over all samplings of the scores `(V, num_slots)` of those who vote for each slot: `(num_slots,)`."""
+    theirs = scores.gather(1, voters.T.clamp(min=0).to(scores.device))  # (V, num_slots)
+    return (theirs * (voters.T >= 0)).mean(0)
 
 
 def _mean_masks(masks: torch.Tensor, own: torch.Tensor, voters: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from vlm_families import tiled_model_and_processor
 
 from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.cli import main
+from segcompass_hf.concept_names_segcompass import NamedConcept, read_names
 from segcompass_hf.data import scenes
 from segcompass_hf.data.scenes.names import scenes_objects
 from segcompass_hf.explain import explain
@@ -485,3 +486,12 @@ def test_words_are_normalized():
         *("circle", "cross", "this", "glass", "red", "c6"),
         *("<REF_POS>", "box"),
     ]
+
+
+def test_names_are_of_what_patches_show(made, tmp_path):
+    """Feature 1 knows "blue" in words alone, 4 and 5 words that name no object; names travel in the file's header."""
+    names = {"red": NamedConcept("red", (0,), (4.0,)), "blue": NamedConcept("blue", (2,), (1.0,))}
+    assert made.names() == names
+    made.save(tmp_path)
+    read, sketch = read_names(tmp_path / store.NUMBERS_FILE)
+    assert read == names and np.array_equal(sketch, made.sketch)
