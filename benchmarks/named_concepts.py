@@ -32,8 +32,8 @@ from segcompass_hf.data.scenes.names import scenes_objects
 from segcompass_hf.explain.answer import Answer
 from segcompass_hf.explain.attribution import attribute
 from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
-from segcompass_hf.explain.dictionary.effects import measure_effects
 from segcompass_hf.explain.dictionary.names import HOLDS
+from segcompass_hf.explain.effects import measure_effects
 from segcompass_hf.files import weights_digest
 from segcompass_hf.metrics.intervals import bootstrap_interval
 

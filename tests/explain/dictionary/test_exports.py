@@ -14,11 +14,12 @@ from segcompass_hf.explain.attribution import attribute
 from segcompass_hf.explain.causal import ablate
 from segcompass_hf.explain.dictionary import store
 from segcompass_hf.explain.dictionary.dictionary import ConceptDictionary
-from segcompass_hf.explain.dictionary.effects import ConceptEffect, measure_effects
+from segcompass_hf.explain.dictionary.effects import ConceptEffect
 from segcompass_hf.explain.dictionary.entries import ConceptEntry, PatchExample, WordExample
 from segcompass_hf.explain.dictionary.interpretation import Interpreter, detection_score, interpret
 from segcompass_hf.explain.dictionary.names import ConceptName
 from segcompass_hf.explain.dictionary.neuronpedia import feature_json, save_neuronpedia
+from segcompass_hf.explain.effects import measure_effects
 from segcompass_hf.modeling_sae import SegCompassSae
 
 RED = ConceptName("red", "word", "words", 0.9, 0.95, 0.1, 1.0, 1.0)

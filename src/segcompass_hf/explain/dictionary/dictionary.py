@@ -192,12 +192,11 @@ class ConceptDictionary:
         return self._names[self._checked(feature)]
 
     def said(self, feature: int) -> tuple[str | None, float | None]:
-        """What explanations call a feature, and the purity of that: its name; its label, where a dictionary of the
-        first releases has labels alone."""
-        if not self._has_names:
-            return self.label(feature), self.purity(feature)
+        """What explanations call a feature, with its purity: its name, or the label in a file without names."""
         name = self.name(feature)
-        return (None, None) if name is None else (name.text, name.purity)
+        if name is None:
+            return (None, None) if self._has_names else (self.label(feature), self.purity(feature))
+        return name.text, name.purity
 
     def families(self) -> list[ConceptFamily]:
         """Features of one name as one concept, largest families first; those without a name are in none."""
@@ -210,10 +209,9 @@ class ConceptDictionary:
             column (`str`): `effect` (see [`measure_effects`]) or `interpretation` (see [`interpret`]).
             values (`Mapping`): By feature; the others keep what they have.
         """
-        entries = [
-            replace(entry, **{column: values[entry.feature]}) if entry.feature in values else entry
-            for entry in self.entries
-        ]
+        entries = list(self.entries)
+        for feature, value in values.items():
+            entries[self._checked(feature)] = replace(entries[feature], **{column: value})
         return ConceptDictionary(entries, self.scores, self.pictures, self.info, self.sketch)
 
     def search(self, text: str, limit: int = 20) -> list[ConceptEntry]:

@@ -17,9 +17,9 @@ from transformers.utils import logging
 from ...data.collator import language_inputs
 from ...images_segcompass import to_rgb_image
 from ...patch_coverage_segcompass import PatchCoverage, UnknownPlacesError
+from ...token_kinds import TokenKind, token_kinds
 from ...token_places import Box, patch_boxes
 from ...training.sae.activations import layer_states
-from ..token_kinds import TokenKind, token_kinds
 from .objects import NamedObject, NamedObjects, normalize_word
 
 logger = logging.get_logger(__name__)

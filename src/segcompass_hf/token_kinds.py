@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from ..patch_coverage_segcompass import UnknownPlacesError
-from ..threads_segcompass import tokenizer_lock
-from ..token_places import Box, patch_boxes
+from .patch_coverage_segcompass import UnknownPlacesError
+from .threads_segcompass import tokenizer_lock
+from .token_places import Box, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
 
