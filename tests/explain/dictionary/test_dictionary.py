@@ -285,7 +285,7 @@ def test_a_dictionary_whose_fields_are_missing_is_refused(made, tmp_path):
         return {key: value for key, value in mapping.items() if key != name}
 
     def refused(match, arrays=arrays, columns=columns, info=info):
-        store.write_files(tmp_path, arrays, columns, info)
+        store.write_files(tmp_path, arrays, columns, info, made.names().values())
         with pytest.raises(ValueError, match=match):
             ConceptDictionary.load(tmp_path)
         assert ConceptDictionary.find(tmp_path) is None  # explanations go on without labels
@@ -305,7 +305,7 @@ def test_a_dictionary_whose_fields_are_missing_is_refused(made, tmp_path):
     refused("beyond the last", arrays=arrays | {"picture_ends": np.array([10**6])})
     refused("not in order", arrays=arrays | {"picture_ends": np.array([3, 1])})
     refused("whole numbers in a row", arrays=arrays | {"picture_ends": np.array([[0.5]])})
-    store.write_files(tmp_path, arrays, columns, info)
+    store.write_files(tmp_path, arrays, columns, info, made.names().values())
     assert ConceptDictionary.load(tmp_path).label(0) == "red"
 
 
