@@ -64,7 +64,7 @@ class ConceptDictionary:
     ):
         self.entries, self.scores, self.pictures, self.info, self.sketch = entries, scores, pictures, info, sketch
         self._labels, self._purities, self._words = map(self._column, ("label", "purity", "words"))
-        self._names = [best_name(own) for own in (names := self._column("names"))]
+        self._names = list(map(best_name, names := self._column("names")))
         self._has_names = any(own is not None for own in names)
 
     def _column(self, name: str) -> list:
