@@ -36,7 +36,7 @@ class ConceptEffect:
 
     def __str__(self) -> str:
         """In words: `raises masks of slot 1 (+23 % in 34 masks); without it 48 % of the mask stays`."""
-        verb = "raises" if self.raises >= 0.5 else "lowers"
+        verb = "raises" if self.share >= 0 else "lowers"
         text = f"{verb} {self._whose()} ({100 * self.share:+.0f} % in {self.masks} masks)"
         if self.iou_without is not None:
             text += f"; without it {100 * self.iou_without:.0f} % of the mask stays"
