@@ -8,7 +8,7 @@ from tiny import tiny_processor, tiny_segmenter_config
 from torch.nn import functional as F
 
 from segcompass_hf.concept_grids_segcompass import ConceptGrid, cell_weights
-from segcompass_hf.patch_coverage import PatchCoverage
+from segcompass_hf.patch_coverage_segcompass import PatchCoverage
 from segcompass_hf.token_grids_segcompass import TokenGrid
 
 WHOLE = (0.0, 1.0, 0.0, 1.0)

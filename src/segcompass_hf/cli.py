@@ -9,13 +9,13 @@ import shlex
 import sys
 
 from ._lazy import named_extras
-from .commands import calibrate, convert, data, demo, evaluate, explain, init, predict, push, serve, train
+from .commands import calibrate, convert, data, demo, drift, evaluate, explain, init, predict, push, serve, train
 from .commands.common import UserError, one_line
 from .printable import printable_output
 from .stopping import Stopped, handled, is_main_process, raise_stopped
 
 # Each in a module of its own.
-_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, serve, data, init, convert, push)
+_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, drift, serve, data, init, convert, push)
 _GO_ON = ("train", "evaluate")  # which keep what they have done
 
 

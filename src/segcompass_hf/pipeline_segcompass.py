@@ -60,6 +60,9 @@ class ReasoningSegmentationPipeline(Pipeline):
             reasoning (`str`, *optional*): `full`, `short` or `none`; see `segment`.
             max_new_tokens (`int`, *optional*): Limit of the generated text in tokens.
             interventions (*optional*): See `segment`.
+            forbid, require (`str` or `list[str]`, *optional*): Concepts that no mask may show, and that every mask has
+                to; the answer then has `guardrails`, a list of what was left out or is missing, with reasons.
+            votes (`int`, *optional*): Sample so many answers and return what they agree on; see `segment`.
             slot_logit_threshold (`float`, *optional*): Slots above it are kept; the model's own by default.
             mask_logit_threshold (`float`, *optional*): Pixels above it are inside; the model's own by default.
             duplicate_iou_threshold (`float`, *optional*): A mask whose IoU with a better one reaches it is the same
@@ -88,7 +91,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         for name, value in parameters.items():
             if name in THRESHOLDS:
                 postprocess[name] = value
-            elif name in ("reasoning", "max_new_tokens", "interventions"):
+            elif name in ("reasoning", "max_new_tokens", "interventions", "forbid", "require", "votes"):
                 forward[name] = value
             else:
                 raise TypeError(
@@ -156,6 +159,8 @@ class ReasoningSegmentationPipeline(Pipeline):
             "original_sizes": inputs["original_sizes"],  # (batch_size, 2)
             "reshaped_input_sizes": inputs["reshaped_input_sizes"],  # (batch_size, 2)
             **thresholds,  # (batch_size,)
+            "guardrail_firing": segmentation.guardrail_firing,  # (batch_size, num_guardrails, sequence_length)
+            "guardrails": [segmentation.guardrails] * len(images),
             "instruction": instructions,
         }
 
@@ -167,6 +172,8 @@ class ReasoningSegmentationPipeline(Pipeline):
         """Turn one sample's tensors into reasoning and segments."""
         instruction = outputs.pop("instruction")
         instruction = instruction[0] if isinstance(instruction, list) else instruction
+        rules = outputs["guardrails"]
+        outputs["guardrails"] = rules[0] if isinstance(rules, list) else rules
         for name in THRESHOLDS:
             outputs[name] = outputs[name].item()
         result = self.processor.post_process_segmentation(
@@ -185,7 +192,8 @@ class ReasoningSegmentationPipeline(Pipeline):
             }
             for score, mask, slot in zip(result["scores"], result["masks"], result["slots"], strict=True)
         ]
-        return {"reasoning": result["reasoning"], "segments": segments}
+        held = {"guardrails": result["guardrails"]} if "guardrails" in result else {}
+        return {"reasoning": result["reasoning"], "segments": segments} | held
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Save model, processor and this file, loadable with `trust_remote_code=True` where the package is missing."""

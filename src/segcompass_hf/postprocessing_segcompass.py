@@ -8,6 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .images_segcompass import restore_map
+from .judging_segcompass import judge_masks
+from .patch_coverage_segcompass import PatchCoverage
+from .token_grids_segcompass import UnknownPlacesError
 
 # Of a model that says nothing else, as in its configuration.
 _DEFAULT_THRESHOLDS = {"slot_logit_threshold": 0.0, "mask_logit_threshold": 0.0, "duplicate_iou_threshold": 0.5}
@@ -18,6 +21,8 @@ class PostProcessingMixin:
     """Outputs of [`SegCompassProcessor`]; needs of its heir the tokenizer, a token id and the canvas."""
 
     tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    _coverage: PatchCoverage | None
     think_start_token_id: int
     canvas_size: int  # side of SAM's input, in pixels
 
@@ -33,7 +38,8 @@ class PostProcessingMixin:
     ) -> list[dict]:
         """Masks at each image's own size, and the reasoning.
 
-        A mask without a single pixel is left out, and so is one that shows the same object as a better one.
+        A mask without a single pixel is left out, and so is one that shows the same object as a better one, and one
+        that breaks a guardrail of the outputs (`forbid`, `require` of `segment`).
 
         Args:
             outputs (`SegCompassSegmentationOutput` or `SegCompassOutput`):
@@ -53,7 +59,8 @@ class PostProcessingMixin:
             `list[dict]`: per image, on the CPU and in slot order, `masks` `(n, H, W)` bool, `scores` `(n,)` in [0, 1]
             (the `slot_scores` of `outputs`, for a `SegCompassOutput` the plain confidences), `slots` `(n,)`,
             `heatmaps` `(n, H, W)` in [0, 1], `reasoning` (inside the think block), `text` (the whole answer), and
-            what was left out: `duplicates` and `empty`, lists of slots.
+            what was left out: `duplicates` and `empty`, lists of slots, and of outputs with guardrails also
+            `guardrails`, a list of what broke which rule and why, see [`judge_masks`].
         """
         original, reshaped = self._sizes(outputs, original_sizes, reshaped_input_sizes)
         slot_logit_threshold = _threshold(outputs, "slot_logit_threshold", slot_logit_threshold)
@@ -65,12 +72,16 @@ class PostProcessingMixin:
             masks = self._masks(outputs, row, above.tolist(), place, mask_logit_threshold)
             has_pixels = masks.flatten(1).any(1)  # (n,)
             empty, slots, masks = above[~has_pixels], above[has_pixels], masks[has_pixels]
+            left_out = {"empty": empty.tolist()}
+            if getattr(outputs, "guardrails", None):
+                passes, left_out["guardrails"] = self._judge(outputs, row, masks, slots.tolist())
+                slots, masks = slots[passes], masks[passes]
             scores = _slot_scores(outputs, row)[slots]
             stay = distinct_masks(masks, scores, duplicate_iou_threshold)
             result = {"masks": masks[stay], "scores": scores[stay], "slots": slots[stay]}
             if output_heatmaps:
                 result["heatmaps"] = self._heatmaps(outputs, row, slots[stay].tolist(), place)
-            left_out = {"duplicates": sorted({*slots.tolist()} - {*slots[stay].tolist()}), "empty": empty.tolist()}
+            left_out["duplicates"] = sorted({*slots.tolist()} - {*slots[stay].tolist()})
             results.append(result | {"reasoning": _think_block(texts[row]), "text": texts[row]} | left_out)
         return results
 
@@ -98,6 +109,23 @@ class PostProcessingMixin:
             maps["heatmaps"] = self._heatmaps(outputs, row, slots, place)
             results.append(maps | {"scores": _slot_scores(outputs, row)})
         return results
+
+    def _judge(self, outputs: Any, row: int, masks: torch.Tensor, slots: list[int]) -> tuple[list[bool], list[dict]]:
+        """Which masks `(n, H, W)` of a sample the guardrails let pass, and the log; see [`judge_masks`].
+
+        Raises:
+            ValueError: Nobody knows which part of the image an image token of this VLM shows.
+        """
+        is_image = (outputs.sequences[row] == self.image_token_id).cpu()
+        firing = outputs.guardrail_firing[row].cpu()[:, is_image]  # (num_guardrails, num_patches)
+        try:
+            self._coverage = self._coverage or PatchCoverage(self)
+            coverage = self._coverage(masks.numpy(), firing.shape[1])
+        except UnknownPlacesError as error:
+            raise ValueError(
+                f"guardrails (forbid, require) cannot judge the masks of this VLM: {error.__cause__ or error}"
+            ) from error
+        return judge_masks(coverage, firing, outputs.guardrails, slots)
 
     @staticmethod
     def _sizes(outputs: Any, original_sizes: Any, reshaped_input_sizes: Any) -> tuple[list, list]:

@@ -25,6 +25,8 @@ from .segmenters_segcompass import Geometry, geometry_of, to_sam_image_processor
 from .vlm_calls_segcompass import VlmCallsMixin
 from .vlm_processors_segcompass import is_own_folder, load_vlm_parts, on_pil_backend, own_arguments
 
+_BUILT = ("_vlm_processor", "_control", "_handling", "_coverage", "_grids")  # attributes that are built from the rest
+
 
 class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
@@ -97,7 +99,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
         self.instruction_template = instruction_template
         self.completion_template = completion_template
-        self._vlm_processor = self._control = self._handling = self._grids = None
+        self._vlm_processor = self._control = self._handling = self._coverage = self._grids = None
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
         image_token = self.image_token  # builds the family's processor, so that a wrong class or argument shows here
@@ -288,7 +290,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
 
     def to_dict(self) -> dict[str, Any]:
         bare = copy.copy(self)
-        for name in ("_vlm_processor", "_control", "_handling", "_grids"):
+        for name in _BUILT:
             bare.__dict__.pop(name, None)
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
@@ -298,7 +300,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         return output
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_vlm_processor": None, "_control": None, "_handling": None, "_grids": None}
+        return self.__dict__ | dict.fromkeys(_BUILT)
 
 
 def _depth(value: Any) -> int:

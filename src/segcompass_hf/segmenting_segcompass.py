@@ -21,6 +21,7 @@ from .generation_segcompass import (
     generate_and_feed_last,
     reasoning_budget,
 )
+from .guardrails_segcompass import Concepts, Guardrail, guardrail_firing, guardrails_of
 from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, normalize_interventions
 from .modeling_concepts import SparseConcepts
@@ -29,6 +30,7 @@ from .scoring_segcompass import ScoringMixin, TokenSurprisal
 from .text_stack_segcompass import HiddenStateCapture
 from .threads_segcompass import CallLock, one_call_at_a_time
 from .vlm_inputs_segcompass import every_state, forward_arguments
+from .voting_segcompass import check_votes, vote
 
 
 @dataclass
@@ -45,6 +47,11 @@ class SegCompassSegmentationOutput(ModelOutput):
         slot_scores (`torch.Tensor` of shape `(rows, num_slots)`): In [0, 1]; see [`~ScoringMixin.score_slots`].
         reasoning_surprisal (`torch.Tensor` of shape `(rows,)`): Mean of -log p over the tokens of the reasoning, in
             nats; see [`~TokenSurprisal.of_reasoning`].
+        guardrails (`tuple[Guardrail, ...]`, *optional*): What masks may not or have to show; post-processing holds
+            them to it.
+        guardrail_firing (`torch.BoolTensor` of shape `(rows, num_guardrails, sequence_length)`, *optional*): On which
+            tokens the concept of each fires.
+        concept_agreement (`torch.Tensor` of shape `(rows,)`, *optional*): With `votes`, see [`Votes`].
         heatmap_logits, slot_logits, pred_masks, slots, reference_states, concepts, slot_attentions, image_embeddings:
             As in [`SegCompassOutput`].
     """
@@ -57,6 +64,9 @@ class SegCompassSegmentationOutput(ModelOutput):
     duplicate_iou_threshold: float | None = None
     slot_scores: torch.Tensor | None = None
     reasoning_surprisal: torch.Tensor | None = None
+    guardrails: tuple[Guardrail, ...] | None = None
+    guardrail_firing: torch.Tensor | None = None
+    concept_agreement: torch.Tensor | None = None
     heatmap_logits: torch.Tensor | None = None
     slot_logits: torch.Tensor | None = None
     pred_masks: torch.Tensor | None = None
@@ -81,6 +91,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     capture_states: Callable[..., HiddenStateCapture]
     with_concept_states: Callable[..., SequenceStates]
 
+    guardrails = guardrails_of  # takes the model first
+
     @one_call_at_a_time
     @torch.no_grad()
     def segment(
@@ -99,6 +111,9 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         output_concepts: bool = False,
         output_slot_attentions: bool = False,
         output_image_embeddings: bool = False,
+        forbid: Concepts = None,
+        require: Concepts = None,
+        votes: int | None = None,
         **kwargs,
     ) -> SegCompassSegmentationOutput:
         r"""Write the reasoning and segment, from the states seen while writing: no second pass.
@@ -117,6 +132,10 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             interventions (*optional*): See [`ConceptIntervention`]; on concepts they change masks, on the residual
                 stream the reasoning too.
             output_concepts, output_slot_attentions, output_image_embeddings (`bool`): Return these too.
+            forbid, require (`str`, [`NamedConcept`] or several, *optional*): Concepts that no mask may show, and that
+                every mask has to, by the names of the concept dictionary beside the checkpoint; post-processing leaves
+                out masks that break a rule and says why. See [`judge_masks`].
+            votes (`int`, *optional*): Sample so many answers in one pass and return what they agree on, see [`vote`].
             kwargs: The VLM's inputs, and anything `generate` takes; greedy decoding unless `do_sample=True`, there
                 or in a `generation_config`, which is filled from the model's own as `generate` does.
 
@@ -125,7 +144,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
 
         Raises:
             ValueError: A prompt with padding on the right or with a completion, beam search, drafts or a static cache,
-                too few `max_new_tokens` for the format, no image for SAM, or weights that yield NaN.
+                too few `max_new_tokens` for the format, no image for SAM, weights that yield NaN, or a concept whose
+                name is not known.
 
         Threads may share the model: their calls are answered one after another.
         """
@@ -133,6 +153,9 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self._check_segment_inputs(attention_mask, kwargs)
         interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
+        rules = self.guardrails(forbid, require)
+        if votes is not None:
+            kwargs = {**kwargs, **check_votes(votes, kwargs)}
         image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, batch_size)
         if image_embeddings is None:
             raise ValueError("segmenting needs an image for SAM: pass sam_pixel_values or image_embeddings.")
@@ -173,9 +196,11 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                 image_embeddings.repeat_interleave(copies, 0),
                 sizes,
                 interventions=interventions,
-                output_concepts=output_concepts,
+                output_concepts=output_concepts or votes is not None,
                 output_slot_attentions=output_slot_attentions,
             )
+            # What an intervention takes away is still there to be seen by a guardrail.
+            firing = guardrail_firing(self.read_concepts(states), rules) if rules else None
         finally:
             for module in training:
                 module.training = True
@@ -183,7 +208,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         fields = {name: output[name] for name in shared}
         if output_image_embeddings:
             fields["image_embeddings"] = image_embeddings.repeat_interleave(copies, 0)
-        return SegCompassSegmentationOutput(
+        answer = SegCompassSegmentationOutput(
             sequences=sequences,
             attention_mask=states.attention_mask,
             completion_mask=states.completion_mask,
@@ -192,8 +217,16 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             duplicate_iou_threshold=float(self.config.duplicate_iou_threshold),
             slot_scores=self.score_slots(output.slot_logits, output.pred_masks, reasoning_surprisal, sizes),
             reasoning_surprisal=reasoning_surprisal,
+            guardrails=rules or None,
+            guardrail_firing=firing,
             **fields,
         )
+        if votes is None:
+            return answer
+        area = None if sizes is None else self.mask_stage.valid_area(sizes.to(output.pred_masks.device))
+        answer = vote(answer, votes, self.config.sae_config.d_sae, area)
+        answer.concepts = answer.concepts if output_concepts else None
+        return answer
 
     def read_finite_masks(self, states: SequenceStates, *args, **kwargs) -> SegCompassOutput:
         """`read_masks`, with an error where a stage's output is not a number, for masks that someone will look at.

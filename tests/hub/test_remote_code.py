@@ -21,6 +21,8 @@ from segcompass_hf.loading_segcompass import CUSTOM_PIPELINES
 SCRIPT = SUPPORT / "stranger.py"
 # What the model does not import.
 PROCESSORS_OWN = {
+    "judging_segcompass.py",
+    "patch_coverage_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
     "prompts_segcompass.py",

@@ -136,9 +136,23 @@ def _print_summary(summary: Any) -> None:
         error, right = scores["expected_calibration_error"], scores["right"]
         print(f"  scores: mean {scores['mean_score']:.3f}, right {right:.3f}, expected calibration error {error:.3f}")
         print(f"  duplicates: {counts['duplicates']}, left out: {counts['duplicates_dropped']}")
+    _print_selection(figures)
     if counts["unreadable"]:
         print(f"  {counts['unreadable']} unreadable samples count as failures, see summary.md")
     print(f"{summary.output_dir}: {', '.join(figures['files'])}")
+
+
+def _print_selection(figures: dict[str, Any]) -> None:
+    """What was lost to choosing the wrong objects and what to drawing badly, where all objects are known."""
+    from ..evaluation.tables import SELECTION_TITLES, selection_rows
+    from ..printable import printable
+
+    rows = [[printable(cell) for cell in row] for row in selection_rows(figures)]
+    if rows:
+        lines = [["choosing, drawing", "samples", *SELECTION_TITLES.values()], *rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in lines:
+            print("  " + "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _print_malformed(output: Path) -> None:

@@ -104,21 +104,28 @@ def _write(explanation: Any, output: Path) -> None:
 
 
 def _print(explanation: Any) -> None:
+    from ..explain import group_concepts
+
     print(f"reasoning: {explanation.reasoning or '(none)'}")
     if not any(mask.kept for mask in explanation.masks):
         print(f"nothing found (best slot {max(explanation.slot_scores, default=0.0):.2f})")
     for number, mask in enumerate(explanation.masks):
         title = f"slot {mask.slot}" if mask.kept else f"slot {mask.slot}, not kept"
         print(f"{title}: score {mask.score:.2f}, {int(mask.mask.sum())} pixels, {mask.num_concepts} active concepts")
-        for concept in mask.concepts[:5]:
-            label = f"  {concept.label}" if concept.label else ""
-            part = f"{100 * concept.share:+7.1f} %" if mask.in_shares else f"{concept.contribution:+9.2f}"
-            print(f"  {part}  concept {concept.feature}{label}{_without(concept, number)}")
+        for family in group_concepts(mask.concepts)[:5]:
+            part = f"{100 * family.share:+7.1f} %" if mask.in_shares else f"{family.contribution:+9.2f}"
+            members = ", ".join(str(concept.feature) for concept in family.concepts[:5])
+            members += ", ..." if len(family.concepts) > 5 else ""
+            name = f"  {family.name}" if family.name else ""
+            kind = "concept" if len(family.concepts) == 1 else "concepts"
+            print(f"  {part}  {kind} {members}{name}{_without(family, number)}")
 
 
-def _without(concept: Any, number: int) -> str:
-    """What the mask of this number becomes without a concept, if that was tried."""
-    return "" if concept.ablation is None else f"  (without it IoU {concept.ablation.iou[number]:.2f})"
+def _without(family: Any, number: int) -> str:
+    """What the mask of this number becomes without the first concept of a family, if that was tried."""
+    first = family.concepts[0]
+    which = "it" if len(family.concepts) == 1 else first.feature
+    return "" if first.ablation is None else f"  (without {which} IoU {first.ablation.iou[number]:.2f})"
 
 
 def _count(text: str) -> int:

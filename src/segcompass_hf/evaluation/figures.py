@@ -9,8 +9,9 @@ from typing import Any
 
 from ..metrics.breakdown import breakdown, metrics_with_intervals
 from ..metrics.calibration import calibration_figures
+from ..metrics.selection import selection_by_group, selection_figures
 from .environment import commit, device, versions
-from .records import score_of
+from .records import choice_score_of, score_of
 
 UNNAMED = "(none)"  # group of samples without a source or kind
 
@@ -26,8 +27,9 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
     Returns:
         `dict`: `run`'s entries; `counts`; `metrics` (per name `value`, `low`, `high` in [0, 1] and `num_samples`, the
         samples that bear on it); `calibration` of the masks' scores, see [`calibration_figures`] (`None` without
-        scores); `by_source` and `by_kind` (per group the same); `unreadable`; `timing`, `date`,
-        `versions`, `commit` and `device`.
+        scores); `selection`, what is lost to choosing and to drawing, over all samples whose objects are known and
+        `by_kind`, see [`selection_figures`] (`None` where none are); `by_source` and `by_kind` (metrics per group);
+        `unreadable`; `timing`, `date`, `versions`, `commit` and `device`.
     """
     seconds = sum(record["seconds"] for record in records)
     scores = [score_of(record) for record in records]
@@ -37,6 +39,7 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
         "counts": _counts(records),
         "metrics": metrics_with_intervals(scores),
         "calibration": _calibration(records),
+        "selection": _selection(records),
         "by_source": breakdown(scores, groups["source"]),
         "by_kind": breakdown(scores, groups["kind"]),
         "unreadable": [
@@ -68,6 +71,16 @@ def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
         "duplicates": sum(record.get("duplicates", 0) for record in records),
         "duplicates_dropped": sum(record.get("duplicates_dropped", 0) for record in records),
     }
+
+
+def _selection(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of the records of samples whose other objects are known."""
+    known = [record for record in records if choice_score_of(record) is not None]
+    if not known:
+        return None
+    scores = [[of(record) for record in known] for of in (score_of, choice_score_of)]
+    kinds = [record["kind"] or UNNAMED for record in known]
+    return {"all": selection_figures(*scores), "by_kind": selection_by_group(*scores, kinds)}
 
 
 def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

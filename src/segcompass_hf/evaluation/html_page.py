@@ -12,8 +12,9 @@ from PIL import Image
 
 from ..data.schema import decode_masks
 from ..pages import picture_address
-from .records import score_of
+from .records import choice_score_of, score_of
 from .rows import EvaluationRows
+from .tables import selection_html
 
 MAX_SIDE = 420  # pixels of a picture on the page
 TARGET_COLOUR, PREDICTION_COLOUR, IGNORE_COLOUR = (18, 165, 114), (232, 145, 12), (122, 129, 144)
@@ -25,12 +26,13 @@ body {{ font: 15px/1.45 system-ui, sans-serif; color: #1f2430; max-width: 1000px
 .sample figure {{ margin: 0 }} .sample img {{ width: 280px; display: block }}
 .sample > div {{ flex: 1 1 280px; min-width: 0; overflow-wrap: anywhere }}
 figcaption, .small {{ font-size: 12px; color: #5b6270 }} .reasoning {{ white-space: pre-wrap }}
+td, th {{ text-align: left; padding: 0 1em .2em 0; font-size: 13px }}
 .target {{ color: rgb{target} }} .prediction {{ color: rgb{prediction} }}
 </style></head><body>
 <h1>{title}</h1>
 <p>gIoU {giou:.3f}, cIoU {ciou:.3f} over {samples} samples. In each row the
 <b class="target">target</b> and the <b class="prediction">prediction</b>; grey pixels do not count.</p>
-{sections}
+{selection}{sections}
 </body></html>
 """
 
@@ -60,6 +62,7 @@ def samples_page(
         giou=figures["metrics"]["gIoU"]["value"],
         ciou=figures["metrics"]["cIoU"]["value"],
         samples=figures["counts"]["samples"],
+        selection=selection_html(figures),
         sections=sections,
         target=TARGET_COLOUR,
         prediction=PREDICTION_COLOUR,
@@ -100,6 +103,8 @@ def _sample(record: dict[str, Any], row: Any) -> str:
         words.append(f"unreadable: {escape(record['problem'])}")
     if record["reasoning"]:
         words.append(f'<span class="reasoning">{escape(record["reasoning"])}</span>')
+    if (oracle := choice_score_of(record)) is not None:
+        words.append(f"lost to selection {1 - oracle.iou:.3f}, to masks {oracle.iou - score.iou:.3f}")
     described = (str(record[name]) for name in ("sample_id", "source", "split", "kind") if record[name])
     pixels = f"{score.intersection} pixels of {score.union} in both"
     words.append(f'<span class="small">{escape(", ".join(described))}; {pixels}</span>')

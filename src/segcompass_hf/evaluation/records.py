@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from ..data.schema import encode_mask
+from ..data.schema import decode_masks, encode_mask
 from ..files import write_whole
 from ..metrics.calibration import best_ious, count_duplicates
 from ..metrics.segmentation import LeftOutScore, SampleScore, score_sample
+from ..metrics.selection import choose_objects
 from .prediction import Prediction
 from .rows import EvaluationRow
 
@@ -41,7 +42,8 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
         counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `mask_ious` (of each
         mask with the target that it overlaps most), `duplicates` (masks whose IoU with one of the prediction's before
-        them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, and `problem`, which is `None` here.
+        them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, `problem`, which is `None` here, and
+        `choice` (what the masks show, see [`choice_score_of`]; `None` where not all objects are known).
 
     Raises:
         ValueError: the masks do not have the size of the image.
@@ -64,6 +66,7 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         "reasoning": prediction.reasoning,
         "text": prediction.text,
         "problem": None,
+        "choice": _choice(prediction.masks, row),
     }
 
 
@@ -78,7 +81,32 @@ def failed_record(row: EvaluationRow) -> dict[str, Any]:
     score = SampleScore(0, 1, 1, 0) if nothing_meant else SampleScore(0, max(target, 1), 0, max(target, 1))
     empty = {"scores": [], "masks": [], "mask_ious": [], "duplicates": 0, "duplicates_dropped": 0}
     empty |= {"reasoning": None, "text": None}
-    return {**_described(row), **_counted(score), **empty, "problem": row.problem}
+    return {**_described(row), **_counted(score), **empty, "problem": row.problem, "choice": None}
+
+
+def with_choice(record: dict[str, Any], row: EvaluationRow) -> dict[str, Any]:
+    """A record of an older version, which says nothing of the choice, with it: from its masks, without a model."""
+    if row.others is None or record["problem"] is not None:
+        return record | {"choice": None}
+    return record | {"choice": _choice(decode_masks(record["masks"], row.others.shape[1:]), row)}
+
+
+def choice_score_of(record: dict[str, Any]) -> SampleScore | None:
+    """The score of the true masks of what a prediction chose, see [`choose_objects`]; `None` where not all objects are
+    known, or no metric counts the sample.
+
+    `choice` of a record holds `objects`, per mask the numbers of the objects that it shows (targets come first, then
+    the other objects), and the counts of `SampleScore`.
+    """
+    choice = record.get("choice")
+    return None if choice is None or record["left_out"] else SampleScore(*(choice[name] for name in _COUNTS))
+
+
+def _choice(masks: np.ndarray, row: EvaluationRow) -> dict[str, Any] | None:
+    if row.others is None:
+        return None
+    objects, score = choose_objects(masks, row.targets, row.others, row.ignore)
+    return {"objects": objects, **score._asdict()}
 
 
 def _described(row: EvaluationRow) -> dict[str, Any]:

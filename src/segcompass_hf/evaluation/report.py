@@ -18,6 +18,7 @@ from .html_page import samples_page
 from .plots import draw_plots
 from .records import SAMPLES_FILE
 from .rows import EvaluationRows
+from .tables import figure_cell, selection_markdown
 
 logger = logging.get_logger(__name__)
 
@@ -83,6 +84,7 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{counts['samples']} samples, {counts['no_target']} without target, {counts['several_objects']} with several "
         f"objects; {counts['empty_predictions']} empty predictions.",
         *calibration_lines(figures),
+        *selection_markdown(figures),
     ]
     if counts["left_out"]:
         parts.append(f"{counts['left_out']} samples have no part in the metrics, for all of their target is ignored.")
@@ -133,13 +135,6 @@ def _table(groups: dict[str, dict[str, dict[str, float]]]) -> str:
         for group, metrics in groups.items()
     ]
     return markdown_table(["", "samples", *names], lines)
-
-
-def figure_cell(figure: dict[str, float] | None) -> str:
-    """A figure and its interval for a table; a dash where there is none or no sample bears on it."""
-    if not figure or not figure["num_samples"]:
-        return "–"
-    return f"{figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def model_index(*runs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,10 +11,14 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from transformers.utils import logging
 
 from ..data.readable_rows import keep_images_encoded
 from ..data.schema import decode_masks
 from ..images_segcompass import to_rgb_image
+from ..printable import printable
+
+logger = logging.get_logger(__name__)
 
 # What the digest of a data set covers: what answers are compared with, baselines answer from, and records hold.
 _DIGESTED = ("sample_id", "instruction", "masks", "ignore", "distractor_masks", "kind", "source", "split")
@@ -29,6 +33,8 @@ class EvaluationRow:
         columns (`dict`): In the row schema, with `image` as an RGB `PIL.Image.Image`; without it where unreadable.
         targets (`np.ndarray` of shape `(num_objects, height, width)`, *optional*): bool; `None` where unreadable.
         ignore (`np.ndarray` of shape `(height, width)`, *optional*): bool, pixels that do not count.
+        others (`np.ndarray` of shape `(num_others, height, width)`, *optional*): bool, all other objects of the image;
+            `None` where they are not known.
         problem (`str`, *optional*): Why the row cannot be read.
     """
 
@@ -36,6 +42,7 @@ class EvaluationRow:
     columns: dict[str, Any]
     targets: np.ndarray | None = None
     ignore: np.ndarray | None = None
+    others: np.ndarray | None = None
     problem: str | None = None
 
     @property
@@ -87,12 +94,13 @@ class EvaluationRows:
             row.targets = decode_masks(columns["masks"], size)
             if columns.get("ignore") is not None:
                 row.ignore = decode_masks([columns["ignore"]], size)[0]
+            row.others = _others(row, size)
             columns["image"] = image
         except MemoryError:
             raise
         except Exception as error:  # damaged files raise about anything, from TypeError to struct.error
             row.problem = f"{type(error).__name__}: {error}"
-            row.targets, row.ignore = _targets_without_image(columns["masks"]), None
+            row.targets, row.ignore, row.others = _targets_without_image(columns["masks"]), None, None
         return row
 
     def sample_ids(self) -> list[str | None]:
@@ -119,6 +127,18 @@ def _read_image(encoded: Any) -> Any:
         return to_rgb_image(encoded)
     except OSError:  # a network disk may have a bad moment, a damaged file fails again
         return to_rgb_image(encoded)
+
+
+def _others(row: EvaluationRow, size: tuple[int, int]) -> np.ndarray | None:
+    """The other objects of a row; answers can be judged without them, so those that cannot be read are not known."""
+    if row.columns.get("distractor_masks") is None:
+        return None
+    try:
+        return decode_masks(row.columns["distractor_masks"], size)
+    except ValueError as error:
+        problem = printable(str(error))
+        logger.warning(f"row {row.index} ({row.sample_id!r}): its other objects count as not known: {problem}")
+        return None
 
 
 def _targets_without_image(rles: Any) -> np.ndarray | None:

@@ -27,6 +27,7 @@ from .records import (
     record_files,
     record_of,
     repair_records,
+    with_choice,
     write_samples,
 )
 from .report import SUMMARY_FILE, write_reports
@@ -142,7 +143,7 @@ def _evaluate(
     processes.wait()
     figures = None
     if processes.is_main:
-        records = _finished_records(output_dir, len(rows), unreadable)
+        records = _finished_records(output_dir, rows, unreadable)
         run = {"predictor": predictor.name, "dataset": dataset_name, "settings": settings, **(notes or {})}
         wall = {"samples": len(rows) - len(known), "seconds": round(time.perf_counter() - started, 2)}
         figures = summarize(records, run, {"processes": processes.count, "last_start": wall})
@@ -226,21 +227,24 @@ def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable:
     return [record_of(row, answers[row.index]) if row.index in answers else failed_record(row) for row in rows]
 
 
-def _finished_records(output_dir: Path, num_samples: int, unreadable: str) -> list[dict[str, Any]]:
+def _finished_records(output_dir: Path, rows: EvaluationRows, unreadable: str) -> list[dict[str, Any]]:
     """All records in the order of the data set, also written to `samples.jsonl`."""
     records = read_records(output_dir)
-    missing = sorted(set(range(num_samples)) - set(records))
+    missing = sorted(set(range(len(rows))) - set(records))
     if missing:
         raise RuntimeError(
-            f"{len(missing)} of {num_samples} samples have no record in {output_dir} (first: {missing[0]}). Do all "
+            f"{len(missing)} of {len(rows)} samples have no record in {output_dir} (first: {missing[0]}). Do all "
             "processes write to the same disk? Run the same command again for what is missing."
         )
-    ordered = [records[index] for index in range(num_samples)]
+    ordered = [records[index] for index in range(len(rows))]
     failed = [record for record in ordered if record["problem"] is not None]
     if failed and unreadable == "error":
         raise ValueError(
             f"{len(failed)} rows in {output_dir} are unreadable and were counted as failures by an earlier start "
             f'(first: {failed[0]["sample_id"]!r}); go on with unreadable="count", or start again with resume=False.'
         )
+    ordered = [
+        record if "choice" in record else with_choice(record, rows[index]) for index, record in enumerate(ordered)
+    ]
     write_samples(output_dir, ordered)
     return ordered

@@ -28,13 +28,21 @@ _EXPORTS = {
         "TokenShare",
     ),
     "report.payload": ("mask_to_rle",),
-    "token_kinds": ("token_kinds",),
+    "..token_kinds": ("token_kinds",),
     "claims.measure": ("measure_claims",),
     "claims.figures": ("claims_figures",),
     "claims.report": ("claims_markdown", "plot_claims"),
     "dictionary.dictionary": ("ConceptDictionary", "ConceptEntry"),
+    "..concept_names_segcompass": ("NamedConcept",),
+    "drift": ("DriftMonitor", "DriftReport", "concept_histograms"),
     "..data.scenes.names": ("scenes_objects",),
-    "dictionary.objects": ("target_objects",),
+    "dictionary.names": ("ConceptName",),
+    "dictionary.families": ("ConceptFamily", "group_concepts"),
+    "dictionary.effects": ("ConceptEffect",),
+    "effects": ("measure_effects",),
+    "dictionary.interpretation": ("Interpreter", "interpret", "detection_score"),
+    "dictionary.neuronpedia": ("save_neuronpedia",),
+    "dictionary.objects": ("target_objects", "NamedObject"),
 }
 __all__ = [name for names in _EXPORTS.values() for name in names]
 

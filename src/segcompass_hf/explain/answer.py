@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from ..images_segcompass import restore_map, to_rgb_image
+from ..token_kinds import token_kinds
 from .explanation import Token
 from .replay import Replay, capture
-from .token_kinds import token_kinds
 
 
 class Answer:

@@ -141,6 +141,7 @@ def _ranked(answer: Answer, attribution: Attribution, limit: int, dictionary: An
     ranked = []
     for place in totals.abs().argsort(descending=True)[:limit].tolist():
         feature, total = int(features[place]), totals[place].item()
+        said = (None, None) if dictionary is None else dictionary.said(feature)
         entries = (index == place).nonzero()[:, 0]
         entries = entries[attribution.contributions[entries].abs().argsort(descending=True)]
         columns = (x[entries].tolist() for x in (concepts.token_index, concepts.values, attribution.contributions))
@@ -151,8 +152,8 @@ def _ranked(answer: Answer, attribution: Attribution, limit: int, dictionary: An
                 contribution=total,
                 direction="for" if total > 0 else "against",
                 activation=concepts.values[entries].sum().item(),
-                label=None if dictionary is None else dictionary.label(feature),
-                purity=None if dictionary is None else dictionary.purity(feature),
+                label=said[0],
+                purity=said[1],
                 tokens=[TokenShare(*values) for values in zip(*columns, strict=True)],
             )
         )

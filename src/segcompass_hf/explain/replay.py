@@ -37,6 +37,7 @@ class CapturedSegmentation:
         slot_logits, slot_scores (`torch.Tensor` of shape `(1, K)`): As `segment` gave them.
         reasoning_surprisal (`torch.Tensor` of shape `(1,)`): As `segment` gave it.
         slot_logit_threshold, mask_logit_threshold, duplicate_iou_threshold (`float`): The model's own.
+        guardrails, guardrail_firing (*optional*): As `segment` gave them.
         reshaped_input_sizes, original_sizes (`torch.LongTensor` of shape `(1, 2)`): (height, width) on SAM's canvas
             (`None`: the whole canvas is image) and of the image.
         image_token_grids (`torch.LongTensor` of shape `(1, 6)`, *optional*): Where image tokens lie; with
@@ -57,6 +58,8 @@ class CapturedSegmentation:
     slot_logit_threshold: float
     mask_logit_threshold: float
     duplicate_iou_threshold: float
+    guardrails: tuple | None = None
+    guardrail_firing: torch.Tensor | None = None
     reshaped_input_sizes: torch.Tensor | None = None
     original_sizes: torch.Tensor | None = None
     image_token_grids: torch.Tensor | None = None
@@ -119,6 +122,8 @@ def _captured_row(model: Any, output: Any, row: int, sizes: dict[str, Any]) -> C
         slot_logit_threshold=output.slot_logit_threshold,
         mask_logit_threshold=output.mask_logit_threshold,
         duplicate_iou_threshold=output.duplicate_iou_threshold,
+        guardrails=output.guardrails,
+        guardrail_firing=None if output.guardrails is None else output.guardrail_firing[one][..., present],
         **{name: None if size is None else size[one] for name, size in sizes.items()},
     )
 

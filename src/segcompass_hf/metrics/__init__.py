@@ -17,6 +17,7 @@ from .segmentation import (
     score_sample,
     segmentation_metrics,
 )
+from .selection import choose_objects, selection_by_group, selection_figures
 
 __all__ = [
     "ALL_METRIC_NAMES",
@@ -29,6 +30,7 @@ __all__ = [
     "bootstrap_intervals",
     "breakdown",
     "calibration_figures",
+    "choose_objects",
     "count_duplicates",
     "evaluate_module_path",
     "expected_calibration_error",
@@ -38,4 +40,6 @@ __all__ = [
     "ranking",
     "score_sample",
     "segmentation_metrics",
+    "selection_by_group",
+    "selection_figures",
 ]

@@ -21,7 +21,7 @@ from segcompass_hf.explain.claims.measure import (
 from segcompass_hf.explain.claims.report import claims_markdown, plot_claims
 from segcompass_hf.modeling_concepts import SparseConcepts
 from segcompass_hf.modeling_segcompass import SegCompassSegmentationOutput
-from segcompass_hf.patch_coverage import PatchCoverage
+from segcompass_hf.patch_coverage_segcompass import PatchCoverage
 
 SIZE = (40, 30)  # width, height
 

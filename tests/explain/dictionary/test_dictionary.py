@@ -18,6 +18,7 @@ from vlm_families import tiled_model_and_processor
 
 from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.cli import main
+from segcompass_hf.concept_names_segcompass import NamedConcept, read_names
 from segcompass_hf.data import scenes
 from segcompass_hf.data.scenes.names import scenes_objects
 from segcompass_hf.explain import explain
@@ -28,7 +29,8 @@ from segcompass_hf.explain.dictionary.entries import ExampleStore, columns_of
 from segcompass_hf.explain.dictionary.labels import cofiring, derive_labels
 from segcompass_hf.explain.dictionary.objects import normalize_word, target_objects
 from segcompass_hf.explain.dictionary.page import page
-from segcompass_hf.explain.dictionary.reading import Active, ConceptReader, RowReading
+from segcompass_hf.explain.dictionary.properties import Property
+from segcompass_hf.explain.dictionary.reading import Active, ConceptReader, RowReading, ShownObject
 from segcompass_hf.modeling_sae import SegCompassSae
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -50,7 +52,7 @@ def active(*triples):
 def reading(index, image_id, on_words=(), on_patches=(), words=WORDS, objects=None):
     empty = Active(np.zeros(0, int), np.zeros(0, int), np.zeros(0, np.float32))
     boxes = [(0, 0, 2, 2), (2, 0, 4, 2), (0, 2, 2, 4), None]
-    named = [(frozenset({"red", "square"}), RED), (frozenset({"blue"}), BLUE)] if objects is None else objects
+    named = [ShownObject(*pair) for pair in objects or [(("red", "square"), RED), (("blue",), BLUE)]]
     concepts = [active(*triples) if triples else empty for triples in (on_words, on_patches)]
     return RowReading(index, f"row-{index}", image_id, list(words), boxes, *concepts, named, Image.new("RGB", (4, 4)))
 
@@ -134,12 +136,12 @@ def test_patches_off_the_target_are_left_out_where_not_all_objects_are_named():
     counts = DictionaryCounts(D_SAE)
     for half in (0, 1):
         for i in range(8):
-            objects = [(frozenset({"red"}), RED)] if i < 6 else [(frozenset({"blue"}), BLUE)]
+            objects = [(("red",), RED)] if i < 6 else [(("blue",), BLUE)]
             words, patches = [(1, 2, 1.0)], [(0, 0, 1.0), (1, 0, 1.0), (3, 0, 1.0), (2, 1, 1.0), (3, 1, 1.0)]
             patches += [(2, 0, 1.0)] if i == 7 else []
             patches += [(unit, 2, 1.0) for unit in range(3)] if i in (0, 6, 7) else []
             counts.add(reading(10 * half + i, IMAGES[half][i], words, patches, objects=objects))
-    labels, red = derive_labels(counts), counts.vocabulary["red"]
+    labels, red = derive_labels(counts), counts.vocabulary[Property("word", "red")]
     # Feature 0: all 12 patches of the red objects and one of the blue; firings on the background do not count.
     assert labels["label"][0] == red and labels["f1_patches"][0] == pytest.approx(2 * 12 / (13 + 12))
     # Feature 1: on patch 2 in all rows, which counts in the two that name it blue.
@@ -200,7 +202,7 @@ def test_large_sae_needs_no_square_table():
     for i in range(12):
         counts.add(reading(i, IMAGES[i % 2][i], [(1, 65_535, 1.0), (1, 40_000, 2.0)], [(0, 65_535, 1.0)]))
     labels = derive_labels(counts)
-    assert labels["label"][65_535] == counts.vocabulary["red"] and labels["f1_words"][65_535] == 1.0
+    assert labels["label"][65_535] == counts.vocabulary[Property("word", "red")] and labels["f1_words"][65_535] == 1.0
     others, jaccard, _ = cofiring(counts)
     assert others[65_535, 0] == 40_000 and jaccard[65_535, 0] == 0.5  # 12 units of 24
     arrays = [counts.density, counts.words[0].fires, counts.top_words.places, others]
@@ -242,7 +244,7 @@ def test_an_explanation_refuses_the_dictionary_of_another_sae(made, tmp_path, ca
     asked = (model, tiny_processor("llava"), tiny_image(), "the red thing")
     options = {"max_new_tokens": 8, "num_ablations": 0}
     (first, *_) = explain(*asked, dictionary=own, **options).masks
-    assert first.concepts and all(concept.label == own.label(concept.feature) for concept in first.concepts)
+    assert first.concepts and all(concept.label == own.said(concept.feature)[0] for concept in first.concepts)
     with pytest.raises(ValueError, match="made with another SAE"):
         explain(*asked, dictionary=other, **options)
 
@@ -283,7 +285,7 @@ def test_a_dictionary_whose_fields_are_missing_is_refused(made, tmp_path):
         return {key: value for key, value in mapping.items() if key != name}
 
     def refused(match, arrays=arrays, columns=columns, info=info):
-        store.write_files(tmp_path, arrays, columns, info)
+        store.write_files(tmp_path, arrays, columns, info, made.names().values())
         with pytest.raises(ValueError, match=match):
             ConceptDictionary.load(tmp_path)
         assert ConceptDictionary.find(tmp_path) is None  # explanations go on without labels
@@ -303,7 +305,7 @@ def test_a_dictionary_whose_fields_are_missing_is_refused(made, tmp_path):
     refused("beyond the last", arrays=arrays | {"picture_ends": np.array([10**6])})
     refused("not in order", arrays=arrays | {"picture_ends": np.array([3, 1])})
     refused("whole numbers in a row", arrays=arrays | {"picture_ends": np.array([[0.5]])})
-    store.write_files(tmp_path, arrays, columns, info)
+    store.write_files(tmp_path, arrays, columns, info, made.names().values())
     assert ConceptDictionary.load(tmp_path).label(0) == "red"
 
 
@@ -353,9 +355,12 @@ def test_page_in_a_browser(made, tmp_path):
         window.find_element("css selector", "[data-feature='2']").click()
         assert texts("#entry h2") == ["2 · blue"] and "Derived label, on patches." in texts("#entry")[0]
         assert window.find_element("css selector", "[data-feature='2']").get_attribute("aria-current") == "true"
+        assert "Nothing does." in texts("#entry")[0] and "Not measured." in texts("#entry")[0]
         window.find_element("css selector", "#search").clear()
         window.find_element("css selector", "#search").send_keys("red")
         window.find_element("css selector", "[data-feature='0']").click()
+        # "red": from activation 4 on it fires on the 20 red patches of the other half, and on no word.
+        assert texts("#entry .names li")[0] == "red on patches F1 1.00, purity 1.00, by chance 0.33"
         assert texts("mark")[0] == "find" and len(texts(".shown span")) == 3  # patches marked in their pictures
         window.find_element("css selector", "#entry .chip:not([disabled])[title]").click()
         assert texts("#entry h2") == ["1 · blue"]
@@ -369,8 +374,9 @@ def test_builds_for_every_family(family):
     assert all("the red circle".split() == words[-3:] for words in _split(read[1].words, "circle"))
     assert [words for row in read for words in row.words].count("one") == 4  # the reasoning of four rows
     assert [len(row.objects) for row in read] == [0, 1, 1, 0, 1] and read[0].objects == []
-    words, patches = read[1].objects[0]
-    assert words == {"red", "circle"} and patches.all()  # one stripe as wide as the image
+    shown = read[1].objects[0]
+    assert set(shown.words) == {"red", "circle"} and shown.patches.all()  # one stripe as wide as the image
+    assert shown.roles == ("answer",) and read[1].covered.max() > 0.05 and read[0].covered.max() == 0
     assert all(box is not None for row in read for box in row.patches)
     built = ConceptDictionary.build(model, processor, iter(rows), batch_size=2)
     one_by_one = ConceptDictionary.build(model, processor, rows, batch_size=1, max_pictures=0)
@@ -462,11 +468,14 @@ def test_objects_of_scenes_are_named_by_their_reasoning():
         row = scenes.to_row(scene, "s", "val")
         named = scenes_objects(row)
         assert len(named) == len(scene.objects)
-        for words, mask in named:
+        for words, mask, roles in named:
             drawn = scene.ids[mask]
             (number,) = set(drawn.tolist())
             o = scene.objects[number - 1]
             assert words == [o.cell, o.size, o.color, o.shape] and mask.sum() == (scene.ids == number).sum()
+            verdict = re.search(rf"{o.cell} {o.size} {o.color} {o.shape} (\w+)", row["reasoning"])[1]
+            assert ("answer" in roles) == (number in row["instance_ids"]) != bool({"ruled out", "anchor"} & set(roles))
+            assert ("candidate" in roles) == (verdict == "yes") and ("anchor" in roles) == (verdict == "anchor")
     with pytest.raises(ValueError, match="without_reasoning"):
         scenes_objects(row | {"reasoning": None})
 
@@ -477,3 +486,12 @@ def test_words_are_normalized():
         *("circle", "cross", "this", "glass", "red", "c6"),
         *("<REF_POS>", "box"),
     ]
+
+
+def test_names_are_of_what_patches_show(made, tmp_path):
+    """Feature 1 knows "blue" in words alone, 4 and 5 words that name no object; names travel in the file's header."""
+    names = {"red": NamedConcept("red", (0,), (4.0,)), "blue": NamedConcept("blue", (2,), (1.0,))}
+    assert made.names() == names
+    made.save(tmp_path)
+    read, sketch = read_names(tmp_path / store.NUMBERS_FILE)
+    assert read == names and np.array_equal(sketch, made.sketch)

@@ -360,10 +360,7 @@ class TestFetching:
             ("/to/http://[::1]:80/", 400, "not on the public internet"),
             ("/to/file:///etc/passwd", 400, "a URL is http"),
             ("/to//to//to//to//a.png", 400, "redirects more than 3 times"),
-            *(
-                (f"/to/http://{host}/a.png", 400, "cannot be read")
-                for host in ("[::1", "[x]", "a:b", "a:99999")
-            ),
+            *((f"/to/http://{host}/a.png", 400, "cannot be read") for host in ("[::1", "[x]", "a:b", "a:99999")),
             ("/to///[/a.png", 400, "cannot be read"),
             ("/nothing", 400, "status 404"),
             ("/large", 413, "more than 2000000 bytes"),
@@ -471,3 +468,65 @@ def test_beside_a_checkpoint_without_this_package(rows, handler, tmp_path):
     scores = [[segment.pop("score") for segment in answer["segments"]] for answer in answers]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)  # another process may sum with another number of threads
     assert answers[0] == answers[1]
+
+
+@pytest.fixture(scope="module")
+def red_row():
+    """A scene whose answer is red."""
+    rows = (row for row in scenes.iterate("val", 200, seed=77) if row["kind"] == "attribute")
+    return next(row for row in rows if "red" in row["instruction"].split() and row["masks"])
+
+
+def test_guardrails_and_votes_of_a_request(handler, red_row):
+    full = {"reasoning": "full"}
+    plain = handler(request(red_row, **full))
+    assert plain["segments"] and "guardrails" not in plain
+    held = handler(request(red_row, forbid=["red"], **full))
+    assert len(held["segments"]) < len(plain["segments"])
+    assert all(entry["concept"] == "red" and "forbidden" in entry["reason"] for entry in held["guardrails"])
+    assert len(held["guardrails"]) == len(plain["segments"]) - len(held["segments"])
+    json.dumps(held)
+    assert handler(request(red_row, require="red", **full))["segments"] == plain["segments"]
+    voted = handler(request(red_row, votes=2, **full))
+    assert voted["segments"] and all(0.5 < segment["score"] <= 1 for segment in voted["segments"])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "status", "message"),
+    [
+        ({"forbid": ["rde"]}, 422, "named 'rde'. Near: red"),
+        ({"forbid": 7}, 400, "forbid is '7'; expected a list of at most 32 names"),
+        ({"require": ["red", None]}, 400, "expected a list of at most 32 names"),
+        ({"forbid": ["red"] * 33}, 400, "expected a list of at most 32 names"),
+        ({"forbid": "red", "require": "red"}, 422, "both forbidden and required"),
+        ({"votes": 1}, 400, "votes is '1'; expected a whole number from 2 to 8"),
+        ({"votes": 9}, 400, "votes is '9'"),
+        ({"votes": True}, 400, "votes is 'True'"),
+    ],
+)
+def test_refused_guardrails_and_votes(handler, rows, parameters, status, message):
+    error = handler(request(rows[0], **parameters))["error"]
+    assert error["status"] == status and message in error["message"]
+
+
+def test_an_operators_guardrails_hold_for_every_request(handler, red_row, monkeypatch):
+    """A request can add to them and not take them away; an unknown name shows when the endpoint starts."""
+    monkeypatch.setattr(handler, "guardrails", {"forbid": ["red"], "require": []})
+    for parameters in ({}, {"forbid": []}, {"forbid": ["blue"]}):
+        assert any(
+            entry["concept"] == "red"
+            for entry in handler(request(red_row, reasoning="full", **parameters))["guardrails"]
+        )
+    assert handler(request(red_row, require=["red"]))["error"]["status"] == 422
+    with pytest.raises(ValueError, match="named 'rde'. Near: red"):
+        EndpointHandler(str(segcompass_hf.bundled_checkpoint()), device="cpu", forbid=["rde"])
+
+
+def test_names_in_an_address():
+    from segcompass_hf.hub.endpoint.server import _from_query
+
+    assert _from_query({"forbid": "red, blue", "votes": "3", "require": "ring"}) == {
+        "forbid": ["red", "blue"],
+        "votes": 3,
+        "require": ["ring"],
+    }

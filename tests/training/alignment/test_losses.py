@@ -10,8 +10,9 @@ from tiny import FAMILIES as ALL_FAMILIES
 from tiny import tiny_image, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
-from segcompass_hf.patch_coverage import PatchCoverage
-from segcompass_hf.token_places import UnknownPlacesError, instruction_words
+from segcompass_hf.patch_coverage_segcompass import PatchCoverage
+from segcompass_hf.token_grids_segcompass import UnknownPlacesError
+from segcompass_hf.token_places import instruction_words
 from segcompass_hf.training.alignment.losses import AlignmentTargets, alignment_loss, pair_alignment_loss
 
 FAMILIES = ("llava", "qwen2_5_vl")

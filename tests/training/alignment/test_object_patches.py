@@ -9,7 +9,7 @@ from tiny import FAMILIES, tiny_processor
 
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.data.schema import encode_mask
-from segcompass_hf.patch_coverage import PatchCoverage
+from segcompass_hf.patch_coverage_segcompass import PatchCoverage
 from segcompass_hf.training.alignment.object_patches import ObjectPatches
 
 

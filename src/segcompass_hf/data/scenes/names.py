@@ -40,17 +40,21 @@ def _names(row: dict[str, Any], first: int) -> list[Name]:
     return [Name(word, tuple(sorted(found))) for word, found in objects.items()]
 
 
-def scenes_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
+def scenes_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray, tuple[str, ...]]]:
     """Every object of a Scenes row by the words of its reference reasoning: place, size, colour and shape.
 
     The reasoning's first sentence lists all objects by instance id (`c6 large green cross no, ...`).
     Pass it with `all_objects_named=True`: what no mask covers is then known to be none of them.
 
+    Returns:
+        `list` of words, mask `(H, W)` and roles: `answer` for the targets, `ruled out` for the others, `anchor` and
+        `candidate` by the verdict that the reasoning gives.
+
     Raises:
         ValueError: the row has no reasoning, or it lists another number of objects than the row has masks.
     """
     masks = [*row["masks"], *(row["distractor_masks"] or [])]
-    listed = [part.split()[:4] for part in (row["reasoning"] or "").split(".")[0].split(",") if part.strip()]
+    listed = [part.split() for part in (row["reasoning"] or "").split(".")[0].split(",") if part.strip()]
     if len(listed) != len(masks):
         raise ValueError(
             f"sample {row.get('sample_id')!r} has {len(masks)} objects and its reasoning lists {len(listed)}; "
@@ -59,4 +63,10 @@ def scenes_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
         )
     targets = [number - 1 for number in row["instance_ids"]]
     order = targets + [place for place in range(len(masks)) if place not in targets]
-    return [(listed[place], decode_mask(mask)) for place, mask in zip(order, masks, strict=True)]
+    named = []
+    for place, mask in zip(order, masks, strict=True):
+        *words, verdict = listed[place][:5]
+        roles = ["answer" if place in targets else "anchor" if verdict == "anchor" else "ruled out"]
+        roles += ["candidate"] if verdict == "yes" else []
+        named.append((words, decode_mask(mask), tuple(roles)))
+    return named

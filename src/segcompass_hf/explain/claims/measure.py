@@ -22,9 +22,9 @@ from ...images_segcompass import fit_objects_to_slots
 from ...losses_segcompass import segmentation_loss
 from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
-from ...patch_coverage import PatchCoverage
+from ...patch_coverage_segcompass import PatchCoverage
 from ...text_stack_segcompass import HiddenStateCapture
-from ..token_kinds import token_kinds
+from ...token_kinds import token_kinds
 
 TOP_PERCENT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)  # of the image tokens
 INSTANCE_COVERAGE = 0.5  # a patch counts as instance from this covered share of it

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 
-from .objects import normalize_word
+from .properties import Family, Property, patch_properties, word_properties
 from .reading import Active, RowReading
 
 NUM_BINS = 128  # bin b holds activations from 2^((b - 64) / 4): four bins per doubling, 2^-16 to 2^16
 _BIN_BITS = 7
-MAX_WORDS = 50_000  # distinct words that can become labels; the first seen
+MAX_PROPERTIES = 50_000  # distinct words that can become labels, and properties of each other family; the first seen
 COFIRING_UNITS, COFIRING_FEATURES = 64, 24  # of a row the units, of a unit the strongest features that pairs are of
 
 
@@ -90,27 +91,30 @@ class PairCounts:
 class Firing:
     """Where concepts fired on the units of one modality (words or patches), of one half of the rows.
 
-    `fires` counts all firings of a feature by bin, `hits` those on the units of a word.
+    `fires` counts all firings of a feature by bin, `hits` those on the units of a property, such as being a word.
     """
 
     def __init__(self, d_sae: int, max_entries: int):
         self.d_sae = d_sae
         self.units = 0
-        self.positives: dict[int, int] = defaultdict(int)  # word -> units of it
+        self.positives: dict[int, int] = defaultdict(int)  # property -> units that have it
         self.fires = np.zeros((d_sae, NUM_BINS), np.int32)
         self.hits = PairCounts(max_entries)
 
     def add_units(self, active: Active, num_units: int) -> None:
-        """Units of which it is known which word they are."""
+        """Units of which it is known what they are."""
         self.units += num_units
         np.add.at(self.fires, (active.features, bin_of(active.values)), 1)
 
-    def add_hits(self, word: int, active: Active, is_word: np.ndarray) -> None:
-        """Units `(num_units,)`, bool, that are of a word."""
-        self.positives[word] += int(is_word.sum())
-        inside = is_word[active.units]
-        pairs = word * self.d_sae + active.features[inside]
-        self.hits.add((pairs << _BIN_BITS) | bin_of(active.values[inside]))
+    def add_hits(self, properties: np.ndarray, units: np.ndarray, active: Active) -> None:
+        """What the units are: arrays `(n,)` of properties and the unit that has each."""
+        for property_, count in zip(*np.unique(properties, return_counts=True), strict=True):
+            self.positives[int(property_)] += int(count)
+        starts = np.searchsorted(active.units, units)
+        sizes = np.searchsorted(active.units, units, side="right") - starts
+        fired = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+        pairs = np.repeat(properties, sizes) * self.d_sae + active.features[fired]
+        self.hits.add((pairs << _BIN_BITS) | bin_of(active.values[fired]))
 
 
 class TopExamples:
@@ -151,7 +155,8 @@ class DictionaryCounts:
 
     def __init__(self, d_sae: int, top_k: int = 8, all_objects_named: bool = False, max_entries: int = 4_000_000):
         self.d_sae, self.all_objects_named = d_sae, all_objects_named
-        self.vocabulary: dict[str, int] = {}
+        self.vocabulary: dict[Property, int] = {}
+        self._sizes: dict[Family, int] = defaultdict(int)
         self.words = [Firing(d_sae, max_entries) for _ in range(2)]
         self.patches = [Firing(d_sae, max_entries) for _ in range(2)]
         self.units, self.rows = [0, 0], [0, 0]  # of words and patches; of each half
@@ -186,25 +191,27 @@ class DictionaryCounts:
         self._add_pairs(reading)
 
     def _add_words(self, reading: RowReading, firing: Firing) -> None:
-        ids = np.array([self._word_id(word) for word in reading.words], np.int64)
-        firing.add_units(reading.on_words, len(ids))
-        for word in np.unique(ids[ids >= 0]).tolist():
-            firing.add_hits(word, reading.on_words, ids == word)
+        firing.add_units(reading.on_words, len(reading.words))
+        firing.add_hits(*self._of_units(word_properties(reading)), reading.on_words)
 
     def _add_patches(self, reading: RowReading, firing: Firing) -> None:
-        active = reading.on_patches
-        shown: dict[int, np.ndarray] = {}
-        named = np.zeros(len(reading.patches), dtype=bool)
-        for words, patches in reading.objects:
-            named |= patches
-            for word in map(self._word_id, sorted(words)):
-                if word >= 0:
-                    shown[word] = shown.get(word, False) | patches
-        known = np.ones_like(named) if self.all_objects_named else named
-        inside = known[active.units]
-        firing.add_units(Active(*(array[inside] for array in active)), int(known.sum()))
-        for word, patches in shown.items():
-            firing.add_hits(word, active, patches)
+        active, known = reading.on_patches, np.ones(len(reading.patches), dtype=bool)
+        if not self.all_objects_named:
+            known = np.any([np.zeros_like(known), *(shown.patches for shown in reading.objects)], axis=0)
+            active = Active(*(array[known[active.units]] for array in active))
+        firing.add_units(active, int(known.sum()))
+        properties, units = self._of_units(patch_properties(reading))
+        firing.add_hits(properties[known[units]], units[known[units]], active)
+
+    def _of_units(self, found: Iterable[tuple[Property, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of properties and the units that have them, one by one: arrays `(n,)`."""
+        pairs = [(self._property_id(property_), units) for property_, units in found]
+        pairs = [(number, units) for number, units in pairs if number >= 0]
+        if not pairs:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        return np.repeat([number for number, _ in pairs], [len(units) for _, units in pairs]), np.concatenate(
+            [units for _, units in pairs]
+        )
 
     def _add_pairs(self, reading: RowReading) -> None:
         """Features of the same unit, of units spread evenly over words and patches."""
@@ -222,11 +229,11 @@ class DictionaryCounts:
                 self.pairs.add((features[first] * self.d_sae + features[second]) << _BIN_BITS)
         self.sampled_units += len(chosen)
 
-    def _word_id(self, word: str) -> int:
-        word = normalize_word(word)
-        if word not in self.vocabulary and len(self.vocabulary) < MAX_WORDS:
-            self.vocabulary[word] = len(self.vocabulary)
-        return self.vocabulary.get(word, -1)
+    def _property_id(self, property_: Property) -> int:
+        if property_ not in self.vocabulary and self._sizes[property_.family] < MAX_PROPERTIES:
+            self.vocabulary[property_] = len(self.vocabulary)
+            self._sizes[property_.family] += 1
+        return self.vocabulary.get(property_, -1)
 
 
 def half_of(image_id: str) -> int:

@@ -5,19 +5,24 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import nn
 from transformers.utils import logging
 
+from ...concept_names_segcompass import NamedConcept
 from ...data.readable_rows import keep_images_encoded
 from . import store
 from .counts import DictionaryCounts
 from .entries import MEASURES, SCORES, ConceptEntry, ExampleStore, StoredEntries, columns_of, make_entries
-from .labels import derive_labels
+from .families import ConceptFamily, families_of
+from .finding import from_cache, newest
+from .labels import MIN_PRECISION, derive_labels
+from .names import ConceptName, best_name, derive_names
 from .objects import NamedObjects, normalize_word, target_objects
 from .page import write_page
 from .reading import ConceptReader
@@ -59,6 +64,8 @@ class ConceptDictionary:
     ):
         self.entries, self.scores, self.pictures, self.info, self.sketch = entries, scores, pictures, info, sketch
         self._labels, self._purities, self._words = map(self._column, ("label", "purity", "words"))
+        self._names = list(map(best_name, names := self._column("names")))
+        self._has_names = any(own is not None for own in names)
 
     def _column(self, name: str) -> list:
         if isinstance(self.entries, StoredEntries):
@@ -143,7 +150,7 @@ class ConceptDictionary:
                 f"{'not derived' if not counts.rows[0] else 'not scored'}; read rows of more images."
             )
         labels = derive_labels(counts)
-        entries, pictures = make_entries(counts, examples, labels, max_pictures)
+        entries, pictures = make_entries(counts, examples, labels, derive_names(counts), max_pictures)
         names = ("derived_f1_words", "derived_f1_patches", "any_f1_words", "any_f1_patches")
         info = {
             "d_sae": counts.d_sae,
@@ -179,6 +186,33 @@ class ConceptDictionary:
         """Share of a feature's firings on held-out images that are on its label."""
         return self._purities[self._checked(feature)]
 
+    def name(self, feature: int) -> ConceptName | None:
+        """What tells where a feature fires, and does so on held-out images; `None` where nothing does."""
+        return self._names[self._checked(feature)]
+
+    def said(self, feature: int) -> tuple[str | None, float | None]:
+        """What explanations call a feature, with its purity: its name, or the label in a file without names."""
+        name = self.name(feature)
+        if name is None:
+            return (None, None) if self._has_names else (self.label(feature), self.purity(feature))
+        return name.text, name.purity
+
+    def families(self) -> list[ConceptFamily]:
+        """Features of one name as one concept, largest families first; those without a name are in none."""
+        return families_of(self._names)
+
+    def updated(self, column: Literal["effect", "interpretation"], values: Mapping[int, Any]) -> ConceptDictionary:
+        """The same dictionary with what was found out of some features later.
+
+        Args:
+            column (`str`): `effect` (see [`measure_effects`]) or `interpretation` (see [`interpret`]).
+            values (`Mapping`): By feature; the others keep what they have.
+        """
+        entries = list(self.entries)
+        for feature, value in values.items():
+            entries[self._checked(feature)] = replace(entries[feature], **{column: value})
+        return ConceptDictionary(entries, self.scores, self.pictures, self.info, self.sketch)
+
     def search(self, text: str, limit: int = 20) -> list[ConceptEntry]:
         """Features by label, best first, then those that often fire on the word.
 
@@ -197,6 +231,19 @@ class ConceptDictionary:
                 ranked.append((1, -share, feature))
         return [self.entries[feature] for *_, feature in sorted(ranked)[:limit]]
 
+    def names(self) -> dict[str, NamedConcept]:
+        """What images show, by name, for guardrails: the features whose label predicts patches and holds on them.
+
+        Of the features with a label, those count whose label was derived on patches, and is right on held-out images
+        more often than not; each from its threshold on patches.
+        """
+        shown: dict[str, dict[int, float]] = {}
+        columns = map(self._column, ("label", "label_place", "purity", "threshold_patches"))
+        for feature, (label, place, purity, threshold) in enumerate(zip(*columns, strict=True)):
+            if label is not None and place != "words" and threshold is not None and (purity or 0) >= MIN_PRECISION:
+                shown.setdefault(label, {})[feature] = threshold
+        return {name: NamedConcept(name, tuple(found), tuple(found.values())) for name, found in shown.items()}
+
     def check(self, sae: nn.Module) -> None:
         """Raise a `ValueError` unless this is the dictionary of an SAE."""
         store.check_sae(self.info, self.sketch, sae)
@@ -210,7 +257,7 @@ class ConceptDictionary:
         arrays["sae_sketch"] = self.sketch
         arrays["pictures"] = np.frombuffer(b"".join(self.pictures), np.uint8)
         arrays["picture_ends"] = np.cumsum([len(picture) for picture in self.pictures], dtype=np.int64)
-        store.write_files(folder, arrays, columns, self.info)
+        store.write_files(folder, arrays, columns, self.info, self.names().values())
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: Any = None) -> ConceptDictionary:
@@ -278,8 +325,8 @@ class ConceptDictionary:
             if not folder:
                 return None
             if os.path.isdir(folder):
-                return _newest(cls, Path(folder), model)
-            return None if is_path else _from_cache(cls, folder, model)
+                return newest(cls, Path(folder), model)
+            return None if is_path else from_cache(cls, folder, model)
         except (OSError, ValueError, ImportError) as error:
             logger.warning(f"concepts stay without labels: {error}")
             return None
@@ -293,37 +340,6 @@ class ConceptDictionary:
                 never fired are left out.
         """
         write_page(self, path, max_features)
-
-
-_LAST_FOUND: dict[tuple, ConceptDictionary] = {}  # at most one: every explanation of a model asks for it
-
-
-def _newest(cls: type, folder: Path, model: Any) -> ConceptDictionary | None:
-    """The dictionary of a folder, read again only where its files have changed."""
-    files = [folder / name for name in (store.NUMBERS_FILE, store.TABLE_FILE)]
-    present = [file for file in files if file.is_file()]
-    if not present:
-        return None
-    key = tuple((str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in present)
-    if key not in _LAST_FOUND:
-        found = cls.load(folder)
-        _LAST_FOUND.clear()
-        _LAST_FOUND[key] = found
-    if model is not None:
-        _LAST_FOUND[key].check(model.sae)
-    return _LAST_FOUND[key]
-
-
-def _from_cache(cls: type, repository: str, model: Any) -> ConceptDictionary | None:
-    """The dictionary of a checkpoint that came from the Hub, from the same commit."""
-    from transformers.utils import cached_file
-
-    commit = getattr(model.config, "_commit_hash", None)
-    optional = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    files = [
-        cached_file(repository, name, revision=commit, **optional) for name in (store.NUMBERS_FILE, store.TABLE_FILE)
-    ]
-    return _newest(cls, Path(files[0]).parent, model) if all(files) else None
 
 
 def _word_and_share(word: Any) -> tuple[str, float]:

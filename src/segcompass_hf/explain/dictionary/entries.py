@@ -14,7 +14,9 @@ from PIL import Image
 
 from ...token_places import Box
 from .counts import DictionaryCounts, TopExamples
-from .labels import cofiring, firing_words
+from .effects import ConceptEffect
+from .labels import cofiring, firing_words, number
+from .names import ConceptName
 from .reading import RowReading
 
 PICTURE_SIDE = 160  # pixels of the longer side
@@ -81,6 +83,9 @@ class ConceptEntry:
         words (`list[tuple[str, float]]`): Words it fires on most, with their share of its firings on words.
         top_words, top_patches (`list`): Its strongest [`WordExample`] and [`PatchExample`], one of a row.
         cofiring (`list[CoFiring]`): By Jaccard index.
+        names (`list[ConceptName]`): What tells best where it fires, a word or something else, best first.
+        effect ([`ConceptEffect`], *optional*): What it does to masks, where that was measured.
+        interpretation (`str`, *optional*): What a VLM says of the examples, see [`interpret`].
     """
 
     feature: int
@@ -101,6 +106,9 @@ class ConceptEntry:
     top_words: list[WordExample] = field(default_factory=list)
     top_patches: list[PatchExample] = field(default_factory=list)
     cofiring: list[CoFiring] = field(default_factory=list)
+    names: list[ConceptName] = field(default_factory=list)
+    effect: ConceptEffect | None = None
+    interpretation: str | None = None
 
 
 @dataclass
@@ -187,13 +195,12 @@ def _jpeg(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def number(value: float) -> float | None:
-    """A number in the precision it is stored with, `None` for NaN."""
-    return None if np.isnan(value) else float(np.float32(value))
-
-
 def make_entries(
-    counts: DictionaryCounts, examples: ExampleStore, labels: dict[str, np.ndarray], max_pictures: int
+    counts: DictionaryCounts,
+    examples: ExampleStore,
+    labels: dict[str, np.ndarray],
+    names: list[list[ConceptName]],
+    max_pictures: int,
 ) -> tuple[list[ConceptEntry], list[bytes]]:
     """Entries of all features, and the pictures that their patches count in.
 
@@ -201,10 +208,11 @@ def make_entries(
         counts ([`DictionaryCounts`]): Of all rows.
         examples ([`ExampleStore`]): Of the same rows.
         labels (`dict`): See `derive_labels`.
+        names (`list`): See `derive_names`.
         max_pictures (`int`): Keep so many at most.
     """
-    names = list(counts.vocabulary)
-    label_of = [names[word] if word >= 0 else None for word in labels["label"].tolist()]
+    properties = list(counts.vocabulary)
+    label_of = [properties[word].text if word >= 0 else None for word in labels["label"].tolist()]
     words = firing_words(counts)
     others, jaccard, information = cofiring(counts)
     pictures, picture_of = examples.pictures(max_pictures)
@@ -235,6 +243,7 @@ def make_entries(
                     for rank, other in enumerate(others[feature].tolist())
                     if other >= 0
                 ],
+                names=names[feature],
             )
         )
     return entries, pictures
@@ -245,8 +254,10 @@ def columns_of(entries: Sequence[ConceptEntry]) -> dict[str, list]:
     names = ("feature", "label", "label_place", *SCORES, "cross_modal", *MEASURES)
     columns = {name: [getattr(entry, name) for entry in entries] for name in names}
     columns["words"] = [[{"word": word, "share": share} for word, share in entry.words] for entry in entries]
-    for name in ("top_words", "top_patches", "cofiring"):
+    for name in ("top_words", "top_patches", "cofiring", "names"):
         columns[name] = [[asdict(example) for example in getattr(entry, name)] for entry in entries]
+    columns["effect"] = [None if entry.effect is None else asdict(entry.effect) for entry in entries]
+    columns["interpretation"] = [entry.interpretation for entry in entries]
     return columns
 
 
@@ -270,8 +281,8 @@ class StoredEntries(Sequence):
         return map(_read_entry, self.table.to_pylist())
 
     def column(self, name: str) -> list:
-        """One plain value per feature."""
-        return self.table.column(name).to_pylist()
+        """One plain value per feature; `None` of a column that an older file does not have."""
+        return self.table.column(name).to_pylist() if name in self.table.column_names else [None] * len(self)
 
 
 def _read_entry(row: dict[str, Any]) -> ConceptEntry:
@@ -284,6 +295,8 @@ def _read_entry(row: dict[str, Any]) -> ConceptEntry:
         "top_words": [WordExample(**word) for word in row["top_words"]],
         "top_patches": patches,
         "cofiring": [CoFiring(**other) for other in row["cofiring"]],
+        "names": [ConceptName(**name) for name in row.get("names") or []],
+        "effect": ConceptEffect(**row["effect"]) if row.get("effect") else None,
     }
     return ConceptEntry(**(row | read))
 

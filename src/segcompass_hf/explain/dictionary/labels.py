@@ -41,7 +41,7 @@ class FiringRates:
     """Hits, firings and units of words for one [`Firing`], at any threshold."""
 
     def __init__(self, firing: Firing):
-        self.d_sae = firing.d_sae
+        self.d_sae, self.units = firing.d_sae, firing.units
         self.hits = _Suffixes(*firing.hits.arrays())
         self.fires = np.cumsum(firing.fires[:, ::-1], axis=1, dtype=np.int32)[:, ::-1]  # (d_sae, NUM_BINS)
         self.positives = np.zeros(max(firing.positives, default=-1) + 1, np.int64)
@@ -56,16 +56,21 @@ class FiringRates:
         positives[known] = self.positives[words[known]]
         return Scores(self.hits.at(pairs, bins), self.fires[features, bins], positives)
 
-    def best(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of every (word, feature) pair with a hit, `word * d_sae + feature`: the largest F1 and its bin.
+    def best(self, beta: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every (word, feature) pair with a hit, `word * d_sae + feature`: F1 and bin where F-beta is largest.
 
-        F1 can peak only where a hit is: between two hits a higher threshold loses misses alone.
+        F-beta can peak only where a hit is: between two hits a higher threshold loses misses alone.
+
+        Args:
+            beta (`float`, defaults to 1.0): How much recall weighs against precision.
         """
         pairs, bins = self.hits.pairs, self.hits.keys & (NUM_BINS - 1)
         words = pairs // self.d_sae
-        f1 = self.at(words, pairs % self.d_sae, bins).f1
-        f1[self.positives[words] < MIN_POSITIVES] = 0.0
-        order = np.lexsort((bins, -f1, pairs))  # of equal F1 the lowest threshold
+        scores = self.at(words, pairs % self.d_sae, bins)
+        f1, f_beta = scores.f1, scores.f_beta(beta)
+        rare = self.positives[words] < MIN_POSITIVES
+        f1[rare], f_beta[rare] = 0.0, 0.0
+        order = np.lexsort((bins, -f_beta, pairs))  # of equal ones the lowest threshold
         first = order[np.flatnonzero(np.diff(pairs[order], prepend=-1))]
         return pairs[first], f1[first], bins[first]
 
@@ -81,8 +86,14 @@ class Scores:
     @property
     def f1(self) -> np.ndarray:
         """`2 hits / (firings + units of the word)`; NaN where the word does not occur."""
+        return self.f_beta(1.0)
+
+    def f_beta(self, beta: float) -> np.ndarray:
+        """`(1 + beta^2) hits / (firings + beta^2 units of the word)`; NaN where the word does not occur."""
+        weight = beta**2
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(self.positives > 0, 2 * self.hits / (self.fires + self.positives), np.nan)
+            found = (1 + weight) * self.hits / (self.fires + weight * self.positives)
+            return np.where(self.positives > 0, found, np.nan)
 
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.hits + other.hits, self.fires + other.fires, self.positives + other.positives)
@@ -111,7 +122,7 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     """
     derive = [FiringRates(firing[0]) for firing in (counts.words, counts.patches)]
     score = [FiringRates(firing[1]) for firing in (counts.words, counts.patches)]
-    best = _best_words(counts.d_sae, derive)
+    best = _best_words(counts, derive)
     features, words, bins = best["features"], best["words"], best["bins"]  # bins: (2, features)
     seen = [rates.at(words, features, b) for rates, b in zip(derive, bins, strict=True)]
     pooled = seen[0] + seen[1]
@@ -143,17 +154,25 @@ def derive_labels(counts: DictionaryCounts) -> dict[str, np.ndarray]:
     return labels
 
 
-def _best_words(d_sae: int, derive: list[FiringRates]) -> dict[str, np.ndarray]:
-    """The best word of every feature that has one, with F1 and bins on words and on patches `(2, features)`."""
-    found = [rates.best() for rates in derive]
+def best_thresholds(derive: list[FiringRates], beta: float = 1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every (property, feature) pair with a hit, `property * d_sae + feature`: F1 on words and on patches, and the
+    bins, where F-beta is largest, both `(2, pairs)`."""
+    found = [rates.best(beta) for rates in derive]
     pairs = np.union1d(found[0][0], found[1][0])
     f1, bins = np.zeros((2, len(pairs))), np.full((2, len(pairs)), -1)
     for modality, (own, own_f1, own_bins) in enumerate(found):
         place = np.searchsorted(pairs, own)
         f1[modality, place], bins[modality, place] = own_f1, own_bins
     # Where a word was never hit in one modality, the other's threshold stands for both.
-    bins = np.where(bins < 0, bins[::-1], bins)
-    words, features = pairs // d_sae, pairs % d_sae
+    return pairs, f1, np.where(bins < 0, bins[::-1], bins)
+
+
+def _best_words(counts: DictionaryCounts, derive: list[FiringRates]) -> dict[str, np.ndarray]:
+    """The best word of every feature that has one, with F1 and bins on words and on patches `(2, features)`."""
+    pairs, f1, bins = best_thresholds(derive)
+    is_word = np.array([property_.family == "word" for property_ in counts.vocabulary], bool)
+    pairs, f1, bins = (array[..., is_word[pairs // counts.d_sae]] for array in (pairs, f1, bins))
+    words, features = pairs // counts.d_sae, pairs % counts.d_sae
     order = np.lexsort((words, -f1.mean(0), features))
     first = order[np.flatnonzero(np.diff(features[order], prepend=-1))]
     first = first[f1[:, first].max(0) > 0]
@@ -162,17 +181,21 @@ def _best_words(d_sae: int, derive: list[FiringRates]) -> dict[str, np.ndarray]:
 
 def firing_words(counts: DictionaryCounts, top: int = 5) -> list[list[tuple[str, float]]]:
     """Per feature the words it fires on most, with their share of its firings on words."""
-    names = list(counts.vocabulary)
+    properties = list(counts.vocabulary)
+    is_word = np.array([property_.family == "word" for property_ in properties], bool)
     hits = [firing.hits.arrays() for firing in counts.words]
-    pairs = np.concatenate([keys >> _BIN_BITS for keys, _ in hits])
+    pairs, totals = (
+        np.concatenate(parts) for parts in zip(*((keys >> _BIN_BITS, n) for keys, n in hits), strict=True)
+    )
+    pairs, totals = (array[is_word[pairs // counts.d_sae]] for array in (pairs, totals))
     pairs, place = np.unique(pairs, return_inverse=True)
-    totals = np.bincount(place, weights=np.concatenate([number for _, number in hits]), minlength=len(pairs))
+    totals = np.bincount(place, weights=totals, minlength=len(pairs))
     words, features = pairs // counts.d_sae, pairs % counts.d_sae
     found: list[list[tuple[str, float]]] = [[] for _ in range(counts.d_sae)]
     for index in np.lexsort((words, -totals, features)):
         feature = features[index]
         if len(found[feature]) < top:
-            found[feature].append((names[words[index]], float(totals[index] / counts.density[0, feature])))
+            found[feature].append((properties[words[index]].text, float(totals[index] / counts.density[0, feature])))
     return found
 
 
@@ -204,4 +227,9 @@ def cofiring(counts: DictionaryCounts) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return features, scores[0], scores[1]
 
 
-__all__ = ["FiringRates", "Scores", "cofiring", "derive_labels", "firing_words"]
+def number(value: float) -> float | None:
+    """A number in the precision it is stored with, `None` for NaN."""
+    return None if np.isnan(value) else float(np.float32(value))
+
+
+__all__ = ["FiringRates", "Scores", "cofiring", "derive_labels", "firing_words", "number"]

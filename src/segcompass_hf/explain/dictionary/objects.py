@@ -4,14 +4,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ...data.schema import decode_mask
 
-# A row -> (words that name an object, its mask (H, W) bool), one pair per object.
-NamedObjects = Callable[[dict[str, Any]], list[tuple[list[str], np.ndarray]]]
+
+class NamedObject(NamedTuple):
+    """An object that a row names.
+
+    Args:
+        words (`list[str]`): That name it.
+        mask (`np.ndarray` of shape `(H, W)`): bool.
+        roles (`tuple[str, ...]`): What it is to the instruction, in words: `answer` for those asked for; a data set
+            that knows more says it (`ruled out`, `anchor`).
+    """
+
+    words: list[str]
+    mask: np.ndarray
+    roles: tuple[str, ...] = ()
+
+
+# A row -> its named objects; plain pairs of words and mask do.
+NamedObjects = Callable[[dict[str, Any]], list[NamedObject]]
 
 _PLURALS = ("ches", "shes", "sses", "xes", "zes")
 
@@ -34,7 +50,7 @@ def normalize_word(word: str) -> str:
     return word
 
 
-def target_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
+def target_objects(row: dict[str, Any]) -> list[NamedObject]:
     """The content words of the instruction name the union of the target's masks; nothing else is known.
 
     Works for every row with masks (RefCOCO and its like). A row without target names nothing. Words for other objects
@@ -44,7 +60,8 @@ def target_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray]]:
 
     if not row.get("masks"):
         return []
-    return [(instruction_words(row), np.any([decode_mask(mask) for mask in row["masks"]], axis=0))]
+    masks = np.any([decode_mask(mask) for mask in row["masks"]], axis=0)
+    return [NamedObject(instruction_words(row), masks, ("answer",))]
 
 
-__all__ = ["NamedObjects", "normalize_word", "target_objects"]
+__all__ = ["NamedObject", "NamedObjects", "normalize_word", "target_objects"]

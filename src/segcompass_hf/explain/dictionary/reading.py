@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +16,12 @@ from transformers.utils import logging
 
 from ...data.collator import language_inputs
 from ...images_segcompass import to_rgb_image
-from ...patch_coverage import PatchCoverage
-from ...token_places import Box, UnknownPlacesError, patch_boxes
+from ...patch_coverage_segcompass import PatchCoverage
+from ...token_grids_segcompass import UnknownPlacesError
+from ...token_kinds import TokenKind, token_kinds
+from ...token_places import Box, patch_boxes
 from ...training.sae.activations import layer_states
-from .objects import NamedObjects, normalize_word
+from .objects import NamedObject, NamedObjects, normalize_word
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +38,23 @@ class Active(NamedTuple):
     values: np.ndarray
 
 
+class ShownObject(NamedTuple):
+    """An object of a row as its patches show it.
+
+    Args:
+        words (`tuple[str, ...]`): Normalised words that name it.
+        patches (`np.ndarray` of shape `(num_patches,)`): bool; those it covers at least half as much as the patch it
+            covers most.
+        roles (`tuple[str, ...]`): What it is to the instruction: `answer`, `ruled out`, `anchor`.
+        middle (`tuple[float, float]`, *optional*): x and y of its mask's middle, in [0, 1] of the image's sides.
+    """
+
+    words: tuple[str, ...]
+    patches: np.ndarray
+    roles: tuple[str, ...] = ()
+    middle: tuple[float, float] | None = None
+
+
 @dataclass
 class RowReading:
     """One row as the concepts saw it.
@@ -45,9 +65,11 @@ class RowReading:
         words (`list[str]`): Words and punctuation of the whole text, and control tokens, each as it is written.
         patches (`list[Box | None]`): Pixels `(x0, y0, x1, y1)` of every image token.
         on_words, on_patches ([`Active`]): Concepts; of a word its strongest token counts.
-        objects (`list[tuple[frozenset[str], np.ndarray]]`): Normalised words and the patches `(num_patches,)`, bool,
-            that show the object: those it covers at least half as much as the patch it covers most.
+        objects (`list[ShownObject]`): Those that the row names and its patches show.
         image (`PIL.Image.Image`): RGB.
+        parts (`list[str]`): Of every word what part of the text it stands in, see [`TokenKind`].
+        covered (`np.ndarray` of shape `(num_patches,)`, *optional*): Share of every patch that the objects cover.
+        kind (`str`, *optional*): Of the row.
     """
 
     index: int
@@ -57,8 +79,11 @@ class RowReading:
     patches: list[Box | None]
     on_words: Active
     on_patches: Active
-    objects: list[tuple[frozenset[str], np.ndarray]]
+    objects: list[ShownObject]
     image: Image.Image | None = None
+    parts: list[TokenKind] = field(default_factory=list)
+    covered: np.ndarray | None = None
+    kind: str | None = None
 
 
 @dataclass
@@ -111,7 +136,7 @@ class ConceptReader:
             ValueError: an image or mask of a row cannot be read; the message names the sample.
         """
         images = [to_rgb_image(row["image"], f"the image of sample {_name(i, row)!r}") for i, row in rows]
-        ids, mask, concepts = self._encode(rows, images)
+        ids, mask, written, concepts = self._encode(rows, images)
         is_image = self.model.modality_ids(ids).bool() & mask.bool()
         features, values = concepts.features.cpu().numpy(), concepts.values.float().cpu().numpy()
         tokens = concepts.token_index.cpu().numpy()
@@ -126,7 +151,7 @@ class ConceptReader:
             patch_of[positions] = np.arange(len(positions))
             image = images[place]
             try:
-                objects = self._objects(row, (image.height, image.width), len(positions))
+                objects, covered = self._objects(row, (image.height, image.width), len(positions))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"sample {_name(index, row)!r}: {error!s:.300}") from error
             yield RowReading(
@@ -139,23 +164,35 @@ class ConceptReader:
                 on_patches=_strongest(active, patch_of),
                 objects=objects,
                 image=image,
+                parts=self._parts((ids, mask, written), place, row["instruction"], word_of, len(words)),
+                covered=covered,
+                kind=row.get("kind"),
             )
 
+    def _parts(self, encoded: tuple, place: int, instruction: str, word_of: np.ndarray, count: int) -> list[TokenKind]:
+        """Which part of the text every word is of, by its first token; empty for slow tokenizers."""
+        output = SimpleNamespace(**dict(zip(("sequences", "attention_mask", "completion_mask"), encoded, strict=True)))
+        if not getattr(self.processor.tokenizer, "is_fast", False):
+            return []
+        kinds = token_kinds(self.processor, output, instruction, place).kinds
+        first = np.unique(word_of, return_index=True)[1][-count:] if count else []
+        return [kinds[position] for position in first]
+
     def _encode(self, rows: Sequence[tuple[int, dict[str, Any]]], images: list) -> tuple:
-        """Ids and attention mask `(rows, length)` and the sparse concepts of the tokens."""
+        """Ids, attention mask and completion mask `(rows, length)`, and the sparse concepts of the tokens."""
         instructions = [row["instruction"] for _, row in rows]
         model = self.model
         if not self.use_reference_reasoning:
             inputs = self.processor(images=images, instruction=instructions).to(model.device)
             written = model.segment(**inputs, output_concepts=True)
-            return written.sequences, written.attention_mask, written.concepts
+            return written.sequences, written.attention_mask, written.completion_mask, written.concepts
         reasonings = [row.get("reasoning") or "" for _, row in rows]
         batch = language_inputs(self.processor, images, instructions, reasonings)
         inputs = {name: value.to(model.device) for name, value in batch.items() if name not in _NOT_FOR_THE_VLM}
         states = layer_states(model.vlm, model.config.sae_layer, inputs)
         modality_ids = model.modality_ids(inputs["input_ids"])
         concepts = model.encode_concepts(states, inputs["attention_mask"], modality_ids)
-        return inputs["input_ids"], inputs["attention_mask"], concepts
+        return inputs["input_ids"], inputs["attention_mask"], batch["completion_mask"], concepts
 
     def _words(self, ids: list[int], present: list[int], is_image: list[bool]) -> tuple[list[str], np.ndarray]:
         """The words of a sequence, and which word every token is of: `(length,)`, -1 for none."""
@@ -193,15 +230,22 @@ class ConceptReader:
 
     def _objects(
         self, row: dict[str, Any], size: tuple[int, int], num_patches: int
-    ) -> list[tuple[frozenset[str], np.ndarray]]:
-        objects = []
-        for words, mask in self.named_objects(row) if num_patches and self.places_known else []:
+    ) -> tuple[list[ShownObject], np.ndarray | None]:
+        """The objects that a row names, and the share `(num_patches,)` of every patch that they cover together."""
+        if not num_patches or not self.places_known:
+            return [], None
+        objects, everything = [], np.zeros(size, dtype=bool)
+        for named in self.named_objects(row):
+            words, mask, *_ = named = NamedObject(*named)
             if mask.shape != size:
                 raise ValueError(f"{' '.join(words)!r} has a mask of {mask.shape} pixels, the image has {size}.")
+            everything |= mask
             coverage = self._coverage(mask[None], num_patches)[0].numpy()
             if coverage.max() >= MIN_COVERAGE:
-                objects.append((frozenset(map(normalize_word, words)), coverage >= 0.5 * coverage.max()))
-        return objects
+                own = tuple(dict.fromkeys(map(normalize_word, words)))
+                y, x = ((places.mean() + 0.5) / side for places, side in zip(mask.nonzero(), size, strict=True))
+                objects.append(ShownObject(own, coverage >= 0.5 * coverage.max(), named.roles, (x, y)))
+        return objects, self._coverage(everything[None], num_patches)[0].numpy()
 
     def _patch_boxes(self, image: Image.Image, num_patches: int) -> list[Box | None]:
         key = (image.size, num_patches)
@@ -238,4 +282,4 @@ def _strongest(active: Active, unit_of: np.ndarray) -> Active:
     return Active(units[first], features[first], values[first])
 
 
-__all__ = ["Active", "ConceptReader", "RowReading"]
+__all__ = ["Active", "ConceptReader", "RowReading", "ShownObject"]

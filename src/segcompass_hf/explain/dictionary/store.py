@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,18 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from torch import nn
 
+from ...concept_names_segcompass import NUMBERS_FILE, NamedConcept, is_same_sketch, names_header, sae_sketch
 from ...data.parquet_sizes import check_parquet
 from ...files import write_whole
 from ...offloading_segcompass import weights_at_hand
 from .entries import ConceptEntry
 
-NUMBERS_FILE, TABLE_FILE = "concepts.safetensors", "concepts.parquet"
+TABLE_FILE = "concepts.parquet"
 FORMAT = "segcompass-concepts-1"
 _ARRAYS = ("sae_sketch", "pictures", "picture_ends", "scores.derived_f1_words", "scores.derived_f1_patches")
 _INFO = {"d_sae": int, "rows": int, "rows_derive": int, "rows_score": int, "sae_sha256": str}
 _COLUMNS = [field.name for field in fields(ConceptEntry)]
-_SKETCH_SIZE = 512
-_SKETCH_TOLERANCE = 2.0**-7  # relative: weights may have been rounded to bfloat16 since
+_NEWER_COLUMNS = ("names", "effect", "interpretation")  # that files of the first releases lack
 
 
 def sae_hash(sae: nn.Module) -> str:
@@ -42,16 +43,6 @@ def sae_hash(sae: nn.Module) -> str:
             digest.update(f"{name} {tuple(weight.shape)}".encode())
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def sae_sketch(sae: nn.Module) -> np.ndarray:
-    """Some weights of an SAE, spread evenly over encoder and decoder: float32 `(1024,)`."""
-    parts = []
-    with weights_at_hand(sae):
-        for weight in (sae.W_enc, sae.W_dec):
-            flat = weight.detach().flatten()
-            parts.append(flat[:: max(1, flat.numel() // _SKETCH_SIZE)][:_SKETCH_SIZE].float().cpu().numpy())
-    return np.concatenate(parts)
 
 
 def check_sae(info: dict[str, Any], sketch: np.ndarray, sae: nn.Module) -> None:
@@ -65,9 +56,7 @@ def check_sae(info: dict[str, Any], sketch: np.ndarray, sae: nn.Module) -> None:
             f"the concept dictionary describes {info['d_sae']} features, the model's SAE has {sae.config.d_sae}; "
             "build one for this model: ConceptDictionary.build(model, processor, rows)."
         )
-    own = sae_sketch(sae)
-    same = own.shape == sketch.shape and np.allclose(own, sketch, rtol=_SKETCH_TOLERANCE, atol=1e-7)
-    if not same and sae_hash(sae) != info["sae_sha256"]:
+    if not is_same_sketch(sae_sketch(sae), sketch) and sae_hash(sae) != info["sae_sha256"]:
         raise ValueError(
             f"the concept dictionary was made with another SAE (SHA-256 {info['sae_sha256'][:12]}, the model's is "
             f"{sae_hash(sae)[:12]}), whose features mean other things; build one for this model: "
@@ -76,7 +65,11 @@ def check_sae(info: dict[str, Any], sketch: np.ndarray, sae: nn.Module) -> None:
 
 
 def write_files(
-    folder: str | os.PathLike, arrays: dict[str, np.ndarray], columns: dict[str, list], info: dict[str, Any]
+    folder: str | os.PathLike,
+    arrays: dict[str, np.ndarray],
+    columns: dict[str, list],
+    info: dict[str, Any],
+    names: Iterable[NamedConcept],
 ) -> None:
     """Write both files, each in one step; a reader never sees half a file, nor files that do not belong together."""
     _, parquet = _pyarrow()
@@ -85,6 +78,7 @@ def write_files(
     parquet.write_table(_table(columns), file, compression="zstd")
     table = file.getvalue()
     header = {"format": FORMAT, "table_sha256": hashlib.sha256(table).hexdigest(), "info": json.dumps(info)}
+    header["names"] = names_header(names)  # for readers without Parquet
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     numbers = save(contiguous, metadata=header)
     for name, data in ((TABLE_FILE, table), (NUMBERS_FILE, numbers)):
@@ -133,7 +127,7 @@ def _what_is_wrong(arrays: dict[str, np.ndarray], table: Any, info: dict[str, An
     """What a reader would miss or trip over, in words."""
     lacking = [f"info.{name}" for name, kind in _INFO.items() if not isinstance(info.get(name), kind)]
     lacking += [name for name in _ARRAYS if name not in arrays]
-    lacking += [f"column {name}" for name in _COLUMNS if name not in table.column_names]
+    lacking += [f"column {name}" for name in _COLUMNS if name not in (*table.column_names, *_NEWER_COLUMNS)]
     if lacking:
         return f"lacks {', '.join(lacking)}"
     unknown = sorted(set(table.column_names) - set(_COLUMNS))
@@ -195,6 +189,11 @@ def _table(columns: dict[str, list]):
         "top_patches": pa.list_(pa.struct([*patch, ("picture", whole)])),
         "cofiring": pa.list_(pa.struct(other)),
     }
+    name = [("text", text), ("family", text), ("scope", text), ("f1", real), ("purity", real), ("chance", real)]
+    types["names"] = pa.list_(pa.struct([*name, ("threshold_words", real), ("threshold_patches", real)]))
+    effect = [("masks", whole), ("raises", real), ("share", real), ("slots", pa.list_(real)), ("tested", whole)]
+    types["effect"] = pa.struct([*effect, ("iou_without", real), ("inside", real), ("outside", real)])
+    types["interpretation"] = text
     schema = pa.schema([(name, types.get(name, real)) for name in columns])
     return pa.Table.from_pydict(columns, schema=schema)
 

@@ -12,11 +12,11 @@ function make(name, text, attributes = {}) {
   return element;
 }
 const rounded = (value, digits = 2) => (value === null ? "–" : value.toFixed(digits));
-const labelOf = (entry) => make("span", entry.label ?? "no label", { class: entry.label === null ? "label none" : "label" });
+const labelOf = (entry) => make("span", entry.title ?? "no name", { class: entry.title === null ? "label none" : "label" });
 
 function score(entry, wanted) {
   if (!wanted || String(entry.feature) === wanted) return 0;
-  const label = (entry.label ?? "").toLowerCase();
+  const label = (entry.title ?? "").toLowerCase();
   if (label === wanted) return 0;
   if (label.startsWith(wanted)) return 1;
   if (label.includes(wanted)) return 2;
@@ -55,6 +55,24 @@ function scores(entry) {
     table.append(row);
   }
   return table;
+}
+
+function names(entry) {
+  const list = make("ul", null, { class: "names" });
+  for (const [place, name] of entry.names.entries()) {
+    const item = make("li"), held = place === 0 && entry.holds ? "" : place === 0 ? ", does not hold" : ", second best";
+    item.append(make("b", name.text), ` on ${name.scope} `);
+    item.append(make("span", `F1 ${rounded(name.f1)}, purity ${rounded(name.purity)}, by chance ${rounded(name.chance)}${held}`, { class: "quiet" }));
+    list.append(item);
+  }
+  return list;
+}
+
+function does(entry) {
+  const lines = make("div");
+  if (entry.effect !== null) lines.append(make("p", entry.effect));
+  if (entry.interpretation !== null) lines.append(make("p", `A language model says: ${entry.interpretation}`));
+  return lines;
 }
 
 function wordExamples(entry) {
@@ -115,6 +133,8 @@ function show(feature, focus = false) {
   const words = make("div");
   for (const [word, share] of entry.words) words.append(make("span", `${word} ${rounded(100 * share, 0)} %`, { class: "chip" }));
   shown.replaceChildren(title, make("p", place, { class: "quiet" }), scores(entry),
+    ...section("What tells where it fires, on held-out images", names(entry), "Nothing does."),
+    ...section("What it does", does(entry), "Not measured."),
     ...section("Words it fires on", words, "none"),
     ...section("Strongest on words", wordExamples(entry), "Fires on no word."),
     ...section("Strongest on patches", patchExamples(entry), "Fires on no patch."),

@@ -4,9 +4,11 @@
 Request: `{"inputs": {"image": ..., "instruction": "..."}, "parameters": {...}}`; `inputs` may be a list. An image is
 base64 (also as a `data:` URL), an `http(s)` URL, bytes or a PIL image. Parameters: `mask_format` (`rle`, `png`),
 `reasoning` (`full`, `short`, `none`), `max_new_tokens`, `slot_logit_threshold`, `mask_logit_threshold`,
-`duplicate_iou_threshold`.
+`duplicate_iou_threshold`, `forbid` and `require` (names of concepts that no mask may show, or that every mask has to),
+`votes` (sample so many answers and return what they agree on).
 
-Answer: `{"reasoning", "text", "size": [H, W], "segments": [{"slot", "score", "mask"}]}`, or
+Answer: `{"reasoning", "text", "size": [H, W], "segments": [{"slot", "score", "mask"}]}`, where something is forbidden
+or required also `guardrails`, a list of what was left out or is missing and why; or
 `{"error": {"status": 4xx or 5xx, "message": ...}}`; of a list a list, where one bad input leaves the others alone.
 """
 
@@ -21,6 +23,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -53,6 +56,8 @@ class Limits:
         batch (`int`): Inputs of a request.
         instruction (`int`): Characters.
         new_tokens (`int`): Of an answer.
+        concepts (`int`): That a request may forbid, and require.
+        votes (`int`): Answers that a request may have sampled.
         fetch_seconds (`float`): For one URL, redirects included.
         redirects (`int`): Of one URL.
         ports (`tuple[int, ...]`): That a URL may name.
@@ -65,6 +70,8 @@ class Limits:
     batch: int = 8
     instruction: int = 2_000
     new_tokens: int = 1_024
+    concepts: int = 32
+    votes: int = 8
     fetch_seconds: float = 10.0
     redirects: int = 3
     ports: tuple[int, ...] = (80, 443)
@@ -90,9 +97,22 @@ class EndpointHandler:
         path (`str`): Folder (or Hub id) of the checkpoint.
         limits ([`Limits`], *optional*): What a request may cost.
         device (`str`, *optional*): The GPU where there is one.
+        forbid, require (`Sequence[str]`, *optional*): Concepts that no mask of any answer may show, or has to show;
+            a request can only add to them.
+
+    Raises:
+        ValueError: The checkpoint's concept dictionary does not know a concept.
     """
 
-    def __init__(self, path: str = "", limits: Limits | None = None, device: str | None = None):
+    def __init__(
+        self,
+        path: str = "",
+        limits: Limits | None = None,
+        device: str | None = None,
+        forbid: Sequence[str] = (),
+        require: Sequence[str] = (),
+    ):
+        self.guardrails = {"forbid": list(forbid), "require": list(require)}
         self.limits = limits or Limits()
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         # the path is the operator's own checkpoint, and so is the code beside it
@@ -101,6 +121,7 @@ class EndpointHandler:
             path, trust_remote_code=True, **({"dtype": torch.float32} if self.device == "cpu" else {})
         )
         self.model = model.to(self.device).eval()
+        self.model.guardrails(**self.guardrails)  # an unknown name shows at the start
         self._decoding = threading.BoundedSemaphore(self.limits.decoding)
         self._fetching = threading.BoundedSemaphore(self.limits.fetching)
         # One thread computes: each thread that enters torch keeps a pool of threads and an arena of memory of its own.
@@ -176,19 +197,21 @@ class EndpointHandler:
     def _segment(self, image: Image.Image, instruction: str, parameters: dict[str, Any]) -> dict[str, Any]:
         mask_format = parameters.pop("mask_format", "rle")
         thresholds = {name: parameters.pop(name) for name in THRESHOLDS if name in parameters}
+        rules = {name: [*own, *parameters.pop(name, [])] for name, own in self.guardrails.items()}
         try:
             inputs = self.processor(images=image, instruction=instruction, return_tensors="pt").to(self.device)
-            answer = self.model.segment(**inputs, **parameters)
+            answer = self.model.segment(**inputs, **parameters, **rules)
+            sizes = {name: inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes")}
+            kept = self.processor.post_process_segmentation(answer, **sizes, **thresholds, output_heatmaps=False)[0]
         except ValueError as error:
             raise RequestError(422, str(error)) from error
-        sizes = {name: inputs[name].cpu() for name in ("original_sizes", "reshaped_input_sizes")}
-        kept = self.processor.post_process_segmentation(answer, **sizes, **thresholds, output_heatmaps=False)[0]
         segments = [
             {"slot": slot, "score": score, "mask": _ENCODERS[mask_format](mask.numpy())}
             for slot, score, mask in zip(kept["slots"].tolist(), kept["scores"].tolist(), kept["masks"], strict=True)
         ]
         size = [image.height, image.width]
-        return {"reasoning": kept["reasoning"], "text": kept["text"], "size": size, "segments": segments}
+        held = {"guardrails": kept["guardrails"]} if "guardrails" in kept else {}
+        return {"reasoning": kept["reasoning"], "text": kept["text"], "size": size, "segments": segments} | held
 
 
 def _with_instruction(sample: Any, instruction: str | None) -> Any:
@@ -228,6 +251,13 @@ def _check_parameters(parameters: Any, limits: Limits) -> dict[str, Any]:
         elif name in ("mask_format", "reasoning"):
             choices = MASK_FORMATS if name == "mask_format" else REASONING
             ok, expected = value in choices, f"one of {', '.join(choices)}"
+        elif name == "votes":
+            ok = type(value) is int and 2 <= value <= limits.votes
+            expected = f"a whole number from 2 to {limits.votes}"
+        elif name in ("forbid", "require"):
+            value = [value] if isinstance(value, str) else value
+            ok = isinstance(value, list) and len(value) <= limits.concepts and all(isinstance(v, str) for v in value)
+            expected = f"a list of at most {limits.concepts} names"
         elif name == "instruction":
             ok, expected = isinstance(value, str), "a text"
         else:

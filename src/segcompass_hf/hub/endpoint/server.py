@@ -138,11 +138,16 @@ class _Request(BaseHTTPRequestHandler):
 def _from_query(query: dict[str, str]) -> dict[str, Any]:
     """Parameters as JSON would hold them; what is no number stays a text, which the handler refuses by name."""
     parameters: dict[str, Any] = dict(query)
-    for kind, names in ((float, THRESHOLDS), (int, ("max_new_tokens",))):
+    for kind, names in ((float, THRESHOLDS), (int, ("max_new_tokens", "votes")), (_listed, ("forbid", "require"))):
         for name in query.keys() & set(names):
             with contextlib.suppress(ValueError):
                 parameters[name] = kind(query[name])
     return parameters
+
+
+def _listed(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
@@ -157,8 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="folder or Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="port to listen on (%(default)s)")
+    for name, what in (("forbid", "no mask may show"), ("require", "every mask has to show")):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar="CONCEPT", help=f"concepts that {what}")
     args = parser.parse_args(argv)
-    server = EndpointServer(EndpointHandler(args.checkpoint), (args.host, args.port))
+    handler = EndpointHandler(args.checkpoint, forbid=args.forbid, require=args.require)
+    server = EndpointServer(handler, (args.host, args.port))
     logger.warning("serving %s at %s", args.checkpoint, server.url)
     try:
         server.serve_forever()

@@ -86,7 +86,7 @@ def results_table(evaluations: Sequence[dict[str, Any]]) -> str:
     """One line per data set, metrics with their intervals; empty without evaluations."""
     if not evaluations:
         return ""
-    from ...evaluation.report import figure_cell
+    from ...evaluation.tables import figure_cell, selection_markdown
 
     names = list(evaluations[0]["metrics"])
     lines = [
@@ -94,7 +94,8 @@ def results_table(evaluations: Sequence[dict[str, Any]]) -> str:
         for run in evaluations
     ]
     table = markdown_table(["data set", "samples", *names], lines)
-    return "\n\n".join([table, scores_table(evaluations)]).strip()
+    parts = [table, scores_table(evaluations), *selection_markdown(*evaluations)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def scores_table(evaluations: Sequence[dict[str, Any]]) -> str:

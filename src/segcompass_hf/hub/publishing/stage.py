@@ -30,6 +30,8 @@ PROCESSOR_CLASS = "processing_segcompass.SegCompassProcessor"
 PROCESSOR_CODE = (
     "image_files_segcompass.py",
     "images_segcompass.py",
+    "judging_segcompass.py",
+    "patch_coverage_segcompass.py",
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
     "prompts_segcompass.py",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...data.schema import decode_masks
-from ...patch_coverage import PatchCoverage
+from ...patch_coverage_segcompass import PatchCoverage
 from ...token_places import instruction_words, word_occurrences
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ...data.schema import decode_masks
-from ...patch_coverage import PatchCoverage
+from ...patch_coverage_segcompass import PatchCoverage
 from ...token_places import Name, target_names, word_occurrences
 
 MIN_COVERAGE = 0.5  # of a patch by an object that it shows; of small objects the patch that shows most

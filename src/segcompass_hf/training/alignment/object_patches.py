@@ -11,7 +11,7 @@ import torch
 
 from ...data.schema import decode_masks
 from ...images_segcompass import fit_objects_to_slots
-from ...patch_coverage import PatchCoverage
+from ...patch_coverage_segcompass import PatchCoverage
 
 
 @dataclass

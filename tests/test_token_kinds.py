@@ -14,8 +14,9 @@ from segcompass_hf import SegCompassProcessor
 from segcompass_hf.explain import explain
 from segcompass_hf.explain.claims.measure import measure_claims
 from segcompass_hf.explain.report.payload import payload
-from segcompass_hf.explain.token_kinds import token_kinds
-from segcompass_hf.token_places import UnknownPlacesError, patch_boxes
+from segcompass_hf.token_grids_segcompass import UnknownPlacesError
+from segcompass_hf.token_kinds import token_kinds
+from segcompass_hf.token_places import patch_boxes
 from segcompass_hf.training.alignment.losses import AlignmentTargets
 from segcompass_hf.training.alignment.names import TokenPairs
 from segcompass_hf.training.alignment.object_patches import ObjectPatches

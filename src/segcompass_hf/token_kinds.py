@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from ..threads_segcompass import tokenizer_lock
-from ..token_places import Box, UnknownPlacesError, patch_boxes
+from .threads_segcompass import tokenizer_lock
+from .token_grids_segcompass import UnknownPlacesError
+from .token_places import Box, patch_boxes
 
 TokenKind = Literal["special", "question", "image", "reasoning", "reference"]
 
