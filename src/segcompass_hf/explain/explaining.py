@@ -151,6 +151,7 @@ def _ranked(answer: Answer, attribution: Attribution, limit: int, dictionary: An
                 contribution=total,
                 direction="for" if total > 0 else "against",
                 activation=concepts.values[entries].sum().item(),
+                measured=bool(attribution.measured[place]),
                 label=None if dictionary is None else dictionary.label(feature),
                 purity=None if dictionary is None else dictionary.purity(feature),
                 tokens=[TokenShare(*values) for values in zip(*columns, strict=True)],
