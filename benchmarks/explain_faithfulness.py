@@ -197,7 +197,10 @@ def main() -> None:
     records = [{"sample": index} | mask for index, masks in enumerate(done) for mask in masks]
     if not records:
         sys.exit("the model keeps no mask on these samples: there is nothing to measure.")
-    given = {name.replace("_", "-"): getattr(arguments, name) for name in ("split", "seed", "num_samples", "method", "target")}
+    given = {
+        name.replace("_", "-"): getattr(arguments, name)
+        for name in ("split", "seed", "num_samples", "method", "target")
+    }
     command = " ".join(["python benchmarks/explain_faithfulness.py", *(f"--{k} {v}" for k, v in given.items())])
     summary = {"command": command, **settings, **summarize(records)}
     output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -32,8 +32,8 @@ class PlantedReplay(Replay):
 def test_planted_effects_are_measured_and_the_rest_is_told_apart():
     scores = torch.linspace(4.0, -1.0, NUM_FEATURES)  # what gradients say: only the order of the first is right
     read = measure_paths(Scalars(PlantedReplay(), [0], "slot_logit"), 0, scores, (0.0, 9.0))
-    # a: 3 with and without the others; b and c, worth 2 together: c brings it when b is there (3/4), and it goes with b
-    # (1/4); d: -1; the other eight first ones do nothing
+    # a: 3 with and without the others; b and c, worth 2 together: c brings it when b is there (3/4), and it goes
+    # with b (1/4); d: -1; the other eight first ones do nothing
     torch.testing.assert_close(read.contributions[:FIRST], torch.tensor([3.0, 0.5, 1.5, -1.0] + [0.0] * 8))
     assert read.measured.tolist() == [True] * FIRST + [False] * (NUM_FEATURES - FIRST)
     # each of the last eight alone would bring 5: together they are worth 5, which no reading gives to one of them

@@ -67,8 +67,8 @@ def _add_controls(group: Any) -> None:
     group.add_argument(
         "--controls",
         action="store_true",
-        help="hold explanations against ablations of equal norm, unions, causal patches and changed reasoning; no image "
-        "and instruction then, but --dataset and --output; the same command continues what a kill interrupted",
+        help="hold explanations against ablations of equal norm, unions, causal patches and changed reasoning; takes "
+        "--dataset and --output in place of image and instruction; the same command continues what a kill interrupted",
     )
     group.add_argument("--dataset", help="as in `segcompass evaluate`, such as scenes:val:7")
     group.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")

@@ -4,16 +4,16 @@
 Gradients choose and order the `FIRST` features. They come into an empty sequence one by one, then all others together;
 and they are taken one by one from the whole, in the same order, until the others alone are left, which then go
 together. A feature's contribution is what the scalar changed by at its two steps, the first weighing `COMING`: what it
-does without the others, and what it does with them. Each way begins and ends at the whole or at nothing, so
+does without the others, and what it does with them. Each way begins and ends at the whole or at nothing, so that
 contributions add up to the change, whatever the scalar is.
 
-The weight is a choice. Hundreds of concepts are active and many could stand for each other: what the others alone would
-bring is a large part of the change (with the bundled checkpoint a third in the median), and no reading can give that to
-one of them. Weighed by a half, all concepts alike share in it; the more weight on coming first, the more of it belongs
-to those that come first and bring it. Of two concepts that work only together the later has the larger part.
+The weight is a choice. Hundreds of concepts are active and many could stand for each other: what the others alone
+would bring is a large part of the change (with the bundled checkpoint a third in the median), and no reading can give
+that to one of them. Weighed by a half, all concepts share in it alike; the more weight on coming first, the more of it
+belongs to those that come first and bring it. Of two concepts that work only together the later has the larger part.
 
-The others are measured as one: what they add to the first ones, and what they do alone. Among them that is shared out by
-gradients, brought to the scale that these have on the first ones and corrected so that they add up to it.
+The others are measured as one: what they add to the first ones, and what they do alone. Among them that is shared out
+by gradients, brought to the scale that these have on the first ones and corrected so that they add up to it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Faithfulness of the reasoning: what changed words say, and that masks of the bundled checkpoint are read from them."""
+"""Faithfulness of the reasoning: what changed words say, and that masks are read from them again."""
 
 import numpy as np
 import pytest

@@ -118,7 +118,9 @@ def feature_norms(replay: Replay) -> tuple[np.ndarray, torch.Tensor]:
     return norms.cpu().numpy(), index
 
 
-def _of_equal_norm(norms: np.ndarray, first: list[int], others: list[int], generator: np.random.Generator) -> list[int]:
+def _of_equal_norm(
+    norms: np.ndarray, first: list[int], others: list[int], generator: np.random.Generator
+) -> list[int]:
     """For each of the first, the largest before, one of the `NEAREST` others in norm; none twice."""
     left, chosen = list(others), []
     for feature in sorted(first, key=lambda one: -norms[one]):

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Causal patches: which parts of the picture switch a concept off when their pixels are replaced, beside where it fires.
+"""Causal patches: which parts of the picture switch a concept off when painted over, beside where it fires.
 
 A VLM's patches see each other, so where a concept fires need not be what made it fire. Blocks of patches are painted
 over with the picture's mean colour, one at a time and several at once, and the concept's activation on all image
@@ -30,7 +30,7 @@ class PatchTest:
         feature (`int`): SAE feature id.
         blocks (`int`): Blocks of patches in the picture.
         firing (`int`): Blocks that it fires on.
-        effect_inside (`float`): Share, in [0, 1], of what single blocks take from it that those take on which it fires.
+        effect_inside (`float`): Of what single blocks take from it, the share of those that it fires on, in [0, 1].
         without_firing, without_causal, without_random (`float`): What is left of its activation, 1 being all, without
             the blocks it fires on, without as many that take most from it, and without as many others at random.
     """
@@ -84,7 +84,7 @@ def causal_patches(
 
 
 def _blocks(boxes: list[Box | None], size: tuple[int, int]) -> list[list[int]]:
-    """Image tokens by block: each its own, or by the square of a grid that its centre lies in. `size`: width, height."""
+    """Image tokens by block: each its own, or by the square of a grid its centre lies in; size (width, height)."""
     placed = [place for place, box in enumerate(boxes) if box is not None]
     if len(placed) <= MAX_BLOCKS:
         return [[place] for place in placed]
@@ -121,7 +121,7 @@ def _left(
 def _activations(
     model: Any, processor: Any, pictures: list[Image.Image], instruction: str, feature: int
 ) -> np.ndarray:
-    """Activation of a concept on the image tokens of each picture, `(pictures, image tokens)`; the answer is not read."""
+    """Activation of a concept on the image tokens of each picture, `(pictures, image tokens)`; nothing is written."""
     found = []
     for start in range(0, len(pictures), BATCH_SIZE):
         inputs = processor(images=pictures[start : start + BATCH_SIZE], instruction=instruction, return_tensors="pt")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,9 @@ def reasoning_test(
         {name: score_sample(of, targets, ignore).iou for name, of in found.items()},
     )
     if error is not None:
-        former, named = (any(mask_iou(mask, objects[place][1]) >= SHOWN for mask in found["error"]) for place in error[1:])
+        former, named = (
+            any(mask_iou(mask, objects[place][1]) >= SHOWN for mask in found["error"]) for place in error[1:]
+        )
         test.shows_former, test.shows_named = former, named
     named = named_objects(answer.reasoning, objects)
     test.named = [place in named for place in shown] if named else []
@@ -101,7 +102,7 @@ def name_another(reasoning: str, objects: Objects, shown: list[int], seed: int =
 
     Args:
         reasoning (`str`): As written.
-        objects (`list`): Words and mask of every known object; the n-th words of two objects say the same kind of thing.
+        objects (`list`): Words and mask of every known object; n-th words say the same kind of thing of each.
         shown (`list[int]`): Objects that the masks show; the first that the last sentence names is replaced.
         seed (`int`, defaults to 0): Of the object that takes its place.
 

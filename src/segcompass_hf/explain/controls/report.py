@@ -30,7 +30,12 @@ def controls_markdown(figures: Mapping[str, Any], title: str, command: str) -> s
         "| control | measured | what follows |",
         "|---|---|---|",
     ]
-    rows = [*_sae_rows(figures), _matched(figures["matched"]), _unions(figures["unions"]), _patches(figures["patches"])]
+    rows = [
+        *_sae_rows(figures),
+        _matched(figures["matched"]),
+        _unions(figures["unions"]),
+        _patches(figures["patches"]),
+    ]
     rows += [_changed(figures["reasoning"]), _wrong(figures["reasoning"]), _named(figures["reasoning"])]
     lines += [f"| {name} | {measured} | {follows} |" for name, measured, follows in rows]
     for name, heading in (("random_sae", "a random SAE"), ("reseeded_sae", "an SAE of another seed")):
@@ -50,11 +55,16 @@ def _sae_rows(figures: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         of = figures["random_sae"]
         measured = "; ".join(f"{name} {_shown(one['difference'])}" for name, one in of.items())
         better, equal = _split(of)
-        follows = f"The trained SAE is better in {better}." if better else "The trained SAE is better in nothing measured."
+        follows = (
+            f"The trained SAE is better in {better}." if better else "The trained SAE is better in nothing measured."
+        )
         if equal:
             follows += f" A random one does as well in {equal}: what is said of these needs no trained SAE."
         rows.append(("random SAE of equal L0 and size, trained less random", measured, follows))
-    for name, control in (("reseeded_features", "second seed of the SAE"), ("random_features", "chance: a random SAE")):
+    for name, control in (
+        ("reseeded_features", "second seed of the SAE"),
+        ("random_features", "chance: a random SAE"),
+    ):
         if name in figures:
             rows.append((control, *_seeds(figures[name])))
     return rows
@@ -70,7 +80,11 @@ def _seeds(of: Mapping[str, Any]) -> tuple[str, str]:
     again = {name.removeprefix("correlation_"): of[name] for name in of if name.startswith("correlation_0")}
     measured = "; ".join(
         [f"activations correlate {least} or more: {_share(share)}" for least, share in again.items()]
-        + [f"decoder cosine {name.removeprefix('cosine_')} or more: {_share(of[name])}" for name in of if name.startswith("cosine_0")]
+        + [
+            f"decoder cosine {name.removeprefix('cosine_')} or more: {_share(of[name])}"
+            for name in of
+            if name.startswith("cosine_0")
+        ]
     )
     first = next(iter(again.values()))
     follows = f"Of {of['features']} concepts that fire, {_share(first, False)} have a counterpart that fires alike"
@@ -79,8 +93,8 @@ def _seeds(of: Mapping[str, Any]) -> tuple[str, str]:
 
 def _matched(of: Mapping[str, Interval]) -> tuple[str, str, str]:
     measured = (
-        f"IoU lost without the first 5 concepts {_shown(of['first'])}, without 5 of equal norm {_shown(of['matched'])} "
-        f"(norm ratio {_shown(of['norm_ratio'])}), without any 5 {_shown(of['random'])}"
+        f"IoU lost without the first 5 concepts {_shown(of['first'])}, without 5 of equal norm "
+        f"{_shown(of['matched'])} (norm ratio {_shown(of['norm_ratio'])}), without any 5 {_shown(of['random'])}"
     )
     sign = _sign(of["difference"])
     follows = {
@@ -94,8 +108,8 @@ def _matched(of: Mapping[str, Interval]) -> tuple[str, str, str]:
 
 def _unions(of: Mapping[str, Interval]) -> tuple[str, str, str]:
     measured = (
-        f"pairs that do together what they do singly (within 10 % of the change) {_share(of['additive'])}; that stand in "
-        f"for each other {_share(of['stand_ins'])}; that overlap {_share(of['overlap'])}"
+        f"pairs that do together what they do singly (within 10 % of the change) {_share(of['additive'])}; that stand "
+        f"in for each other {_share(of['stand_ins'])}; that overlap {_share(of['overlap'])}"
     )
     if not _known(of["additive"]):
         return "unions of two concepts", measured, UNKNOWN
@@ -105,26 +119,32 @@ def _unions(of: Mapping[str, Interval]) -> tuple[str, str, str]:
 
 def _patches(of: Mapping[str, Interval]) -> tuple[str, str, str]:
     measured = (
-        f"of what single patches take from a concept, {_share(of['effect_inside'])} is of patches where it fires, which "
-        f"are {_share(of['area'])} of all; left of its activation without these {_shown(of['without_firing'])}, without "
-        f"the patches that take most {_shown(of['without_causal'])}, without others {_shown(of['without_random'])}"
+        f"of what single patches take from a concept, {_share(of['effect_inside'])} is of patches where it fires, "
+        f"which are {_share(of['area'])} of all; left of its activation without these {_shown(of['without_firing'])}, "
+        f"without the patches that take most {_shown(of['without_causal'])}, without others {_shown(of['without_random'])}"
     )
     if not _known(of["effect_inside"]):
         return "causal patches", measured, UNKNOWN
     inside, area = of["effect_inside"], of["area"]
     if inside[1] > area[2]:
-        follows = f"Where a concept fires is what makes it fire, for {_share(inside, False)} of the effect; the rest comes from elsewhere in the picture."
+        follows = f"Where a concept fires is what makes it fire, for {_share(inside, False)} of the effect."
     else:
         follows = "Where a concept fires does not tell which pixels made it fire."
     return "causal patches", measured, follows
 
 
 def _changed(of: Mapping[str, Any]) -> tuple[str, str, str]:
-    measured = "IoU to the answer: " + ", ".join(f"{name} {_shown(value)}" for name, value in of["iou_to_answer"].items())
+    measured = "IoU to the answer: " + ", ".join(
+        f"{name} {_shown(value)}" for name, value in of["iou_to_answer"].items()
+    )
     none, moved = (of["iou_to_answer"].get(name) for name in ("none", "reordered"))
     if none is None or not _known(none):
         return "reasoning changed", measured, UNKNOWN
-    follows = "Masks do without the words." if none[1] > 0.9 else f"Without the words masks keep IoU {none[0]:.2f}: they need them."
+    follows = (
+        "Masks do without the words."
+        if none[1] > 0.9
+        else f"Without the words masks keep IoU {none[0]:.2f}: they need them."
+    )
     if moved is not None and _known(moved):
         follows += f" With the same parts in another order they keep {moved[0]:.2f}."
     return "reasoning changed", measured, follows
@@ -147,7 +167,11 @@ def _wrong(of: Mapping[str, Any]) -> tuple[str, str, str]:
 def _named(of: Mapping[str, Any]) -> tuple[str, str, str]:
     value = of["shows_what_is_named"]
     follows = f"{_share(value, False)} of the masks agree with the reasoning's end." if _known(value) else UNKNOWN
-    return "object named, object shown", f"masks that show an object that the reasoning's end names {_share(value)}", follows
+    return (
+        "object named, object shown",
+        f"masks that show an object that the reasoning's end names {_share(value)}",
+        follows,
+    )
 
 
 def _known(value: Interval) -> bool:

@@ -43,8 +43,8 @@ def run_controls(
         output (`Path`): Folder, which is there.
         objects (`Callable`): See [`measure_controls`].
         title, command (`str`): Of the table: model and data set; what was typed.
-        others (`Mapping[str, str]`, *optional*): `random_sae`, `reseeded_sae` -> folder or Hub id of a checkpoint whose
-            slots were trained in the same way with such an SAE, of the same VLM.
+        others (`Mapping[str, str]`, *optional*): `random_sae`, `reseeded_sae` -> folder or Hub id of a checkpoint, its
+            slots trained in the same way with such an SAE, of the same VLM.
         seed (`int`, defaults to 0): Of everything that is drawn.
         report (`Callable`): Told model (`this` or one of `others`) and rows done, after each row.
 

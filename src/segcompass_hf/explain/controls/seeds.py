@@ -60,7 +60,9 @@ def match_features(
         num_tokens += int(inputs["attention_mask"].numel())
     ids, centred = zip(*(_table(table, num_tokens) for table in tables), strict=True)
     correlations = _largest_products(*centred, num_tokens)
-    directions = [model.sae.decoder_directions.float().cpu()[of] for model, of in zip((first, second), ids, strict=True)]
+    directions = [
+        model.sae.decoder_directions.float().cpu()[of] for model, of in zip((first, second), ids, strict=True)
+    ]
     cosines = torch.full_like(correlations, float("nan"))
     if directions[0].shape[-1] == directions[1].shape[-1]:
         cosines = (directions[0] @ directions[1].T).amax(1)
@@ -69,12 +71,14 @@ def match_features(
 
 def _table(batches: list[list[torch.Tensor]], num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the features that fire often enough, and their activations `(num_tokens, n)`, sparse."""
-    token, feature, value = (torch.cat(part) for part in zip(*batches, strict=True)) if batches else [torch.zeros(0)] * 3
+    token, feature, value = (
+        (torch.cat(part) for part in zip(*batches, strict=True)) if batches else [torch.zeros(0)] * 3
+    )
     ids, index, counts = feature.unique(return_inverse=True, return_counts=True)
     often = counts >= MIN_TOKENS
     if int(often.sum()) < 2:
         raise ValueError(
-            f"{int(often.sum())} features fire on {MIN_TOKENS} tokens or more; there is nothing to match: read more rows."
+            f"{int(often.sum())} features fire on {MIN_TOKENS} tokens or more: nothing to match; read more rows."
         )
     place, kept = often.cumsum(0) - 1, often[index]
     indices = torch.stack([token[kept], place[index[kept]]])
