@@ -118,10 +118,12 @@ def _unions(of: Mapping[str, Interval]) -> tuple[str, str, str]:
 
 
 def _patches(of: Mapping[str, Interval]) -> tuple[str, str, str]:
+    inside, area = _share(of["effect_inside"]), _share(of["area"])
+    left = [_shown(of[f"without_{which}"]) for which in ("firing", "causal", "random")]
     measured = (
-        f"of what single patches take from a concept, {_share(of['effect_inside'])} is of patches where it fires, "
-        f"which are {_share(of['area'])} of all; left of its activation without these {_shown(of['without_firing'])}, "
-        f"without the patches that take most {_shown(of['without_causal'])}, without others {_shown(of['without_random'])}"
+        f"of what single patches take from a concept, {inside} is of patches where it fires, which are {area} of all; "
+        f"left of its activation without these {left[0]}, without the patches that take most {left[1]}, without others "
+        f"{left[2]}"
     )
     if not _known(of["effect_inside"]):
         return "causal patches", measured, UNKNOWN
