@@ -77,13 +77,14 @@ def main() -> None:
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    quarters = summary["quadrature_error"]
     text = (
         f"`explain` (attribution and 5 ablations per mask, {masks.mean():.2f} masks per image) takes "
         f"{summary['ratio_of_means']:.2f} times as long as `segment`: {whole.mean():.3f} s against "
         f"{alone.mean():.3f} s of {summary['clock']} time, means of {len(times)} samples, one thread. Ratio per "
         f"sample: median {summary['ratio']['p50']:.2f}, 90 % of samples below {summary['ratio']['p90']:.2f}.\n"
-        f"Of the change of a mask {100 * summary['quadrature_error']['p50']:.0f} % (median of {len(shared_out)} masks; "
-        f"75 % of masks below {100 * summary['quadrature_error']['p75']:.0f} %) was measured of many concepts together only.\n"
+        f"Of the change of a mask {quarters['p50']:.0%} was measured of many concepts together only (median of "
+        f"{len(shared_out)} masks; 75 % of masks below {quarters['p75']:.0%}).\n"
         f"`python benchmarks/explain_cost.py --num-samples {arguments.num_samples} --seed {arguments.seed} --device "
         f"{arguments.device}`\n"
     )

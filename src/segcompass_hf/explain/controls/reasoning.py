@@ -142,15 +142,14 @@ def read_reasonings(answer: Answer, reasonings: list[str]) -> list[np.ndarray]:
     """Masks `(n, H, W)` that the model draws having written each of the reasonings."""
     model, processor = answer.model, answer.processor
     inputs = processor(images=answer.image, instruction=answer.instruction, reasoning=reasonings).to(model.device)
-    output = model(**inputs)
-    config = model.config
+    output = model(**{name: value for name, value in inputs.items() if name != "labels"})
     thresholds = ("slot_logit_threshold", "mask_logit_threshold", "duplicate_iou_threshold")
     results = processor.post_process_segmentation(
         output,
         inputs["original_sizes"],
         inputs["reshaped_input_sizes"],
         output_heatmaps=False,
-        **{name: getattr(config, name) for name in thresholds},
+        **{name: getattr(model.config, name) for name in thresholds},
     )
     return [result["masks"].numpy() for result in results]
 

@@ -121,9 +121,8 @@ def _patches(of: Mapping[str, Interval]) -> tuple[str, str, str]:
     inside, area = _share(of["effect_inside"]), _share(of["area"])
     left = [_shown(of[f"without_{which}"]) for which in ("firing", "causal", "random")]
     measured = (
-        f"of what single patches take from a concept, {inside} is of patches where it fires, which are {area} of all; "
-        f"left of its activation without these {left[0]}, without the patches that take most {left[1]}, without others "
-        f"{left[2]}"
+        f"of what single patches take from a concept, {inside} is of those where it fires, {area} of all; left of "
+        f"its activation without these {left[0]}, without those that take most {left[1]}, without others {left[2]}"
     )
     if not _known(of["effect_inside"]):
         return "causal patches", measured, UNKNOWN
