@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,7 +60,7 @@ def test_features_that_do_not_come_again(first):
     found = match_features(first, second, processor, ROWS)
     # by numpy: correlations of columns over the 120 tokens
     columns = [one.reshape(-1, FEATURES)[:, :5].numpy().T for one in (first.activations, other)]
-    expected = torch.corrcoef(torch.tensor(columns).flatten(0, 1))[:5, 5:].amax(1)
+    expected = torch.corrcoef(torch.tensor(np.concatenate(columns)))[:5, 5:].amax(1)
     torch.testing.assert_close(found.correlations, expected, rtol=0, atol=1e-4)
     assert found.correlations[0] > 0.99 and found.correlations[1:].max() < 0.5
     assert found.cosines.tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]  # directions 0 and 1 are written by no other

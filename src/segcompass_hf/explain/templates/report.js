@@ -232,9 +232,9 @@
   // What was read of single concepts; the rest is known of the others together and shared out among them.
   function measuredText(mask) {
     const alone = mask.concepts.filter((concept) => concept.measured).length;
-    const what = `${percent(mask.sharedOut)} of the change`;
-    if (!alone) return `Contributions are estimated by gradients; ${what} was not found by them and is spread over the concepts.`;
-    return `${many(alone, "listed concept was", "listed concepts were")} measured alone; ${what} was measured of the others together and is shared out among them by gradients.`;
+    const what = `of the change ${percent(mask.sharedOut)} was`;
+    if (!alone) return `Contributions are estimated: ${what} not found by gradients and is spread over the concepts.`;
+    return `${many(alone, "listed concept was", "listed concepts were")} measured alone; ${what} measured of the others together and is shared out among them by gradients.`;
   }
 
   function howText(concept) {
