@@ -108,11 +108,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _run_controls(args: argparse.Namespace) -> None:
+    import datasets
+
     from ..evaluation import datasets_spec
     from ..explain.controls.running import OTHERS, run_controls
 
     if args.image is not None or args.dataset is None or args.output is None:
         raise UserError("--controls takes --dataset and --output FOLDER, and neither image nor instruction.")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with user_errors(args.dataset):
         named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
         objects = _objects(args.objects, named.kind)

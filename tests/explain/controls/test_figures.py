@@ -64,8 +64,11 @@ def test_means_are_over_what_was_measured(records):
     assert figures["pipeline"]["gIoU"][0] == pytest.approx(0.5)
     assert figures["matched"]["first"][0] == pytest.approx(0.7)  # of 0.8 and 0.6; the third mask has none
     assert figures["matched"]["difference"][0] == pytest.approx(0.5)
-    unions = figures["unions"]  # interference 0.5, 0 and -0.5
-    assert [unions[name][0] for name in ("stand_ins", "additive", "overlap")] == pytest.approx([1 / 3] * 3)
+    unions = figures["unions"]  # interference 0.5, 0 and -0.5; none without effect
+    kinds = ("stand_ins", "additive", "overlap", "idle")
+    assert [unions[name][0] for name in kinds] == pytest.approx([1 / 3] * 3 + [0])
+    records[1]["masks"][0]["unions"] = [{"alone": [0.05, -0.02], "together": 0.1, "interference": 0.07}]
+    assert controls_figures(records)["unions"]["idle"][0] == pytest.approx(1 / 3)
     assert figures["patches"]["effect_inside"][0] == pytest.approx(0.8)
     assert figures["patches"]["area"][0] == pytest.approx(1 / 8)
     words = figures["reasoning"]

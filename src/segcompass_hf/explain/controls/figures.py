@@ -14,7 +14,7 @@ from .seeds import FeatureMatches
 Interval = tuple[float, float, float]  # mean, low, high
 Records = Sequence[Mapping[str, Any]]
 
-ADDITIVE = 0.1  # of the change: two concepts whose interference is smaller do together what they do singly
+SMALL = 0.1  # of the change: smaller effects are none, and two concepts add up whose interference is smaller
 SAME_FEATURE = (0.7, 0.9)  # cosines and correlations from which a concept counts as come again
 OF_A_PIPELINE = {  # what two models are compared in -> of a mask's record, or `None` where it is not measured
     "deletion (small is good)": lambda mask: mask["deletion"],
@@ -47,9 +47,10 @@ def controls_figures(records: Records) -> dict[str, Any]:
         }
         | {"difference": of_masks.mean(lambda mask: _matched(mask, "first") - _matched(mask, "matched"))},
         "unions": {
-            "additive": unions.mean(lambda test: abs(test["interference"]) <= ADDITIVE),
-            "stand_ins": unions.mean(lambda test: test["interference"] > ADDITIVE),
-            "overlap": unions.mean(lambda test: test["interference"] < -ADDITIVE),
+            "idle": unions.mean(_is_idle),
+            "additive": unions.mean(lambda test: abs(test["interference"]) <= SMALL and not _is_idle(test)),
+            "stand_ins": unions.mean(lambda test: test["interference"] > SMALL and not _is_idle(test)),
+            "overlap": unions.mean(lambda test: test["interference"] < -SMALL and not _is_idle(test)),
             "interference": unions.mean(lambda test: test["interference"]),
         },
         "patches": {
@@ -139,6 +140,11 @@ def _mean_of(record: Mapping[str, Any], read: Callable) -> float:
     values = [read(mask) for mask in record["masks"]]
     values = [value for value in values if np.isfinite(value)]
     return float(np.mean(values)) if values else np.nan
+
+
+def _is_idle(test: Mapping[str, Any]) -> bool:
+    """Whether two concepts do nothing, neither singly nor together."""
+    return max(map(abs, (*test["alone"], test["together"]))) <= SMALL
 
 
 def _matched(mask: Mapping[str, Any], name: str) -> float:

@@ -109,12 +109,18 @@ def _matched(of: Mapping[str, Interval]) -> tuple[str, str, str]:
 def _unions(of: Mapping[str, Interval]) -> tuple[str, str, str]:
     measured = (
         f"pairs that do together what they do singly (within 10 % of the change) {_share(of['additive'])}; that stand "
-        f"in for each other {_share(of['stand_ins'])}; that overlap {_share(of['overlap'])}"
+        f"in for each other {_share(of['stand_ins'])}; that overlap {_share(of['overlap'])}; without any effect "
+        f"{_share(of['idle'])}"
     )
     if not _known(of["additive"]):
         return "unions of two concepts", measured, UNKNOWN
-    follows = f"Single ablations add up for {_share(of['additive'], False)} of the pairs"
-    return "unions of two concepts", measured, f"{follows}; for the others a pair says more than its parts."
+    acting = 1 - of["idle"][0]
+    follows = "No two concepts do anything."
+    if acting > 0:
+        follows = f"Of the pairs that do something {of['additive'][0] / acting:.0%} do what single ablations say."
+    if of["idle"][0] > 0.5:
+        follows += " Most do nothing: others carry the mask without them."
+    return "unions of two concepts", measured, follows
 
 
 def _patches(of: Mapping[str, Interval]) -> tuple[str, str, str]:
