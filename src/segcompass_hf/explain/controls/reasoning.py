@@ -18,7 +18,7 @@ from ..answer import Answer, mask_iou
 FILLER = "."  # in place of every word
 SHOWN = 0.5  # IoU from which a mask shows an object
 
-Objects = list[tuple[list[str], np.ndarray]]  # words that name an object, and its mask (H, W) bool
+Objects = list[tuple]  # words that name an object, its mask (H, W) bool; what else is said of it is not read
 
 
 @dataclass
@@ -126,14 +126,14 @@ def named_objects(reasoning: str, objects: Objects) -> set[int]:
     """Objects that the last sentence names, by a word that no other object has; empty with fewer than two objects."""
     start, end = _conclusion(reasoning)
     said = set(re.findall(r"[^\W_]+", reasoning[start:end].lower()))
-    words = [{word.lower() for word in of} for of, _ in objects]
+    words = [{word.lower() for word in one[0]} for one in objects]
     own = [of.difference(*words[:place], *words[place + 1 :]) for place, of in enumerate(words)]
     return {place for place, of in enumerate(own) if of & said} if len(objects) > 1 else set()
 
 
 def object_shown(mask: np.ndarray, objects: Objects) -> int | None:
     """The object that a mask `(H, W)` overlaps most, where their IoU is `SHOWN` or more."""
-    ious = [mask_iou(mask, of) for _, of in objects]
+    ious = [mask_iou(mask, one[1]) for one in objects]
     return int(np.argmax(ious)) if max(ious, default=0.0) >= SHOWN else None
 
 
