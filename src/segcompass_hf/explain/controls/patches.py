@@ -130,7 +130,8 @@ def _activations(
         values = concepts.values * (concepts.features == feature)
         dense = values.new_zeros(inputs["input_ids"].numel()).index_add(0, concepts.token_index, values)
         is_image = model.modality_ids(inputs["input_ids"]).bool()
-        found.append(dense.view(is_image.shape)[is_image].view(len(is_image), -1).float().cpu().numpy())
+        shape = (len(is_image), int(is_image.sum()) // len(is_image))  # of one size, pictures have as many tokens each
+        found.append(dense.view(is_image.shape)[is_image].view(shape).float().cpu().numpy())
     return np.concatenate(found)
 
 
