@@ -113,7 +113,9 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
     what = "slot logit" if mask.target == "slot_logit" else "mask logit"
     of = f"share of the {what}'s change" if mask.in_shares else f"contribution to the {what}"
     title = f"{len(concepts)} of {max(mask.num_concepts, len(mask.concepts))} concepts: {of}"
-    if not all(concept.measured for concept in concepts):
+    some_measured = any(concept.measured for concept in mask.concepts)
+    shared = [some_measured and not concept.measured for concept in concepts]
+    if any(shared):
         title += "; hatched: shared out by gradients"
     axes.set_title(title, fontsize=FONT_SIZE, color=MUTED, loc="left", pad=4)
     places = np.arange(len(concepts))
@@ -125,8 +127,8 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
         texts = [f"{size:+.2f}" for size in sizes]
     colours = [slot_colour(mask.slot) if concept.direction == "for" else AGAINST for concept in concepts]
     bars = axes.barh(places, sizes, height=0.62, color=colours)
-    for bar, concept in zip(bars, concepts, strict=True):
-        if not concept.measured:
+    for bar, is_shared in zip(bars, shared, strict=True):
+        if is_shared:
             bar.set(hatch="////", edgecolor="white", linewidth=0)
     axes.bar_label(bars, texts, padding=3, fontsize=FONT_SIZE - 2, color=INK)
     axes.set_yticks(places, [_name(concept) for concept in concepts], fontsize=FONT_SIZE - 1, color=INK)
