@@ -18,17 +18,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.explain.attribution import attribute
-from segcompass_hf.explain.faithfulness import (
-    FRACTIONS,
-    faithfulness_curves,
-    feature_orders,
-    mask_readings,
-)
+from segcompass_hf.explain.controls.measure import specificity
+from segcompass_hf.explain.faithfulness import FRACTIONS, faithfulness_curves, feature_orders
+from segcompass_hf.explain.journal import measured_records
 from segcompass_hf.explain.replay import Replay, capture
 from segcompass_hf.explain.sufficient import minimal_sufficient_set
 from segcompass_hf.files import weights_digest
@@ -43,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="a checkpoint's folder; the bundled one when left out")
     parser.add_argument("--split", default="val", help="of Scenes")
+    parser.add_argument("--seed", type=int, default=0, help="of Scenes; 0 is the data set that is published")
     parser.add_argument("--num-samples", type=int, default=300)
     parser.add_argument("--method", default="paths", help="of attribution")
     parser.add_argument("--target", default="mask_logit", help="what is explained")
@@ -83,12 +80,7 @@ def measure_mask(replay: Replay, attributions: list, number: int, sufficient: bo
             "insertion_value": curve.insertion_value.round(3).tolist(),
         }
     if len(attributions) > 1:
-        _, index = replay.captured.concepts.features.unique(return_inverse=True)
-        keep = torch.ones(1, len(orders["random"]))
-        keep[0, orders["attribution"][:TOP]] = 0.0
-        losses = [1 - float(mask_readings(replay, other, keep[:, index])[0][0]) for other in attributions]
-        own = losses.pop(number)
-        record["specificity"] = {"own": own, "others": float(np.mean(losses))}
+        record["specificity"] = specificity(replay, attributions, number, TOP)
     if sufficient:
         found = minimal_sufficient_set(replay, attribution)
         record["sufficient"] = {"size": len(found.features), "prefix": found.prefix_size, "iou": found.iou}
@@ -193,25 +185,22 @@ def main() -> None:
     processor = SegCompassProcessor.from_pretrained(source)
     output = Path(arguments.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(arguments, name) for name in ("split", "method", "target")}
+    settings = {name: getattr(arguments, name) for name in ("split", "seed", "method", "target")}
     settings["weights"] = weights_digest(model)
-    journal = output.with_suffix(".jsonl")
-    lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.is_file() else []
-    if any(line["settings"] != settings for line in lines):
-        sys.exit(f"{journal} holds records of other settings or weights; remove it or choose another --output.")
-    done = {line["sample"]: line["masks"] for line in lines}
-    with journal.open("a") as file:
-        for index, row in enumerate(scenes.iterate(arguments.split, arguments.num_samples)):
-            if index in done:
-                continue
-            done[index] = measure(model, processor, row, arguments, seed=index)
-            file.write(json.dumps({"sample": index, "settings": settings, "masks": done[index]}) + "\n")
-            file.flush()
-            print(f"{index + 1}/{arguments.num_samples}", flush=True)
-    records = [{"sample": index} | mask for index in range(arguments.num_samples) for mask in done[index]]
+    done = measured_records(
+        output.with_suffix(".jsonl"),
+        settings,
+        scenes.iterate(arguments.split, arguments.num_samples, seed=arguments.seed),
+        lambda index, row: measure(model, processor, row, arguments, seed=index),
+        lambda number: print(f"{number}/{arguments.num_samples}", flush=True),
+    )
+    records = [{"sample": index} | mask for index, masks in enumerate(done) for mask in masks]
     if not records:
         sys.exit("the model keeps no mask on these samples: there is nothing to measure.")
-    given = {name.replace("_", "-"): getattr(arguments, name) for name in ("split", "num_samples", "method", "target")}
+    given = {
+        name.replace("_", "-"): getattr(arguments, name)
+        for name in ("split", "seed", "num_samples", "method", "target")
+    }
     command = " ".join(["python benchmarks/explain_faithfulness.py", *(f"--{k} {v}" for k, v in given.items())])
     summary = {"command": command, **settings, **summarize(records)}
     output.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")

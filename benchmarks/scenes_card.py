@@ -6,7 +6,7 @@ python benchmarks/scenes_card.py --results benchmarks/results/scenes.json --eval
 `--results` is what `scenes_evaluation.py` wrote (ablations, baselines, sources of loss), `--evaluation` holds the
 `summary.json` of each split by `examples/evaluate.py`, as `scenes-SPLIT.json`. Texts and template are those of
 `segcompass_hf.hub` (`hub/publishing/templates`), the ones that `segcompass push` uses. `--explain` holds what
-`scenes_dictionary.py` and `explain_faithfulness.py` wrote.
+`scenes_dictionary.py` and `explain_faithfulness.py` wrote, and beside it lies `controls/` where they were measured.
 """
 
 import argparse
@@ -42,11 +42,15 @@ def examples() -> list[tuple]:
 
 
 def explanation_report(folder: Path) -> str:
-    """Named concepts and the faithfulness of explanations, as sections of the card."""
+    """Named concepts, the faithfulness of explanations and their controls, as sections of the card."""
     concepts = (folder / "scenes_dictionary.md").read_text(encoding="utf-8")
     faithfulness = (folder / "faithfulness.md").read_text(encoding="utf-8")
     concepts = concepts.replace("# Named concepts on Scenes", "### Named concepts", 1)
-    return f"{concepts}\n### Faithfulness of explanations\n\n{faithfulness}"
+    report = f"{concepts}\n### Faithfulness of explanations\n\n{faithfulness}"
+    controls = folder.parent / "controls" / "controls.md"
+    if controls.exists():
+        report += "\n##" + controls.read_text(encoding="utf-8")  # its title becomes a section's
+    return report
 
 
 def write_scenes_tiny(results: Path, evaluation: Path, explain: Path) -> None:

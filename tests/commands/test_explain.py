@@ -26,6 +26,7 @@ def _run(*arguments):
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
     args = parser.parse_args(["explain", *map(str, arguments)])
+    args.argv = ["explain", *map(str, arguments)]
     return args.run(args)
 
 
@@ -121,3 +122,49 @@ def test_bad_image(asked, tmp_path):
     (tmp_path / "text.png").write_text("not a picture")
     with pytest.raises(UserError, match="cannot be read as an image"):
         _run(tmp_path / "text.png", "x")
+
+
+@pytest.fixture
+def controls(monkeypatch):
+    """No checkpoint is loaded; what `run_controls` is asked for. It writes the two files."""
+    calls = {}
+
+    def run_controls(model, processor, rows, output, objects, **options):
+        calls.update(options, rows=len(rows), output=output, objects=objects.__name__)
+        (output / "controls.md").write_text("# a table\n")
+        (output / "controls.json").write_text("{}\n")
+
+    monkeypatch.setattr("segcompass_hf.commands.explain.load_checkpoint", lambda name: (None, None, f"model {name}"))
+    monkeypatch.setattr("segcompass_hf.explain.controls.running.run_controls", run_controls)
+    return calls
+
+
+def test_controls_of_a_data_set(controls, tmp_path, capsys):
+    words = ("--controls", "--dataset", "scenes:val:3", "--num-samples", 2, "--output", tmp_path / "out")
+    _run(*words, "--random-sae", "random")
+    assert controls["rows"] == 2 and controls["output"] == tmp_path / "out"
+    assert controls["objects"] == "scenes_objects" and controls["others"] == {"random_sae": "random"}
+    assert controls["title"] == "model None on scenes val seed 3"
+    assert controls["command"].startswith("segcompass explain --controls --dataset scenes:val:3")
+    assert capsys.readouterr().out == "# a table\n\n"
+    _run(*words, "--json", "--objects", "segcompass_hf.explain:target_objects")
+    assert controls["objects"] == "target_objects" and capsys.readouterr().out == "{}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "image and instruction are missing"),
+        (("--controls",), "--controls takes --dataset and --output"),
+        (("--controls", "--dataset", "scenes:val", "--output", "out", "picture.png"), "neither image nor"),
+        (("--controls", "--dataset", "nowhere:1", "--output", "out"), "there is no data set"),
+        (
+            ("--controls", "--dataset", "scenes:val", "--num-samples", 1, "--output", "out", "--objects", "json:no"),
+            "no",
+        ),
+    ],
+)
+def test_controls_refuse_in_one_line(controls, arguments, words):
+    with pytest.raises(UserError, match=words):
+        _run(*arguments)
+    assert not controls

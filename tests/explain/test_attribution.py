@@ -16,13 +16,15 @@ from segcompass_hf import (
 )
 from segcompass_hf.data import decode_mask, scenes
 from segcompass_hf.explain import attribute, explain, mask_to_rle
-from segcompass_hf.explain.attribution import FAINT, _levels, _Scalars
+from segcompass_hf.explain.attribution import FAINT, _levels
 from segcompass_hf.explain.faithfulness import (
     faithfulness_curves,
     feature_orders,
     mask_readings,
 )
+from segcompass_hf.explain.paths import FIRST
 from segcompass_hf.explain.replay import Replay, capture
+from segcompass_hf.explain.scalars import Scalars
 from segcompass_hf.explain.sufficient import minimal_sufficient_set
 
 
@@ -90,11 +92,12 @@ def test_an_and_is_shared_by_halves():
 
 
 def test_paths_measure_and_spread_nothing():
-    """Of "x and y" the first to go takes everything with it, the last to come brings everything: halves, measured."""
+    """Of "x and y" the last to come brings everything, which weighs 3/4; the first to go takes everything: 1/4."""
     (found,) = attribute(ProductReplay(), [0], "slot_logit")  # the default
     features, index = torch.tensor([3, 8, 3]).unique(return_inverse=True)
-    torch.testing.assert_close(found.per_feature(features, index), torch.tensor([0.5, 0.5]), rtol=0, atol=1e-5)
-    assert found.quadrature_error < 1e-5 and found.completeness_error < 1e-5
+    parts = found.per_feature(features, index).sort().values
+    torch.testing.assert_close(parts, torch.tensor([0.25, 0.75]), rtol=0, atol=1e-5)
+    assert found.quadrature_error < 1e-5 and found.completeness_error < 1e-5 and found.measured.all()
 
 
 class SquareReplay(LinearReplay):
@@ -107,7 +110,7 @@ class SquareReplay(LinearReplay):
 
 def test_a_curve_is_walked_up_and_not_judged_at_its_end():
     """x x + y rises by 1 for each of them, though the gradient of x x at its end is 2."""
-    scalars = _Scalars(SquareReplay(), [0], "slot_logit")
+    scalars = Scalars(SquareReplay(), [0], "slot_logit")
     found = _levels(scalars, 64, seed=0)[0]
     torch.testing.assert_close(torch.stack([found[[0, 2]].sum(), found[1]]), torch.ones(2), rtol=0, atol=0.05)
 
@@ -156,7 +159,10 @@ def test_contributions_add_up_on_the_bundled_checkpoint(first):
     assert contrast.value == pytest.approx(attributions[0].value - outside, rel=1e-4)
     assert contrast.completeness_error < 0.01
     (paths,) = attribute(replay, [attributions[0].slot], method="paths")
-    assert paths.quadrature_error == paths.completeness_error < 1e-4  # nothing had to be spread
+    others = paths.per_feature(*replay.captured.concepts.features.unique(return_inverse=True))[~paths.measured].sum()
+    change = abs(paths.value - paths.baseline_value)  # what was shared out is what all but the first did together
+    assert paths.quadrature_error == pytest.approx(abs(others.item()) / change, abs=1e-4)
+    assert paths.measured.sum() == FIRST
     (straight,) = attribute(replay, [attributions[0].slot], method="straight")
     assert straight.completeness_error < 0.01 and straight.quadrature_error < 0.05
 

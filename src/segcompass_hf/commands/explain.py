@@ -1,14 +1,29 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass explain`: one image and instruction to the concepts behind every mask, as a page, a figure or JSON."""
+"""`segcompass explain`: one image and instruction to the concepts behind every mask, as a page, a figure or JSON; with
+`--controls` a data set to what such explanations are worth."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .common import FIGURES, add_question, ask, check_question, make_folder, need_figures, positive, user_errors
+from .common import (
+    FIGURES,
+    UserError,
+    add_question,
+    ask,
+    check_question,
+    load_checkpoint,
+    make_folder,
+    need_figures,
+    positive,
+    user_errors,
+)
 
 _PAGES = (".html", ".htm")
 
@@ -18,12 +33,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "explain", help="one image and instruction to the concepts behind every mask, as a page without network"
     )
-    add_question(parser)
+    add_question(parser, required=False)
     parser.add_argument(
         "--output",
         type=Path,
         help="page (.html) or figure (.png, .jpg, .pdf, .svg) to write (IMAGE.segcompass.html here; with --json none "
-        "unless given)",
+        "unless given); with --controls the folder of the results",
     )
     parser.add_argument("--json", action="store_true", help="print the explanation as JSON, masks as run lengths")
     parser.add_argument(
@@ -44,11 +59,35 @@ def add_parser(commands: Any) -> None:
         "--max-concepts", type=positive, default=50, metavar="N", help="concepts to list of a mask (%(default)s)"
     )
     parser.add_argument("--dictionary", type=Path, help="folder of a concept dictionary (the checkpoint's own)")
+    _add_controls(parser.add_argument_group("controls", "what explanations of a model are worth, on a data set"))
     parser.set_defaults(run=run)
+
+
+def _add_controls(group: Any) -> None:
+    group.add_argument(
+        "--controls",
+        action="store_true",
+        help="hold explanations against ablations of equal norm, unions, causal patches and changed reasoning; takes "
+        "--dataset and --output in place of image and instruction; the same command continues what a kill interrupted",
+    )
+    group.add_argument("--dataset", help="as in `segcompass evaluate`, such as scenes:val:7")
+    group.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
+    group.add_argument("--random-sae", metavar="MODEL", help="checkpoint trained alike with a frozen random SAE")
+    group.add_argument("--reseeded-sae", metavar="MODEL", help="checkpoint trained alike with an SAE of another seed")
+    group.add_argument(
+        "--objects",
+        metavar="MODULE:FUNCTION",
+        help="row -> (words, mask) of every known object; the target's by default, on Scenes all objects",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Explain what the command line names."""
+    if args.controls:
+        _run_controls(args)
+        return
+    if args.image is None or args.instruction is None:
+        raise UserError("image and instruction are missing; or ask for --controls with --dataset and --output.")
     check_question(args, (*_PAGES, *FIGURES), f"neither a page (.html) nor a picture ({', '.join(FIGURES)})")
     if args.output is not None and args.output.suffix.lower() in FIGURES:
         need_figures()
@@ -66,6 +105,53 @@ def run(args: argparse.Namespace) -> None:
         return
     _print(explanation)
     print(f"{'page' if output.suffix.lower() in _PAGES else 'figure'}: {output} ({output.stat().st_size // 1000} kB)")
+
+
+def _run_controls(args: argparse.Namespace) -> None:
+    import datasets
+
+    from ..evaluation import datasets_spec
+    from ..explain.controls.running import OTHERS, run_controls
+
+    if args.image is not None or args.dataset is None or args.output is None:
+        raise UserError("--controls takes --dataset and --output FOLDER, and neither image nor instruction.")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    with user_errors(args.dataset):
+        named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
+        objects = _objects(args.objects, named.kind)
+    model, processor, name = load_checkpoint(args.model)
+    make_folder(args.output)
+    rows = named.dataset.select(range(min(len(named.dataset), args.num_samples or len(named.dataset))))
+
+    def report(of: str, number: int) -> None:
+        print(f"\r{of}: {number}/{len(rows)}", end="", file=sys.stderr, flush=True)
+
+    with user_errors():
+        run_controls(
+            model,
+            processor,
+            rows,
+            args.output,
+            objects,
+            title=f"{name} on {named.name}",
+            command=f"segcompass {shlex.join(args.argv)}",
+            others={other: getattr(args, other) for other in OTHERS if getattr(args, other) is not None},
+            report=report if sys.stderr.isatty() else lambda of, number: None,
+        )
+    text = args.output / ("controls.json" if args.json else "controls.md")
+    print(text.read_text("utf-8"))
+
+
+def _objects(spec: str | None, kind: str) -> Any:
+    """What names the objects of a row."""
+    if spec is None:
+        spec = f"segcompass_hf.explain:{'scenes_objects' if kind == 'scenes' else 'target_objects'}"
+    module, _, name = spec.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--objects {spec}: expected MODULE:FUNCTION that can be imported: {error}") from error
 
 
 def _explain(args: argparse.Namespace, model: Any, processor: Any, image: Any, dictionary: Any) -> Any:

@@ -13,10 +13,9 @@ that come out first it is also measured what `f` loses without each of them alon
 is the mean of both (of the others, it shrinks as those of the first do together). What the sum then misses of the
 change (`quadrature_error`) is spread over the contributions by size.
 
-`paths`, the default, measures: features are taken away from the whole sequence, and put into an empty one, group by
-group in the order of such gradients, and `f` is read after every group. What a group changed is its contribution, the
-mean of both, shared out within the group by gradients; the first features are groups of one. The readings of a path
-begin at `f(v)` and end at `f(0)`, so contributions add up to the change, whatever `f` is.
+`paths`, the default, measures: `f` is read as the first features come and go one by one, see `paths.py`, and
+contributions add up to the change whatever `f` is. What was read of all other features together is shared out among
+them by gradients: `quadrature_error` says how much that is.
 
 `straight`, the classic integrated gradients, dims all concepts alike: `c_i = v_i int df/dv_i(a v) da`. A LayerNorm
 hardly sees that until concepts are all but gone, and then everything happens at once: faint concepts (`FAINT` of their
@@ -32,10 +31,10 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
-from ..reading_segcompass import SegCompassOutput
 from .explanation import Target
+from .paths import Contributions, measure_paths, share_out
 from .replay import Replay
-from .scalars import MaskScalar
+from .scalars import Scalars
 
 Method = Literal["levels", "paths", "straight"]
 
@@ -46,7 +45,6 @@ FAINT = 0.02  # of an activation; below, a concept is as good as gone (LayerNorm
 POINTS = {"levels": 18, "paths": 6, "straight": 18}  # gradients; those of `paths` only order and share out
 TESTED = 16  # features that `levels` takes away alone
 MAX_REFINEMENTS = 2  # doublings of the number of gradients
-SINGLES, GROUPS = 8, 4  # of a path: first features one by one, then groups, each larger than the one before
 
 
 @dataclass
@@ -59,8 +57,11 @@ class Attribution:
         contributions (`torch.Tensor` of shape `(num_active,)`): Of the captured concepts' entries, in their order.
         value, baseline_value (`float`): The scalar with all concepts and with none.
         completeness_error (`float`): |sum of contributions - change| / |change|.
-        quadrature_error (`float`): The same before what gradients missed was spread over the contributions; `paths`
-            spreads nothing, there it is the completeness error.
+        quadrature_error (`float`): What was not measured of any feature alone, over |change|: of `levels` and
+            `straight` what gradients missed and was spread over the contributions, of `paths` what was read of all
+            but the first features together and shared out among them.
+        measured (`torch.Tensor` of shape `(num_features,)`): bool; whether each feature (ids ascending) was read
+            alone. None is by `levels` and `straight`, which estimate.
         num_gradients (`int`): Points at which the gradient was taken.
     """
 
@@ -71,60 +72,12 @@ class Attribution:
     baseline_value: float
     completeness_error: float
     quadrature_error: float
+    measured: torch.Tensor
     num_gradients: int
 
     def per_feature(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """Contributions `(num_features,)` of whole features; `features, index = ids.unique(return_inverse=True)`."""
         return self.contributions.new_zeros(len(features)).index_add(0, index, self.contributions)
-
-
-class _Scalars:
-    """The scalar of every mask explained, as a function of levels."""
-
-    def __init__(self, replay: Replay, slots: list[int], target: Target):
-        self.replay = replay
-        self.activations = replay.captured.concepts.values
-        self.scalars = [MaskScalar(replay, slot, target) for slot in slots]
-
-    def _scalar(self, mask: int, maps: SegCompassOutput) -> torch.Tensor:
-        """The scalar of one mask, `(rows,)`."""
-        scalar, logits = self.scalars[mask], None
-        if scalar.target != "slot_logit":
-            logits = self.replay.decode(maps.heatmap_logits[:, scalar.slot : scalar.slot + 1])[:, 0]
-        return scalar(maps.slot_logits, logits)
-
-    @torch.no_grad()
-    def at(self, levels: torch.Tensor) -> torch.Tensor:
-        """Values `(rows, masks)` at levels `(rows, num_active)` of the activations."""
-        parts = []
-        for chunk in levels.split(self.replay.chunk_size):
-            maps = self.replay.maps(self.replay.embed(chunk * self.activations))
-            parts.append(torch.stack([self._scalar(mask, maps) for mask in range(len(self.scalars))], dim=1))
-        return torch.cat(parts)
-
-    @torch.no_grad()
-    def at_mask(self, levels: torch.Tensor, mask: int) -> torch.Tensor:
-        """Values `(rows,)` of one mask at levels `(rows, num_active)`."""
-        parts = []
-        for chunk in levels.split(self.replay.chunk_size):
-            parts.append(self._scalar(mask, self.replay.maps(self.replay.embed(chunk * self.activations))))
-        return torch.cat(parts)
-
-    @torch.enable_grad()
-    def gradients(self, levels: torch.Tensor, masks: list[int]) -> torch.Tensor:
-        """`v_i df/dv_i` of some masks at every row of levels: `(rows, len(masks), num_active)`."""
-        token_index, parts = self.replay.captured.concepts.token_index, []
-        for chunk in levels.split(self.replay.chunk_size):
-            embeddings = self.replay.embed(chunk * self.activations).requires_grad_()
-            maps = self.replay.maps(embeddings)
-            per_mask = []
-            for mask in masks:
-                scalar = self._scalar(mask, maps).sum()
-                (gradient,) = torch.autograd.grad(scalar, embeddings, retain_graph=mask != masks[-1])
-                # The codebook is linear: df/dv_i is the gradient at its token, along its code.
-                per_mask.append((gradient[:, token_index] * self.replay.codes).sum(-1) * self.activations)
-            parts.append(torch.stack(per_mask, dim=1).float())
-        return torch.cat(parts)
 
 
 @torch.inference_mode(False)
@@ -162,39 +115,50 @@ def attribute(
         raise ValueError(f"num_points={num_points} is too few; an average takes at least 2.")
     if not slots:
         return []
-    scalars = _Scalars(replay, slots, target)
+    scalars = Scalars(replay, slots, target)
     ones = torch.ones_like(scalars.activations)
-    ends = scalars.at(torch.stack([ones, ones * FAINT, ones * 0]))  # (3, masks)
-    changes = ends[0] - ends[2]  # (masks,)
+    whole, none = scalars.at(torch.stack([ones, ones * 0]))  # (masks,) each
     if not len(ones):
-        found, count = changes.new_zeros(len(slots), 0), 0
+        found, count = whole.new_zeros(len(slots), 0), 0
     elif method == "straight":
-        found, count = _straight(scalars, ends, num_points, tolerance)
+        found, count = _straight(scalars, whole, none, num_points, tolerance)
     else:
         found, count = _levels(scalars, num_points, seed), num_points
-        measured = _paths if method == "paths" else _with_losses
-        found = torch.stack([measured(scalars, mask, gradients) for mask, gradients in enumerate(found)])
     results = []
     for mask, slot in enumerate(slots):
-        missing = changes[mask] - found[mask].sum()
-        scale = changes[mask].abs().clamp(min=1e-12)
-        contributions = found[mask] if method == "paths" else _spread(found[mask], missing)
+        read = _measured(scalars, mask, found[mask], method, (float(none[mask]), float(whole[mask])))
+        change = float(whole[mask] - none[mask])
+        scale = max(abs(change), 1e-12)
         results.append(
             Attribution(
                 slot=slot,
                 target=scalars.scalars[mask].target,
-                contributions=contributions,
-                value=float(ends[0, mask]),
-                baseline_value=float(ends[2, mask]),
-                completeness_error=float((changes[mask] - contributions.sum()).abs() / scale),
-                quadrature_error=float(missing.abs() / scale),
+                contributions=read.contributions,
+                value=float(whole[mask]),
+                baseline_value=float(none[mask]),
+                completeness_error=abs(change - float(read.contributions.sum())) / scale,
+                quadrature_error=read.shared / scale,
+                measured=read.measured,
                 num_gradients=count,
             )
         )
     return results
 
 
-def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
+def _measured(
+    scalars: Scalars, mask: int, estimates: torch.Tensor, method: Method, ends: tuple[float, float]
+) -> Contributions:
+    """From what gradients estimate of the entries, `(num_active,)`, to contributions that add up to the change."""
+    if method == "paths" and len(estimates):
+        return measure_paths(scalars, mask, estimates, ends)
+    if method == "levels" and len(estimates):
+        estimates = _with_losses(scalars, mask, estimates)
+    missing = ends[1] - ends[0] - estimates.sum()
+    measured = estimates.new_zeros(len(scalars.replay.captured.concepts.features.unique()), dtype=torch.bool)
+    return Contributions(_spread(estimates, missing), measured, float(missing.abs()))
+
+
+def _levels(scalars: Scalars, num_points: int, seed: int) -> torch.Tensor:
     """Gradients times activations at random levels of the features, averaged robustly: `(masks, num_active)`."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     random = np.random.default_rng(seed)
@@ -216,7 +180,7 @@ def _levels(scalars: _Scalars, num_points: int, seed: int) -> torch.Tensor:
     return ((gradients + (cut / totals)[:, :, index] * sizes) * between[:, :, index]).sum(0) / judged
 
 
-def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
+def _with_losses(scalars: Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
     """Scores `(num_active,)` of one mask, averaged with what it loses without each of the first features alone."""
     features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
     by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
@@ -226,41 +190,14 @@ def _with_losses(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Te
     values = scalars.at_mask(keep[:, index].to(scalars.activations.dtype), mask)
     mean = (by_score[first] + values[-1] - values[:-1]) / 2
     shrunk = by_score * (mean.abs().sum() / by_score[first].abs().sum().clamp(min=1e-30))
-    return _share_out(scores, index, shrunk.index_copy(0, first, mean))
+    return share_out(scores, index, shrunk.index_copy(0, first, mean))
 
 
-def _paths(scalars: _Scalars, mask: int, scores: torch.Tensor) -> torch.Tensor:
-    """Measured contributions `(num_active,)` of one mask; `scores`, of the same shape, order and share out."""
-    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
-    by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
-    ends = torch.tensor(_group_ends(len(features)), device=index.device)
-    order = by_score.argsort(descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device)
-    first = rank[None] < ends[:, None]  # (len(ends), num_features)
-    keeps = torch.cat([~first, first])  # deletion, insertion
-    values = scalars.at_mask(keeps[:, index].to(scalars.activations.dtype), mask).view(2, len(ends))
-    without, with_it = values.diff(dim=1)  # what each group is worth
-    group = torch.bucketize(rank, ends[1:], right=True)
-    return _share_out(scores, index, _share_out(by_score, group, (with_it - without) / 2))
-
-
-def _group_ends(count: int) -> list[int]:
-    """How many features have gone after each group of a path, from 0 to all of them."""
-    singles = range(min(SINGLES, count) + 1)
-    return sorted({*singles, *np.geomspace(max(singles[-1], 1), max(count, 1), GROUPS).round().astype(int).tolist()})
-
-
-def _share_out(scores: torch.Tensor, group: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
-    """Scores `(n,)` corrected so that those of each group add up to its total, in proportion to their sizes."""
-    sizes = scores.abs() + 1e-9
-    nothing = torch.zeros_like(totals, dtype=scores.dtype)
-    missing = totals - nothing.index_add(0, group, scores)
-    return scores + (missing / nothing.index_add(0, group, sizes).clamp(min=1e-30))[group] * sizes
-
-
-def _straight(scalars: _Scalars, ends: torch.Tensor, num_nodes: int, tolerance: float) -> tuple[torch.Tensor, int]:
-    """Integrated gradients from all concepts to faint ones, and the jump from there to none."""
+def _straight(
+    scalars: Scalars, whole: torch.Tensor, none: torch.Tensor, num_nodes: int, tolerance: float
+) -> tuple[torch.Tensor, int]:
+    """Integrated gradients from all concepts to faint ones, and the jump from there to none; values `(masks,)`."""
+    faint = scalars.at(torch.full_like(scalars.activations, FAINT)[None])[0]
     concepts = scalars.replay.captured.concepts
     per_token = torch.bincount(concepts.token_index)[concepts.token_index]  # (num_active,)
     shares = 1 / per_token / per_token.reciprocal().sum()
@@ -272,12 +209,12 @@ def _straight(scalars: _Scalars, ends: torch.Tensor, num_nodes: int, tolerance: 
         weights = torch.from_numpy(weights / 2).to(smooth) * (1 - FAINT)
         gradients = scalars.gradients(levels[:, None].expand(-1, len(per_token)), todo)
         smooth[todo] = (gradients * weights[:, None, None]).sum(0)
-        off = (smooth.sum(1) - (ends[0] - ends[1])).abs() > tolerance * (ends[0] - ends[2]).abs()
+        off = (smooth.sum(1) - (whole - faint)).abs() > tolerance * (whole - none).abs()
         todo, count = off.nonzero()[:, 0].tolist(), count + num_nodes
         if not todo:
             break
         num_nodes *= 2
-    return smooth + (ends[1] - ends[2])[:, None] * shares, count
+    return smooth + (faint - none)[:, None] * shares, count
 
 
 def _spread(contributions: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:

@@ -152,6 +152,7 @@ def _ranked(answer: Answer, attribution: Attribution, limit: int, dictionary: An
                 contribution=total,
                 direction="for" if total > 0 else "against",
                 activation=concepts.values[entries].sum().item(),
+                measured=bool(attribution.measured[place]),
                 label=said[0],
                 purity=said[1],
                 tokens=[TokenShare(*values) for values in zip(*columns, strict=True)],

@@ -87,6 +87,8 @@ class ConceptAttribution:
         contribution (`float`): In units of the explained scalar.
         direction (`str`): `for` where it raises the scalar, else `against`.
         activation (`float`): Sum of its activations over all tokens.
+        measured (`bool`): Whether the contribution was read with this concept alone coming and going (`paths`, of the
+            first ones); else it is this concept's part, by gradients, of what was measured of many together.
         label, purity (`str`, `float`, *optional*): From a [`ConceptDictionary`]; `None` without one.
         tokens (`list[TokenShare]`): Where it was active, largest |contribution| first.
         ablation ([`Ablation`], *optional*): For the first `num_ablations` concepts of a mask.
@@ -97,6 +99,7 @@ class ConceptAttribution:
     contribution: float
     direction: Literal["for", "against"]
     activation: float = 0.0
+    measured: bool = False
     label: str | None = None
     purity: float | None = None
     tokens: list[TokenShare] = field(default_factory=list)
@@ -118,8 +121,8 @@ class MaskExplanation:
         value, baseline_value (`float`): The scalar as it is, and without any concept.
         completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
             `change = value - baseline_value`.
-        quadrature_error (`float`): What gradients alone missed of the change, over its size, before it was spread over
-            the concepts; the completeness error where nothing was spread (`paths`).
+        quadrature_error (`float`): What was not measured of any concept alone but shared out among many, over the
+            size of the change; see [`Attribution`].
         num_concepts (`int`): Active concepts altogether, also those beyond `max_concepts`.
         kept (`bool`): Whether the model answers with this mask. When it keeps none, the strongest slot is explained
             by its `slot_logit`, with `kept=False`.

@@ -1,10 +1,11 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The number that is explained of a mask."""
+"""The number that is explained of a mask, and its readings and gradients as concepts change."""
 
 from __future__ import annotations
 
 import torch
 
+from ..reading_segcompass import SegCompassOutput
 from .explanation import Target
 from .replay import Replay
 
@@ -42,6 +43,61 @@ class MaskScalar:
         masks = (mask_logits > self.threshold) & self.area
         union = (masks | self.inside).sum((1, 2))
         return torch.where(union > 0, (masks & self.inside).sum((1, 2)) / union.clamp(min=1), 1.0)
+
+
+class Scalars:
+    """The scalar of every mask explained, as a function of levels of the activations.
+
+    Args:
+        replay ([`Replay`]): Of the captured answer.
+        slots (`list[int]`): Whose masks.
+        target (`str`): See [`MaskScalar`].
+    """
+
+    def __init__(self, replay: Replay, slots: list[int], target: Target):
+        self.replay = replay
+        self.activations = replay.captured.concepts.values
+        self.scalars = [MaskScalar(replay, slot, target) for slot in slots]
+
+    def _scalar(self, mask: int, maps: SegCompassOutput) -> torch.Tensor:
+        """The scalar of one mask, `(rows,)`."""
+        scalar, logits = self.scalars[mask], None
+        if scalar.target != "slot_logit":
+            logits = self.replay.decode(maps.heatmap_logits[:, scalar.slot : scalar.slot + 1])[:, 0]
+        return scalar(maps.slot_logits, logits)
+
+    @torch.no_grad()
+    def at(self, levels: torch.Tensor) -> torch.Tensor:
+        """Values `(rows, masks)` at levels `(rows, num_active)` of the activations."""
+        parts = []
+        for chunk in levels.split(self.replay.chunk_size):
+            maps = self.replay.maps(self.replay.embed(chunk * self.activations))
+            parts.append(torch.stack([self._scalar(mask, maps) for mask in range(len(self.scalars))], dim=1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def at_mask(self, levels: torch.Tensor, mask: int) -> torch.Tensor:
+        """Values `(rows,)` of one mask at levels `(rows, num_active)`."""
+        parts = []
+        for chunk in levels.split(self.replay.chunk_size):
+            parts.append(self._scalar(mask, self.replay.maps(self.replay.embed(chunk * self.activations))))
+        return torch.cat(parts)
+
+    @torch.enable_grad()
+    def gradients(self, levels: torch.Tensor, masks: list[int]) -> torch.Tensor:
+        """`v_i df/dv_i` of some masks at every row of levels: `(rows, len(masks), num_active)`."""
+        token_index, parts = self.replay.captured.concepts.token_index, []
+        for chunk in levels.split(self.replay.chunk_size):
+            embeddings = self.replay.embed(chunk * self.activations).requires_grad_()
+            maps = self.replay.maps(embeddings)
+            per_mask = []
+            for mask in masks:
+                scalar = self._scalar(mask, maps).sum()
+                (gradient,) = torch.autograd.grad(scalar, embeddings, retain_graph=mask != masks[-1])
+                # The codebook is linear: df/dv_i is the gradient at its token, along its code.
+                per_mask.append((gradient[:, token_index] * self.replay.codes).sum(-1) * self.activations)
+            parts.append(torch.stack(per_mask, dim=1).float())
+        return torch.cat(parts)
 
 
 def _mean(logits: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,24 @@ def test_where_shares_say_nothing_contributions_are_shown(window, tmp_path):
     assert "contributions are in logits" in account and "25.0 % was not found by gradients" in account
 
 
+def test_what_was_measured_is_told_from_what_is_shared_out(window, tmp_path):
+    explanation = made_explanation()
+    mask = explanation.masks[0]
+    mask.quadrature_error = 0.125
+    for concept in mask.concepts[:2]:
+        concept.measured = True
+    _open(window, explanation, tmp_path)
+    account = window.find_element("css selector", ".account").text
+    assert "2 listed concepts were measured alone" in account
+    assert "of the change 12.5 % was measured of the others together" in account
+    clues = _texts(window, "#list small")
+    assert ["shared out" in clue for clue in clues[:4]] == [False, False, True, True]
+    _all(window, "#list button")[0].click()
+    assert "this concept alone came and went" in window.find_element("css selector", "#about-0").text
+    _all(window, "#list button")[2].click()
+    assert "measured of many concepts together" in window.find_element("css selector", "#about-2").text
+
+
 def test_choosing_a_concept_tints_words_lights_patches_and_takes_it_away(window, tmp_path):
     _open(window, made_explanation(), tmp_path)
     assert _texts(window, "h1") == ["the red circle left of the green square"]

@@ -59,3 +59,14 @@ def test_odd_explanations_are_drawn(options, tmp_path):
     figure = plot(made_explanation(**options))
     figure.savefig(tmp_path / "figure.png", dpi=40)
     assert len(figure.subfigs) == 1 + options["num_masks"]
+
+
+def test_bars_of_what_was_shared_out_are_hatched():
+    explanation = made_explanation(num_masks=1)
+    for concept in explanation.masks[0].concepts[:2]:
+        concept.measured = True
+    figure = plot(explanation)
+    mask = figure.subfigs[1]
+    assert "10 of 15 concepts: share of the mask logit's change; hatched: shared out by gradients" in _texts(mask)
+    bars = next(axes.patches for axes in mask.axes if len(axes.patches) == MAX_BARS)
+    assert [bar.get_hatch() is not None for bar in bars] == [False] * 2 + [True] * 8

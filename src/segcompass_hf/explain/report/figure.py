@@ -113,6 +113,10 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
     what = "slot logit" if mask.target == "slot_logit" else "mask logit"
     of = f"share of the {what}'s change" if mask.in_shares else f"contribution to the {what}"
     title = f"{len(concepts)} of {max(mask.num_concepts, len(mask.concepts))} concepts: {of}"
+    some_measured = any(concept.measured for concept in mask.concepts)
+    shared = [some_measured and not concept.measured for concept in concepts]
+    if any(shared):
+        title += "; hatched: shared out by gradients"
     axes.set_title(title, fontsize=FONT_SIZE, color=MUTED, loc="left", pad=4)
     places = np.arange(len(concepts))
     if mask.in_shares:
@@ -123,6 +127,9 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
         texts = [f"{size:+.2f}" for size in sizes]
     colours = [slot_colour(mask.slot) if concept.direction == "for" else AGAINST for concept in concepts]
     bars = axes.barh(places, sizes, height=0.62, color=colours)
+    for bar, is_shared in zip(bars, shared, strict=True):
+        if is_shared:
+            bar.set(hatch="////", edgecolor="white", linewidth=0)
     axes.bar_label(bars, texts, padding=3, fontsize=FONT_SIZE - 2, color=INK)
     axes.set_yticks(places, [_name(concept) for concept in concepts], fontsize=FONT_SIZE - 1, color=INK)
     axes.set_ylim(max(len(concepts), 4) - 0.4, -0.6)

@@ -93,8 +93,7 @@ def _mask(mask: Any, pool: MaskPool) -> dict[str, Any]:
         "value": _number(mask.value),
         "baseline": _number(mask.baseline_value),
         "error": _number(mask.completeness_error),
-        # where no more is missing than at the end, nothing was spread (`paths`)
-        "spread": _number(mask.quadrature_error) if mask.quadrature_error > mask.completeness_error else None,
+        "sharedOut": _number(mask.quadrature_error),
         "inShares": bool(mask.in_shares),
         "numConcepts": max(int(mask.num_concepts), len(mask.concepts)),
         "truth": _number(mask.iou_to_truth),
@@ -110,6 +109,7 @@ def _concept(concept: Any, pool: MaskPool) -> dict[str, Any]:
         "share": _number(concept.share),
         "contribution": _number(concept.contribution),
         "direction": concept.direction,
+        "measured": bool(concept.measured),
         "label": concept.label,
         "purity": _number(concept.purity),
         "numTokens": len(ordered),

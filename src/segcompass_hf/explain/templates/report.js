@@ -224,9 +224,22 @@
       ? "What concepts bring and take all but cancels out: contributions are in logits, not in shares."
       : "Together the concepts lower it: contributions are in logits, not in shares.");
     if (mask.error !== null) parts.push(`Completeness error ${percent(mask.error)}.`);
-    if (mask.spread >= 0.0005) parts.push(`Of the change ${percent(mask.spread)} was not found by gradients and is spread over the concepts.`);
+    if (mask.concepts.length) parts.push(measuredText(mask));
     if (mask.truth !== null) parts.push(`IoU with the truth ${fixed(mask.truth)}.`);
     return parts.join(" ");
+  }
+
+  // What was read of single concepts; the rest is known of the others together and shared out among them.
+  function measuredText(mask) {
+    const alone = mask.concepts.filter((concept) => concept.measured).length;
+    const what = `of the change ${percent(mask.sharedOut)} was`;
+    if (!alone) return `Contributions are estimated: ${what} not found by gradients and is spread over the concepts.`;
+    return `${many(alone, "listed concept was", "listed concepts were")} measured alone; ${what} measured of the others together and is shared out among them by gradients.`;
+  }
+
+  function howText(concept) {
+    if (concept.measured) return "measured: this concept alone came and went";
+    return current().concepts.some((one) => one.measured) ? "a part, by gradients, of what was measured of many concepts together" : "estimated by gradients";
   }
 
   function conceptItem(concept, index, span) {
@@ -238,7 +251,7 @@
       on: { click: () => choose(state.concept === concept.id ? null : concept.id) },
     },
       element("span", { class: "rank" }, String(index + 1)),
-      element("span", { class: "name", dir: "auto" }, element("bdi", {}, conceptName(concept)), element("small", {}, clue)),
+      element("span", { class: "name", dir: "auto" }, element("bdi", {}, conceptName(concept)), element("small", { title: howText(concept) }, concept.measured ? clue : `${clue} · shared out`)),
       concept.without ? element("span", { class: "tested", title: "taken away as a test" }, "tested") : null,
       element("span", { class: "share" }, part(concept), element("span", { class: "unseen" }, against ? " against" : " for")),
       element("span", { class: against ? "bar against" : "bar", "aria-hidden": "true", "--size": (Math.abs(concept.contribution ?? 0) / span).toFixed(4) }, element("i")));
@@ -252,6 +265,7 @@
     const fact = (name, ...value) => facts.append(element("div", {}, element("dt", {}, name), element("dd", {}, ...value)));
     fact("Fired on", fired.length ? fired.slice(0, 8).map((word) => `“${word}”`).join(", ") : "no word", ` · ${many(numFired(concept).patches, "patch", "patches")}`);
     fact("Contribution", `${signed(concept.contribution, 3)} to the ${mask.target === "slot_logit" ? "slot logit" : "mask logit"}`);
+    fact("How it is known", howText(concept));
     if (concept.purity !== null) fact("Purity of the label", fixed(concept.purity));
     const without = concept.without;
     if (!without) return [facts, element("p", { class: "hint" }, "Not taken away as a test; only the first concepts are.")];

@@ -1,0 +1,80 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+"""Measured contributions: the scalar is read as the first concepts come one by one, without the others and with them.
+
+Gradients choose and order the `FIRST` features. They come into an empty sequence one by one, then all others together;
+and they are taken one by one from the whole, in the same order, until the others alone are left, which then go
+together. A feature's contribution is what the scalar changed by at its two steps, the first weighing `COMING`: what it
+does without the others, and what it does with them. Each way begins and ends at the whole or at nothing, so that
+contributions add up to the change, whatever the scalar is.
+
+The weight is a choice. Hundreds of concepts are active and many could stand for each other: what the others alone
+would bring is a large part of the change (with the bundled checkpoint a third in the median), and no reading can give
+that to one of them. Weighed by a half, all concepts share in it alike; the more weight on coming first, the more of it
+belongs to those that come first and bring it. Of two concepts that work only together the later has the larger part.
+
+The others are measured as one: what they add to the first ones, and what they do alone. Among them that is shared out
+by gradients, brought to the scale that these have on the first ones and corrected so that they add up to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .scalars import Scalars
+
+FIRST = 12  # features read one by one
+COMING = 0.75  # weight of what a feature brings without the others; the rest is of what goes with it
+
+
+@dataclass
+class Contributions:
+    """Contributions to one mask, and what of them was measured.
+
+    Args:
+        contributions (`torch.Tensor` of shape `(num_active,)`): Of the entries; within a feature shared out by
+            gradients.
+        measured (`torch.Tensor` of shape `(num_features,)`): bool; whether a feature was read alone.
+        shared (`float`): Size of what was not read of any feature alone but shared out, in units of the scalar.
+    """
+
+    contributions: torch.Tensor
+    measured: torch.Tensor
+    shared: float
+
+
+def measure_paths(scalars: Scalars, mask: int, scores: torch.Tensor, ends: tuple[float, float]) -> Contributions:
+    """Read the scalar of one mask along both ways.
+
+    Args:
+        scalars ([`Scalars`]): Of the answer.
+        mask (`int`): Which of its masks.
+        scores (`torch.Tensor` of shape `(num_active,)`): Estimates by gradients, which choose, order and share out.
+        ends (`tuple[float, float]`): The scalar without concepts and with all of them.
+    """
+    features, index = scalars.replay.captured.concepts.features.unique(return_inverse=True)
+    by_score = scores.new_zeros(len(features)).index_add(0, index, scores)
+    order = by_score.argsort(descending=True, stable=True)
+    first, others = order[:FIRST], order[FIRST:]
+    come = torch.zeros(len(first), len(features), dtype=torch.bool, device=index.device)
+    come[:, first] = torch.ones(len(first), len(first), dtype=torch.bool, device=index.device).tril()
+    levels = torch.cat([come, ~come])[:, index].to(scalars.activations.dtype)
+    inserted, deleted = scalars.at_mask(levels, mask).view(2, -1)  # (len(first),) each
+    nothing, whole = (inserted.new_tensor([end]) for end in ends)
+    brought, taken = torch.cat([nothing, inserted]).diff(), torch.cat([whole, deleted]).diff()
+    alone = (COMING * brought - (1 - COMING) * taken).to(by_score)
+    rest = float(COMING * (whole - inserted[-1]) + (1 - COMING) * (deleted[-1] - nothing)) if len(others) else 0.0
+    scale = (alone.abs().sum() / by_score[first].abs().sum().clamp(min=1e-30)).clamp(max=1.0)
+    total = torch.zeros_like(by_score).index_copy(0, first, alone)
+    total[others] = share_out(scale * by_score[others], torch.zeros_like(others), total.new_tensor([rest]))
+    measured = torch.zeros(len(features), dtype=torch.bool, device=index.device).index_fill(0, first, True)
+    return Contributions(share_out(scores, index, total), measured, abs(rest))
+
+
+def share_out(scores: torch.Tensor, group: torch.Tensor, totals: torch.Tensor) -> torch.Tensor:
+    """Scores `(n,)` corrected so that those of each group add up to its total, in proportion to their sizes."""
+    sizes = scores.abs() + 1e-9
+    nothing = torch.zeros_like(totals, dtype=scores.dtype)
+    missing = totals - nothing.index_add(0, group, scores)
+    return scores + (missing / nothing.index_add(0, group, sizes).clamp(min=1e-30))[group] * sizes
