@@ -39,13 +39,17 @@ def user_errors(
         raise UserError(text if not start or start in text else f"{start}: {text}") from error
 
 
-def add_question(parser: argparse.ArgumentParser) -> None:
-    """Arguments of the commands that ask one question about one image; see [`ask`]."""
+def add_question(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    """Arguments of the commands that ask one question about one image; see [`ask`].
+
+    `nargs="?"` lets the image and the instruction be left out.
+    """
     parser.add_argument(
         "image",
+        nargs=nargs,
         help="image file of at most 50 million pixels; SEGCOMPASS_MAX_IMAGE_PIXELS in the environment raises that",
     )
-    parser.add_argument("instruction", help="what to find, in words")
+    parser.add_argument("instruction", nargs=nargs, help="what to find, in words")
     parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
     parser.add_argument(
         "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
