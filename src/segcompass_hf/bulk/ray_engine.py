@@ -67,7 +67,8 @@ def predict_dataset_with_ray(
     output = OutputFolder(job.output)
     with output.alone(share):
         source = job.open_source()
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        if not ray.is_initialized():
+            ray.init(log_to_driver=False)
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         workers = workers or int(ray.cluster_resources().get("GPU", 0)) or 1
         with _errors_of_workers(ray):

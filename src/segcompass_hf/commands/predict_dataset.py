@@ -130,7 +130,7 @@ class ProgressLine:
 
     def __init__(self):
         self._terminal = sys.stderr.isatty()
-        self._started = self._shown = time.perf_counter()
+        self._shown = time.perf_counter()
         self._first: tuple[float, int] | None = None  # time and rows when the first batch was done
         self._width = 0
 
@@ -149,10 +149,10 @@ class ProgressLine:
 
     def _text(self, progress: Any, now: float) -> str:
         since, before = self._first
-        seconds, rows = (now - since, progress.done - before) if now > since else (now - self._started, progress.done)
-        speed = rows / seconds if seconds else 0.0
+        speed = (progress.done - before) / (now - since) if now > since else None
         of = "" if progress.total is None else f" of {progress.total:,}"
-        text = f"{progress.done:,}{of} rows, {progress.errors:,} errors, {speed:.2f} a second"
+        text = f"{progress.done:,}{of} rows, {progress.errors:,} errors"
+        text += "" if speed is None else f", {speed:.2f} a second"
         if progress.total is not None and speed:
             text += f", {_in_time((progress.total - progress.done) / speed)} left"
         return text
