@@ -8,6 +8,7 @@ import io
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -56,6 +57,22 @@ def job_of(checkpoint, dataset, output, **kwargs):
     return PredictionJob(str(dataset), str(output), model=str(checkpoint), **(defaults | kwargs))
 
 
+def descendants(pid):
+    """Processes that a process has started, and those that they have: `(pid, title)`."""
+    children = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parent = int(status.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(status.parent.name))
+    found, left = [], [pid]
+    while left:
+        for child in children.get(left.pop(), []):
+            left.append(child)
+            with suppress(OSError):
+                found.append((child, Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")))
+    return found
+
+
 class Slow:
     """Sleeps after each batch, so that a test can kill the process between two."""
 
@@ -72,6 +89,9 @@ if __name__ == "__main__":
 
     job = job_of(*sys.argv[1:4])
     if "ray" in sys.argv[5:]:
+        import ray
+
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
         predict_dataset_with_ray(job, workers=2)
     else:
         predict_dataset(job, on_progress=Slow(float(sys.argv[4])))
