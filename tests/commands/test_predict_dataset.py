@@ -1,4 +1,4 @@
-"""`segcompass predict --dataset`: one clear line for whatever is asked wrongly, and an end that can be gone on from."""
+"""`segcompass predict --dataset`: one clear line for what is asked wrongly, and an end that can be gone on from."""
 
 import json
 import os

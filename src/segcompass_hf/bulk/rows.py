@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from ..data.schema import encode_mask
 
 DIGITS = 6  # of scores and activations; beyond these, the number of threads of a CPU shows
@@ -57,17 +59,20 @@ def strongest_concepts(concepts: Any, count: int) -> list[list[dict[str, Any]]]:
         `list[list[dict]]`: `feature`, `activation` (the one of largest size) and `tokens` (that it is active on), the
         strongest first; of equal ones, the lower feature.
     """
-    rows = (concepts.token_index // concepts.sequence_length).tolist()
-    found: list[dict[int, list[float]]] = [{} for _ in range(concepts.batch_size)]
-    for row, feature, value in zip(rows, concepts.features.tolist(), concepts.values.float().tolist(), strict=True):
-        found[row].setdefault(feature, []).append(value)
-    lists = []
-    for features in found:
-        entries = [
-            {"feature": feature, "activation": round(max(values, key=abs), DIGITS), "tokens": len(values)}
-            for feature, values in features.items()
-        ]
-        lists.append(sorted(entries, key=lambda entry: (-abs(entry["activation"]), entry["feature"]))[:count])
+    rows = (concepts.token_index // concepts.sequence_length).cpu().numpy()
+    features, values = concepts.features.cpu().numpy(), concepts.values.float().cpu().numpy()
+    order = np.lexsort((-np.abs(values), features, rows))
+    rows, features, values = rows[order], features[order], values[order]
+    is_first = np.ones(len(rows), dtype=bool)  # the strongest activation of a feature in a row
+    is_first[1:] = (rows[1:] != rows[:-1]) | (features[1:] != features[:-1])
+    starts = np.flatnonzero(is_first)
+    tokens = np.diff(starts, append=len(rows))
+    rows, features, values = rows[starts], features[starts], values[starts].astype(np.float64).round(DIGITS)
+    lists: list[list[dict[str, Any]]] = [[] for _ in range(concepts.batch_size)]
+    for place in np.lexsort((features, -np.abs(values), rows)):
+        if len(lists[rows[place]]) < count:
+            entry = {"feature": int(features[place]), "activation": float(values[place]), "tokens": int(tokens[place])}
+            lists[rows[place]].append(entry)
     return lists
 
 
