@@ -93,9 +93,9 @@ def test_reading_ahead_stops_at_its_depth_and_hands_errors_on():
     def numbers():
         for number in range(10):
             read.append(number)
-            yield number
             if number == 4:
                 go_on.set()
+            yield number
         raise ValueError("the end")
 
     items = read_ahead(numbers, 3)

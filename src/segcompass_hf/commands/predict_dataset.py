@@ -100,9 +100,8 @@ def run(args: argparse.Namespace) -> None:
         )
     with user_errors(kinds=(RuntimeError,)):
         processes = Processes() if args.engine == "ray" else Processes.current()
-    if args.model is None and processes.is_main and not args.dataset.startswith("scenes:"):
-        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    line = ProgressLine()
+    is_foreign = args.model is None and not args.dataset.startswith("scenes:")
+    line = ProgressLine(f"note: {BUNDLED_DOMAIN}" if is_foreign else None)
     options = {"share": args.shard or (0, 1), "resume": not args.restart, "on_progress": line}
     with user_errors(kinds=(ValueError, OSError)):
         if args.engine == "ray":
@@ -128,7 +127,8 @@ def _in_words(summary: Any) -> str:
 class ProgressLine:
     """Rows per second and time left, on standard error: one line on a terminal, else a line now and then."""
 
-    def __init__(self):
+    def __init__(self, note: str | None = None):
+        self._note = note  # said when the first answers are there, behind which no error of input comes
         self._terminal = sys.stderr.isatty()
         self._shown = time.perf_counter()
         self._first: tuple[float, int] | None = None  # time and rows when the first batch was done
@@ -137,6 +137,9 @@ class ProgressLine:
     def __call__(self, progress: Any) -> None:
         now = time.perf_counter()
         self._first = self._first or (now, progress.done)
+        if self._note is not None:
+            print(self._note, file=sys.stderr)
+            self._note = None
         is_end = progress.done == progress.total
         if not is_end and now - self._shown < _SECONDS_PER_LINE[self._terminal]:
             return
