@@ -128,7 +128,7 @@ def test_progress(capsys, monkeypatch):
         "100 of 100 rows, 1 errors, 0.82 a second, 0 s left",
     ]
     clock = iter([0.0, 31.0])
-    line = ProgressLine()
+    line = ProgressLine("note: x")
     line(Progress(1200, 0, None))  # a tar file: nobody knows how many
-    assert capsys.readouterr().err == "1,200 rows, 0 errors\n"
+    assert capsys.readouterr().err == "note: x\n1,200 rows, 0 errors\n"
     assert [_in_time(seconds) for seconds in (59, 600, 11_100)] == ["59 s", "10 min", "3 h 05 min"]

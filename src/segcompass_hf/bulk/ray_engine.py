@@ -101,7 +101,7 @@ def _answered(
         ShardWorker,
         fn_constructor_args=(job, source),
         batch_size=1,
-        concurrency=min(workers, len(numbers)),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers))),
         num_gpus=gpus,
     )
     yield from done.iter_rows(prefetch_batches=0)
