@@ -136,6 +136,7 @@ def test_shares_of_several_jobs_make_one_whole(checkpoint, pictures, tmp_path, p
         predict_dataset(job, share=(0, 3), resume=False)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(checkpoint, pictures, tmp_path, plain):
     process = launch(checkpoint, pictures, tmp_path, 1.0)
     deadline = time.monotonic() + 240

@@ -96,6 +96,7 @@ def test_ray_that_is_missing_is_named(pictures, tmp_path, capsys, monkeypatch):
     assert "this needs ray, which is not installed: pip install 'segcompass_hf[ray]'" in _fails(capsys, *argv)
 
 
+@pytest.mark.slow
 def test_stopped_it_says_how_to_go_on(checkpoint, pictures, tmp_path):
     argv = ["predict", "--dataset", str(pictures), "--output", str(tmp_path), "--model", str(checkpoint), *ARGUMENTS]
     argv += [word for number in range(40) for word in ("--instruction", f"thing {number}")]
