@@ -104,7 +104,7 @@ def _answered(
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(numbers))),
         num_gpus=gpus,
     )
-    yield from done.iter_rows(prefetch_batches=0)
+    yield from done.iter_rows()
 
 
 @contextmanager
