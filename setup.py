@@ -40,6 +40,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "ruff>=0.12",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
+EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
 
 setup(
     name="segcompass_hf",

@@ -14,7 +14,7 @@ import segcompass_hf
 
 PACKAGE = Path(segcompass_hf.__file__).parent
 NAME = "segcompass_hf"
-ROOMS = ("core", "data", "metrics", "evaluation", "training", "explain", "hub", "commands", "cli")
+ROOMS = ("core", "data", "metrics", "evaluation", "bulk", "training", "explain", "hub", "commands", "cli")
 CORE_PARTIES = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 LAZY_PARTIES = {"scipy"}  # inside functions only
 SCENES = "data/scenes"

@@ -15,6 +15,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("datasets", "evaluate"), "data"),
     **dict.fromkeys(("gradio", "pyarrow"), "explain"),
     "matplotlib": "demo",
+    "ray": "ray",
 }
 
 

@@ -46,7 +46,8 @@ def _run(argv: list[str] | None) -> int:
     except Stopped as stop:
         if is_main_process() and train.STARTED_BY_US not in os.environ:  # else the launcher says it
             command = shlex.join(["segcompass", *args.argv])
-            goes_on = f"; this goes on: {command}" if args.command in _GO_ON else ""
+            keeps = args.command in _GO_ON or (args.command == "predict" and args.dataset is not None)
+            goes_on = f"; this goes on: {command}" if keeps else ""
             print(f"segcompass {args.command}: stopped by {stop.signal.name}{goes_on}", file=sys.stderr)
         return stop.code
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`

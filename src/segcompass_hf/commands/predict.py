@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""`segcompass predict`."""
+"""`segcompass predict`: one image and one question, or a data set of them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,38 @@ import json
 from pathlib import Path
 from typing import Any
 
+from . import predict_dataset
 from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, need_figures, user_errors
 
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
-    predict = commands.add_parser("predict", help="one image and instruction to reasoning, scores, masks and a figure")
-    add_question(predict)
+    predict = commands.add_parser(
+        "predict",
+        help="one image and instruction to reasoning, scores, masks and a figure; or a data set to Parquet",
+        epilog=predict_dataset.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_question(predict, required=False)
     predict.add_argument(
-        "--output", type=Path, help="figure to write (IMAGE.segcompass.png here; with --json none unless given)"
+        "--output",
+        help="figure to write (IMAGE.segcompass.png here; with --json none unless given); of a data set the folder or "
+        "URL for its results",
     )
     predict.add_argument("--json", action="store_true", help="print JSON with the masks as COCO run-length encodings")
+    predict_dataset.add_arguments(predict)
     predict.set_defaults(run=_predict)
 
 
 def _predict(args: argparse.Namespace) -> None:
+    if args.dataset is not None:
+        predict_dataset.run(args)
+        return
+    predict_dataset.refuse_without_dataset(args)
+    missing = [name for name in ("image", "instruction") if getattr(args, name) is None]
+    if missing:
+        raise UserError(f"the following arguments are required: {', '.join(missing)} (or --dataset)")
+    args.output = None if args.output is None else Path(args.output)
     check_question(args, FIGURES, "not a picture; name a .png, .jpg, .pdf or .svg file")
     if args.output is not None or not args.json:
         need_figures()

@@ -96,24 +96,41 @@ class RowTextCheck:
         Raises:
             ValueError: With what is wrong.
         """
-        processor = self.texts.processor
+        text, answer = self._prompt(row), self._answer(row)
+        if self.texts.max_tokens is not None:
+            self._count(row, text, answer)
+
+    def num_tokens(self, row: dict[str, Any]) -> int:
+        """Check one row, and count the tokens of its prompt, image included.
+
+        Raises:
+            ValueError: With what is wrong.
+        """
+        return self._count(row, self._prompt(row), self._answer(row))
+
+    def _prompt(self, row: dict[str, Any]) -> str:
         prompt = row.get("prompt")
-        text = processor.build_prompt(row.get("instruction")) if prompt is None else self._rendered(prompt)
-        answer = ""
-        if self.with_reasoning:
-            answer = processor.build_completion(reasoning_of(row)) + processor.end_of_turn_token
-        limit = self.texts.max_tokens
-        if limit is None:
-            return
+        return self.texts.processor.build_prompt(row.get("instruction")) if prompt is None else self._rendered(prompt)
+
+    def _answer(self, row: dict[str, Any]) -> str:
+        if not self.with_reasoning:
+            return ""
+        processor = self.texts.processor
+        return processor.build_completion(reasoning_of(row)) + processor.end_of_turn_token
+
+    def _count(self, row: dict[str, Any], text: str, answer: str) -> int:
+        """Tokens of a prompt, which with its answer must not be longer than the tokenizer's limit."""
+        tokenizer, limit = self.texts.processor.tokenizer, self.texts.max_tokens
         asked = self.texts.num_tokens(text, [to_rgb_image(row["image"])])
-        answered = len(processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) if answer else 0
-        if asked + answered > limit:
+        answered = len(tokenizer(answer, add_special_tokens=False)["input_ids"]) if answer else 0
+        if limit is not None and asked + answered > limit:
             parts = f"a prompt of {asked} tokens, image included"
             parts += f", and a reference answer of {answered}" if answer else ""
             raise ValueError(
                 f"the row makes {parts}, but the tokenizer's model_max_length is {limit}; shorten its text by "
                 f"{asked + answered - limit} tokens."
             )
+        return asked
 
     def _rendered(self, prompt: Any) -> str:
         """A conversation of a row's own, its image before the first words as TRL puts it."""

@@ -32,6 +32,7 @@ from .records import (
 )
 from .report import SUMMARY_FILE, write_reports
 from .rows import EvaluationRow, EvaluationRows
+from .run_settings import check_same_run
 
 logger = logging.get_logger(__name__)
 
@@ -170,7 +171,7 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
             (output_dir / name).unlink(missing_ok=True)
     if run_file.is_file():
         remedy = "choose another folder, or drop its results with resume=False (--restart)"
-        _check_settings(output_dir, read_json_object(run_file, remedy), settings)
+        check_same_run(output_dir, read_json_object(run_file, remedy), settings)
     else:
         for path in record_files(output_dir):  # of no known run
             path.unlink()
@@ -180,27 +181,6 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     if known:
         logger.warning(f"{output_dir}: {len(known)} of {settings['num_samples']} samples are there already and kept.")
     return known
-
-
-def _check_settings(output_dir: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    before, now = _flat(before), _flat(now)
-    changed = [
-        f"{name} was {before.get(name)!r:.60}, is {now.get(name)!r:.60}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ValueError(
-            f"{os.fspath(output_dir)!r} holds results of another run; choose another folder, or drop them with "
-            f"resume=False (--restart). What differs: {'; '.join(changed)}."
-        )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable: str) -> list[dict[str, Any]]:

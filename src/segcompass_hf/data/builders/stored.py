@@ -40,7 +40,7 @@ def rows_inside(dataset: Any, folders: Sequence[str | os.PathLike], report: Buil
         for name in columns:
             for row, path in _paths(table.column(name)):
                 try:
-                    _check(path, trusted)
+                    check_image_path(path, trusted)
                 except RowProblem as problem:
                     refused[row] = problem
         for row, problem in sorted(refused.items()):
@@ -84,7 +84,16 @@ def _paths(column: Any) -> list[tuple[int, str]]:
     return [(row, path) for row, path in pairs if path is not None]
 
 
-def _check(path: str, trusted: list[TrustedFolder]) -> None:
+def check_image_path(path: str, trusted: Sequence[TrustedFolder]) -> None:
+    """Refuse the path of an image that leads out of the folders of its data set, or an address.
+
+    Args:
+        path (`str`): As a row names it.
+        trusted (`Sequence[TrustedFolder]`): The folders, at least one.
+
+    Raises:
+        RowProblem: `"outside_folder"`.
+    """
     if re.match(r"\w[\w+.-]*:", path):
         detail = f"the image is the address {path!r:.80}; download it, or store its bytes in the row."
         raise RowProblem("outside_folder", detail)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,11 +85,16 @@ class ModelPredictor:
             for result in results
         ]
 
-    @torch.no_grad()
     def segment(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
         """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
+        return self.segment_inputs(batch)
+
+    @torch.no_grad()
+    def segment_inputs(self, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
+        """As [`~ModelPredictor.segment`], of inputs as the processor makes them; `image_embeddings` may stand in
+        place of `sam_pixel_values`."""
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
         output = self.model.segment(**{"do_sample": False, **inputs, **self.segment_kwargs})
         results = self.processor.post_process_segmentation(
