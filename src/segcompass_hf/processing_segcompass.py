@@ -301,6 +301,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
         output["sam_image_processor"]["image_processor_type"] = type(self.sam_image_processor).__name__
+        if self.trained_words is None:
+            output.pop("trained_words", None)
         for part in ("image_processor", "sam_image_processor"):
             output[part].pop("auto_map", None)  # saving as remote code notes ours in every part
         return output

@@ -376,6 +376,8 @@ def test_a_cut_tokenizer_says_the_same(full_tokenizer):
     other = "telescope <repo_name> \u00e4 \u2603"
     assert cut.decode(cut(other, add_special_tokens=False)["input_ids"]) == other
     assert cut.convert_tokens_to_ids(list(cut_tokenizer.SPECIAL)) == [0, 1, 2]
+    big, small = (cut(text)["input_ids"] for text in ("The second DOG<REF_POS>", "the second dog<REF_POS>"))
+    assert big == small and small[-1] == cut.convert_tokens_to_ids("<REF_POS>"), "capitals make no difference"
 
 
 def published_vision():
