@@ -3,9 +3,10 @@
     segcompass demo --output out/demo
     python benchmarks/photos_small/card.py --demo out/demo
 
-The results are those in `benchmarks/results/photos_small`: `evaluation.json` (the `summary.json` of `examples/evaluate.py`
-on the held-out photographs), `listed_N.json`, of which the last counts, and what the other programs of this folder and
-`segment_cost.py` wrote. The card says of those that are missing that they were not measured. Text: `card.yml`.
+The results are those in `benchmarks/results/photos_small`: `evaluation.json` (the `summary.json` of
+`examples/evaluate.py` on the held-out photographs), `listed_N.json`, of which the last counts, and what the other
+programs of this folder and `segment_cost.py` wrote. The card says of those that are missing that they were not
+measured. Its text is `card.yml`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def details(results: Path) -> str:
 
 
 def section(results: Path, name: str) -> str:
-    """A result in Markdown, without its title, further ones as of the card's section."""
+    """A result in Markdown, without its title, its own sections one level below the card's."""
     if name == "listed":
         tries = sorted(results.glob("listed_*.json"), key=lambda path: int(path.stem.removeprefix("listed_")))
         return listed(json.loads(tries[-1].read_text(encoding="utf-8"))) if tries else "Not measured."
