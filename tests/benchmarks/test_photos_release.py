@@ -43,7 +43,8 @@ def released(trained, tmp_path_factory):
 
 def test_in_bfloat16_and_without_code_or_leftovers(trained, released):
     before, after = (load_file(folder / "model.safetensors") for folder in (trained, released))
-    assert {tensor.dtype for tensor in after.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    wide = [name for name, tensor in after.items() if tensor.dtype != torch.bfloat16]
+    assert wide == ["sam.shared_image_embedding.positional_embedding"], "of SAM, which keeps it so"
     torch.testing.assert_close({name: value.float() for name, value in after.items()}, before, rtol=2**-8, atol=1e-6)
     names = {path.name for path in released.iterdir()}
     assert {"config.json", "processor_config.json", "tokenizer.json", "generation_config.json"} <= names
@@ -61,7 +62,7 @@ def test_it_takes_the_place_of_an_earlier_one_but_of_nothing_else(trained, relea
     target = tmp_path / "photos-small"
     shutil.copytree(released, target)
     (target / "old.txt").write_text("")
-    with pytest.raises(ValueError, match="but at most 1 kB fit"):
+    with pytest.raises(ValueError, match="but at most 1.0 kB fit"):
         releasing.release(trained, ["a dog"], target, most_bytes=1000)
     assert (target / "old.txt").exists(), "nothing is changed"
     releasing.release(trained, ["a dog"], target)
