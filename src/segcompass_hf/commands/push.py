@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     evaluations, card = [_read_summary(path) for path in args.evaluation], _card(args)
     with user_errors(kinds=(Exception,)):  # besides bad input whatever the network makes the Hub's client raise
         publication = push_to_hub(
-            bundled_folder(args.folder),
+            Path(bundled_folder(args.folder)),
             args.repo_id,
             private=args.private,
             revision=args.revision,
