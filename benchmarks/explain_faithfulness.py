@@ -168,7 +168,9 @@ def write_markdown(path: Path, summary: dict, command: str) -> None:
     others = "; ".join(
         f"{entry['num_features']:.0f}: {entry['median']:.0%}" for entry in summary["shared_by_number"][1:-1]
     )
-    lines.append(f"| what all others are worth, over the change, by the number of first features (medians) | {others} |")
+    lines.append(
+        f"| what all others are worth, over the change, by the number of first features (medians) | {others} |"
+    )
     specificity = summary["specificity"]
     lines.append(
         f"| loss of IoU without the top {TOP} concepts ({specificity['num_masks']} masks): own mask | "

@@ -127,7 +127,7 @@ def test_predict_holds_masks_to_concepts_by_name(checkpoint, image_file, tmp_pat
     assert cli.main([*argv, "--json", "--forbid", "nothing"]) == 0
     assert json.loads(capsys.readouterr().out) == free | {"guardrails": []}
     assert cli.main([*argv, "--json", "--forbid", "nothing", "--require", "nothing's"]) == 2
-    assert "is named \"nothing's\". Near: nothing" in capsys.readouterr().err
+    assert 'is named "nothing\'s". Near: nothing' in capsys.readouterr().err
     assert cli.main([*argv, "--require", "nothing", "--output", str(tmp_path / "a.png")]) == 0
     out = capsys.readouterr().out
     assert "nothing found" in out and "guardrail: the mask of slot 0 does not show 'nothing', which is required" in out

@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> None:
             f"--{rule}",
             action="append",
             metavar="CONCEPT",
-            help=f"concept that {what}, by its name in the checkpoint's concept dictionary; may be given several times",
+            help=f"concept that {what}, by its name in the concept dictionary; may be given several times",
         )
     predict_dataset.add_arguments(predict)
     predict.set_defaults(run=_predict)
