@@ -84,7 +84,7 @@ def test_chunks_of_resamples_change_nothing(model, monkeypatch):
 
 def test_names_come_from_a_dictionary(model):
     class Dictionary:
-        label = staticmethod(lambda feature: f"name {feature}")
+        said = staticmethod(lambda feature: (f"name {feature}", 0.9))
 
     monitor = DriftMonitor(model, drawn(model, 50, seed=0))
     report = monitor.check(drawn(model, 20, seed=1, shift=0.3), dictionary=Dictionary(), num_changes=1).to_dict()
@@ -145,3 +145,5 @@ def test_batches_join_the_reference(model):
 
     found = histograms_of_rows(Predictor(), iter([{}] * 5), batch_size=2)
     assert Predictor.sizes == [2, 2, 1] and found[:, 0].tolist() == [1, 0, 1, 0, 1]
+    with pytest.raises(ValueError, match="the window has 0 samples"):  # where no row can be read
+        monitor.check(histograms_of_rows(Predictor(), iter([])))
