@@ -46,7 +46,7 @@ def dictionary(**first):
 
 
 def test_effects_in_words():
-    assert str(EFFECT) == "raises masks of slot 1 (+23 % in 34 masks); without it 48 % of the mask stays"
+    assert str(EFFECT) == "raises masks of slot 0 (+23 % in 34 masks); without it 48 % of the mask stays"
     against = ConceptEffect(3, 0.2, -0.05, [-0.05, -0.05, None, None])
     assert str(against) == "lowers masks (-5 % in 3 masks)"
     assert str(ConceptEffect(1, 1.0, 0.5, [0.5, None])).startswith("raises masks (")  # seen for one slot alone
