@@ -83,6 +83,8 @@ def test_effects_are_those_of_attribution_and_ablation(parts):
     one, slots = max(tested.items(), key=lambda found: len(found[1]))
     heat = answer.captured.heatmap_logits[0].sigmoid()
     masks = answer.captured.pred_masks[0] > answer.captured.mask_logit_threshold
+    masks &= answer.replay.valid_area[0]  # what lies on the canvas's padding is no part of a mask
+    assert not answer.replay.valid_area.all()
     keep = torch.ones(1, len(features))
     keep[0, features.tolist().index(one)] = 0
     output = answer.replay.run(answer.replay.embed(keep[:, index] * answer.captured.concepts.values), answer.slots)
