@@ -15,9 +15,9 @@ from .common import UserError, load_checkpoint, positive, user_errors
 _EPILOG = """\
 Segments held-out rows, fits how likely a mask is right (IoU of 0.5 or more with an object asked for) from the slot's
 confidence, the surprisal of the reasoning and the certainty of the mask, and writes the fit into the checkpoint's
-config.json. Which masks are shown stays the same, unless --threshold is given: then slots are shown from the confidence
-on that has the highest gIoU on these rows, which should have as many without target as the model will meet. Take rows
-that the model was neither trained nor is reported on.
+config.json. Which masks are shown stays the same, unless --threshold is given: then slots are shown from the
+confidence on that has the highest gIoU on these rows, which should have as many without target as the model will meet.
+Take rows that the model was neither trained nor is reported on.
 `segcompass evaluate --help` lists the forms of --dataset.
 """
 
