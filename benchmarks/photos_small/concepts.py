@@ -231,8 +231,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         "",
         f"{result['model']}. Concepts and activations chosen on {read['train']} photographs and parts of them, F1 "
-        f"measured on {read['held_out']} held out ({read['held_out left out']} more have crowds). A name has a concept "
-        f"if F1 is {TARGET_F1} or more on words and in the picture both. Goal: {TARGET_CATEGORIES} categories "
+        f"measured on {read['held_out']} held out ({read['held_out left out']} more have crowds). A name has a "
+        f"concept if F1 is {TARGET_F1} or more on words and in the picture both. Goal: {TARGET_CATEGORIES} categories "
         f"({reached}). Brackets: 95 % intervals over photographs.",
         "",
         markdown_table(
