@@ -61,7 +61,7 @@ def held_against(runs: dict[str, dict[str, Any]], records: list[dict[str, Any]])
         images = {record["image_id"] for record in records if kind in (None, record["kind"])}
         line = {"figure": title, "metric": metric, "kind": kind, "goal": goal, "floor": floor, "measured": figure}
         line |= {"photographs": len(images), "met": figure is not None and figure["value"] >= goal}
-        line["above_floor"] = None if floor is None else figure is not None and figure["value"] >= floor
+        line["above_floor"] = None if floor is None or figure is None else figure["value"] >= floor
         line["baselines"] = {name: figure_of(run, kind, metric) for name, run in runs.items() if name != model}
         lines.append(line)
     return lines
@@ -71,7 +71,7 @@ def markdown(result: dict[str, Any], runs: dict[str, dict[str, Any]]) -> str:
     model, rows = next(iter(runs)), []
     for line in result["goals"]:
         values = [figure["value"] if figure else None for figure in line["baselines"].values()]
-        reached = "met" if line["met"] else "not met"
+        reached = "met" if line["met"] else "not met" if line["measured"] else "not measured"
         reached += "" if line["above_floor"] in (None, True) else ", below the floor"
         rows.append(
             [

@@ -124,6 +124,7 @@ def test_goals(tmp_path, capsys):
     assert not result["all_met"] and result["photographs"] == 2
     printed = capsys.readouterr().out
     assert printed.strip() == output.with_suffix(".md").read_text().strip()
+    assert "| use | gIoU | – | 0.4 | – | not measured | 0 | 0 |" in printed
     assert "| people | gIoU | 0.500 [0.500, 0.500] | 0.65 | 0.6 | not met, below the floor | 1 | 1 |" in printed
     evaluate_dataset(Answers("another", 2, configuration="tiny"), rows, tmp_path / "data" / "another", page_samples=0)
     with pytest.raises(SystemExit, match="2 models"):
