@@ -42,7 +42,9 @@ def asked(monkeypatch):
         return made_explanation(num_masks=1, num_concepts=3, kept="unseen" not in instruction)
 
     class Processor:
-        tokenizer = type("Tokenizer", (), {"unk_token_id": None})
+        @staticmethod
+        def unknown_words(text):
+            return ["unheard"] if "unheard" in text else []
 
     monkeypatch.setattr(
         "segcompass_hf.commands.common.load_checkpoint", lambda name: (None, Processor, "made-by-hand")
@@ -144,7 +146,7 @@ def test_controls_of_a_data_set(controls, tmp_path, capsys):
     _run(*words, "--random-sae", "random")
     assert controls["rows"] == 2 and controls["output"] == tmp_path / "out"
     assert controls["objects"] == "scenes_objects" and controls["others"] == {"random_sae": "random"}
-    assert controls["title"] == "model None on scenes val seed 3"
+    assert controls["title"] == "model scenes-tiny on scenes val seed 3"
     assert controls["command"].startswith("segcompass explain --controls --dataset scenes:val:3")
     assert capsys.readouterr().out == "# a table\n\n"
     _run(*words, "--json", "--objects", "segcompass_hf.explain:target_objects")
