@@ -28,6 +28,7 @@ class SegmentationTargets:
         num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per row.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(batch_size, 2)`): (height, width).
         num_dropped (`list[int]`): Objects beyond the number of slots that were left out, per row.
+        image_numbers (`torch.LongTensor` of shape `(batch_size,)`): Equal where rows show the same image.
         image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
     """
 
@@ -37,11 +38,13 @@ class SegmentationTargets:
     original_sizes: torch.Tensor
     reshaped_input_sizes: torch.Tensor
     num_dropped: list[int]
+    image_numbers: torch.Tensor
     image_token_grids: torch.Tensor | None = None
 
     def columns(self) -> dict[str, Any]:
         """What goes with TRL's own inputs through shuffling and splitting."""
-        names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes", "image_token_grids")
+        names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes", "image_numbers")
+        names += ("image_token_grids",)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -129,6 +132,7 @@ def segmentation_targets(
         original_sizes=sam["original_sizes"][order].to(device),
         reshaped_input_sizes=sam["reshaped_input_sizes"][order].to(device),
         num_dropped=[dropped[number] for number in order],
+        image_numbers=torch.tensor(order, device=device),
         image_token_grids=sam["image_token_grids"][order].to(device) if "image_token_grids" in sam else None,
     )
 

@@ -29,7 +29,9 @@ from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
+from .groups import shared_prompts, with_groups_together
 from .one_cycle import OneCycle
+from .passes import Prompts
 from .pictures import SamplePictureLogger, picture_sample
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
@@ -306,6 +308,22 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
 
     # Training: one forward for all losses.
 
+    def _prepare_inputs(self, generation_batch):
+        """As in the parent, but a prompt's completions stay together, so that it is computed once for them."""
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._buffered_inputs is before or self._buffered_inputs is None:
+            return inputs
+        self._buffered_inputs = with_groups_together(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
+        """Prompts that several completions of a micro-batch have.
+
+        With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
+        """
+        return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else shared_prompts(inputs)
+
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
         """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
         counts = []
@@ -340,7 +358,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         )
         images = join_rows(inputs["image_embeddings"])
         places = inputs["reshaped_input_sizes"], masks, inputs.get("image_token_grids")
-        targets = JointTargets(inputs["completion_mask"], images, *places)
+        targets = JointTargets(inputs["completion_mask"], images, *places, self._shared_prompts(inputs))
         call = JointCall(model, inputs, targets)
         loss, output = super().compute_loss(call, inputs, return_outputs, num_items_in_batch), call.output
         # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.
