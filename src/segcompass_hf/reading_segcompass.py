@@ -130,12 +130,14 @@ class SequenceStates:
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
         image_token_grids: torch.Tensor | None = None,
+        prompt_copies: PromptCopies | None = None,
     ) -> "SequenceStates":
         """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
-        return cls(*states, sequences, attention_mask, completion_mask, image_token_grids=image_token_grids)
+        rest = {"image_token_grids": image_token_grids, "prompt_copies": prompt_copies}
+        return cls(*states, sequences, attention_mask, completion_mask, **rest)
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,40 @@ PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 PICTURES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes")
 PICTURES += ("image_position_ids",)
 COUNTS = ("num_images", "num_tiles")
+
+
+def answers_in_a_row(rows: Sequence[dict[str, Any]], image_numbers: torch.Tensor, number: int) -> int:
+    """`number` where every so many rows in a row are the same prompt with the same picture, else 1.
+
+    Args:
+        rows (`Sequence[dict]`): With their `prompt`, as they are to be sampled for.
+        image_numbers (`torch.LongTensor` of shape `(len(rows),)`): Equal where rows show the same image.
+        number (`int`): Completions per prompt.
+    """
+    images = image_numbers.tolist()
+    same = [
+        rows[first]["prompt"] == rows[first + later]["prompt"] and images[first] == images[first + later]
+        for first in range(0, len(rows) - number + 1, number)
+        for later in range(1, number)
+    ]
+    return number if len(rows) % number == 0 and all(same) else 1
+
+
+def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, Any], size: int) -> Iterator[tuple]:
+    """At most `size` prompts at a time, of what TRL makes of prompts: token ids, pictures, and the VLM's other inputs.
+
+    Where it cannot be told which entries belong to which picture (tiles), all at once.
+    """
+    number = len(prompt_ids)
+    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number}) if number > size else {}
+    if not split or any(len(value) != number for value in split.values()):
+        yield prompt_ids, images, fields
+        return
+    for start in range(0, number, size):
+        rows = slice(start, start + size)
+        part = unsplit_pixel_values_by_grid({name: value[rows] for name, value in split.items()})
+        part.pop("num_images")
+        yield prompt_ids[rows], images and images[rows], part
 
 
 def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from ...generation_segcompass import CACHE
+from ...generation_segcompass import CACHE, positions_without_padding
 from ...prompt_copies_segcompass import PromptCopies
 from ...text_stack_segcompass import HiddenStateCapture, decoder_layers
 from ...vlm_inputs_segcompass import sequence_inputs
@@ -141,7 +141,8 @@ def shared_pass(
         first = sequence_inputs(vlm, prompts.inputs) | {CACHE: cache, "use_cache": True}
         first = _run(model, first, traced, cut)
         behind = sequence_inputs(vlm, inputs, shared_cache(cache, prompts.rows))
-        behind = _run(model, behind, traced, cut)
+        with positions_without_padding(vlm, inputs["attention_mask"][:, : prompts.length]):
+            behind = _run(model, behind, traced, cut)
     return SharedPass(first, behind, prompts.rows, make_cache)
 
 
@@ -150,7 +151,7 @@ def _run(model: nn.Module, inputs: dict[str, Any], traced: bool, cut: Callable) 
     trace = LayerTrace(model.vlm, layer) if traced else None
     with HiddenStateCapture(model.vlm, layer, lambda states, _: cut(states)) as capture, trace or nullcontext():
         model.base_model(**inputs)
-    return PolicyPass(*capture.states(), trace)
+    return PolicyPass(capture.layer_states[0], capture.last_states[0], trace)
 
 
 @contextmanager

@@ -25,11 +25,12 @@ class RolloutMasks:
         targets ([`SegmentationTargets`]): Of the same rows.
 
     Attributes:
+        copies (`int`): Completions that every prompt has, one after another; they are sampled behind one pass of it.
         states ([`SequenceStates`], *optional*): What was captured while the completions were sampled.
     """
 
     def __init__(self, targets: SegmentationTargets):
-        self.targets = targets
+        self.targets, self.copies = targets, 1
         self.states: SequenceStates | None = None
 
     @torch.no_grad()

@@ -19,8 +19,7 @@ from ...data.vlm_texts import RowTextCheck
 from ...image_features_segcompass import join_rows
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
-from ...reading_segcompass import MaskTargets, SequenceStates
-from ...text_stack_segcompass import HiddenStateCapture
+from ...reading_segcompass import MaskTargets
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
@@ -29,20 +28,24 @@ from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
-from .groups import shared_prompts, with_groups_together
+from .groups import shared_prompts
 from .one_cycle import OneCycle
 from .passes import Prompts
 from .pictures import SamplePictureLogger, picture_sample
+from .private_methods import check_trl
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
+from .sampling import SamplingMixin
 from .targets import check_num_rows, prompt_of, segmentation_targets
 from .vllm import vllm_rollouts
+
+check_trl()
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
 EQUAL_REWARDS = 1e-3
 
 
-class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
+class SegCompassGRPOTrainer(RobustTrainerMixin, SamplingMixin, GRPOTrainer):
     """GRPO on the reasoning together with the segmentation losses on the masks.
 
     `loss = L_grpo + lambda_s * L_seg + lambda_c * L_conf`, all from one forward of the trained layers.
@@ -205,7 +208,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
         device, overflow = self.accelerator.device, self.args.overflow
         targets = segmentation_targets(inputs, self._target_processor, self.core, device, overflow)
-        self._rollouts = RolloutMasks(targets)
+        self._rollouts = self._new_rollouts(inputs, targets)
         # The reference is scored in the training forward, from the policy's own states.
         beta, self.beta = self.beta, 0.0
         try:
@@ -217,22 +220,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
         return output | columns
 
-    def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
-        arguments = (prompt_ids, images, multimodal_fields, num_generations)
-        if not self._captures_states:
-            return super()._generate_single_turn(*arguments, **kwargs)
-        core = self.core
-        # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
-        precision, layer = self.accelerator.autocast(), core.config.sae_layer
-        self.generation_config.feed_last_token = True
-        with precision, HiddenStateCapture(core.vlm, layer) as capture:
-            completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
-        sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
-        states = capture.states(sequences.shape[1])
-        grids = self._rollouts.targets.image_token_grids
-        self._rollouts.states = SequenceStates.of_answers(states, sequences, prompt_mask, written, grids)
-        return completion_ids, logprobs
-
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """As in the parent, which marks what was written with 0 in per-token inputs; families mark it in their own
         way (PaliGemma's 0 is a prefix that sees all of itself), so here the model lets those of the prompt grow."""
@@ -241,32 +228,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
                 kwargs[name] = kwargs[name][:, : input_ids.shape[1] - logits_to_keep]
         arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
         return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
-
-    @property
-    def _captures_states(self) -> bool:
-        """Whether masks are read from states captured while sampling.
-
-        They need a forward of their own where another model than this process's own whole one samples, and where
-        concepts are read from a second pass over the sequence.
-        """
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or sharded
-        return not elsewhere and self.core.config.concept_input != "duplicated"
-
-    def _pad_rollouts(self, prompt_ids: list, completion_ids: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sequences, prompt mask, completion mask: `[padding | prompt | completion | padding]` as in `generate`."""
-        width = max(map(len, prompt_ids))
-        if self.pad_to_multiple_of is not None:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        length = max(map(len, completion_ids))
-        sequences = torch.full((len(prompt_ids), width + length), self._tokenizer.pad_token_id)
-        mask = torch.zeros_like(sequences)
-        for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-            sequences[row, width - len(prompt) : width] = torch.tensor(prompt)
-            sequences[row, width : width + len(completion)] = torch.tensor(completion)
-            mask[row, width - len(prompt) : width + len(completion)] = 1
-        sequences, mask = sequences.to(self.accelerator.device), mask.to(self.accelerator.device)
-        return sequences, mask[:, :width], mask[:, width:]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollouts, batch_size = self._rollouts, self.args.per_device_train_batch_size
@@ -307,15 +268,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         self.pictures.log(self.state.global_step, samples())
 
     # Training: one forward for all losses.
-
-    def _prepare_inputs(self, generation_batch):
-        """As in the parent, but a prompt's completions stay together, so that it is computed once for them."""
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._buffered_inputs is before or self._buffered_inputs is None:
-            return inputs
-        self._buffered_inputs = with_groups_together(self._buffered_inputs)
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
         """Prompts that several completions of a micro-batch have.
