@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 
@@ -40,6 +41,8 @@ from .targets import check_num_rows, prompt_of, segmentation_targets
 from .vllm import vllm_rollouts
 
 check_trl()
+
+logger = logging.get_logger(__name__)
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
 EQUAL_REWARDS = 1e-3
@@ -274,7 +277,10 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, SamplingMixin, GRPOTrainer):
 
         With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
         """
-        return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else shared_prompts(inputs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning_once("With FSDP or DeepSpeed prompts are computed anew for each of their completions.")
+            return None
+        return shared_prompts(inputs)
 
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
         """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
