@@ -46,7 +46,8 @@ class SamplingMixin:
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
         """As in the parent, which here gets every group's prompt once; states are captured for the masks."""
         copies = self._rollouts.copies
-        self.generation_config.num_return_sequences = copies
+        if not self.use_vllm:  # which has settings of its own
+            self.generation_config.num_return_sequences = copies
         prompts = prompt_ids[::copies], images and images[::copies], multimodal_fields
         if not self._captures_states:
             return super()._generate_single_turn(*prompts, num_generations, **kwargs)
