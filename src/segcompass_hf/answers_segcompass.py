@@ -78,6 +78,8 @@ class AnswerWriter:
                 cache.reorder_cache(rows)
             for name, value in self.output.items():
                 self.output[name] = _of_rows(value, rows, len(input_ids))
+            # Read by the first pass alone, and not every family can repeat them.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
         # Last: a family's rule may change what it is given.
         self.all_ids, self.all_kwargs = vlm._expand_inputs_for_generation(
             expand_size=copies, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
