@@ -10,20 +10,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from ...prompt_copies_segcompass import PromptCopies
 from ...reading_segcompass import SequenceStates
 from ...text_stack_segcompass import HiddenStateCapture
-from .groups import answers_in_a_row, parts_of_prompts, with_groups_together
+from .groups import answers_in_a_row, parts_of_prompts, shared_prompts, with_groups_together
+from .passes import Prompts
 from .rollouts import RolloutMasks
 from .targets import SegmentationTargets
+
+logger = logging.get_logger(__name__)
 
 # On a CPU. More of them do not fit its cache with their keys and values, and all wait for the longest.
 COMPLETIONS_AT_A_TIME = 64
 
 
 class SamplingMixin:
-    """Of a [`trl.GRPOTrainer`], how it samples; its heir has the model itself, and keeps what is being sampled."""
+    """Of a [`trl.GRPOTrainer`], how it samples and what its micro-batches share; its heir has the model itself, and keeps what is being sampled."""
 
     core: nn.Module
     _rollouts: RolloutMasks | None
@@ -84,6 +88,16 @@ class SamplingMixin:
             return inputs
         self._buffered_inputs = with_groups_together(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
+        """Prompts that several completions of a micro-batch have.
+
+        With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning_once("With FSDP or DeepSpeed prompts are computed anew for each of their completions.")
+            return None
+        return shared_prompts(inputs)
 
     def _width(self, prompt_ids: list) -> int:
         """Tokens that prompts are padded to."""

@@ -12,7 +12,6 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.models import prepare_fsdp
 
@@ -29,9 +28,7 @@ from ..loop.resume import RobustTrainerMixin
 from ..rewards.rewards import format_reward, mask_reward
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
-from .groups import shared_prompts
 from .one_cycle import OneCycle
-from .passes import Prompts
 from .pictures import SamplePictureLogger, picture_sample
 from .private_methods import check_trl
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
@@ -41,8 +38,6 @@ from .targets import check_num_rows, prompt_of, segmentation_targets
 from .vllm import vllm_rollouts
 
 check_trl()
-
-logger = logging.get_logger(__name__)
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
 EQUAL_REWARDS = 1e-3
@@ -271,16 +266,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, SamplingMixin, GRPOTrainer):
         self.pictures.log(self.state.global_step, samples())
 
     # Training: one forward for all losses.
-
-    def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
-        """Prompts that several completions of a micro-batch have.
-
-        With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            logger.warning_once("With FSDP or DeepSpeed prompts are computed anew for each of their completions.")
-            return None
-        return shared_prompts(inputs)
 
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
         """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
