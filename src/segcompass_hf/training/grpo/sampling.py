@@ -27,7 +27,10 @@ COMPLETIONS_AT_A_TIME = 64
 
 
 class SamplingMixin:
-    """Of a [`trl.GRPOTrainer`], how it samples and what its micro-batches share; its heir has the model itself, and keeps what is being sampled."""
+    """Of a [`trl.GRPOTrainer`], how it samples and what its micro-batches share.
+
+    Its heir has the model itself, and keeps what is being sampled.
+    """
 
     core: nn.Module
     _rollouts: RolloutMasks | None
