@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from typing import Any
 
@@ -43,6 +43,32 @@ class SegmentationTargets:
         """What goes with TRL's own inputs through shuffling and splitting."""
         names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes", "image_token_grids")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def take(self, rows: Sequence[int]) -> SegmentationTargets:
+        """Those of some rows, in this order; a row may come several times."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return SegmentationTargets(
+            **{
+                name: [value[row] for row in rows]
+                if isinstance(value, list)
+                else None
+                if value is None
+                else value[rows]
+                for name, value in values.items()
+            }
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence[SegmentationTargets]) -> SegmentationTargets:
+        """Rows of several, one after the other."""
+        joined = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            if isinstance(values[0], list):
+                joined[field.name] = [entry for value in values for entry in value]
+            else:
+                joined[field.name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
 
 
 def check_num_rows(rows: Any, args: Any) -> None:

@@ -26,21 +26,26 @@ from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
 from ..inputs import base_model, check_segcompass, load_model, load_processor
 from ..loop.resume import RobustTrainerMixin
+from ..rewards.object_reward import object_reward, right_answers
 from ..rewards.rewards import format_reward, mask_reward
+from .choosing import GroupChoiceMixin
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
+from .groups import share_equal_answers
+from .guidance import begun_answers
+from .known_objects import known_objects
 from .one_cycle import OneCycle
 from .pictures import SamplePictureLogger, picture_sample
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
 from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
-from .targets import check_num_rows, prompt_of, segmentation_targets
+from .targets import SegmentationTargets, check_num_rows, prompt_of
 from .vllm import vllm_rollouts
 
 # Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
 EQUAL_REWARDS = 1e-3
 
 
-class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
+class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, GRPOTrainer):
     """GRPO on the reasoning together with the segmentation losses on the masks.
 
     `loss = L_grpo + lambda_s * L_seg + lambda_c * L_conf`, all from one forward of the trained layers.
@@ -51,8 +56,12 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
       takes the place of the instruction template.
     - Masks are read from the states captured while sampling. Reward functions get them, one entry per completion, as
       `pred_masks`, `heatmap_logits`, `slot_logits`, `mask_labels`, `num_objects`, `valid_area`,
-      `slot_logit_threshold`, `mask_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and
-      `mask_reward` with weights 0.3 and 0.7. They stand behind what all trainers of this package begin with.
+      `slot_logit_threshold`, `mask_logit_threshold`, `num_slots`, the known objects of the image as `object_masks`,
+      `num_targets`, `others_known` (see [`known_objects`]), and `answer_is_right`. Without `reward_funcs` they are
+      `format_reward` and `mask_reward` (or `object_reward`, see `mask_reward` of the settings) with weights 0.3 and
+      0.7. They stand behind what all trainers of this package begin with.
+    - Prompts and groups can be chosen for what they teach: see [`GroupChoiceMixin`]. The advantages of a group of
+      exactly equal rewards are exactly 0.
     - L_seg is a mean over the samples with objects, L_conf over all samples, of the whole accumulation window over all
       processes.
     - The reference policy is a copy of the layers that train, fed with the policy's own states at the SAE layer:
@@ -106,7 +115,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         elif core is model:
             _freeze(core, args)
         if reward_funcs is None:
-            reward_funcs = [format_reward, mask_reward]
+            reward_funcs = [format_reward, object_reward if args.mask_reward == "objects" else mask_reward]
             args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
         self._rollouts: RolloutMasks | None = None
         self.check_text = RowTextCheck(processing_class, with_reasoning=False)
@@ -129,6 +138,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             args.beta = beta
         self.beta = beta
         check_num_rows(self.train_dataset, args)
+        self._prepare_choice()
         self._check_what_trains()
         if getattr(core, "is_quantized", False):
             restore_head_precision(self.model)
@@ -200,16 +210,24 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     # Sampling: targets beside TRL's inputs, masks from the states of the samples.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
-        device, overflow = self.accelerator.device, self.args.overflow
-        targets = segmentation_targets(inputs, self._target_processor, self.core, device, overflow)
-        self._rollouts = RolloutMasks(targets)
+        chosen = None
+        if self.model.training and self.args.chooses_groups:
+            chosen = self._choose_groups(inputs)
+            inputs, targets = chosen.rows, chosen.targets
+        else:
+            inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
+            targets = self._targets_of(inputs)
+        rollouts = self._rollouts = RolloutMasks(targets, chosen)
         # The reference is scored in the training forward, from the policy's own states.
         beta, self.beta = self.beta, 0.0
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self.beta, self._rollouts = beta, None
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        equal = self._equal_groups(rollouts.rewards, size).repeat_interleave(size)
+        equal = equal[self.accelerator.process_index * len(inputs) :][: len(inputs)]
+        output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
         columns = targets.columns()
         if self.model.training and self.args.segmentation_completions == "at_least_mean":
             columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
@@ -217,9 +235,13 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
 
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
         arguments = (prompt_ids, images, multimodal_fields, num_generations)
-        if not self._captures_states:
-            return super()._generate_single_turn(*arguments, **kwargs)
-        core = self.core
+        with begun_answers(self.core, self._rollouts.beginnings):
+            if not self._captures_states:
+                return super()._generate_single_turn(*arguments, **kwargs)
+            return self._generate_and_capture(*arguments, **kwargs)
+
+    def _generate_and_capture(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
+        core, arguments = self.core, (prompt_ids, images, multimodal_fields, num_generations)
         # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
         precision, layer = self.accelerator.autocast(), core.config.sae_layer
         self.generation_config.feed_last_token = True
@@ -267,6 +289,16 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         return sequences, mask[:, :width], mask[:, width:]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rollouts = self._rollouts
+        if rollouts.chosen is not None:
+            rollouts.rewards = self.accelerator.gather(rollouts.chosen.rewards)
+            return rollouts.rewards
+        columns, rewards = self._judge_rollouts(inputs, prompts, completions, completion_ids_list)
+        self._log_judged(inputs, columns, completions, rewards, rollouts.targets)
+        rollouts.rewards = rewards
+        return rewards
+
+    def _judge_rollouts(self, inputs, prompts, completions, completion_ids_list) -> tuple[list[dict], torch.Tensor]:
         rollouts, batch_size = self._rollouts, self.args.per_device_train_batch_size
         if rollouts.states is None:
             model = self.model_wrapped if self.model.training else self.model
@@ -276,12 +308,22 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         else:
             with self.accelerator.autocast():
                 outputs = rollouts.segment(self.core, batch_size)
+        answers = zip(rollouts.targets.mask_labels, inputs, completion_ids_list, strict=True)
+        share_equal_answers(outputs, [(id(labels), str(row["prompt"]), tuple(ids)) for labels, row, ids in answers])
         columns = rollouts.columns(outputs, self.core.config)
+        objects = known_objects(inputs, self.processing_class, self.accelerator.device)
+        columns = [column | its for column, its in zip(columns, objects, strict=True)]
+        for column, right in zip(columns, right_answers(columns), strict=True):
+            column["answer_is_right"] = right
         inputs = [{**row, **column} for row, column in zip(inputs, columns, strict=True)]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_rollouts(rollout_metrics(columns, completions, rollouts.targets))
-        self._log_pictures(inputs, completions, rewards)
-        return rewards
+        return columns, super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+
+    def _log_judged(self, inputs, columns, completions, rewards, targets) -> None:
+        """Log metrics and pictures of rollouts; `rewards` are those of all processes."""
+        right = float(sum(column["answer_is_right"] for column in columns))
+        self._log_rollouts({"answers_right": (right, len(columns)), **rollout_metrics(columns, completions, targets)})
+        inputs = [{**row, **column} for row, column in zip(inputs, columns, strict=True)]
+        self._log_pictures(inputs, completions, rewards, targets)
 
     def _log_rollouts(self, sums: dict[str, tuple[float, int]]) -> None:
         """Log means over all processes of `name -> (sum, count)`."""
@@ -290,11 +332,13 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         for name, (total, count) in zip(sums, self.accelerator.reduce(totals, "sum").tolist(), strict=True):
             self._metrics[mode][name].append(total / count if count else float("nan"))
 
-    def _log_pictures(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
+    def _log_pictures(
+        self, inputs: list[dict], completions: list, rewards: torch.Tensor, targets: SegmentationTargets
+    ) -> None:
         """Pictures of this process's first groups, one completion each; `rewards` are those of all processes."""
         if not self.model.training or not self.pictures.wants(self.state.global_step):
             return
-        targets, first = self._rollouts.targets, self.accelerator.process_index * len(inputs)
+        first = self.accelerator.process_index * len(inputs)
 
         def samples():
             for row in range(0, len(inputs), self.num_generations):
