@@ -195,7 +195,7 @@ def test_a_prefix_is_given_not_trained(tmp_path):
             return columns, own
 
     trainer = tiny_trainer(
-        tmp_path, rows=rows(), cls=Begun, guidance="prefix", max_completion_length=40, beta=0.1, policy_loss_weight=1.0,
+        tmp_path, rows=rows(), cls=Begun, guidance="prefix", max_completion_length=40, beta=0.1,
         seg_loss_weight=0.0, conf_loss_weight=0.0,
     )  # fmt: skip
     trainer.state.max_steps = 2

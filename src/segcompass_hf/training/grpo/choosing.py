@@ -100,7 +100,7 @@ class GroupChoiceMixin:
         if self._pool is not None:
             rows = self._due_rows(rows, chances)
         sampled = self._sample_groups(rows, is_first=True)
-        groups, number = self._guided(sampled, chances), len(sampled)
+        groups, number = list(self._guided(sampled, chances)), len(sampled)
         dropped = 0
         for _ in range(self.args.max_resamplings):
             places = [place for place, group in enumerate(groups) if not self._teaches(group)]
