@@ -1,4 +1,4 @@
-"""Every number of the study's second part. What each run is for, and how it is judged, stands in PROTOCOL_SECOND.md."""
+"""Every number of the study's second part; what each run is for, and how it is judged: PROTOCOL_SECOND.md."""
 
 from settings import OTHERS, TAUGHT
 
