@@ -72,6 +72,8 @@ class HiddenStateCapture:
     def states(self, num_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Both states of every token, joined over the passes: twice `(batch_size, num_tokens, hidden_size)`.
 
+        Of prompts that passed once for several answers every answer gets the states.
+
         Args:
             num_tokens (`int`, *optional*): Of the sequences; all that passed when left out. A process that waits for
                 others while they generate passes more tokens than it writes.
@@ -87,10 +89,8 @@ class HiddenStateCapture:
                 f"the sequences have {num_tokens} tokens, but states of {self.num_tokens} were captured while they "
                 "were written; feed the last token too (generate_and_feed_last)."
             )
-        if len(self.last_states) == 1:
-            joined = self.layer_states[0], self.last_states[0]
-        else:
-            joined = torch.cat(self.layer_states, dim=1), torch.cat(self.last_states, dim=1)
+        rows = len(self.last_states[-1])
+        joined = tuple(_of_rows(passes, rows) for passes in (self.layer_states, self.last_states))
         return tuple(states[:, :num_tokens] for states in joined)
 
     def _collect(self, states: torch.Tensor) -> torch.Tensor:
@@ -126,6 +126,12 @@ class HiddenStateCapture:
 
     def _read_last(self, module, args, output):
         self.last_states.append(output if isinstance(output, torch.Tensor) else output[0])
+
+
+def _of_rows(passes: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """States of passes joined along the tokens; a pass of fewer rows was of prompts with as many answers each."""
+    passes = [p if len(p) == rows else p.repeat_interleave(rows // len(p), 0) for p in passes]
+    return passes[0] if len(passes) == 1 else torch.cat(passes, dim=1)
 
 
 class ParallelStreams:

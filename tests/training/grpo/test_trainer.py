@@ -1,6 +1,5 @@
 """Joint training: what it samples, what it learns from, what it leaves alone."""
 
-import inspect
 import json
 import math
 
@@ -712,22 +711,6 @@ def test_wrong_model_and_settings_are_refused(tmp_path):
         from trl import GRPOConfig
 
         SegCompassGRPOTrainer(tiny_model(), args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
-
-
-def test_private_methods_of_trl_have_the_arguments_we_override():
-    from trl import GRPOTrainer
-
-    expected = {
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
-    }
-    for name, arguments in expected.items():
-        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == arguments, name
-    single_turn = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
-    assert single_turn[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
-    scored = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert scored[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
 
 
 def test_a_model_given_by_folder_is_loaded_with_its_processor(tmp_path):

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import random
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ import torch
 from trl.data_utils import prepare_multimodal_messages
 
 from ...evaluation.pass_at_k import read_pass_rates
-from .groups import ChosenGroups, SampledGroup, compared_rewards, equal_groups, total_rewards
-from .guidance import beginning_of, guidance_strength, reference_answer
+from .chosen_groups import ChosenGroups, SampledGroup, compared_rewards, equal_groups, total_rewards
+from .guidance import beginning_of, begun_answers, guidance_strength, reference_answer
 from .prompt_pool import PromptPool, StratifiedRepeatSampler, column_of
 from .rollouts import RolloutMasks
 from .targets import prompt_of, segmentation_targets
@@ -23,7 +22,7 @@ from .targets import prompt_of, segmentation_targets
 
 class GroupChoiceMixin:
     """What chooses prompts and groups for [`SegCompassGRPOTrainer`], see its settings; behind it come
-    [`RobustTrainerMixin`] and TRL's trainer.
+    [`RobustTrainerMixin`], [`JudgingMixin`], [`SamplingMixin`] and TRL's trainer.
 
     A batch of prompts is sampled and judged. Groups whose samples are all wrong are guided where a reference can be.
     Groups of exactly equal rewards are then dropped, and other prompts sampled in their place, up to
@@ -33,14 +32,6 @@ class GroupChoiceMixin:
 
     _pool: PromptPool | None = None
     _rollouts: RolloutMasks | None
-
-    @abstractmethod
-    def _judge_rollouts(self, inputs, prompts, completions, completion_ids) -> tuple[list[dict], torch.Tensor]:
-        """Columns that reward functions see, one per completion of this process, and the rewards of all processes."""
-
-    @abstractmethod
-    def _log_judged(self, inputs, columns, completions, rewards, targets) -> None:
-        """Log what rollouts came to."""
 
     def _prepare_choice(self) -> None:
         """Look at data set and settings before the first step.
@@ -92,6 +83,10 @@ class GroupChoiceMixin:
         """As in the parent; of groups that are chosen, what was sampled of them."""
         chosen = None if self._rollouts is None else self._rollouts.chosen
         return super()._generate(prompts) if chosen is None else chosen.generated
+
+    def _generate_single_turn(self, *args, **kwargs) -> tuple:
+        with begun_answers(self.core, self._rollouts.beginnings):
+            return super()._generate_single_turn(*args, **kwargs)
 
     def _choose_groups(self, inputs: list[dict[str, Any]]) -> ChosenGroups:
         """Groups to train on, as many as `inputs` (a row per completion) has."""
@@ -145,7 +140,7 @@ class GroupChoiceMixin:
         size = self.num_generations
         rows = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in rows for _ in range(size)]
         given = [0] * len(rows)
-        rollouts = RolloutMasks(self._targets_of(rows))
+        rollouts = self._new_rollouts(rows, self._targets_of(rows))
         if beginnings is not None:
             rollouts.beginnings = [ids for ids in beginnings for _ in range(size)]
             given = [len(ids) for ids in rollouts.beginnings]

@@ -1,145 +1,109 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Groups of completions: the samples of one prompt, and whether rewards tell them apart."""
+"""Completions of one prompt in TRL's micro-batches: kept together, and their prompt's inputs taken once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from .targets import SegmentationTargets
+from .passes import Prompts
 
-
-@dataclass
-class SampledGroup:
-    """The completions of one prompt, sampled and judged, before they are trained on.
-
-    Args:
-        row (`dict`): Of the data set, with its `prompt`.
-        targets ([`SegmentationTargets`]): Of this row alone.
-        prompt_ids (`list[int]`): Token ids of the prompt.
-        images (`list`): Of the prompt.
-        completion_ids (`list[list[int]]`): Token ids, one list per completion.
-        completions (`list`): As TRL decodes them.
-        logprobs (`list[list[float | None]]`, *optional*): Of the sampler, where it is not the model itself.
-        rewards (`torch.Tensor` of shape `(num_generations, num_reward_functions)`): Unweighted.
-        right (`list[bool]`): Whether each chose the targets and nothing else.
-        num_given (`list[int]`): Tokens at the start of each that were given, not written.
-        guided (`bool`): Whether a reference had a part in it.
-    """
-
-    row: dict[str, Any]
-    targets: SegmentationTargets
-    prompt_ids: list[int]
-    images: Any
-    completion_ids: list[list[int]]
-    completions: list[Any]
-    logprobs: list[list[float | None]] | None
-    rewards: torch.Tensor
-    right: list[bool]
-    num_given: list[int]
-    guided: bool = False
+# What TRL passes on to the model beside ids and mask, and what it needs to tell apart the pictures of rows.
+PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+PICTURES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes")
+PICTURES += ("image_position_ids",)
+COUNTS = ("num_images", "num_tiles")
 
 
-@dataclass
-class ChosenGroups:
-    """Groups to train on, in the form in which TRL asks for them.
+def answers_in_a_row(rows: Sequence[dict[str, Any]], image_numbers: torch.Tensor, number: int) -> int:
+    """`number` where every so many rows in a row are the same prompt with the same picture, else 1.
 
     Args:
-        groups (`list[SampledGroup]`): Of this process, all of one size.
+        rows (`Sequence[dict]`): With their `prompt`, as they are to be sampled for.
+        image_numbers (`torch.LongTensor` of shape `(len(rows),)`): Equal where rows show the same image.
+        number (`int`): Completions per prompt.
     """
-
-    groups: list[SampledGroup]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One per completion."""
-        return [group.row for group in self.groups for _ in group.completions]
-
-    @property
-    def targets(self) -> SegmentationTargets:
-        """One entry per completion."""
-        return SegmentationTargets.joined([group.targets.take([0] * len(group.completions)) for group in self.groups])
-
-    @property
-    def rewards(self) -> torch.Tensor:
-        """Of this process's completions, `(num_completions, num_reward_functions)`."""
-        return torch.cat([group.rewards for group in self.groups])
-
-    @property
-    def generated(self) -> tuple:
-        """What TRL's `_generate` returns: prompt ids, completion ids, which tokens were written, completions, the
-        sampler's log-probabilities, further columns, images, images of tools."""
-        groups = self.groups
-        prompt_ids = [group.prompt_ids for group in groups for _ in group.completions]
-        completion_ids = [ids for group in groups for ids in group.completion_ids]
-        given = [number for group in groups for number in group.num_given]
-        written = None
-        if any(given):
-            written = [
-                [0] * number + [1] * (len(ids) - number) for ids, number in zip(completion_ids, given, strict=True)
-            ]
-        logprobs = None
-        if groups[0].logprobs is not None:
-            logprobs = [values for group in groups for values in group.logprobs]
-        images = [group.images for group in groups for _ in group.completions]
-        completions = [completion for group in groups for completion in group.completions]
-        tool_images = [[] for _ in completions]
-        return prompt_ids, completion_ids, written, completions, logprobs, {}, images, tool_images
+    images = image_numbers.tolist()
+    same = [
+        rows[first]["prompt"] == rows[first + later]["prompt"] and images[first] == images[first + later]
+        for first in range(0, len(rows) - number + 1, number)
+        for later in range(1, number)
+    ]
+    return number if len(rows) % number == 0 and all(same) else 1
 
 
-def equal_groups(values: torch.Tensor, group_size: int) -> torch.BoolTensor:
-    """Groups all of whose values are exactly the same, `(num_groups,)`: they teach nothing.
+def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, Any], size: int) -> Iterator[tuple]:
+    """At most `size` prompts at a time, of what TRL makes of prompts: token ids, pictures, and the VLM's other inputs.
 
-    A standard deviation would not tell: the mean of equal numbers is rounded, and TRL divides what that leaves by as
-    little as 1e-4.
+    Where it cannot be told which entries belong to which picture (tiles), all at once.
+    """
+    number = len(prompt_ids)
+    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number}) if number > size else {}
+    if not split or any(len(value) != number for value in split.values()):
+        yield prompt_ids, images, fields
+        return
+    for start in range(0, number, size):
+        rows = slice(start, start + size)
+        part = unsplit_pixel_values_by_grid({name: value[rows] for name, value in split.items()})
+        part.pop("num_images")
+        yield prompt_ids[rows], images and images[rows], part
+
+
+def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:
+    """Numbers `(batch_size,)` of a batch's prompts, in no order; equal where tokens, padding and picture are equal."""
+    parts = batch["image_numbers"][:, None], batch["prompt_ids"], batch["prompt_mask"]
+    return torch.unique(torch.cat(parts, 1), dim=0, return_inverse=True)[1]
+
+
+def shared_prompts(batch: dict[str, Any]) -> Prompts | None:
+    """The different prompts of a micro-batch; `None` where no two completions have the same one.
 
     Args:
-        values (`torch.Tensor` of shape `(num_completions, num_values)`): Groups one after the other; NaN equals NaN.
-        group_size (`int`): Completions of a group.
+        batch (`dict[str, Any]`): TRL's inputs of a micro-batch, and `image_numbers` `(batch_size,)`.
     """
-    grouped = values.nan_to_num(nan=float("-inf")).view(-1, group_size, values.shape[1])
-    return (grouped == grouped[:, :1]).all(2).all(1)
+    rows = prompt_numbers(batch)
+    num_prompts = int(rows.max()) + 1
+    if num_prompts == len(rows):
+        return None
+    first = (rows == torch.arange(num_prompts, device=rows.device)[:, None]).int().argmax(1)
+    width = batch["prompt_ids"].shape[1]
+    given = {name: batch[name] for name in (*PER_TOKEN, *PICTURES, *COUNTS) if batch.get(name) is not None}
+    given = unsplit_pixel_values_by_grid(_pick(split_pixel_values_by_grid(given), first))
+    inputs = {name: value[:, :width] if name in PER_TOKEN else value for name, value in given.items()}
+    inputs = {name: value for name, value in inputs.items() if name not in COUNTS}
+    prompts = {"input_ids": batch["prompt_ids"][first], "attention_mask": batch["prompt_mask"][first]}
+    return Prompts(rows, prompts | inputs)
 
 
-def compared_rewards(rewards: torch.Tensor, weights: torch.Tensor, aggregation: str) -> torch.Tensor:
-    """What decides whether rewards of a group differ: their weighted sum, or, where each function is normalised on its
-    own (`"normalize_then_sum"`), all of them; `(num_completions, 1 or num_reward_functions)`."""
-    if aggregation == "normalize_then_sum":
-        return rewards
-    return total_rewards(rewards, weights)[:, None]
+def with_groups_together(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The micro-batches of one sampling, with the completions of a prompt next to each other.
 
-
-def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted sums `(num_completions,)`, as TRL adds rewards up; NaN where no function applied."""
-    totals = (rewards * weights.to(rewards.device)).nansum(1)
-    return totals.masked_fill(rewards.isnan().all(1), float("nan"))
-
-
-def share_equal_answers(outputs: dict[str, torch.Tensor], keys: Sequence[Any]) -> None:
-    """Give completions that are the same answer to the same prompt the very same masks, in place.
-
-    Beside other rows of a batch, and with other padding, the same tokens lead to masks that differ in the last bits,
-    and to rewards that do.
-
-    Args:
-        outputs (`dict[str, torch.Tensor]`): Masks and logits, one row per completion.
-        keys (`Sequence`): One per completion: prompt and answer.
+    TRL shuffles completions; what is left of that is the order of the prompts, which stays as random as it was.
     """
-    first: dict[Any, int] = {}
-    places = [first.setdefault(key, row) for row, key in enumerate(keys)]
-    if len(first) < len(places):
-        for name, value in outputs.items():
-            outputs[name] = value[torch.tensor(places, device=value.device)]
+    batches = [split_pixel_values_by_grid(batch) for batch in batches]
+    columns = {name: _join([batch[name] for batch in batches]) for name in batches[0]}
+    numbers = prompt_numbers(columns)
+    first = (numbers[:, None] == numbers).int().argmax(1)
+    ordered = _pick(columns, torch.argsort(first, stable=True))
+    return [unsplit_pixel_values_by_grid(batch) for batch in split_tensor_dict(ordered, len(batches))]
 
 
-__all__ = [
-    "ChosenGroups",
-    "SampledGroup",
-    "compared_rewards",
-    "equal_groups",
-    "share_equal_answers",
-    "total_rewards",
-]
+def _join(values: list[Any]) -> Any:
+    """A column of several batches as one; what has no rows is the same in all."""
+    if isinstance(values[0], torch.Tensor):
+        return values[0] if values[0].ndim == 0 else torch.cat(values)
+    return None if values[0] is None else [each for value in values for each in value]
+
+
+def _pick(columns: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+    """Some rows of columns, in this order."""
+
+    def pick(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value if value.ndim == 0 else value[rows]
+        return None if value is None else [value[row] for row in rows.tolist()]
+
+    return {name: pick(value) for name, value in columns.items()}

@@ -96,16 +96,20 @@ def begun_answers(model: Any, beginnings: Sequence[Sequence[int]] | None) -> Ite
 
     Args:
         model (`SegCompassForReasoningSegmentation`): Not wrapped.
-        beginnings (`Sequence[Sequence[int]]`, *optional*): Token ids, one list per row; `None` changes nothing.
+        beginnings (`Sequence[Sequence[int]]`, *optional*): Token ids, one list per row of all calls together, in their
+            order; `None` changes nothing.
     """
     if beginnings is None:
         yield
         return
-    own = model.generate
+    own, left = model.generate, list(beginnings)
 
     def generate(*args, **kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        processors = [*(kwargs.pop("logits_processor", None) or []), BeginWith(ids.shape[1], beginnings)]
+        config = kwargs.get("generation_config") or model.generation_config
+        number = len(ids) * (kwargs.get("num_return_sequences") or config.num_return_sequences or 1)
+        its, left[:] = left[:number], left[number:]
+        processors = [*(kwargs.pop("logits_processor", None) or []), BeginWith(ids.shape[1], its)]
         return own(*args, logits_processor=processors, **kwargs)
 
     model.generate = generate

@@ -3,7 +3,7 @@
 
 import torch
 
-from segcompass_hf.training.grpo.groups import (
+from segcompass_hf.training.grpo.chosen_groups import (
     ChosenGroups,
     SampledGroup,
     compared_rewards,
@@ -43,7 +43,7 @@ def group(name, rewards, num_given=(0, 0)):
     labels, sizes = torch.full((1, 2, 2), float(name)), torch.tensor([[name, name]])
     return SampledGroup(
         row={"sample_id": name},
-        targets=SegmentationTargets([labels[0]], [labels], torch.tensor([name]), sizes, sizes, [0]),
+        targets=SegmentationTargets([labels[0]], [labels], torch.tensor([name]), sizes, sizes, [0], torch.tensor([0])),
         prompt_ids=[name],
         images=[f"image {name}"],
         completion_ids=[[1, 2], [3, 4, 5]],
@@ -63,6 +63,7 @@ def test_chosen_groups_are_what_trl_asks_for():
     assert (
         targets.num_objects.tolist() == [1, 1, 2, 2] and targets.original_sizes.tolist() == [[1, 1]] * 2 + [[2, 2]] * 2
     )
+    assert targets.image_numbers.tolist() == [0, 0, 1, 1]  # each group's own numbers began with 0
     assert targets.mask_labels[0] is targets.mask_labels[1] and targets.image_token_grids is None
     prompts, ids, written, completions, logprobs, extra, images, tool_images = chosen.generated
     assert prompts == [[1], [1], [2], [2]] and completions == ["x", "y", "x", "y"]
