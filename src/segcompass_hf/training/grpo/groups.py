@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
@@ -41,8 +42,12 @@ def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, An
     Where it cannot be told which entries belong to which picture (tiles), all at once.
     """
     number = len(prompt_ids)
-    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number}) if number > size else {}
-    if not split or any(len(value) != number for value in split.values()):
+    if number <= size:
+        yield prompt_ids, images, fields
+        return
+    fields = {name: value if _is_of_tokens(value) else _as_tensor(value) for name, value in fields.items()}
+    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number})
+    if any(len(value) != number for value in split.values()):
         yield prompt_ids, images, fields
         return
     for start in range(0, number, size):
@@ -50,6 +55,15 @@ def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, An
         part = unsplit_pixel_values_by_grid({name: value[rows] for name, value in split.items()})
         part.pop("num_images")
         yield prompt_ids[rows], images and images[rows], part
+
+
+def _is_of_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    """Pictures as TRL makes a tensor of what a processor returns."""
+    return value if isinstance(value, torch.Tensor) else torch.tensor(np.array(value))
 
 
 def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:
