@@ -84,9 +84,9 @@ class GroupChoiceMixin:
         chosen = None if self._rollouts is None else self._rollouts.chosen
         return super()._generate(prompts) if chosen is None else chosen.generated
 
-    def _generate_single_turn(self, *args, **kwargs) -> tuple:
+    def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs) -> tuple:
         with begun_answers(self.core, self._rollouts.beginnings):
-            return super()._generate_single_turn(*args, **kwargs)
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
 
     def _choose_groups(self, inputs: list[dict[str, Any]]) -> ChosenGroups:
         """Groups to train on, as many as `inputs` (a row per completion) has."""
