@@ -81,12 +81,3 @@ def test_a_stage_of_a_recipe_takes_them(tmp_path):
         recipe_rows(tmp_path, without=["reasoning"], own_samples=str(tmp_path))
     with pytest.raises(RecipeError, match="grpo.own_samples: only segmentation trains on right answers"):
         recipe_rows(tmp_path, "grpo", num_generations=2, own_samples=str(folder))
-
-
-def test_settings_of_grpo_are_named_where_they_are_wrong(tmp_path):
-    from segcompass_hf.training.recipe.settings import RecipeError
-
-    with pytest.raises(RecipeError, match="grpo.*guidance"):
-        recipe_rows(tmp_path, "grpo", num_generations=2, guidance="sometimes")
-    with pytest.raises(RecipeError, match="grpo: max_resamplings is -1"):
-        recipe_rows(tmp_path, "grpo", num_generations=2, max_resamplings=-1)

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from trl.data_utils import prepare_multimodal_messages
 
-from ...evaluation.pass_at_k import read_pass_rates
 from .chosen_groups import ChosenGroups, SampledGroup, compared_rewards, equal_groups, total_rewards
 from .guidance import beginning_of, begun_answers, guidance_strength, reference_answer
-from .prompt_pool import PromptPool, StratifiedRepeatSampler, column_of
+from .prompt_pool import PromptPool, StratifiedRepeatSampler, choice_of_prompts
 from .rollouts import RolloutMasks
 from .targets import prompt_of, segmentation_targets
 
@@ -31,6 +30,7 @@ class GroupChoiceMixin:
     """
 
     _pool: PromptPool | None = None
+    _strata: list[Any] | None = None
     _rollouts: RolloutMasks | None
 
     def _prepare_choice(self) -> None:
@@ -45,22 +45,14 @@ class GroupChoiceMixin:
                 "guidance='prefix' needs a sampler that can be made to begin an answer, which vLLM and continuous "
                 "batching cannot here; use guidance='rollout'."
             )
-        self._strata = None
-        if args.stratify_by is not None:
-            self._strata = column_of(self.train_dataset, args.stratify_by, f"stratify_by={args.stratify_by!r}")
-        if not args.chooses_groups:
-            return
+        self._strata, self._pool = choice_of_prompts(self.train_dataset, args)
         size = args.per_device_train_batch_size * args.steps_per_generation
-        if size % self.num_generations:
+        if args.chooses_groups and size % self.num_generations:
             raise ValueError(
                 f"each process samples {size} completions at a time (per_device_train_batch_size x "
                 f"steps_per_generation), which are no whole groups of {self.num_generations}; choose a multiple: "
                 "max_resamplings, pass_rates and guidance look at whole groups."
             )
-        if args.max_resamplings or args.pass_rates is not None:
-            ids = column_of(self.train_dataset, "sample_id", "choosing prompts")
-            rates = None if args.pass_rates is None else read_pass_rates(args.pass_rates)
-            self._pool = PromptPool(ids, self._strata, rates)
 
     def _get_train_sampler(self, dataset: Any = None) -> torch.utils.data.Sampler:
         sampler = super()._get_train_sampler(dataset)

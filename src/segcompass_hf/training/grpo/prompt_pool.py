@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from trl.trainer.utils import RepeatSampler
 
+from ...evaluation.pass_at_k import read_pass_rates
+
 REPLAY_SHARE = 0.5  # of the prompts drawn in place of others: ones that are known to teach
 RETRY_SHARE = 0.1  # of the prompts that taught nothing when last seen, when their turn comes again
 TRIES = 64  # of drawing a prompt that has not taught nothing, before any is taken
@@ -149,4 +151,27 @@ class PromptPool:
         self.teaches = dict(state)
 
 
-__all__ = ["PromptPool", "StratifiedRepeatSampler", "column_of"]
+def choice_of_prompts(rows: Any, args: Any) -> tuple[list[Any] | None, PromptPool | None]:
+    """What a training's settings say of its prompts, checked: the column that batches are balanced by, and the pool
+    that prompts are drawn from.
+
+    Args:
+        rows (`datasets.Dataset`): To train on.
+        args ([`SegCompassGRPOConfig`]): `stratify_by`, `pass_rates`, `max_resamplings`.
+
+    Raises:
+        ValueError: Settings and rows do not fit each other, or no pass rates are where they are said to be.
+    """
+    strata = pool = None
+    if args.stratify_by is not None:
+        strata = column_of(rows, args.stratify_by, f"stratify_by={args.stratify_by!r}")
+        prompts = args.generation_batch_size // args.num_generations
+        StratifiedRepeatSampler(strata, strata, mini_repeat_count=1, batch_size=prompts)
+    if args.max_resamplings or args.pass_rates is not None:
+        setting = "pass_rates" if args.pass_rates is not None else "max_resamplings"
+        rates = None if args.pass_rates is None else read_pass_rates(args.pass_rates)
+        pool = PromptPool(column_of(rows, "sample_id", setting), strata, rates)
+    return strata, pool
+
+
+__all__ = ["PromptPool", "StratifiedRepeatSampler", "choice_of_prompts", "column_of"]

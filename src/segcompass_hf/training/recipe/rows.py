@@ -87,6 +87,13 @@ def load_rows(stage: Stage, arguments: Any, num_processes: int = 1) -> StageRows
             train = with_right_samples(train, own.own_samples)
         except ValueError as error:
             raise RecipeError(f"{name}.own_samples: {error}") from error
+    if name == "grpo":
+        from ..grpo.prompt_pool import choice_of_prompts  # needs TRL, other stages do not
+
+        try:
+            choice_of_prompts(train, arguments)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
     return StageRows(train, evaluation)
 
 
