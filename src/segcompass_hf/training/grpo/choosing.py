@@ -16,7 +16,7 @@ from .chosen_groups import ChosenGroups, SampledGroup, compared_rewards, equal_g
 from .guidance import beginning_of, begun_answers, guidance_strength, reference_answer
 from .prompt_pool import PromptPool, StratifiedRepeatSampler, choice_of_prompts
 from .rollouts import RolloutMasks
-from .targets import prompt_of, segmentation_targets
+from .targets import SegmentationTargets, prompt_of, segmentation_targets
 
 
 class GroupChoiceMixin:
@@ -168,7 +168,7 @@ class GroupChoiceMixin:
             )
         return groups
 
-    def _targets_of(self, rows: list[dict[str, Any]]) -> Any:
+    def _targets_of(self, rows: list[dict[str, Any]]) -> SegmentationTargets:
         return segmentation_targets(
             rows, self._target_processor, self.core, self.accelerator.device, self.args.overflow
         )
@@ -215,7 +215,7 @@ class GroupChoiceMixin:
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         rows = [group.row for group in asked]
         prompts = [prepare_multimodal_messages(row["prompt"], images=[row["image"]]) for row in rows]
-        self._rollouts = RolloutMasks(self._targets_of(rows))
+        self._rollouts = RolloutMasks(SegmentationTargets.joined([group.targets for group in asked]))
         try:
             columns, rewards = self._judge_rollouts(rows, prompts, completions, ids)
         finally:
