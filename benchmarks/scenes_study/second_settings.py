@@ -2,7 +2,7 @@
 
 from settings import OTHERS, TAUGHT
 
-PROMPTS = 12_000  # of a run; 50,000 and more need 20 completions per CPU second, or a GPU (PROTOCOL_SECOND.md)
+PROMPTS = 16_000  # of a run, those that are trained on; PROTOCOL_SECOND.md says why not 50,000
 PROMPTS_PER_STEP, GROUP = 16, 8
 STEPS = PROMPTS // PROMPTS_PER_STEP
 SEEDS = {

@@ -22,7 +22,6 @@ from ..pages import code_block, markdown_table
 from .environment import commit, device, versions
 from .figures import UNNAMED
 from .prediction import Prediction
-from .predictors.sampling import SamplingPredictor
 from .processes import Processes
 from .rows import EvaluationRow, EvaluationRows
 from .runner import alone_in_results, finished_records, run_batches
@@ -46,7 +45,7 @@ FIGURES = ("pass", "mixed", "well_drawn")
 
 
 def measure_pass_at_k(
-    predictor: SamplingPredictor,
+    predictor: Any,
     dataset: Any,
     output_dir: str | os.PathLike,
     ks: Sequence[int] = KS,
@@ -62,7 +61,8 @@ def measure_pass_at_k(
     Resumable and for several processes, as [`evaluate_dataset`].
 
     Args:
-        predictor ([`SamplingPredictor`]): Gives `max(ks)` samples or more of every row.
+        predictor ([`SamplingPredictor`]): Or what has its `num_samples`, `max(ks)` or more, and gives so many
+            predictions of every row.
         dataset, output_dir, batch_size, num_samples, dataset_name, unreadable, resume, notes: As of
             [`evaluate_dataset`]; `num_samples` counts rows.
         ks (`Sequence[int]`, *optional*): Numbers of samples.
