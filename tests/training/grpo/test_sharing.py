@@ -111,18 +111,19 @@ def test_with_gradient_checkpointing_and_adapters(tmp_path, lora, monkeypatch):
             if "lora_B.default" in name:
                 torch.nn.init.normal_(weight, std=0.1)
     batch = batch_of(trainer)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})  # as `train` does
     runs = []
     layer = decoder_layers(trainer.core.vlm)[-1].mlp
-    layer.register_forward_hook(lambda *args: runs.append(torch.is_grad_enabled()))
+    layer.register_forward_pre_hook(lambda *args: runs.append(torch.is_grad_enabled()))
     check_both_ways(trainer, batch, monkeypatch)
-    # To try it: 1 whole and 2 shared passes; for the loss 2 and 1; each once more to go back. References: no gradient.
+    # To try it: 1 whole and 2 passes of a shared one; for the loss 2 and 1; each once more to go back.
     assert sum(runs) == 2 * (3 + 3)
 
 
 def test_settings_of_checkpointing_that_lose_gradients_are_found_out(tmp_path, caplog, monkeypatch):
-    settings = GROUPS | {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-    trainer = tiny_trainer(tmp_path, **settings, beta=0.0)
+    trainer = tiny_trainer(tmp_path, **GROUPS, beta=0.0)
     batch = batch_of(trainer)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
     told(caplog, monkeypatch)
     loss_and_gradients(trainer, dict(batch))
     assert "Prompts are computed anew for each of their completions" in caplog.text

@@ -42,12 +42,12 @@ def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, An
     Where it cannot be told which entries belong to which picture (tiles), all at once.
     """
     number = len(prompt_ids)
-    if number <= size:
-        yield prompt_ids, images, fields
-        return
-    fields = {name: value if _is_of_tokens(value) else _as_tensor(value) for name, value in fields.items()}
-    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number})
-    if any(len(value) != number for value in split.values()):
+    fields = {
+        name: value if _is_taken_as_it_is(value) else torch.as_tensor(np.array(value))
+        for name, value in fields.items()
+    }
+    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number}) if number > size else {}
+    if not split or any(len(value) != number for value in split.values()):
         yield prompt_ids, images, fields
         return
     for start in range(0, number, size):
@@ -57,13 +57,9 @@ def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, An
         yield prompt_ids[rows], images and images[rows], part
 
 
-def _is_of_tokens(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], list)
-
-
-def _as_tensor(value: Any) -> torch.Tensor:
-    """Pictures as TRL makes a tensor of what a processor returns."""
-    return value if isinstance(value, torch.Tensor) else torch.tensor(np.array(value))
+def _is_taken_as_it_is(value: Any) -> bool:
+    """A tensor, or lists with an entry per token; TRL makes tensors of all else."""
+    return isinstance(value, torch.Tensor) or bool(value) and isinstance(value[0], list)
 
 
 def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:
