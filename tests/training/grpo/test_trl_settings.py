@@ -84,14 +84,15 @@ def test_without_kl_there_is_no_reference(tmp_path):
 
 
 def test_equal_rewards_have_exactly_no_advantage(tmp_path):
-    """Of three rewards of 0.3 * 1 + 0.7 * 0.1 the float mean is another number, divided by as little as 1e-4."""
+    """The float mean of three such rewards is another number, and TRL divides the difference by 1e-4."""
+    value = 0.37322431802749634
+    three = torch.full((3,), value)
+    assert ((three - three.mean()) / 1e-4).abs().max() > 1e-4
 
     def equal(completions, **columns):
-        return [0.37] * len(completions)
+        return [value] * len(completions)
 
-    trainer = tiny_trainer(
-        tmp_path, reward_funcs=[equal], num_generations=3, per_device_train_batch_size=6, reward_weights=[0.7]
-    )
+    trainer = tiny_trainer(tmp_path, reward_funcs=[equal], num_generations=3, per_device_train_batch_size=6)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     output = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))

@@ -44,7 +44,7 @@ from .vllm import vllm_rollouts
 
 check_trl()
 
-# Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
+# Advantages within it are those of rewards that are their group's mean, but for what rounding leaves of it.
 EQUAL_REWARDS = 1e-3
 
 
