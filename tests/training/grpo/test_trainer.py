@@ -377,8 +377,8 @@ def test_masks_are_learned_from_the_better_completions(tmp_path):
     assert math.isfinite(alike.state.log_history[0]["loss"])
     groups_of_three = settings | {"num_generations": 3, "per_device_train_batch_size": 3}
     inputs = generate(tiny_trainer(tmp_path, reward_funcs=[above_its_mean], **groups_of_three))
-    assert -1e-3 < inputs["advantages"].max() < -1e-4, "the mean of three equal rewards is rounded up"
-    assert inputs["segmentation_weights"].tolist() == [1.0] * 3, "and they are equal all the same"
+    assert inputs["advantages"].tolist() == [0.0] * 3, "though the mean of three equal rewards is rounded up"
+    assert inputs["segmentation_weights"].tolist() == [1.0] * 3
     with pytest.raises(ValueError, match="'all' or 'at_least_mean', got 'best'"):
         SegCompassGRPOConfig(str(tmp_path), segmentation_completions="best", use_cpu=True)
 

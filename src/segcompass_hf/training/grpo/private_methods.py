@@ -13,9 +13,11 @@ TRL_VERSIONS = "trl>=1.16,<1.17"
 # Leading arguments of what is overridden or called. `compute_loss` alone is documented for it.
 METHODS = {
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_generate": ("self", "prompts"),
     "_generate_and_score_completions": ("self", "inputs"),
     "_generate_single_turn": ("self", "prompt_ids", "images", "multimodal_fields", "num_generations"),
     "_get_per_token_logps_and_entropies": ("self", "model", "input_ids", "attention_mask", "logits_to_keep"),
+    "_get_train_sampler": ("self", "dataset"),
     "_prepare_inputs": ("self", "generation_batch"),
     "_tokenize_prompts": ("self", "prompts"),
     "compute_loss": ("self", "model", "inputs", "return_outputs", "num_items_in_batch"),

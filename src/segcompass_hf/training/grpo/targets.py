@@ -47,6 +47,32 @@ class SegmentationTargets:
         names += ("image_token_grids",)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def take(self, rows: Sequence[int]) -> SegmentationTargets:
+        """Those of some rows, in this order; a row may come several times."""
+        taken = {}
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                taken[name] = [value[row] for row in rows]
+            else:
+                taken[name] = None if value is None else value[list(rows)]
+        return SegmentationTargets(**taken)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SegmentationTargets]) -> SegmentationTargets:
+        """Rows of several, one after the other; images of different parts count as different."""
+        joined = {}
+        for name, first in vars(parts[0]).items():
+            values = [getattr(part, name) for part in parts]
+            if isinstance(first, list):
+                joined[name] = [entry for value in values for entry in value]
+            else:
+                joined[name] = None if first is None else torch.cat(values)
+        taken = [0, *torch.tensor([int(part.image_numbers.max()) + 1 for part in parts]).cumsum(0).tolist()]
+        joined["image_numbers"] = torch.cat(
+            [part.image_numbers + offset for part, offset in zip(parts, taken, strict=False)]
+        )
+        return cls(**joined)
+
 
 def check_num_rows(rows: Any, args: Any) -> None:
     """Refuse, with a `ValueError`, too few rows for one generation: TRL leaves them out, and would train no step.
