@@ -5,8 +5,9 @@
 
 The bundled checkpoint samples freely for the same prompts in every formulation, in turn: every completion with a pass
 over its own prompt and a cache that is joined anew for every token (as transformers does); prompts once for all of
-their completions; answers that have ended left out; the cache growing in place; and 64 completions at a time. Sampling is `generate` with what belongs
-to it; the whole adds targets, masks, rewards and TRL's second reading of the pictures. Medians over rounds.
+their completions; answers that have ended left out; the cache growing in place; and 64 completions at a time.
+Sampling is `generate` with what belongs to it; the whole adds targets, masks, rewards and TRL's second reading of the
+pictures. Medians over rounds.
 """
 
 import argparse
