@@ -18,7 +18,6 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .answers_segcompass import AnswerWriter, answers_to_sample
-from .caches_segcompass import let_grow
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -62,7 +61,6 @@ def generate_and_feed_last(
                 "states would belong to other beams; use greedy decoding or sampling."
             )
         check_growing_cache(generation_config.cache_implementation)
-        let_grow(model_kwargs.get(CACHE))
         stop = _OneStepLater(stopping_criteria)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])

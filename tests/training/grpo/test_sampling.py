@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Sampling: every prompt is read and passed once, a few at a time, and masks see the states of their completion."""
+"""Sampling: every prompt is read and passed once, and masks see the states of their completion."""
 
 import pytest
 import torch
@@ -10,8 +10,7 @@ from segcompass_hf.text_stack_segcompass import decoder_layers
 pytest.importorskip("trl")
 
 from segcompass_hf.training import SegCompassGRPOTrainer  # noqa: E402
-from segcompass_hf.training.grpo import sampling  # noqa: E402
-from segcompass_hf.training.grpo.groups import answers_in_a_row, parts_of_prompts  # noqa: E402
+from segcompass_hf.training.grpo.groups import answers_in_a_row  # noqa: E402
 from segcompass_hf.training.grpo.rollouts import masks_of_rollouts  # noqa: E402
 
 
@@ -28,9 +27,7 @@ class Recorder(SegCompassGRPOTrainer):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
-@pytest.mark.parametrize("at_a_time", [2, 64])
-def test_masks_are_those_of_a_plain_forward(tmp_path, family, at_a_time, monkeypatch):
-    monkeypatch.setattr(sampling, "COMPLETIONS_AT_A_TIME", at_a_time)
+def test_masks_are_those_of_a_plain_forward(tmp_path, family):
     settings = {"per_device_train_batch_size": 8, "num_generations": 2}
     trainer = tiny_trainer(tmp_path, family, cls=Recorder, **settings)
     trainer.model.train()
@@ -41,8 +38,7 @@ def test_masks_are_those_of_a_plain_forward(tmp_path, family, at_a_time, monkeyp
     )
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
     first = [rows for rows, tokens in passes if tokens > 1]
-    assert first == ([1] * 4 if at_a_time == 2 else [4])
-    assert max(rows for rows, tokens in passes if tokens == 1) == (2 if at_a_time == 2 else 8)
+    assert first == [4] and max(rows for rows, tokens in passes if tokens == 1) == 8
 
     prompts, completion_ids, rollouts = trainer.seen
     prompt_ids, images, fields = trainer.tokenized
@@ -73,19 +69,3 @@ def test_answers_in_a_row():
     assert answers_in_a_row(rows, torch.tensor([0, 0, 0, 0]), 4) == 1  # two texts
     assert answers_in_a_row(rows[:3], torch.tensor([0, 0, 1]), 2) == 1
     assert answers_in_a_row(rows, torch.tensor([0, 1, 2, 3]), 1) == 1
-
-
-def test_parts_of_prompts():
-    """Three prompts with pictures of 1, 2 and 1 patches, two at a time."""
-    fields = {
-        "pixel_values": torch.tensor([[1.0], [2.0], [2.5], [3.0]]),
-        "image_grid_thw": torch.tensor([[1, 1, 1], [1, 1, 2], [1, 1, 1]]),
-        "mm_token_type_ids": [[0, 1], [1, 1], [1]],
-    }
-    one, other = parts_of_prompts([[5, 6], [7, 8], [9]], ["a", "b", "c"], fields, 2)
-    assert one[:2] == ([[5, 6], [7, 8]], ["a", "b"]) and other[:2] == ([[9]], ["c"])
-    assert one[2]["pixel_values"].flatten().tolist() == [1, 2, 2.5]
-    assert other[2]["pixel_values"].tolist() == [[3]] and other[2]["image_grid_thw"].tolist() == [[1, 1, 1]]
-    assert other[2]["mm_token_type_ids"] == [[1]] and set(one[2]) == set(fields)
-    tiles = {"pixel_values": torch.zeros(7, 3, 4, 4)}
-    assert list(parts_of_prompts([[5], [6], [7]], None, tiles, 2)) == [([[5], [6], [7]], None, tiles)]

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
@@ -34,32 +33,6 @@ def answers_in_a_row(rows: Sequence[dict[str, Any]], image_numbers: torch.Tensor
         for later in range(1, number)
     ]
     return number if len(rows) % number == 0 and all(same) else 1
-
-
-def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, Any], size: int) -> Iterator[tuple]:
-    """At most `size` prompts at a time, of what TRL makes of prompts: token ids, pictures, and the VLM's other inputs.
-
-    Where it cannot be told which entries belong to which picture (tiles), all at once.
-    """
-    number = len(prompt_ids)
-    fields = {
-        name: value if _is_taken_as_it_is(value) else torch.as_tensor(np.array(value))
-        for name, value in fields.items()
-    }
-    split = split_pixel_values_by_grid({**fields, "num_images": [1] * number}) if number > size else {}
-    if not split or any(len(value) != number for value in split.values()):
-        yield prompt_ids, images, fields
-        return
-    for start in range(0, number, size):
-        rows = slice(start, start + size)
-        part = unsplit_pixel_values_by_grid({name: value[rows] for name, value in split.items()})
-        part.pop("num_images")
-        yield prompt_ids[rows], images and images[rows], part
-
-
-def _is_taken_as_it_is(value: Any) -> bool:
-    """A tensor, or lists with an entry per token; TRL makes tensors of all else."""
-    return isinstance(value, torch.Tensor) or (isinstance(value, list) and isinstance(value[0], list))
 
 
 def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:

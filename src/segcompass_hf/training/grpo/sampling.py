@@ -3,27 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging
 
 from ...prompt_copies_segcompass import PromptCopies
 from ...reading_segcompass import SequenceStates
 from ...text_stack_segcompass import HiddenStateCapture
-from .groups import answers_in_a_row, parts_of_prompts, shared_prompts, with_groups_together
+from .groups import answers_in_a_row, shared_prompts, with_groups_together
 from .passes import Prompts
 from .rollouts import RolloutMasks
 from .targets import SegmentationTargets
 
 logger = logging.get_logger(__name__)
-
-# On a CPU. More of them do not fit its cache with their keys and values, and all wait for the longest.
-COMPLETIONS_AT_A_TIME = 64
 
 
 class SamplingMixin:
@@ -58,18 +52,12 @@ class SamplingMixin:
         prompts = prompt_ids[::copies], images and images[::copies], multimodal_fields
         if not self._captures_states:
             return super()._generate_single_turn(*prompts, num_generations, **kwargs)
+        # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
+        precision, layer = self.accelerator.autocast(), self.core.config.sae_layer
         self.generation_config.feed_last_token = True
-        on_cpu = self.accelerator.device.type == "cpu"
-        at_a_time = max(COMPLETIONS_AT_A_TIME // copies, 1) if on_cpu else len(prompt_ids)
-        completion_ids, logprobs, captured = [], None, []
-        for part in parts_of_prompts(*prompts, at_a_time):
-            # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
-            precision, layer = self.accelerator.autocast(), self.core.config.sae_layer
-            with precision, HiddenStateCapture(self.core.vlm, layer) as capture:
-                written, logprobs = super()._generate_single_turn(*part, num_generations, **kwargs)
-            completion_ids += written
-            captured.append(CapturedPart(capture, self._width(part[0]), max(map(len, written))))
-        self._rollouts.states = self._sequence_states(prompt_ids, completion_ids, captured)
+        with precision, HiddenStateCapture(self.core.vlm, layer) as capture:
+            completion_ids, logprobs = super()._generate_single_turn(*prompts, num_generations, **kwargs)
+        self._rollouts.states = self._sequence_states(prompt_ids, completion_ids, capture)
         return completion_ids, logprobs
 
     @property
@@ -102,14 +90,11 @@ class SamplingMixin:
             return None
         return shared_prompts(inputs)
 
-    def _width(self, prompt_ids: list) -> int:
-        """Tokens that prompts are padded to."""
+    def _sequence_states(self, prompt_ids: list, completion_ids: list, capture: HiddenStateCapture) -> SequenceStates:
+        """What masks are read from: `[padding | prompt | completion | padding]` as in `generate`."""
         width, multiple = max(map(len, prompt_ids)), self.pad_to_multiple_of
-        return width if multiple is None else -(-width // multiple) * multiple
-
-    def _sequence_states(self, prompt_ids: list, completion_ids: list, captured: list[CapturedPart]) -> SequenceStates:
-        """What masks are read from: `[padding | prompt | completion | padding]`, one row per completion."""
-        width, length = self._width(prompt_ids), max(map(len, completion_ids))
+        width = width if multiple is None else -(-width // multiple) * multiple
+        length = max(map(len, completion_ids))
         sequences = torch.full((len(prompt_ids), width + length), self._tokenizer.pad_token_id)
         mask = torch.zeros_like(sequences)
         for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
@@ -117,36 +102,13 @@ class SamplingMixin:
             sequences[row, width : width + len(completion)] = torch.tensor(completion)
             mask[row, width - len(prompt) : width + len(completion)] = 1
         sequences, mask = sequences.to(self.accelerator.device), mask.to(self.accelerator.device)
-        parts = zip(*(part.states(width, length) for part in captured), strict=True)
-        states = tuple(each[0] if len(each) == 1 else torch.cat(each) for each in parts)
         copies = self._rollouts.copies
         numbers = torch.arange(len(sequences), device=sequences.device) // copies
         return SequenceStates.of_answers(
-            states,
+            capture.states(width + length),
             sequences,
             mask[:, :width],
             mask[:, width:],
             self._rollouts.targets.image_token_grids,
             PromptCopies(numbers, width) if copies > 1 else None,
         )
-
-
-@dataclass
-class CapturedPart:
-    """What was captured while some of the completions were sampled.
-
-    Args:
-        capture ([`HiddenStateCapture`]): Of all passes.
-        width (`int`): Tokens that the prompts were padded to, on the left.
-        length (`int`): Tokens of the longest completion.
-    """
-
-    capture: HiddenStateCapture
-    width: int
-    length: int
-
-    def states(self, width: int, length: int) -> Iterator[torch.Tensor]:
-        """Both states for prompts padded to `width` and completions padded to `length` tokens."""
-        more = (0, 0, width - self.width, length - self.length)
-        for states in self.capture.states(self.width + self.length):
-            yield F.pad(states, more) if any(more) else states
