@@ -8,13 +8,16 @@ LLaVA-1.5-7B's shapes on a GPU:
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --ladder --rss
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --workloads a --ladder --name train_step_ladder
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --gradient-checkpointing --name train_step_checkpointing
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --workloads c --name train_step_groups
     python benchmarks/train_step.py --preset llava-7b --device cuda --ladder
 
 Workload (a): rows of 576 image tokens, 100 words of prompt and 250 of completion, no padding. Workload (b): rows of
 differing length in the original's layout (fixed widths, padding computed; the second pass reads the completion twice
 with its padding as tokens, and the SAE all of it) against ours (padded to the longest row, read once). There the SAE's
 input differs by design, so that log-probabilities and the gradients of the policy loss are compared. The original
-pads to 1,400 + 2,000 tokens, and so does the `llava-7b` preset; the CPU preset pads to 1,024 + 512.
+pads to 1,400 + 2,000 tokens, and so does the `llava-7b` preset; the CPU preset pads to 1,024 + 512. Workload (c): one
+prompt of 1,200 tokens and a group of 8 completions of 250, which ours computes once; "ours without sharing" computes
+it for each of them. The original's side needs 7 GB there; `--preset cpu-shallow`, a third as deep, needs 2.5.
 
 The CPU preset is LLaVA-1.5-7B with 3/32 of the width and 3/8 of the depth, frozen below the middle like it. The head
 (vocabulary / (depth x width)), the SAE (d_sae / (depth x width)) and the vision tower keep their share of a VLM pass:
@@ -44,7 +47,7 @@ from pathlib import Path
 import torch
 import transformers
 import trl
-from train_step_formulations import LADDER, NAIVE, OURS, WITHOUT_KL
+from train_step_formulations import LADDER, NAIVE, OURS, UNSHARED, WITHOUT_KL
 from train_step_measuring import Bench, check, inputs_of, measure, resident_set, scaled_tiles
 from train_step_report import to_markdown
 from train_step_workloads import PRESETS, proportions
@@ -58,7 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="bfloat16 on CUDA by default")
-    parser.add_argument("--workloads", nargs="+", choices=["a", "b"], default=["a", "b"])
+    parser.add_argument("--workloads", nargs="+", choices=["a", "b", "c"], default=["a", "b"])
     parser.add_argument("--ladder", action="store_true", help="every saving in turn, and both ends without KL, on (a)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; every formulation runs once in each")
     parser.add_argument(
@@ -77,7 +80,7 @@ def resident_sets(args: argparse.Namespace) -> dict[str, dict]:
     """[`resident_set`] of both ends on every workload, each in a process of its own."""
     found: dict[str, dict] = {}
     for workload in args.workloads:
-        for formulation in (NAIVE, OURS):
+        for formulation in (NAIVE, UNSHARED, OURS) if workload == "c" else (NAIVE, OURS):
             command = [sys.executable, __file__, "--preset", args.preset, "--rss-of", formulation.name, workload]
             command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -124,12 +127,13 @@ def benchmark(args: argparse.Namespace) -> dict:
             "clock": "wall time" if bench.device.type == "cuda" else "CPU time",
             **vars(bench.preset),
         },
+        "shared_prompt_tokens": bench.preset.group_prompt_tokens,
         "sequence": {},
         "differences": {},
         "workloads": {},
     }
     for workload in args.workloads:
-        ends = [NAIVE, OURS]
+        ends = [NAIVE, UNSHARED, OURS] if workload == "c" else [NAIVE, OURS]
         rows = [*LADDER, OURS, *WITHOUT_KL] if args.ladder and workload == "a" else ends
         record["sequence"][workload] = {
             end.name: list(inputs_of(bench, end, workload).vlm["input_ids"].shape) for end in ends

@@ -11,6 +11,7 @@ is recomputed. `OURS` calls the model as `SegCompassGRPOTrainer` does.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -36,6 +37,7 @@ class Formulation:
         head (`str`): Logits of all tokens, or log-probabilities of the completion in tiles.
         concepts (`str`): Dense activations with decode, or the active ones alone.
         decode (`str`): Which slots SAM's decoder sees.
+        prompts (`str`): Whether a prompt that several completions have is computed for each of them, or shared.
         through_package (`bool`): Call the model as the trainer does; the other fields say what that amounts to.
     """
 
@@ -45,6 +47,7 @@ class Formulation:
     head: Literal["full", "completion"] = "full"
     concepts: Literal["dense", "sparse"] = "dense"
     decode: Literal["all", "matched"] = "all"
+    prompts: Literal["each", "shared"] = "each"
     through_package: bool = False
 
 
@@ -59,7 +62,8 @@ for _name, _change in (
     ("matched slots decoded", {"decode": "matched"}),
 ):
     LADDER.append(replace(LADDER[-1], name=f"+ {_name}", **_change))
-OURS = replace(LADDER[-1], name="ours", through_package=True)
+OURS = replace(LADDER[-1], name="ours", prompts="shared", through_package=True)
+UNSHARED = replace(OURS, name="ours without sharing", prompts="each")  # differs from ours where prompts are shared
 WITHOUT_KL = [replace(NAIVE, name="naive without KL", reference="none")]
 WITHOUT_KL.append(replace(OURS, name="ours without KL", reference="none"))
 
@@ -110,7 +114,7 @@ class References:
     """
 
     def __init__(self, model: nn.Module):
-        self.model, self.built = model, {}
+        self.model, self.built, self.forwards = model, {}, {}
 
     def build(self, kind: str) -> nn.Module | None:
         if kind not in self.built and kind != "none":
@@ -119,6 +123,14 @@ class References:
             else:
                 self.built[kind] = ReferencePolicy(self.model, temperature=1.0)
         return self.built.get(kind)
+
+    def joint_forward(self, kind: str) -> Callable:
+        """The package's forward with this reference, which tries once whether prompts can be shared."""
+        if kind not in self.forwards:
+            self.model.__dict__.pop("forward", None)  # with another reference
+            add_joint_forward(self.model, temperature=1.0, cast_to_fp32=False, reference=self.build(kind))
+            self.forwards[kind] = self.model.forward
+        return self.forwards[kind]
 
     def bytes(self, kind: str) -> int:
         """What a reference policy occupies beyond the policy itself."""
@@ -130,17 +142,14 @@ class References:
 
 def run_forward(model: nn.Module, references: References, formulation: Formulation, inputs: StepInputs) -> StepOutput:
     """Policy, reference and segmentation of one micro-batch."""
-    run = package_forward if formulation.through_package else composed_forward
-    return run(model, references.build(formulation.reference), formulation, inputs)
+    if formulation.through_package:
+        return package_forward(references.joint_forward(formulation.reference), inputs)
+    return composed_forward(model, references.build(formulation.reference), formulation, inputs)
 
 
-def package_forward(
-    model: nn.Module, reference: nn.Module | None, formulation: Formulation, inputs: StepInputs
-) -> StepOutput:
+def package_forward(joint_forward: Callable, inputs: StepInputs) -> StepOutput:
     """As `SegCompassGRPOTrainer` calls the model."""
-    model.__dict__.pop("forward", None)  # from an earlier call, perhaps with another reference
-    add_joint_forward(model, temperature=1.0, cast_to_fp32=False, reference=reference)
-    output = model(**inputs.vlm, labels=_labels(inputs), fused_lm_head=True, segmentation=inputs.targets)
+    output = joint_forward(**inputs.vlm, labels=_labels(inputs), fused_lm_head=True, segmentation=inputs.targets)
     return StepOutput(output.log_probs, output.ref_log_probs, output.segmentation)
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 import trl.trainer.utils
-from train_step_formulations import NAIVE, OURS, Formulation, References, StepInputs, run_forward
+from train_step_formulations import NAIVE, OURS, UNSHARED, Formulation, References, StepInputs, run_forward
 from train_step_workloads import PRESETS, Preset, build_model, let_policy_drift, make_inputs
 
 from segcompass_hf import losses_segcompass
@@ -138,7 +138,10 @@ def scaled_tiles(preset: Preset):
 
 def inputs_of(bench: Bench, formulation: Formulation, workload: str) -> StepInputs:
     layout = "original" if formulation.second_pass != "none" else "ours"
-    return make_inputs(bench.model, bench.preset, workload, layout)
+    inputs = make_inputs(bench.model, bench.preset, workload, layout)
+    if formulation.prompts == "each":
+        inputs.targets.prompts = None
+    return inputs
 
 
 def check(bench: Bench, workload: str, formulations: list[Formulation]) -> tuple[dict[str, dict], dict[str, int]]:
@@ -146,6 +149,9 @@ def check(bench: Bench, workload: str, formulations: list[Formulation]) -> tuple
     found, peaks, first = {}, {}, None
     for formulation in formulations:
         inputs = inputs_of(bench, formulation, workload)
+        if inputs.targets.prompts is not None:  # once in a training, both ways are tried on a part
+            with torch.no_grad():
+                run_forward(bench.model, bench.references, formulation, inputs)
         peaks[formulation.name], result = bench.counted_step(formulation, inputs)
         if formulation.reference == "none":
             continue
@@ -165,7 +171,7 @@ def _real_tokens(log_probs: torch.Tensor | None, inputs: StepInputs) -> torch.Te
 
 
 def _difference(result: dict, first: dict, workload: str) -> dict:
-    compared = "loss" if workload == "a" else "policy_loss"
+    compared = "policy_loss" if workload == "b" else "loss"
     own, other = result["gradients"], first["gradients"]
     if own.keys() != other.keys():
         raise RuntimeError(f"not the same parameters have gradients: {sorted(own.keys() ^ other.keys())}.")
@@ -235,7 +241,7 @@ def resident_set(args: argparse.Namespace, name: str, workload: str) -> dict[str
     """What a step adds to the resident set of this process at its fullest, and the whole set then."""
     import ctypes
 
-    formulation = {NAIVE.name: NAIVE, OURS.name: OURS}[name]
+    formulation = next(each for each in (NAIVE, UNSHARED, OURS) if each.name == name)
     bench = Bench(args, [formulation.reference])
     inputs = inputs_of(bench, formulation, workload)
     bench.step(formulation, inputs)

@@ -16,6 +16,7 @@ from segcompass_hf import SegCompassConfig, SegCompassForReasoningSegmentation
 from segcompass_hf.original_inputs_segcompass import duplicate_completion
 from segcompass_hf.reading_segcompass import MaskTargets
 from segcompass_hf.training.grpo.forward import JointTargets
+from segcompass_hf.training.grpo.passes import Prompts
 
 PAD, IMAGE, REF, THINK, END_THINK, FIRST_WORD = 0, 1, 2, 3, 4, 5
 POLICY_DRIFT = 0.05  # noise on the trained VLM layers, as a share of their spread: policy and reference differ
@@ -35,6 +36,7 @@ class Preset:
         batch_size (`int`): Completions per micro-batch.
         active (`int`): Concepts per token above the threshold.
         padded_prompt, padded_completion (`int`): Widths that the original's layout pads to in workload (b).
+        group_size, group_prompt_tokens (`int`): Completions of the one prompt of workload (c), and its tokens.
     """
 
     width: int
@@ -55,14 +57,17 @@ class Preset:
     image_size: int = 336
     batch_size: int = 2
     active: int = 64
+    group_size: int = 8
+    group_prompt_tokens: int = 1200
 
 
 PRESETS = {
     "llava-7b": Preset(4096, 32, 32, 11008, 32064, 1024, 24, 65536, 512, 256, 64, 1400, 2000),
     "cpu": Preset(384, 12, 3, 1032, 1127, 96, 9, 2304, 48, 96, 24, 1024, 512),
+    "cpu-shallow": Preset(384, 4, 3, 1032, 376, 96, 3, 768, 48, 96, 24, 1024, 512),
     "tiny": Preset(
         32, 4, 2, 64, 64, 16, 2, 64, 32, 32, 4, 24, 24, prompt_tokens=14, completion_tokens=14, image_size=42,
-        active=8,
+        active=8, group_size=4, group_prompt_tokens=30,
     ),
 }  # fmt: skip
 
@@ -158,13 +163,14 @@ def let_policy_drift(model: nn.Module) -> None:
 
 
 def make_inputs(
-    model: nn.Module, preset: Preset, workload: Literal["a", "b"], layout: Literal["original", "ours"]
+    model: nn.Module, preset: Preset, workload: Literal["a", "b", "c"], layout: Literal["original", "ours"]
 ) -> StepInputs:
     """A micro-batch, the same tokens in both layouts.
 
     Workload `a`: rows of equal length, no padding. Workload `b`: rows of differing length; the original's layout pads
     prompts and completions to fixed widths and its second pass reads the completion twice, the second time with its
-    padding as tokens; ours pads to the longest row and reads everything once.
+    padding as tokens; ours pads to the longest row and reads everything once. Workload `c`: one prompt with its
+    picture and objects, and a group of completions.
     """
     rows = _rows(preset, workload)
     widths = [max(len(row[part]) for row in rows) for part in (0, 1)]
@@ -179,7 +185,8 @@ def make_inputs(
     generator = torch.Generator().manual_seed(1)
 
     def noise(*shape):
-        return torch.randn(len(rows), *shape, generator=generator).to(weight)
+        pictures = 1 if workload == "c" else len(rows)
+        return torch.randn(pictures, *shape, generator=generator).to(weight).expand(len(rows), *shape)
 
     ids, mask = ids.to(device), mask.to(device)
     image = noise(3, preset.image_size, preset.image_size)
@@ -188,17 +195,21 @@ def make_inputs(
         names = ("input_ids", "attention_mask", "position_ids")
         second = dict(zip(names, duplicate_completion(ids, mask, ids[:, widths[0] :], PAD), strict=True))
     side = 4 * preset.sam_side
-    objects = torch.tensor([1, 2, 1, 2])[: len(rows)]  # of 4 slots
+    objects = torch.full((len(rows),), 2) if workload == "c" else torch.tensor([1, 2] * len(rows))[: len(rows)]
     embeddings = noise(preset.sam_width, preset.sam_side, preset.sam_side)
     labels = (noise(model.config.num_slots, side, side) > 0).to(weight)
     sizes = torch.tensor([[16 * preset.sam_side, 12 * preset.sam_side]] * len(rows)).to(device)
     masks = MaskTargets(labels, objects.to(device), loss_weights=loss_weights(model), decode="matched")
+    prompts = None
+    if workload == "c":
+        first = {"input_ids": ids[:1, : widths[0]], "attention_mask": mask[:1, : widths[0]], "pixel_values": image[:1]}
+        prompts = Prompts(torch.zeros(len(rows), dtype=torch.long, device=device), first)
     return StepInputs(
         vlm=model.vlm_inputs(ids, attention_mask=mask, pixel_values=image),
         second=model.vlm_inputs(**second, pixel_values=image),
         completion_mask=mask[:, widths[0] :],
-        advantages=torch.tensor([1.0, -0.5, 0.5, -1.0])[: len(rows)].to(device),
-        targets=JointTargets(mask[:, widths[0] :], embeddings, sizes, masks),
+        advantages=torch.tensor([1.0, -0.5, 0.5, -1.0] * len(rows))[: len(rows)].to(device),
+        targets=JointTargets(mask[:, widths[0] :], embeddings, sizes, masks, prompts=prompts),
     )
 
 
@@ -206,14 +217,17 @@ def _rows(preset: Preset, workload: str) -> list[tuple[torch.Tensor, torch.Tenso
     """Prompt and completion of every row: words, the image's tokens, words; reasoning, then 4 `<REF_POS>`."""
     generator = torch.Generator().manual_seed(2)
     image_tokens = (preset.image_size // 14) ** 2
-    rows = []
-    for row in range(preset.batch_size):
+    rows, one_prompt = [], None
+    prompt_tokens = preset.group_prompt_tokens if workload == "c" else preset.prompt_tokens
+    for row in range(preset.group_size if workload == "c" else preset.batch_size):
         # In workload b texts are up to a quarter shorter, and the completions up to a fifth longer.
         part = row / max(preset.batch_size - 1, 1) if workload == "b" else 0.0
-        words = round((preset.prompt_tokens - image_tokens) * (1 - part / 4))
+        words = round((prompt_tokens - image_tokens) * (1 - part / 4))
         length = round(preset.completion_tokens * (0.8 + 0.4 * part)) if workload == "b" else preset.completion_tokens
         text = torch.randint(FIRST_WORD, preset.vocabulary, (words + length,), generator=generator)
         prompt = torch.cat([text[: words // 2], torch.full((image_tokens,), IMAGE), text[words // 2 : words]])
+        if workload == "c":
+            prompt = one_prompt = prompt if one_prompt is None else one_prompt
         completion = text[words:]
         completion[0], completion[-6], completion[-5:-1] = THINK, END_THINK, REF
         rows.append((prompt, completion))

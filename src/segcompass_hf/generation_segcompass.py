@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .answers_segcompass import AnswerWriter, answers_to_sample
+
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 GROWING_CACHES = ("dynamic", "offloaded", "quantized")  # of transformers' cache_implementation
@@ -29,7 +31,8 @@ def generate_and_feed_last(
     """`vlm.generate(...)`, which also passes the last token through the VLM, as its family passes every other.
 
     `generate` never feeds its last token back, so states captured on the way would lack those of that token. Here the
-    loop goes on for one step more; what that step writes is seen by no one. Same arguments, same sequences.
+    loop goes on for one step more; what that step writes is seen by no one. Same arguments, same sequences. A prompt
+    with several answers (`num_return_sequences`) passes once, and ended answers no more; see [`AnswerWriter`].
 
     Args:
         vlm (`PreTrainedModel`): Writes greedily or samples.
@@ -48,6 +51,7 @@ def generate_and_feed_last(
         kwargs = _with_stop_strings(kwargs, tokenizer)
 
     asked = kwargs.get("logits_processor") or []
+    copies, kwargs = answers_to_sample(vlm, kwargs)
 
     # By this name `generate` prepares everything and leaves the loop to its caller.
     def custom_generate(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
@@ -60,13 +64,16 @@ def generate_and_feed_last(
         stop = _OneStepLater(stopping_criteria)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
+        # Embeddings that count positions themselves have to see all rows.
+        ended = None if counting_embeddings(model) else lambda: stop.ended
+        writer = AnswerWriter(model, copies, input_ids, model_kwargs, generation_config, ended)
         output = type(model)._sample(
-            model,
-            input_ids,
+            writer,
+            writer.all_ids,
             logits_processor=lambda ids, scores: scores if stop.over else logits_processor(ids, scores),
             stopping_criteria=StoppingCriteriaList([stop]),
             generation_config=generation_config,
-            **{**model_kwargs, **mode},
+            **{**writer.all_kwargs, **mode},
         )
         return _without_last(output)
 

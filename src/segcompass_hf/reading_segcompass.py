@@ -18,6 +18,7 @@ from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmenta
 from .modeling_concepts import SparseConcepts, encode_concepts
 from .modeling_masks import MaskStage
 from .modeling_slots import SlotEncoderOutput
+from .prompt_copies_segcompass import PromptCopies
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +104,8 @@ class SequenceStates:
             `layer_states`; those above when left out, others with `concept_input="duplicated"`.
         image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): Where the image tokens lie in
             the image, a [`TokenGrid`] each; read with `heatmap_concepts`.
+        prompt_copies ([`PromptCopies`], *optional*): Which rows have the same prompt, so that its concepts are read
+            once.
     """
 
     layer_states: torch.Tensor
@@ -113,6 +116,7 @@ class SequenceStates:
     concept_ids: torch.Tensor | None = None
     concept_mask: torch.Tensor | None = None
     image_token_grids: torch.Tensor | None = None
+    prompt_copies: PromptCopies | None = None
 
     def __post_init__(self):
         self.concept_ids = self.input_ids if self.concept_ids is None else self.concept_ids
@@ -126,12 +130,14 @@ class SequenceStates:
         prompt_mask: torch.Tensor,
         written: torch.Tensor,
         image_token_grids: torch.Tensor | None = None,
+        prompt_copies: PromptCopies | None = None,
     ) -> "SequenceStates":
         """Of generated sequences: captured `(layer_states, last_states)`, masks of the prompts and of the answers."""
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
-        return cls(*states, sequences, attention_mask, completion_mask, image_token_grids=image_token_grids)
+        rest = {"image_token_grids": image_token_grids, "prompt_copies": prompt_copies}
+        return cls(*states, sequences, attention_mask, completion_mask, **rest)
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""
@@ -245,6 +251,14 @@ class ReadingMixin(ConceptGridsMixin):
         """Active concepts of the states of sequences, interventions applied; no grad."""
         modality_ids = self.modality_ids(states.concept_ids)
         return self.encode_concepts(states.layer_states, states.concept_mask, modality_ids, interventions)
+
+    def embed_concepts(self, states: SequenceStates, interventions: Interventions = None) -> torch.Tensor:
+        """Embedded concepts `(batch_size, concept_length, d_slot)`; those of a prompt that rows share, read once."""
+        copies = states.prompt_copies
+        if copies is None:
+            return self.codebook(self.read_concepts(states, interventions))
+        once = replace(states, concept_mask=copies.without_copies(states.concept_mask))
+        return copies.fill(self.codebook(self.read_concepts(once, interventions)))
 
     def encode_slots(
         self, concepts: SparseConcepts, attention_mask: torch.Tensor, output_attentions: bool = False
@@ -363,8 +377,8 @@ class ReadingMixin(ConceptGridsMixin):
         Returns:
             [`SegCompassOutput`]: As from `predict_masks`, and what was asked for.
         """
-        concepts = self.read_concepts(states, interventions)
-        embeddings = self.codebook(concepts)  # (batch_size, concept_length, d_slot)
+        concepts = self.read_concepts(states, interventions) if output_concepts else None
+        embeddings = self.embed_concepts(states, interventions) if concepts is None else self.codebook(concepts)
         encoded = self.slot_encoder(embeddings, states.concept_mask, output_attentions=output_slot_attentions)
         if states.last_states is None:
             shape = (len(states.input_ids), self.config.num_slots, self.config.hidden_size)
@@ -380,7 +394,7 @@ class ReadingMixin(ConceptGridsMixin):
         image = image_embeddings, reshaped_input_sizes
         grid = self.concept_grid(embeddings, is_image, states.image_token_grids, *image)
         output = self.predict_masks(reference_states, encoded.slots, *image, targets, concept_grid=grid)
-        output.concepts, output.slot_attentions = concepts if output_concepts else None, encoded.attentions
+        output.concepts, output.slot_attentions = concepts, encoded.attentions
         output.concept_embeddings = embeddings if output_concept_embeddings else None
         return output
 

@@ -12,7 +12,7 @@ from .generation_segcompass import CACHE, counting_embeddings
 from .text_stack_segcompass import text_config
 
 
-def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any], cache: Any = None) -> dict[str, Any]:
     """Arguments of `vlm(...)` for sequences of prompt and completion, by the rules of its family.
 
     What has one entry per token may be as long as the prompt: over the completion it grows as `generate` lets it grow.
@@ -22,6 +22,7 @@ def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
         vlm (`PreTrainedModel`): With its head, without an adapter's wrapper.
         inputs (`Mapping`): `input_ids` `(batch_size, sequence_length)`, `attention_mask`, and what else the processor
             made for the VLM; entries that are `None` are left out.
+        cache (`Cache`, *optional*): Holds the first tokens of the sequences: the arguments are for those behind.
     """
     given = {name: value for name, value in inputs.items() if value is not None}
     input_ids = given.pop("input_ids")
@@ -29,7 +30,9 @@ def sequence_inputs(vlm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     labels = given.pop("labels", None)
     if "position_ids" not in given and "position_ids" in forward_arguments(vlm):
         given["position_ids"] = vlm._prepare_position_ids_for_generation(input_ids, given)
-    prepared = vlm.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **given)
+    if cache is not None:
+        given |= {CACHE: cache, "use_cache": True, "next_sequence_length": input_ids.shape[1] - cache.get_seq_length()}
+    prepared = vlm.prepare_inputs_for_generation(input_ids, is_first_iteration=cache is None, **given)
     if inputs.get("position_ids") is None and counting_embeddings(vlm):
         prepared.pop("position_ids", None)  # theirs do not begin at 0
     if "logits_to_keep" in prepared:

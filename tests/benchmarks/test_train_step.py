@@ -11,7 +11,7 @@ from places import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_step
 import train_step_measuring as measuring
-from train_step_formulations import LADDER, NAIVE, OURS, WITHOUT_KL, References, run_forward
+from train_step_formulations import LADDER, NAIVE, OURS, UNSHARED, WITHOUT_KL, References, run_forward
 from train_step_workloads import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, make_inputs, proportions
 
 TINY = PRESETS["tiny"]
@@ -23,7 +23,8 @@ def bench():
 
 
 def test_ladder_ends_in_what_the_package_does():
-    assert LADDER[0] is NAIVE and replace(LADDER[-1], name="ours", through_package=True) == OURS
+    assert LADDER[0] is NAIVE
+    assert replace(LADDER[-1], name="ours", prompts="shared", through_package=True) == OURS
     for before, after in zip(LADDER, LADDER[1:], strict=False):
         changed = [field for field in vars(after) if getattr(after, field) != getattr(before, field)]
         assert len(changed) == 2 and "name" in changed  # one saving at a time
@@ -39,6 +40,15 @@ def test_same_loss_and_gradients(bench):
         assert row["gradients_relative"] <= 1e-5, name
         assert {"vlm", "codebook", "slot_encoder", "slot_mapper", "sam"} == set(row["parts"])
         assert all(part["largest"] > 1e-6 for part in row["parts"].values()), "a part without gradient shows nothing"
+
+
+def test_a_group_has_the_same_loss_and_gradients(bench):
+    with measuring.scaled_tiles(TINY):
+        found, peaks = measuring.check(bench, "c", [NAIVE, UNSHARED, OURS])
+    for name, row in found.items():
+        assert row["compared"] == "loss"
+        assert max(row[key] for key in ("loss", "log_probs", "ref_log_probs", "gradients_relative")) <= 1e-5, name
+    assert peaks["ours"] < peaks["ours without sharing"] < peaks["naive"]
 
 
 def test_original_layout_agrees_where_it_can(bench):
@@ -71,6 +81,16 @@ class TestInputs:
         assert ((ids == IMAGE).sum(1) == 9).all()  # 42 pixels in patches of 14: 3 x 3
         assert (ids[:, 14] == THINK).all() and (ids[:, -6] == END_THINK).all() and (ids[:, -5:-1] == REF).all()
         assert torch.equal(inputs.second["input_ids"], ids)
+
+    def test_a_group_has_one_prompt_and_different_answers(self, bench):
+        inputs = measuring.inputs_of(bench, OURS, "c")
+        ids = inputs.vlm["input_ids"]
+        assert ids.shape == (4, 44) and (ids[:, :30] == ids[0, :30]).all()  # 30 + 14 tokens
+        assert (
+            len(ids[:, 30:].unique(dim=0)) == 4 and (inputs.vlm["pixel_values"] == inputs.vlm["pixel_values"][0]).all()
+        )
+        assert torch.equal(inputs.targets.prompts.inputs["input_ids"], ids[:1, :30])
+        assert measuring.inputs_of(bench, UNSHARED, "c").targets.prompts is None
 
     def test_original_layout_repeats_the_completion_with_its_padding(self, bench):
         original, ours = (make_inputs(bench.model, TINY, "b", layout) for layout in ("original", "ours"))

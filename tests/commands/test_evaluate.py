@@ -257,3 +257,36 @@ def test_example(tmp_path, capsys, monkeypatch):
     for split in ("val", "test_pairs"):
         giou = summary_of(tmp_path / f"scenes-{split}" / "scenes-tiny")["metrics"]["gIoU"]["value"]
         assert values[split, "giou"] == pytest.approx(giou, abs=5e-5)
+
+
+def test_pass_at_k_samples_a_model_and_writes_a_prediction(tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_processor().save_pretrained(tmp_path / "model")
+    argv = [
+        "--model",
+        str(tmp_path / "model"),
+        "--num-samples",
+        "3",
+        "--max-new-tokens",
+        "12",
+        "--pass-at-k",
+        "1",
+        "3",
+    ]
+    assert evaluate(tmp_path / "out", *argv, "--temperature", "0.7", baseline=None) == 0
+    shown = capsys.readouterr().out
+    figures = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert figures["k"] == [1, 3] and figures["all"]["num_prompts"] == 3
+    settings = figures["settings"]["predictor"]
+    assert (settings["num_samples"], settings["temperature"], settings["decoding"]) == (3, 0.7, "sampled")
+    assert "--pass-at-k 1 3" in figures["command"] and "pass@3" in shown and "prediction.md" in shown
+    lines = (tmp_path / "out" / "prompts.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["right"]) for line in lines] == [3] * 3
+
+
+def test_pass_at_k_belongs_to_a_model(tmp_path, capsys):
+    asked = ["--dataset", "scenes:val", "--output", tmp_path / "out", "--num-samples", "2"]
+    line = fails(capsys, *asked, "--baseline", "all-objects", "--pass-at-k")
+    assert "--pass-at-k samples a checkpoint (--model); leave --baseline out" in line
+    assert "--temperature belongs to --pass-at-k" in fails(capsys, *asked, "--temperature", "1")
+    assert "temperature is 0.0" in fails(capsys, *asked, "--pass-at-k", "2", "--temperature", "0")

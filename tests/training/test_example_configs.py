@@ -8,7 +8,12 @@ import yaml
 from places import ROOT
 from scripts import module
 
-RECIPES = ["examples/configs/your_vlm_your_folder.yaml", "examples/scenes_tiny/recipe.yaml"]  # of `segcompass train`
+RECIPES = [  # of `segcompass train`
+    "examples/configs/your_vlm_your_folder.yaml",
+    "examples/configs/scenes_expert_iteration.yaml",
+    "examples/configs/scenes_reinforcement.yaml",
+    "examples/scenes_tiny/recipe.yaml",
+]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("*.yaml"))
 NAMES = [path.stem for path in CONFIGS if f"examples/configs/{path.name}" not in RECIPES]
 # End of the file's name -> script, its own arguments, those of its trainer.

@@ -221,6 +221,20 @@ def test_full_state_of_a_sharded_model_saves_and_loads(core, alone, family):
 
 
 @pytest.mark.slow
+def test_processes_with_unequal_numbers_of_equal_groups_choose_together(tmp_path):
+    first, second = launch("mp_choosing.py", tmp_path)
+    assert first["world_size"] == second["world_size"] == WORLD_SIZE
+    assert first["began_with"] == ["row-0"] * 2 and second["began_with"] == ["row-4"] * 2
+    assert second["chosen"] == ["row-4"] * 2 and len(set(first["chosen"])) == 1
+    taught = first["chosen"][0] in ("row-4", "row-5")
+    assert (first["rewards"][0] != first["rewards"][1]) == taught
+    assert first["log"] == second["log"]  # of both together
+    assert first["log"]["groups/equal_rewards"] == (0.0 if taught else 0.5)
+    assert 0.25 <= first["log"]["groups/dropped"] <= 0.6  # one to three of the groups that both sampled
+    assert first["pool"][0] is False and second["pool"][1] is True  # by place in the data set
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", mp_grpo.CASES)
 def test_grpo_step_equals_that_of_one_process(grpo, case, tmp_path):
     """Weights after a step of SGD at 1: policy, segmentation, confidence and KL losses in one."""

@@ -74,6 +74,15 @@ def add_parser(commands: Any) -> None:
         help="samples that --predictions lacks, or whose other objects a --baseline does not know: stop, or take "
         "nothing as their answer (%(default)s)",
     )
+    parser.add_argument(
+        "--pass-at-k",
+        type=positive,
+        nargs="*",
+        metavar="K",
+        help="sample every prompt as often as the largest K says, and write what share of K samples is right, as a "
+        "prediction of what reinforcement can reach (1 4 16 64)",
+    )
+    parser.add_argument("--temperature", type=float, help="with --pass-at-k: of the samples (1)")
     parser.add_argument("--restart", action="store_true", help="drop the results that --output holds")
     parser.add_argument("--compare", type=Path, metavar="FOLDER", help="results of another run, to list differences")
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
@@ -88,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
         _print_comparison(args)
         return
     _check_boxes(args)
+    _check_sampling(args)
     import datasets
 
     from ..evaluation import ModelPredictor, datasets_spec
@@ -101,6 +111,12 @@ def run(args: argparse.Namespace) -> None:
     predictor = _predictor(args, named, processes.device)
     if isinstance(predictor, ModelPredictor) and predictor.name in BUNDLED and named.kind != "scenes":
         print(f"note: {BUNDLED[predictor.name]}", file=sys.stderr)
+    if args.pass_at_k is not None:
+        figures = _measure_pass_at_k(args, predictor, named)
+        if processes.is_main:
+            _print_pass_at_k(args, figures)
+        processes.finish()
+        return
     summary = _evaluate(args, predictor, named)
     if processes.is_main:
         _print_results(args, summary)
@@ -185,6 +201,55 @@ def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
         )
 
 
+def _measure_pass_at_k(args: argparse.Namespace, predictor: Any, named: Any) -> dict[str, Any]:
+    from ..evaluation import measure_pass_at_k
+
+    with user_errors():
+        return measure_pass_at_k(
+            predictor,
+            named.dataset,
+            args.output,
+            _ks(args),
+            batch_size=args.batch_size,
+            num_samples=args.num_samples,
+            dataset_name=named.name,
+            unreadable=args.unreadable,
+            resume=not args.restart,
+            notes={"command": shlex.join(["segcompass", *args.argv]), **named.notes()},
+        )
+
+
+def _ks(args: argparse.Namespace) -> tuple[int, ...]:
+    from ..evaluation.pass_at_k import KS
+
+    return tuple(args.pass_at_k) or KS
+
+
+def _print_pass_at_k(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    from ..evaluation.tables import figure_cell
+    from ..printable import printable
+
+    if args.json:
+        print(json.dumps(figures, indent=1))
+        return
+    print(f"{figures['predictor']} on {figures['dataset']}: {figures['all']['num_prompts']} prompts, share right")
+    for name, group in ({"all": figures["all"]} | figures["by_kind"]).items():
+        cells = [f"pass@{k} {figure_cell(its['pass'])}" for k, its in group["by_k"].items()]
+        print(f"  {printable(name):12} {'  '.join(cells)}")
+    print(f"{args.output}: prediction.md, prediction.json, prompts.jsonl")
+
+
+def _check_sampling(args: argparse.Namespace) -> None:
+    """`--pass-at-k` asks a model, and `--temperature` belongs to it."""
+    if args.pass_at_k is None:
+        if args.temperature is not None:
+            raise UserError("--temperature belongs to --pass-at-k; other evaluation is greedy.")
+        return
+    for name in ("predictions", "baseline", "boxes", "compare"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--pass-at-k samples a checkpoint (--model); leave --{name} out.")
+
+
 def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
     from ..evaluation import ModelPredictor
     from ..evaluation.predictors import baselines, external
@@ -202,7 +267,15 @@ def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
     model, processor, name = load_checkpoint(args.model or default_checkpoint(args.dataset), device)
     if args.baseline is not None:
         return baselines.make_baseline(args.baseline, model.sam, processor)
-    return ModelPredictor(model, processor, Path(name).name, **limits)
+    name = Path(name).name
+    if args.pass_at_k is not None:
+        from ..evaluation import SamplingPredictor
+
+        with user_errors():
+            temperature = 1.0 if args.temperature is None else args.temperature
+            sampling = {"num_samples": max(_ks(args)), "temperature": temperature}
+            return SamplingPredictor(model, processor, name, **sampling, **limits)
+    return ModelPredictor(model, processor, name, **limits)
 
 
 def _check_boxes(args: argparse.Namespace) -> None:

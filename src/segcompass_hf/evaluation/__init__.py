@@ -17,6 +17,8 @@ _EXPORTS = {
     "predictors.external": ("FolderPredictor", "prediction_file_name"),
     "prediction": ("Prediction", "Predictor"),
     "predictors.model": ("ModelPredictor",),
+    "predictors.sampling": ("SamplingPredictor",),
+    "pass_at_k": ("measure_pass_at_k", "read_pass_rates"),
     "calibration": ("calibrate", "fit_calibration"),
     "comparison": ("compare_runs",),
     "datasets_spec": ("load_dataset_of",),

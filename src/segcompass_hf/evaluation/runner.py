@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +103,14 @@ def evaluate_dataset(
         raise ValueError(f"unreadable is {unreadable!r}; it must be 'error' or 'count'.")
     processes, output_dir = Processes.current(), Path(output_dir)
     rows = EvaluationRows(dataset, num_samples)
-    with _alone_in(output_dir) if processes.is_main else nullcontext():
+    with alone_in_results(output_dir) if processes.is_main else nullcontext():
         return _evaluate(
             predictor, rows, output_dir, batch_size, dataset_name, unreadable, resume, notes, page_samples, processes
         )
 
 
-def _alone_in(output_dir: Path) -> AbstractContextManager[None]:
+def alone_in_results(output_dir: Path) -> AbstractContextManager[None]:
+    """Hold a folder of results, made where it is not there; a `FileExistsError` where another process does."""
     output_dir.mkdir(parents=True, exist_ok=True)
     refusal = f"another process is evaluating into {output_dir}; wait for it, or choose another folder."
     return alone_with(output_dir / ".lock", refusal)
@@ -127,6 +129,41 @@ def _evaluate(
     processes: Processes,
 ) -> EvaluationSummary:
     started = time.perf_counter()
+    settings, known = run_batches(predictor, rows, output_dir, batch_size, dataset_name, unreadable, resume, processes)
+    figures = None
+    if processes.is_main:
+        records = _with_choices(output_dir, finished_records(output_dir, rows, unreadable), rows)
+        run = {"predictor": predictor.name, "dataset": dataset_name, "settings": settings, **(notes or {})}
+        wall = {"samples": len(rows) - len(known), "seconds": round(time.perf_counter() - started, 2)}
+        figures = summarize(records, run, {"processes": processes.count, "last_start": wall})
+        write_reports(output_dir, figures, records, rows, page_samples)
+    return EvaluationSummary(output_dir, processes.from_main(figures))
+
+
+def run_batches(
+    predictor: Any,
+    rows: EvaluationRows,
+    output_dir: Path,
+    batch_size: int,
+    dataset_name: str,
+    unreadable: str,
+    resume: bool,
+    processes: Processes,
+    record: Callable[[EvaluationRow, Any], dict[str, Any]] = record_of,
+    failed: Callable[[EvaluationRow], dict[str, Any]] = failed_record,
+) -> tuple[dict[str, Any] | None, set[int]]:
+    """Answer all rows that the folder has no record of, each process its share of the batches.
+
+    Args:
+        predictor (`Predictor`): Or whatever answers a list of rows with a list that `record` understands.
+        record, failed (`Callable`): A row and its answer, or a row that cannot be read -> what is kept of it, which
+            `index` is part of.
+        rows, output_dir, batch_size, dataset_name, unreadable, resume, processes: As of [`evaluate_dataset`], which
+            holds the folder.
+
+    Returns:
+        `tuple`: the settings (in the main process), and the indices of rows that had a record before.
+    """
     settings, known = None, None
     if processes.is_main:
         settings = _settings(predictor, rows, batch_size)
@@ -138,18 +175,11 @@ def _evaluate(
         mine = left[processes.index :: processes.count]
         for batch in logging.tqdm(mine, desc=dataset_name, disable=None if processes.is_main else True):
             start = time.perf_counter()
-            records = _evaluate_batch(predictor, [rows[index] for index in batch], unreadable)
-            new = [record for record in records if record["index"] not in known]
+            records = _evaluate_batch(predictor, [rows[index] for index in batch], unreadable, record, failed)
+            new = [its for its in records if its["index"] not in known]
             writer.append(new, time.perf_counter() - start)
     processes.wait()
-    figures = None
-    if processes.is_main:
-        records = _finished_records(output_dir, rows, unreadable)
-        run = {"predictor": predictor.name, "dataset": dataset_name, "settings": settings, **(notes or {})}
-        wall = {"samples": len(rows) - len(known), "seconds": round(time.perf_counter() - started, 2)}
-        figures = summarize(records, run, {"processes": processes.count, "last_start": wall})
-        write_reports(output_dir, figures, records, rows, page_samples)
-    return EvaluationSummary(output_dir, processes.from_main(figures))
+    return settings, known
 
 
 def _settings(predictor: Predictor, rows: EvaluationRows, batch_size: int) -> dict[str, Any]:
@@ -183,7 +213,9 @@ def _open_folder(output_dir: Path, settings: dict[str, Any], resume: bool) -> se
     return known
 
 
-def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable: str) -> list[dict[str, Any]]:
+def _evaluate_batch(
+    predictor: Predictor, rows: list[EvaluationRow], unreadable: str, record: Callable, failed: Callable
+) -> list[dict[str, Any]]:
     """Records of a batch; the predictor sees the rows that can be read."""
     check_row = getattr(predictor, "check_row", None)
     for row in rows:
@@ -204,11 +236,16 @@ def _evaluate_batch(predictor: Predictor, rows: list[EvaluationRow], unreadable:
     if len(predictions) != len(readable):
         raise ValueError(f"{predictor.name} gave {len(predictions)} predictions for {len(readable)} rows.")
     answers = {row.index: prediction for row, prediction in zip(readable, predictions, strict=True)}
-    return [record_of(row, answers[row.index]) if row.index in answers else failed_record(row) for row in rows]
+    return [record(row, answers[row.index]) if row.index in answers else failed(row) for row in rows]
 
 
-def _finished_records(output_dir: Path, rows: EvaluationRows, unreadable: str) -> list[dict[str, Any]]:
-    """All records in the order of the data set, also written to `samples.jsonl`."""
+def finished_records(output_dir: Path, rows: EvaluationRows, unreadable: str) -> list[dict[str, Any]]:
+    """All records in the order of the data set.
+
+    Raises:
+        RuntimeError: Some are missing.
+        ValueError: Some are of unreadable rows, and `unreadable` is `"error"`.
+    """
     records = read_records(output_dir)
     missing = sorted(set(range(len(rows))) - set(records))
     if missing:
@@ -223,8 +260,13 @@ def _finished_records(output_dir: Path, rows: EvaluationRows, unreadable: str) -
             f"{len(failed)} rows in {output_dir} are unreadable and were counted as failures by an earlier start "
             f'(first: {failed[0]["sample_id"]!r}); go on with unreadable="count", or start again with resume=False.'
         )
-    ordered = [
-        record if "choice" in record else with_choice(record, rows[index]) for index, record in enumerate(ordered)
-    ]
-    write_samples(output_dir, ordered)
     return ordered
+
+
+def _with_choices(output_dir: Path, records: list[dict[str, Any]], rows: EvaluationRows) -> list[dict[str, Any]]:
+    """The records, each with what its answer chose; also written to `samples.jsonl`."""
+    records = [
+        record if "choice" in record else with_choice(record, rows[index]) for index, record in enumerate(records)
+    ]
+    write_samples(output_dir, records)
+    return records

@@ -1,6 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """Metrics of referring and reasoning segmentation, as plain functions on numpy arrays and as an `evaluate` module."""
 
+from .answers import choice_f1, chosen_objects, is_right_choice, mixed_at_k, pass_at_k
 from .breakdown import breakdown, metrics_with_intervals
 from .calibration import best_ious, calibration_figures, count_duplicates, expected_calibration_error, ranking
 from .evaluate_module import evaluate_module_path
@@ -30,13 +31,18 @@ __all__ = [
     "bootstrap_intervals",
     "breakdown",
     "calibration_figures",
+    "choice_f1",
     "choose_objects",
+    "chosen_objects",
     "count_duplicates",
     "evaluate_module_path",
     "expected_calibration_error",
+    "is_right_choice",
     "metrics_of_scores",
     "metrics_with_intervals",
+    "mixed_at_k",
     "num_bearing_samples",
+    "pass_at_k",
     "ranking",
     "score_sample",
     "segmentation_metrics",

@@ -19,6 +19,7 @@ _EXPORTS = {
     "warmup.trainer": ("WarmupTrainer",),
     "segmentation.config": ("SegmentationConfig",),
     "segmentation.trainer": ("SegmentationTrainer",),
+    "rewards.object_reward": ("object_reward",),
     "rewards.rewards": ("format_reward", "mask_reward", "is_well_formed", "format_problem"),
     "adapters": ("lora_config", "check_peft_config", "load_adapter"),
     "quantization": ("quantization_config",),
@@ -29,7 +30,7 @@ _EXPORTS = {
     "recipe.settings": ("read_recipe",),
     "recipe.check": ("check_recipe",),
     "recipe.running": ("run_recipe",),
-    "segmentation.own_reasoning": ("with_own_reasoning",),
+    "segmentation.own_reasoning": ("with_own_reasoning", "with_right_samples"),
     "loop.resume": ("RobustTrainerMixin", "RobustTrainingArguments"),
 }
 __all__ = [name for names in _EXPORTS.values() for name in names]

@@ -15,7 +15,9 @@ from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcesso
 from segcompass_hf.data.collator import SegmentationCollator
 from segcompass_hf.explain.answer import Answer
 from segcompass_hf.text_stack_segcompass import decoder_layers
+from segcompass_hf.training.grpo.passes import Prompts
 from segcompass_hf.training.grpo.rollouts import masks_of_rollouts
+from segcompass_hf.training.grpo.sharing import reason_against_sharing
 from segcompass_hf.training.grpo.targets import segmentation_targets
 
 from .building import Family
@@ -281,6 +283,37 @@ def grpo(trial: Trial) -> None:
     with torch.no_grad():
         expected = model(**made)
     check_equal({name: (found[name], expected[name]) for name in found})
+
+
+@step("inputs", "compose")
+def sharing(trial: Trial) -> None:
+    """Joint training computes a prompt once for its completions: the same states and gradients (`n`: it cannot)."""
+    rows = (0, 0, 1, 1)
+    prompts = Prompts(torch.tensor(rows), vlm_inputs(trial.inputs()))
+    made = vlm_inputs(trial.inputs_by(trial.processor, rows))
+    words = trial.processor.tokenizer("the red box is left of it", add_special_tokens=False, return_tensors="pt")
+    words = torch.cat([words["input_ids"].roll(row, 1) for row in range(4)])
+    written = torch.ones_like(words)
+    written[1, -2:] = written[2, -1:] = 0
+    made["input_ids"] = torch.cat([made["input_ids"], words], 1)
+    made["attention_mask"] = torch.cat([made["attention_mask"], written], 1)
+    reason = reason_against_sharing(trial.model, made, prompts)
+    if reason is not None:
+        raise NotComparable(reason)
+
+
+@step("segment")
+def answers(trial: Trial) -> None:
+    """Several answers are sampled behind one pass of their prompt, and `forward` reads the same from them."""
+    trial.check_comparable()
+    sampled = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": NEW_TOKENS}
+    output = trial.model.segment(**trial.inputs(), **sampled)
+    made = trial.inputs_by(trial.processor, (0, 0, 1, 1))
+    made.update(
+        input_ids=output.sequences, attention_mask=output.attention_mask, completion_mask=output.completion_mask
+    )
+    with torch.no_grad():
+        check_equal(pairs_of(trial.model(**made), output))
 
 
 def outcomes_of(name: str, family: Family) -> dict[str, Outcome]:

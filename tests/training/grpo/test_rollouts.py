@@ -18,7 +18,9 @@ def columns(mask_logit_threshold, slot_logit_threshold=0.0):
     left = torch.zeros(1, 4, 4)
     left[:, :, :2] = 1
     sizes = torch.tensor([[4, 4]] * 2)
-    targets = SegmentationTargets([None] * 2, [left] * 2, torch.tensor([1, 0]), sizes, sizes, [0, 0])
+    targets = SegmentationTargets(
+        [None] * 2, [left] * 2, torch.tensor([1, 0]), sizes, sizes, [0, 0], torch.tensor([0, 0])
+    )
     maps = torch.tensor([3.0, 1.0, -1.0, -3.0]).expand(2, 2, 4, 4)
     outputs = {"heatmap_logits": maps, "pred_masks": maps, "slot_logits": torch.tensor([[1.0, -1.0]] * 2)}
     config = SimpleNamespace(

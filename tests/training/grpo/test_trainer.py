@@ -1,6 +1,5 @@
 """Joint training: what it samples, what it learns from, what it leaves alone."""
 
-import inspect
 import json
 import math
 
@@ -378,8 +377,8 @@ def test_masks_are_learned_from_the_better_completions(tmp_path):
     assert math.isfinite(alike.state.log_history[0]["loss"])
     groups_of_three = settings | {"num_generations": 3, "per_device_train_batch_size": 3}
     inputs = generate(tiny_trainer(tmp_path, reward_funcs=[above_its_mean], **groups_of_three))
-    assert -1e-3 < inputs["advantages"].max() < -1e-4, "the mean of three equal rewards is rounded up"
-    assert inputs["segmentation_weights"].tolist() == [1.0] * 3, "and they are equal all the same"
+    assert inputs["advantages"].tolist() == [0.0] * 3, "though the mean of three equal rewards is rounded up"
+    assert inputs["segmentation_weights"].tolist() == [1.0] * 3
     with pytest.raises(ValueError, match="'all' or 'at_least_mean', got 'best'"):
         SegCompassGRPOConfig(str(tmp_path), segmentation_completions="best", use_cpu=True)
 
@@ -712,22 +711,6 @@ def test_wrong_model_and_settings_are_refused(tmp_path):
         from trl import GRPOConfig
 
         SegCompassGRPOTrainer(tiny_model(), args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
-
-
-def test_private_methods_of_trl_have_the_arguments_we_override():
-    from trl import GRPOTrainer
-
-    expected = {
-        "_generate_and_score_completions": ["self", "inputs"],
-        "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
-    }
-    for name, arguments in expected.items():
-        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == arguments, name
-    single_turn = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
-    assert single_turn[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
-    scored = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-    assert scored[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
 
 
 def test_a_model_given_by_folder_is_loaded_with_its_processor(tmp_path):

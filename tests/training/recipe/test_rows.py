@@ -94,3 +94,23 @@ def test_what_names_no_rows(tmp_path, keys, message):
 def test_more_rows_than_there_are(tmp_path, folder):
     with pytest.raises(RecipeError, match="warmup.num_samples is 9, but the data set has 5 rows"):
         rows_of(tmp_path, dataset=f"folder:{folder}", num_samples=9, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"guidance": "sometimes"}, "grpo.*guidance"),
+        ({"max_resamplings": -1}, "grpo: max_resamplings is -1"),
+        ({"stratify_by": "size"}, "grpo: stratify_by='size' reads the column 'size'; train_dataset has"),
+        ({"stratify_by": "sample_id", "num_samples": 9}, "grpo: a generation takes 2 prompts, but .* has 9 values"),
+        ({"pass_rates": "nowhere"}, "grpo: 'nowhere' holds no measured pass rates"),
+    ],
+)
+def test_choices_that_cannot_be_made_are_known_before_the_first_step(tmp_path, keys, message):
+    with pytest.raises(RecipeError, match=message):
+        rows_of(tmp_path, "grpo", dataset="scenes:train", num_generations=2, **keys)
+
+
+def test_choices_that_can_be_made_pass(tmp_path):
+    rows = rows_of(tmp_path, "grpo", dataset="scenes:train", num_generations=2, num_samples=9, max_resamplings=1)
+    assert len(rows.train) == 9

@@ -32,6 +32,19 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
             This and `train_token_rows` are up to the adapter where there is one; a warning names what it does
             otherwise. `train_token_rows="both"` is refused unless embeddings are tied: joint training sends no
             gradient below the SAE.
+        mask_reward (`str`, defaults to `"overlap"`): Default reward of the masks: `"overlap"` (the method's
+            `mask_reward`), or `"objects"` (`object_reward`), which tells right objects from wrong ones without noise.
+        max_resamplings (`int`, defaults to 0): How often at most other prompts are sampled in the place of groups
+            whose rewards are exactly equal, so that all of a batch teaches (DAPO's dynamic sampling, within a budget).
+        pass_rates (`str`, *optional*): Folder that `segcompass evaluate --pass-at-k` wrote of the training rows.
+            Prompts whose samples were all right or all wrong there, or when last sampled in this training, are mostly
+            left out; prompts known to teach are drawn in their place.
+        stratify_by (`str`, *optional*): Column, such as `kind`, all of whose values every batch of prompts holds.
+        guidance (`str`, defaults to `"none"`): Help for groups all of whose samples are wrong, where the row has a
+            reference `reasoning`: it takes the place of one sample (`"rollout"`, ViSurf), or the group is sampled
+            again behind its first sentences (`"prefix"`, BREAD). Without a reference nothing happens.
+        guidance_share (`float`, defaults to 0.5): Share of the training over which help fades: fewer groups get the
+            rollout, prefixes get shorter.
         lr_schedule (`str`, defaults to `"trainer"`): `"trainer"` follows `lr_scheduler_type`; `"one_cycle"` falls from
             the learning rate along a cosine to a `one_cycle_final_factor`-th of it, without warm-up (the paper's).
         one_cycle_final_factor (`float`, defaults to 6.7): First learning rate over last.
@@ -56,6 +69,16 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
     segmentation_completions: Literal["all", "at_least_mean"] = field(
         default="all", metadata={"help": "Completions that the segmentation losses learn from."}
     )
+    mask_reward: Literal["overlap", "objects"] = field(
+        default="overlap", metadata={"help": "Default reward of the masks."}
+    )
+    max_resamplings: int = field(default=0, metadata={"help": "Rounds that replace groups of equal rewards."})
+    pass_rates: str | None = field(default=None, metadata={"help": "Folder of `segcompass evaluate --pass-at-k`."})
+    stratify_by: str | None = field(default=None, metadata={"help": "Column whose values every batch holds."})
+    guidance: Literal["none", "rollout", "prefix"] = field(
+        default="none", metadata={"help": "Help of a reference where all samples are wrong."}
+    )
+    guidance_share: float = field(default=0.5, metadata={"help": "Share of the training over which help fades."})
     train_heads: bool = field(default=True, metadata={"help": "Whether the segmentation heads train."})
     lr_schedule: Literal["trainer", "one_cycle"] = field(
         default="trainer", metadata={"help": "transformers' schedule, or the paper's."}
@@ -72,6 +95,16 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
             raise ValueError(
                 f"segmentation_completions is 'all' or 'at_least_mean', got {self.segmentation_completions!r}."
             )
+        for name, choices in (("mask_reward", ("overlap", "objects")), ("guidance", ("none", "rollout", "prefix"))):
+            if getattr(self, name) not in choices:
+                known = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {known}.")
+        if self.max_resamplings < 0:
+            raise ValueError(f"max_resamplings is {self.max_resamplings}; it counts rounds: 0 or more.")
+        if not 0 < self.guidance_share <= 1:
+            raise ValueError(
+                f"guidance_share is {self.guidance_share}; it is a share of the training: above 0, up to 1."
+            )
         if self.one_cycle_final_factor < 1:
             raise ValueError(f"one_cycle_final_factor divides the learning rate, got {self.one_cycle_final_factor}.")
         if self.sync_ref_model:
@@ -79,3 +112,8 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
                 "sync_ref_model=True is not supported: the reference policy is the model as it was given to the "
                 "trainer. For a newer reference start a new run from the newer checkpoint."
             )
+
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether groups are sampled and looked at before TRL gets them."""
+        return self.max_resamplings > 0 or self.pass_rates is not None or self.guidance != "none"

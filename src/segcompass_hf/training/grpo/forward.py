@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -16,8 +15,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ...image_features_segcompass import ImageFeatures
 from ...reading_segcompass import MaskTargets, SequenceStates
-from ...text_stack_segcompass import HiddenStateCapture
-from .reference import FusedHead, LayerTrace
+from .passes import PolicyPass, Prompts, SharedPass, whole_pass
+from .reference import FusedHead
+from .sharing import PromptSharing
 
 LOSS_TERMS = ("segmentation_loss", "confidence_loss", "heatmap_bce", "heatmap_dice", "mask_dice", "mask_focal")
 
@@ -48,6 +48,7 @@ class JointTargets:
         reshaped_input_sizes (`torch.Tensor` of shape `(batch_size, 2)`): (height, width) on SAM's canvas.
         masks ([`MaskTargets`]): Of the segmentation losses.
         image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
+        prompts ([`Prompts`], *optional*): The different prompts, where some completions have the same one.
     """
 
     completion_mask: torch.Tensor
@@ -55,6 +56,7 @@ class JointTargets:
     reshaped_input_sizes: torch.Tensor
     masks: MaskTargets
     image_token_grids: torch.Tensor | None = None
+    prompts: Prompts | None = None
 
 
 def add_joint_forward(
@@ -75,13 +77,14 @@ def add_joint_forward(
     """
     other_forward = model.forward
     head = FusedHead(model, model.get_output_embeddings, temperature, cast_to_fp32, ("log_probs", "entropy"))
+    sharing = PromptSharing()
 
     # Keeps the signature: `generate` and PEFT look at it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head: bool = False, segmentation: JointTargets | None = None, **kwargs):
         if not fused_lm_head:
             return other_forward(*args, **kwargs)
-        return _joint_forward(self, head, reference, segmentation, **kwargs)
+        return _joint_forward(self, head, reference, sharing, segmentation, **kwargs)
 
     model.forward = MethodType(forward, model)
 
@@ -90,42 +93,59 @@ def _joint_forward(
     model: nn.Module,
     head: FusedHead,
     reference: Callable | None,
+    sharing: PromptSharing,
     segmentation: JointTargets | None,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     labels: torch.Tensor,
     **vlm_inputs,
 ) -> JointOutput:
-    # Only the completion is scored: its labels, and the token before them.
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **vlm_inputs}
     if segmentation is None:
-        reference = None
+        # Only the completion is scored: its labels, and the token before them.
         labels = labels[:, max(int((labels != -100).any(0).long().argmax()) - 1, 0) :]
-    else:
-        labels = labels[:, -segmentation.completion_mask.shape[1] - 1 :]
-    inputs = model.vlm_inputs(input_ids, attention_mask=attention_mask, **vlm_inputs)
-    layer = model.config.sae_layer
-    trace = LayerTrace(model.vlm, layer) if reference is not None else nullcontext()
-    # Nothing below the SAE's layer trains; cut off, gradient checkpointing and PEFT's input gradients cost nothing.
-    with HiddenStateCapture(model.vlm, layer, lambda states, _: states.detach()) as capture, trace:
-        model.base_model(**inputs)
-    layer_states, last_states = capture.states()
-    scored = head(last_states[:, -labels.shape[1] :], labels)
+        scored = head(whole_pass(model, inputs).last(labels.shape[1]), labels)
+        return JointOutput(loss=scored.loss, log_probs=scored.log_probs, entropy=scored.entropy)
+    labels = labels[:, -segmentation.completion_mask.shape[1] - 1 :]
+    policy = sharing(model, inputs, segmentation.prompts, traced=reference is not None)
+    last_states = policy.last(labels.shape[1])
+    scored = head(last_states, labels)
     output = JointOutput(loss=scored.loss, log_probs=scored.log_probs, entropy=scored.entropy)
-    if segmentation is None:
-        return output
     if reference is not None:
-        output.ref_log_probs = reference(trace, labels)
-    completion_mask = torch.zeros_like(attention_mask)
-    completion_mask[:, -segmentation.completion_mask.shape[1] :] = segmentation.completion_mask
-    grids = segmentation.image_token_grids
-    ids_and_masks = input_ids, attention_mask, completion_mask
-    states = SequenceStates(layer_states, last_states, *ids_and_masks, image_token_grids=grids)
+        output.ref_log_probs = reference(policy.trace, labels)
+    states = _sequence_states(model, policy, segmentation, last_states, input_ids, attention_mask)
     states = model.with_concept_states(states, **vlm_inputs)
     image = segmentation.image_embeddings, segmentation.reshaped_input_sizes
     losses = model.read_masks(states, *image, segmentation.masks).losses
     output.segmentation = losses.loss
     output.terms = {name: getattr(losses, name).detach() for name in LOSS_TERMS}
     return output
+
+
+def _sequence_states(
+    model: nn.Module,
+    policy: PolicyPass | SharedPass,
+    segmentation: JointTargets,
+    last_states: torch.Tensor,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+) -> SequenceStates:
+    """What masks are read from: all tokens for the concepts, and last states where `<REF_POS>` may stand."""
+    config = model.config
+    if config.reference_search == "sequence" or config.concept_input == "duplicated":
+        last_states = policy.last(input_ids.shape[1])
+    num_tokens, written = last_states.shape[1], segmentation.completion_mask
+    completion_mask = torch.zeros_like(attention_mask)
+    completion_mask[:, -written.shape[1] :] = written
+    return SequenceStates(
+        policy.layer_states,
+        last_states,
+        *(tokens[:, -num_tokens:] for tokens in (input_ids, attention_mask, completion_mask)),
+        concept_ids=input_ids,
+        concept_mask=attention_mask,
+        image_token_grids=segmentation.image_token_grids,
+        prompt_copies=policy.copies,
+    )
 
 
 class JointCall:

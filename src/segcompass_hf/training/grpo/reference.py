@@ -14,6 +14,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from ...text_stack_segcompass import decoder_layers, final_norm, text_config
 
+CACHES = ("cache", "past_key_values", "past_key_value")  # what decoder layers call it
+
 
 class LayerTrace:
     """Context that records how a pass calls the decoder layers from `first` on, to repeat it with other weights.
@@ -56,9 +58,8 @@ class LayerTrace:
         else:
             same = states is self._last_output
             self.added.append(None if same else (states - self._last_output).detach())
-        for name in ("cache", "past_key_values", "past_key_value"):
-            if name in kwargs:
-                kwargs[name] = None
+        for name in set(CACHES) & set(kwargs):
+            kwargs[name] = None
         self.calls.append((args[1:], kwargs))
 
     def _check_one_stream(self, states: torch.Tensor) -> None:
@@ -71,10 +72,14 @@ class LayerTrace:
     def _read_output(self, module, args, output):
         self._last_output = output if isinstance(output, torch.Tensor) else output[0]
 
-    def replay(self, layers: nn.ModuleList, norm: nn.Module) -> torch.Tensor:
-        """Last hidden states `(batch, tokens, hidden)` that `layers` and `norm` make of the recorded input."""
+    def replay(self, layers: nn.ModuleList, norm: nn.Module, cache: Any = None) -> torch.Tensor:
+        """Last hidden states `(batch, tokens, hidden)` that `layers` and `norm` make of the recorded input.
+
+        `cache` takes the place of the one that the recorded pass had.
+        """
         states = self.first_input
         for layer, (args, kwargs), added in zip(layers, self.calls, self.added, strict=True):
+            kwargs = kwargs | dict.fromkeys(set(CACHES) & set(kwargs), cache)
             output = layer(states if added is None else states + added, *args, **kwargs)
             states = output if isinstance(output, torch.Tensor) else output[0]
         return norm(states)
@@ -178,13 +183,13 @@ class AdapterFreeReference:
         checkpointing = getattr(model, "is_gradient_checkpointing", False)
         plain = disable_gradient_checkpointing(model, self.checkpointing_kwargs) if checkpointing else nullcontext()
         layers, adapter = _upper_layers(model), "ref" if "ref" in self.peft_model.peft_config else None
-        with plain, use_adapter(self.peft_model, adapter), _without_dropout(layers):
+        with plain, use_adapter(self.peft_model, adapter), without_dropout(layers):
             states = trace.replay(layers, final_norm(model.vlm))
             return self._fused(states[:, -labels.shape[1] :], labels).log_probs
 
 
 @contextmanager
-def _without_dropout(layers: list[nn.Module]):
+def without_dropout(layers: list[nn.Module]):
     """A reference is one policy, not a random one; the rest of the layers stays in the mode it is in."""
     active = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Dropout) and m.training]
     for module in active:

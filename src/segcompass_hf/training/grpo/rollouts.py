@@ -13,6 +13,7 @@ from ...modeling_masks import valid_area
 from ...reading_segcompass import SequenceStates
 from ...segmenters_segcompass import geometry_of
 from ..rewards.rewards import is_well_formed
+from .chosen_groups import ChosenGroups
 from .targets import SegmentationTargets
 
 MASK_FIELDS = ("heatmap_logits", "slot_logits", "pred_masks")
@@ -25,12 +26,18 @@ class RolloutMasks:
         targets ([`SegmentationTargets`]): Of the same rows.
 
     Attributes:
+        copies (`int`): Completions that every prompt has, one after another; they are sampled behind one pass of it.
         states ([`SequenceStates`], *optional*): What was captured while the completions were sampled.
+        beginnings (`list[list[int]]`, *optional*): Token ids that the completions begin with, see [`begun_answers`].
+        chosen ([`ChosenGroups`], *optional*): Completions that are there already, with their rewards.
+        rewards (`torch.Tensor` of shape `(num_completions, num_reward_functions)`, *optional*): Of all processes.
     """
 
-    def __init__(self, targets: SegmentationTargets):
-        self.targets = targets
+    def __init__(self, targets: SegmentationTargets, chosen: ChosenGroups | None = None):
+        self.targets, self.chosen, self.copies = targets, chosen, 1
         self.states: SequenceStates | None = None
+        self.beginnings: list[list[int]] | None = None
+        self.rewards: torch.Tensor | None = None
 
     @torch.no_grad()
     def segment(self, model: Any, batch_size: int) -> dict[str, torch.Tensor]:

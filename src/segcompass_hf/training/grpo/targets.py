@@ -28,6 +28,7 @@ class SegmentationTargets:
         num_objects (`torch.LongTensor` of shape `(batch_size,)`): Objects per row.
         original_sizes, reshaped_input_sizes (`torch.LongTensor` of shape `(batch_size, 2)`): (height, width).
         num_dropped (`list[int]`): Objects beyond the number of slots that were left out, per row.
+        image_numbers (`torch.LongTensor` of shape `(batch_size,)`): Equal where rows show the same image.
         image_token_grids (`torch.LongTensor` of shape `(batch_size, 6)`, *optional*): See [`SequenceStates`].
     """
 
@@ -37,12 +38,40 @@ class SegmentationTargets:
     original_sizes: torch.Tensor
     reshaped_input_sizes: torch.Tensor
     num_dropped: list[int]
+    image_numbers: torch.Tensor
     image_token_grids: torch.Tensor | None = None
 
     def columns(self) -> dict[str, Any]:
         """What goes with TRL's own inputs through shuffling and splitting."""
-        names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes", "image_token_grids")
+        names = ("image_embeddings", "mask_labels", "num_objects", "reshaped_input_sizes", "image_numbers")
+        names += ("image_token_grids",)
         return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def take(self, rows: Sequence[int]) -> SegmentationTargets:
+        """Those of some rows, in this order; a row may come several times."""
+        taken = {}
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                taken[name] = [value[row] for row in rows]
+            else:
+                taken[name] = None if value is None else value[list(rows)]
+        return SegmentationTargets(**taken)
+
+    @classmethod
+    def joined(cls, parts: Sequence[SegmentationTargets]) -> SegmentationTargets:
+        """Rows of several, one after the other; images of different parts count as different."""
+        joined = {}
+        for name, first in vars(parts[0]).items():
+            values = [getattr(part, name) for part in parts]
+            if isinstance(first, list):
+                joined[name] = [entry for value in values for entry in value]
+            else:
+                joined[name] = None if first is None else torch.cat(values)
+        taken = [0, *torch.tensor([int(part.image_numbers.max()) + 1 for part in parts]).cumsum(0).tolist()]
+        joined["image_numbers"] = torch.cat(
+            [part.image_numbers + offset for part, offset in zip(parts, taken, strict=False)]
+        )
+        return cls(**joined)
 
 
 def check_num_rows(rows: Any, args: Any) -> None:
@@ -129,6 +158,7 @@ def segmentation_targets(
         original_sizes=sam["original_sizes"][order].to(device),
         reshaped_input_sizes=sam["reshaped_input_sizes"][order].to(device),
         num_dropped=[dropped[number] for number in order],
+        image_numbers=torch.tensor(order, device=device),
         image_token_grids=sam["image_token_grids"][order].to(device) if "image_token_grids" in sam else None,
     )
 

@@ -19,28 +19,34 @@ from ...data.vlm_texts import RowTextCheck
 from ...image_features_segcompass import join_rows
 from ...modeling_segcompass import SegCompassForReasoningSegmentation
 from ...processing_segcompass import SegCompassProcessor
-from ...reading_segcompass import MaskTargets, SequenceStates
-from ...text_stack_segcompass import HiddenStateCapture
+from ...reading_segcompass import MaskTargets
 from ..adapters import check_peft_config, restore_head_precision, trained_token_rows, warn_of_other_settings
 from ..embeddings import open_embedding_cache
 from ..fsdp import FinishShardingCallback
 from ..inputs import base_model, check_segcompass, load_model, load_processor
 from ..loop.resume import RobustTrainerMixin
+from ..rewards.object_reward import object_reward
 from ..rewards.rewards import format_reward, mask_reward
+from .choosing import GroupChoiceMixin
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
+from .judging import JudgingMixin
 from .one_cycle import OneCycle
-from .pictures import SamplePictureLogger, picture_sample
+from .pictures import SamplePictureLogger
+from .private_methods import check_trl
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
-from .rollouts import RolloutMasks, masks_of_rollouts, rollout_metrics
-from .targets import check_num_rows, prompt_of, segmentation_targets
+from .rollouts import RolloutMasks
+from .sampling import SamplingMixin
+from .targets import check_num_rows, prompt_of
 from .vllm import vllm_rollouts
 
-# Advantages within it are those of equal rewards of about 1: TRL divides what rounding leaves by as little as 1e-4.
+check_trl()
+
+# Advantages within it are those of rewards that are their group's mean, but for what rounding leaves of it.
 EQUAL_REWARDS = 1e-3
 
 
-class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
+class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, SamplingMixin, GRPOTrainer):
     """GRPO on the reasoning together with the segmentation losses on the masks.
 
     `loss = L_grpo + lambda_s * L_seg + lambda_c * L_conf`, all from one forward of the trained layers.
@@ -51,8 +57,12 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
       takes the place of the instruction template.
     - Masks are read from the states captured while sampling. Reward functions get them, one entry per completion, as
       `pred_masks`, `heatmap_logits`, `slot_logits`, `mask_labels`, `num_objects`, `valid_area`,
-      `slot_logit_threshold`, `mask_logit_threshold`, `num_slots`. Without `reward_funcs` they are `format_reward` and
-      `mask_reward` with weights 0.3 and 0.7. They stand behind what all trainers of this package begin with.
+      `slot_logit_threshold`, `mask_logit_threshold`, `num_slots`, the known objects of the image as `object_masks`,
+      `num_targets`, `others_known` (see [`known_objects`]), and `answer_is_right`. Without `reward_funcs` they are
+      `format_reward` and `mask_reward` (or `object_reward`, see `mask_reward` of the settings) with weights 0.3 and
+      0.7. They stand behind what all trainers of this package begin with.
+    - Prompts and groups can be chosen for what they teach: see [`GroupChoiceMixin`]. The advantages of a group of
+      exactly equal rewards are exactly 0.
     - L_seg is a mean over the samples with objects, L_conf over all samples, of the whole accumulation window over all
       processes.
     - The reference policy is a copy of the layers that train, fed with the policy's own states at the SAE layer:
@@ -106,7 +116,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         elif core is model:
             _freeze(core, args)
         if reward_funcs is None:
-            reward_funcs = [format_reward, mask_reward]
+            reward_funcs = [format_reward, object_reward if args.mask_reward == "objects" else mask_reward]
             args.reward_weights = args.reward_weights or DEFAULT_REWARD_WEIGHTS
         self._rollouts: RolloutMasks | None = None
         self.check_text = RowTextCheck(processing_class, with_reasoning=False)
@@ -129,6 +139,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
             args.beta = beta
         self.beta = beta
         check_num_rows(self.train_dataset, args)
+        self._prepare_choice()
         self._check_what_trains()
         if getattr(core, "is_quantized", False):
             restore_head_precision(self.model)
@@ -200,36 +211,29 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
     # Sampling: targets beside TRL's inputs, masks from the states of the samples.
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
-        device, overflow = self.accelerator.device, self.args.overflow
-        targets = segmentation_targets(inputs, self._target_processor, self.core, device, overflow)
-        self._rollouts = RolloutMasks(targets)
+        if self.model.training and self.args.chooses_groups:
+            chosen = self._choose_groups(inputs)
+            inputs, targets = chosen.rows, chosen.targets
+            rollouts = RolloutMasks(targets, chosen)
+        else:
+            inputs = [{**row, "prompt": prompt_of(row, self.processing_class)} for row in inputs]
+            targets = self._targets_of(inputs)
+            rollouts = self._new_rollouts(inputs, targets)
+        self._rollouts = rollouts
         # The reference is scored in the training forward, from the policy's own states.
         beta, self.beta = self.beta, 0.0
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self.beta, self._rollouts = beta, None
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        equal = self._equal_groups(rollouts.rewards, size).repeat_interleave(size)
+        equal = equal[self.accelerator.process_index * len(inputs) :][: len(inputs)]
+        output["advantages"] = output["advantages"].masked_fill(equal, 0.0)
         columns = targets.columns()
         if self.model.training and self.args.segmentation_completions == "at_least_mean":
             columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
         return output | columns
-
-    def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
-        arguments = (prompt_ids, images, multimodal_fields, num_generations)
-        if not self._captures_states:
-            return super()._generate_single_turn(*arguments, **kwargs)
-        core = self.core
-        # `generate` runs the VLM inside, which accelerate's autocast of the whole model does not reach.
-        precision, layer = self.accelerator.autocast(), core.config.sae_layer
-        self.generation_config.feed_last_token = True
-        with precision, HiddenStateCapture(core.vlm, layer) as capture:
-            completion_ids, logprobs = super()._generate_single_turn(*arguments, **kwargs)
-        sequences, prompt_mask, written = self._pad_rollouts(prompt_ids, completion_ids)
-        states = capture.states(sequences.shape[1])
-        grids = self._rollouts.targets.image_token_grids
-        self._rollouts.states = SequenceStates.of_answers(states, sequences, prompt_mask, written, grids)
-        return completion_ids, logprobs
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         """As in the parent, which marks what was written with 0 in per-token inputs; families mark it in their own
@@ -239,70 +243,6 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
                 kwargs[name] = kwargs[name][:, : input_ids.shape[1] - logits_to_keep]
         arguments = (model, input_ids, attention_mask, logits_to_keep, *args)
         return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
-
-    @property
-    def _captures_states(self) -> bool:
-        """Whether masks are read from states captured while sampling.
-
-        They need a forward of their own where another model than this process's own whole one samples, and where
-        concepts are read from a second pass over the sequence.
-        """
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or sharded
-        return not elsewhere and self.core.config.concept_input != "duplicated"
-
-    def _pad_rollouts(self, prompt_ids: list, completion_ids: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Sequences, prompt mask, completion mask: `[padding | prompt | completion | padding]` as in `generate`."""
-        width = max(map(len, prompt_ids))
-        if self.pad_to_multiple_of is not None:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        length = max(map(len, completion_ids))
-        sequences = torch.full((len(prompt_ids), width + length), self._tokenizer.pad_token_id)
-        mask = torch.zeros_like(sequences)
-        for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-            sequences[row, width - len(prompt) : width] = torch.tensor(prompt)
-            sequences[row, width : width + len(completion)] = torch.tensor(completion)
-            mask[row, width - len(prompt) : width + len(completion)] = 1
-        sequences, mask = sequences.to(self.accelerator.device), mask.to(self.accelerator.device)
-        return sequences, mask[:, :width], mask[:, width:]
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rollouts, batch_size = self._rollouts, self.args.per_device_train_batch_size
-        if rollouts.states is None:
-            model = self.model_wrapped if self.model.training else self.model
-            outputs = masks_of_rollouts(
-                model, self.processing_class, prompts, completion_ids_list, rollouts.targets, batch_size
-            )
-        else:
-            with self.accelerator.autocast():
-                outputs = rollouts.segment(self.core, batch_size)
-        columns = rollouts.columns(outputs, self.core.config)
-        inputs = [{**row, **column} for row, column in zip(inputs, columns, strict=True)]
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._log_rollouts(rollout_metrics(columns, completions, rollouts.targets))
-        self._log_pictures(inputs, completions, rewards)
-        return rewards
-
-    def _log_rollouts(self, sums: dict[str, tuple[float, int]]) -> None:
-        """Log means over all processes of `name -> (sum, count)`."""
-        mode = "train" if self.model.training else "eval"
-        totals = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.accelerator.device)
-        for name, (total, count) in zip(sums, self.accelerator.reduce(totals, "sum").tolist(), strict=True):
-            self._metrics[mode][name].append(total / count if count else float("nan"))
-
-    def _log_pictures(self, inputs: list[dict], completions: list, rewards: torch.Tensor) -> None:
-        """Pictures of this process's first groups, one completion each; `rewards` are those of all processes."""
-        if not self.model.training or not self.pictures.wants(self.state.global_step):
-            return
-        targets, first = self._rollouts.targets, self.accelerator.process_index * len(inputs)
-
-        def samples():
-            for row in range(0, len(inputs), self.num_generations):
-                scores = dict(zip(self.reward_func_names, rewards[first + row].tolist(), strict=True))
-                sizes = targets.original_sizes[row], targets.reshaped_input_sizes[row]
-                yield picture_sample(self.processing_class, inputs[row], completions[row], *sizes, scores)
-
-        self.pictures.log(self.state.global_step, samples())
 
     # Training: one forward for all losses.
 
@@ -340,7 +280,7 @@ class SegCompassGRPOTrainer(RobustTrainerMixin, GRPOTrainer):
         )
         images = join_rows(inputs["image_embeddings"])
         places = inputs["reshaped_input_sizes"], masks, inputs.get("image_token_grids")
-        targets = JointTargets(inputs["completion_mask"], images, *places)
+        targets = JointTargets(inputs["completion_mask"], images, *places, self._shared_prompts(inputs))
         call = JointCall(model, inputs, targets)
         loss, output = super().compute_loss(call, inputs, return_outputs, num_items_in_batch), call.output
         # Sums over the window's samples were divided by their number over all processes; DDP takes the mean of these.

@@ -10,6 +10,7 @@ from typing import Any
 from ...data import scenes
 from ...data.builders.splitting import build_folder_splits, split_by_image
 from ...evaluation.datasets_spec import load_dataset_of
+from ..segmentation.own_reasoning import with_right_samples
 from .settings import RecipeError, Stage
 
 HELD_OUT = "held_out"  # as `eval_dataset`: a fifth of the images of `dataset`, or the split that a folder names
@@ -60,16 +61,19 @@ def load_rows(stage: Stage, arguments: Any, num_processes: int = 1) -> StageRows
     own, name = stage.own, stage.name
     if own.dataset is None:
         raise RecipeError(f"{name}.dataset is missing; name what to train on, such as folder:my_pictures.")
+    if own.own_samples is not None and name != "segmentation":
+        raise RecipeError(f"{name}.own_samples: only segmentation trains on right answers; leave it out.")
+    as_dataset = name == "grpo" or own.own_samples is not None
     try:
         if own.eval_dataset == HELD_OUT:
             train, evaluation = _split(own.dataset, arguments.seed)
         else:
             count = own.num_samples or rows_needed(stage, arguments, num_processes)
-            train = _named(own.dataset, count, f"{name}.num_samples", stage.name == "grpo")
+            train = _named(own.dataset, count, f"{name}.num_samples", as_dataset)
             evaluation = None
             if own.eval_dataset is not None:
                 count = own.num_eval_samples or 100
-                evaluation = _named(own.eval_dataset, count, f"{name}.num_eval_samples", stage.name == "grpo")
+                evaluation = _named(own.eval_dataset, count, f"{name}.num_eval_samples", as_dataset)
     except RecipeError:
         raise
     except (ValueError, OSError, ImportError) as error:
@@ -77,7 +81,20 @@ def load_rows(stage: Stage, arguments: Any, num_processes: int = 1) -> StageRows
     train = _first(train, own.num_samples, f"{name}.num_samples")
     if evaluation is not None:
         evaluation = _without(_first(evaluation, own.num_eval_samples, f"{name}.num_eval_samples"), stage)
-    return StageRows(_without(train, stage), evaluation)
+    train = _without(train, stage)
+    if own.own_samples is not None:
+        try:
+            train = with_right_samples(train, own.own_samples)
+        except ValueError as error:
+            raise RecipeError(f"{name}.own_samples: {error}") from error
+    if name == "grpo":
+        from ..grpo.prompt_pool import choice_of_prompts  # needs TRL, other stages do not
+
+        try:
+            choice_of_prompts(train, arguments)
+        except ValueError as error:
+            raise RecipeError(f"{name}: {error}") from error
+    return StageRows(train, evaluation)
 
 
 def rows_needed(stage: Stage, arguments: Any, num_processes: int = 1) -> int | None:

@@ -80,6 +80,9 @@ class StageSettings:
             needs it, or gets as many as the steps need.
         without (`list[str]`, *optional*): Columns that the stage does not see, such as `reasoning`.
         eval_dataset, num_eval_samples (*optional*): The same for evaluation.
+        own_samples (`str`, *optional*): Of `segmentation`: folder that `segcompass evaluate --pass-at-k` wrote of
+            these rows with the model that the stage starts from; its right answers are the reasoning of rows that have
+            none (expert iteration, see [`with_right_samples`]).
         batch_size (`int`, *optional*): Rows (SAE: tokens; GRPO: completions) of an optimizer step, of all processes
             and accumulated micro-batches together; in place of `per_device_train_batch_size`.
         names (`str`, *optional*): `MODULE:FUNCTION` or `FILE.py:FUNCTION`, row -> its [`Name`]s, for
@@ -93,6 +96,7 @@ class StageSettings:
     without: list[str] | None = field(default=None, metadata={"help": "Columns left out, such as [reasoning]."})
     eval_dataset: str | None = field(default=None, metadata={"help": "As `dataset`."})
     num_eval_samples: int | None = field(default=None, metadata={"help": "Rows of it."})
+    own_samples: str | None = field(default=None, metadata={"help": "Folder of `segcompass evaluate --pass-at-k`."})
     batch_size: int | None = field(default=None, metadata={"help": "Rows of a step, of all processes together."})
     names: str | None = field(default=None, metadata={"help": "MODULE:FUNCTION or FILE.py:FUNCTION: row -> names."})
     lora_r: int = field(default=0, metadata={"help": "Rank of LoRA adapters; 0 trains the weights themselves."})

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.utils import logging
 
 from ...data.readable_rows import RowCheck, UnreadableLog, check_row
 from ...data.schema import decode_mask, decode_masks, row_features
+from ...evaluation.pass_at_k import read_prompts
 from ...metrics import score_sample
 
 logger = logging.get_logger(__name__)
+
+MOST_WORDINGS = 4  # of a row: easy rows, which are right whatever is sampled, would outnumber the others
 
 
 def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_iou: float = 0.0) -> Any:
@@ -74,6 +78,47 @@ def with_own_reasoning(dataset: Any, predictor: Any, batch_size: int = 8, min_io
         .select_columns(columns)
     )
     return filled.select([index for index in range(len(dataset)) if index not in left_out]) if left_out else filled
+
+
+def with_right_samples(dataset: Any, folder: str | os.PathLike) -> Any:
+    """Fill `reasoning` where it is missing with the model's own that led to the right objects: expert iteration.
+
+    Answers are sampled and judged by `segcompass evaluate --pass-at-k` on the same rows; the model that gave them is
+    then trained on the right ones (RAFT, Dong et al. 2023, arXiv 2304.06767). It is what reinforcement has to beat.
+
+    Args:
+        dataset (`datasets.Dataset`): In the row schema, with `sample_id`.
+        folder (`str` or `os.PathLike`): What the command wrote.
+
+    Returns:
+        `datasets.Dataset`: the rows that had reasoning, and of each row that had none one copy for every wording of a
+        right answer, `MOST_WORDINGS` at most; rows that were never answered right are left out. Images as they were.
+
+    Raises:
+        ValueError: The folder holds no samples, or none that is right of any of the rows.
+    """
+    found = {record["sample_id"]: record["right_reasoning"] for record in read_prompts(folder)}
+    if "reasoning" not in dataset.column_names:
+        dataset = dataset.add_column("reasoning", [None] * len(dataset), feature=row_features()["reasoning"])
+    places, reasonings, never, unknown = [], [], 0, 0
+    for place, (sample_id, own) in enumerate(zip(dataset["sample_id"], dataset["reasoning"], strict=True)):
+        wordings = [own] if (own or "").strip() else found.get(sample_id, [])[:MOST_WORDINGS]
+        places += [place] * len(wordings)
+        reasonings += wordings
+        unknown += sample_id not in found and not wordings
+        never += sample_id in found and not wordings
+    logger.warning(
+        f"{len(set(places))} of {len(dataset)} rows give {len(places)} answers to train on; {never} are left out for "
+        f"they were never answered right, {unknown} for they were not asked in {os.fspath(folder)}."
+    )
+    if not places:
+        raise ValueError(
+            f"no row has reasoning or a right answer in {os.fspath(folder)!r} ({never} never right, {unknown} not "
+            "asked); sample the rows that are trained on, or start from a model that knows some of the answers."
+        )
+    columns, feature = dataset.column_names, dataset.features["reasoning"]
+    chosen = dataset.select(places).remove_columns("reasoning")
+    return chosen.add_column("reasoning", reasonings, feature=feature).select_columns(columns)
 
 
 def _readable(dataset: Any, index: int, log: UnreadableLog, check_text: RowCheck | None) -> dict[str, Any] | None:
