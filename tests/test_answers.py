@@ -7,14 +7,38 @@ import pytest
 import torch
 from model_inputs import inputs_of
 from tiny import tiny_model
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
-from segcompass_hf import generation_segcompass
+from segcompass_hf import answers_segcompass, generation_segcompass
 from segcompass_hf.answers_segcompass import answers_to_sample
 from segcompass_hf.text_stack_segcompass import decoder_layers
 
-SAMPLED = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12, "temperature": 3.0, "top_k": 0}
+SAMPLED = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 24, "temperature": 3.0, "top_k": 0}
 FIELDS = ("reference_states", "slots", "heatmap_logits", "slot_logits", "pred_masks")
+
+
+LENGTHS = (6, 15, 7, 9, 18, 8)  # of the answers: some words, 4 <REF_POS>, the end
+
+
+class EndAt(LogitsProcessor):
+    """Lets rows end after so many tokens."""
+
+    def __init__(self, model, prompt_length):
+        end = model.generation_config.eos_token_id
+        self.start, self.ref, self.ends = (
+            prompt_length,
+            model.config.ref_token_id,
+            end if isinstance(end, list) else [end],
+        )
+
+    def __call__(self, input_ids, scores):
+        place = input_ids.shape[1] - self.start
+        scores[:, self.ends] = -torch.inf
+        for row, length in enumerate(LENGTHS):
+            if place >= length - 5:
+                scores[row] = -torch.inf
+                scores[row, self.ends[0] if place == length - 1 else self.ref] = 0.0
+        return scores
 
 
 def segment(model, inputs, seed=0, **sampled):
@@ -28,11 +52,18 @@ def segment(model, inputs, seed=0, **sampled):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
-def test_a_prompt_passes_once_and_forward_reads_the_same(family):
+def test_a_prompt_passes_once_an_ended_answer_no_more_and_forward_reads_the_same(family):
     model, inputs = tiny_model(family), inputs_of(family)
     assert not inputs["attention_mask"].all()
-    output, rows = segment(model, inputs, **SAMPLED)
-    assert rows[0] == 2 and set(rows[1:]) == {6}
+    end = EndAt(model, inputs["input_ids"].shape[1])
+    output, rows = segment(model, inputs, **SAMPLED, constrain_format=False, logits_processor=[end])
+    assert rows[0] == 2 and rows[1] == 6 and sorted(rows[1:], reverse=True) == rows[1:]
+    lengths = output.completion_mask.sum(1)
+    assert lengths.tolist() == list(LENGTHS) and output.reference_states.any(-1).all()
+    # A pass is of the last answers that were rearranged: more than 3/4 of them have a token for it, or all.
+    passed = [int((lengths >= number).sum()) for number in range(1, len(rows))]
+    assert rows[-1] < 6 and all(now >= left > 0 for now, left in zip(rows[1:], passed, strict=True))
+    assert all(now == left or left > 0.75 * now for now, left in zip(rows[1:], passed, strict=True))
     assert len({tuple(row) for row in output.sequences.tolist()}) > 2
     read = inputs_of(family, rows=(0, 0, 0, 1, 1, 1))
     read.update(
@@ -47,9 +78,11 @@ def test_a_prompt_passes_once_and_forward_reads_the_same(family):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_the_answers_are_those_of_generate(family, monkeypatch):
     model, inputs = tiny_model(family), inputs_of(family)
-    output, _ = segment(model, inputs, **SAMPLED)
+    settings = {**SAMPLED, "constrain_format": False, "logits_processor": [EndAt(model, inputs["input_ids"].shape[1])]}
+    output, _ = segment(model, inputs, **settings)
     monkeypatch.setattr(generation_segcompass, "answers_to_sample", lambda vlm, kwargs: (1, kwargs))
-    plain, rows = segment(model, inputs, **SAMPLED)
+    monkeypatch.setattr(answers_segcompass, "LEFT_TO_REARRANGE", 0)
+    plain, rows = segment(model, inputs, **settings)
     assert set(rows) == {6}
     assert torch.equal(output.sequences, plain.sequences)
     torch.testing.assert_close(output.pred_masks, plain.pred_masks, atol=1e-4, rtol=1e-4)

@@ -1,11 +1,16 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Several answers to a prompt: the prompt passes the VLM once, and all of them go on behind it."""
+"""Answers in the loop of `generate`: a prompt passes the VLM once for all of its answers, and none beyond its end."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+
+from .text_stack_segcompass import rows_of_pass, to_all_rows
+
+LEFT_TO_REARRANGE = 0.75  # of the answers that pass: so few make copying their keys and values worth while
 
 
 def answers_to_sample(vlm: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -26,11 +31,12 @@ def answers_to_sample(vlm: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int
     return number, one | {"generation_config": config}
 
 
-class PrefilledOnce:
-    """A VLM that writes several answers to every prompt; stands in for it in the loop of `generate`.
+class AnswerWriter:
+    """A VLM as the loop of `generate` sees it, which spends nothing on what it has computed or nobody reads.
 
-    Prompts pass it as they are, then what was kept of them is repeated. Where no cache keeps it, the loop passes every
-    prompt as often as it is answered.
+    Prompts pass it once, however many answers each has; then what was kept of them is repeated. Answers that have
+    ended pass it no more: what the loop is told of them is 0. Where no cache can be rearranged, every answer passes
+    with its own prompt, and to the end of the longest.
 
     Args:
         vlm (`PreTrainedModel`): The VLM itself.
@@ -38,6 +44,8 @@ class PrefilledOnce:
         input_ids (`torch.LongTensor` of shape `(num_prompts, prompt_length)`): Prompts.
         model_kwargs (`dict[str, Any]`): What `generate` prepared for them, the cache too.
         generation_config (`GenerationConfig`): Likewise.
+        ended (`Callable`, *optional*): Says which answers have ended, `(num_prompts * copies,)`; `None` at first.
+            Without it none is left out.
 
     Attributes:
         all_ids (`torch.LongTensor` of shape `(num_prompts * copies, prompt_length)`): The prompt of every answer.
@@ -51,20 +59,27 @@ class PrefilledOnce:
         input_ids: torch.Tensor,
         model_kwargs: dict[str, Any],
         generation_config: GenerationConfig,
+        ended: Callable[[], torch.Tensor | None] | None = None,
     ):
-        self.vlm, self.output = vlm, None
+        self.vlm, self.output, self.ended = vlm, None, ended
+        self.caches = [value for value in model_kwargs.values() if hasattr(value, "reorder_cache")]
+        if not self.caches or generation_config.output_hidden_states or generation_config.output_attentions:
+            self.ended = None
+        self.rows: torch.Tensor | None = None  # that still pass; all while it is None
+        self._passed: torch.Tensor | None = None  # (rows,), whose last token has passed
         self.all_ids, self.all_kwargs = input_ids, model_kwargs
         if copies == 1:
             return
-        caches = [value for value in model_kwargs.values() if hasattr(value, "reorder_cache")]
-        if caches:
+        if self.caches:
             self.output = vlm._prefill(input_ids, generation_config, model_kwargs)
             self.output["logits"] = self.output["logits"][:, -1:]
             rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(copies)
-            for cache in caches:
+            for cache in self.caches:
                 cache.reorder_cache(rows)
             for name, value in self.output.items():
                 self.output[name] = _of_rows(value, rows, len(input_ids))
+            # Read by the first pass alone, and not every family can repeat them.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
         # Last: a family's rule may change what it is given.
         self.all_ids, self.all_kwargs = vlm._expand_inputs_for_generation(
             expand_size=copies, is_encoder_decoder=False, input_ids=input_ids, **model_kwargs
@@ -73,13 +88,44 @@ class PrefilledOnce:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.vlm, name)
 
-    def __call__(self, *args, **kwargs) -> Any:
-        return self.vlm(*args, **kwargs)
-
     def _prefill(self, *args, **kwargs) -> Any:
-        """The first pass of the loop, which is over."""
+        """The first pass of the loop, which may be over."""
         output, self.output = self.output, None
         return self.vlm._prefill(*args, **kwargs) if output is None else output
+
+    def __call__(self, **inputs) -> Any:
+        """The pass of one token per answer."""
+        if self.ended is None or "position_ids" not in inputs:
+            return self.vlm(**inputs)
+        self._leave_out_ended()
+        if self.rows is None:
+            return self.vlm(**inputs)
+        number = len(self.all_ids)
+        inputs = {name: self._picked(name, value, number) for name, value in inputs.items()}
+        with rows_of_pass(self.rows, number):
+            output = self.vlm(**inputs)
+        for name, value in output.items():
+            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(self.rows):
+                output[name] = to_all_rows(value, self.rows, number)
+        return output
+
+    def _leave_out_ended(self) -> None:
+        """Rearrange the caches where enough answers have ended, and their last tokens passed, since the last time."""
+        if self._passed is not None:
+            rows = torch.arange(len(self._passed), device=self._passed.device) if self.rows is None else self.rows
+            places = (~self._passed[rows]).nonzero().flatten()
+            if 0 < len(places) <= LEFT_TO_REARRANGE * len(rows):
+                self.rows = rows[places]
+                for cache in self.caches:
+                    cache.reorder_cache(places)
+        ended = self.ended()
+        self._passed = None if ended is None else ended.clone()
+
+    def _picked(self, name: str, value: Any, number: int) -> Any:
+        axis = 1 if name == "position_ids" and value.ndim == 3 else 0  # (3 or 4, rows, tokens)
+        if not isinstance(value, torch.Tensor) or value.ndim <= axis or value.shape[axis] != number:
+            return value
+        return value.index_select(axis, self.rows.to(value.device))
 
 
 def _of_rows(value: Any, rows: torch.Tensor, num_prompts: int) -> Any:
@@ -91,4 +137,4 @@ def _of_rows(value: Any, rows: torch.Tensor, num_prompts: int) -> Any:
     return value
 
 
-__all__ = ["PrefilledOnce", "answers_to_sample"]
+__all__ = ["AnswerWriter", "answers_to_sample"]

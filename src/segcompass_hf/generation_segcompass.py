@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .answers_segcompass import PrefilledOnce, answers_to_sample
+from .answers_segcompass import AnswerWriter, answers_to_sample
 from .caches_segcompass import let_grow
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
@@ -33,7 +33,7 @@ def generate_and_feed_last(
 
     `generate` never feeds its last token back, so states captured on the way would lack those of that token. Here the
     loop goes on for one step more; what that step writes is seen by no one. Same arguments, same sequences. A prompt
-    with several answers (`num_return_sequences`) passes once, see [`PrefilledOnce`].
+    with several answers (`num_return_sequences`) passes once, and ended answers no more; see [`AnswerWriter`].
 
     Args:
         vlm (`PreTrainedModel`): Writes greedily or samples.
@@ -66,7 +66,9 @@ def generate_and_feed_last(
         stop = _OneStepLater(stopping_criteria)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
-        writer = PrefilledOnce(model, copies, input_ids, model_kwargs, generation_config)
+        # Embeddings that count positions themselves have to see all rows.
+        ended = None if counting_embeddings(model) else lambda: stop.ended
+        writer = AnswerWriter(model, copies, input_ids, model_kwargs, generation_config, ended)
         output = type(model)._sample(
             writer,
             writer.all_ids,

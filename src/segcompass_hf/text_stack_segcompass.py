@@ -1,10 +1,35 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """The text decoder inside a VLM: where its layers are, and hidden states captured from passes through them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import nn
+
+_rows_of_pass: ContextVar[tuple[torch.Tensor, int] | None] = ContextVar("rows_of_pass", default=None)
+
+
+@contextmanager
+def rows_of_pass(rows: torch.Tensor, number: int) -> Iterator[None]:
+    """While a pass runs: it is of these `rows` of a batch of `number`; whoever captures states gives 0 to the rest."""
+    token = _rows_of_pass.set((rows, number))
+    try:
+        yield
+    finally:
+        _rows_of_pass.reset(token)
+
+
+def to_all_rows(values: torch.Tensor, rows: torch.Tensor, number: int) -> torch.Tensor:
+    """Values `(len(rows), ...)` at their places among `number` rows, 0 elsewhere."""
+    return values.new_zeros(number, *values.shape[1:]).index_copy(0, rows.to(values.device), values)
+
+
+def _captured(states: torch.Tensor) -> torch.Tensor:
+    """States of a pass, with a row for each of the batch."""
+    part = _rows_of_pass.get()
+    return states if part is None else to_all_rows(states, *part)
 
 
 class _LayerReached(Exception):
@@ -105,7 +130,7 @@ class HiddenStateCapture:
         if self.edit is not None:
             edited = self.edit(mean, self.num_tokens)
             states = streams.replace(edited)
-        self.layer_states.append(edited)
+        self.layer_states.append(_captured(edited))
         if self.stop:
             raise _LayerReached
         return states
@@ -125,7 +150,7 @@ class HiddenStateCapture:
         return (self._collect(output[0]), *output[1:])
 
     def _read_last(self, module, args, output):
-        self.last_states.append(output if isinstance(output, torch.Tensor) else output[0])
+        self.last_states.append(_captured(output if isinstance(output, torch.Tensor) else output[0]))
 
 
 def _of_rows(passes: list[torch.Tensor], rows: int) -> torch.Tensor:

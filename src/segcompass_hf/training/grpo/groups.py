@@ -59,7 +59,7 @@ def parts_of_prompts(prompt_ids: list, images: list | None, fields: dict[str, An
 
 def _is_taken_as_it_is(value: Any) -> bool:
     """A tensor, or lists with an entry per token; TRL makes tensors of all else."""
-    return isinstance(value, torch.Tensor) or bool(value) and isinstance(value[0], list)
+    return isinstance(value, torch.Tensor) or (isinstance(value, list) and isinstance(value[0], list))
 
 
 def prompt_numbers(batch: dict[str, Any]) -> torch.Tensor:

@@ -10,20 +10,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
 
 from ...prompt_copies_segcompass import PromptCopies
 from ...reading_segcompass import SequenceStates
 from ...text_stack_segcompass import HiddenStateCapture
-from .groups import answers_in_a_row, parts_of_prompts, with_groups_together
+from .groups import answers_in_a_row, parts_of_prompts, shared_prompts, with_groups_together
+from .passes import Prompts
 from .rollouts import RolloutMasks
 from .targets import SegmentationTargets
+
+logger = logging.get_logger(__name__)
 
 # On a CPU. More of them do not fit its cache with their keys and values, and all wait for the longest.
 COMPLETIONS_AT_A_TIME = 64
 
 
 class SamplingMixin:
-    """Of a [`trl.GRPOTrainer`], how it samples; its heir has the model itself, and keeps what is being sampled."""
+    """Of a [`trl.GRPOTrainer`], how it samples and what its micro-batches share.
+
+    Its heir has the model itself, and keeps what is being sampled.
+    """
 
     core: nn.Module
     _rollouts: RolloutMasks | None
@@ -46,7 +53,8 @@ class SamplingMixin:
     def _generate_single_turn(self, prompt_ids: list, images, multimodal_fields, num_generations, **kwargs):
         """As in the parent, which here gets every group's prompt once; states are captured for the masks."""
         copies = self._rollouts.copies
-        self.generation_config.num_return_sequences = copies
+        if not self.use_vllm:  # which has settings of its own
+            self.generation_config.num_return_sequences = copies
         prompts = prompt_ids[::copies], images and images[::copies], multimodal_fields
         if not self._captures_states:
             return super()._generate_single_turn(*prompts, num_generations, **kwargs)
@@ -83,6 +91,16 @@ class SamplingMixin:
             return inputs
         self._buffered_inputs = with_groups_together(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
+        """Prompts that several completions of a micro-batch have.
+
+        With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
+        """
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            logger.warning_once("With FSDP or DeepSpeed prompts are computed anew for each of their completions.")
+            return None
+        return shared_prompts(inputs)
 
     def _width(self, prompt_ids: list) -> int:
         """Tokens that prompts are padded to."""

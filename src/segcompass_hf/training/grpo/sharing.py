@@ -33,7 +33,8 @@ class PromptSharing:
         self, model: nn.Module, inputs: dict[str, torch.Tensor], prompts: Prompts | None, traced: bool
     ) -> PolicyPass | SharedPass:
         """The pass; arguments as of [`shared_pass`]."""
-        if prompts is not None and self.works is None:
+        written = None if prompts is None else inputs["attention_mask"][:, prompts.length :]
+        if prompts is not None and self.works is None and written.any():
             reason = reason_against_sharing(model, inputs, prompts)
             self.works = reason is None
             if reason is not None:
@@ -68,7 +69,7 @@ def reason_against_sharing(model: nn.Module, inputs: dict[str, torch.Tensor], pr
 
 
 def trial_differences(model: nn.Module, inputs: dict[str, torch.Tensor], prompts: Prompts) -> dict[str, float]:
-    """How far a shared pass is from one over whole sequences, of the first completion of every prompt.
+    """How far a shared pass is from one over whole sequences, of the longest completion of every prompt.
 
     Args:
         model, inputs, prompts: As of [`shared_pass`].
@@ -77,34 +78,31 @@ def trial_differences(model: nn.Module, inputs: dict[str, torch.Tensor], prompts
         `dict[str, float]`: Of states after the SAE's layer, of last states, and of the gradients that last states of
         completions have in the former, prompts and completions apart; as shares of the values' norms.
     """
-    firsts = prompts.rows == torch.arange(len(prompts.inputs["input_ids"]), device=prompts.rows.device)[:, None]
-    firsts, length = firsts.int().argmax(1), prompts.length
-    alone = {**prompts.inputs, **{name: inputs[name][firsts] for name in ("input_ids", "attention_mask")}}
+    length = prompts.length
+    is_of = prompts.rows == torch.arange(len(prompts.inputs["input_ids"]), device=prompts.rows.device)[:, None]
+    rows = (is_of * (1 + inputs["attention_mask"][:, length:].sum(1))).argmax(1)  # one of every prompt
+    alone = {**prompts.inputs, **{name: inputs[name][rows] for name in ("input_ids", "attention_mask")}}
     is_token = alone["attention_mask"].bool()
-    num_written = is_token.shape[1] - length
-    whole = whole_pass(model, alone, cut=_leaf)
-    shared = shared_pass(model, inputs, prompts, cut=_leaf)
+    in_prompt, in_completion = is_token[:, :length], is_token[:, length:]
+    num_written = in_completion.shape[1]
 
-    def compared(last_states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        last_states = last_states[:, -num_written:][is_token[:, length:]]
+    def read(last_states: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        last_states = last_states[:, -num_written:][in_completion]
         weights = torch.arange(last_states.numel(), device=last_states.device).cos().view_as(last_states)
-        gradients = torch.autograd.grad((last_states * weights).sum(), leaves)
-        return last_states, gradients
+        return last_states.detach(), torch.autograd.grad((last_states * weights).sum(), leaves)
 
-    found, gradients = compared(
-        shared.last(num_written + 1)[firsts], [shared.prompts.layer_states, shared.completions.layer_states]
-    )
-    expected, (whole_gradient,) = compared(whole.last(num_written), [whole.layer_states])
-    pairs = {
-        "last states": (found, expected),
-        "states of the SAE's layer": (shared.layer_states[firsts][is_token], whole.layer_states[is_token]),
-        "gradients in prompts": (gradients[0][is_token[:, :length]], whole_gradient[:, :length][is_token[:, :length]]),
-        "gradients in completions": (
-            gradients[1][firsts][is_token[:, length:]],
-            whole_gradient[:, length:][is_token[:, length:]],
-        ),
-    }
-    return {name: _relative(*pair) for name, pair in pairs.items()}
+    whole = whole_pass(model, alone, cut=_leaf)
+    states = whole.layer_states
+    last_states, (gradient,) = read(whole.last(num_written), [states])
+    expected = last_states, states[is_token], gradient[:, :length][in_prompt], gradient[:, length:][in_completion]
+    del whole  # before the next one is there
+    shared = shared_pass(model, inputs, prompts, cut=_leaf)
+    leaves = [shared.prompts.layer_states, shared.completions.layer_states]
+    states = torch.cat([leaves[0], leaves[1][rows]], 1)
+    last_states, gradients = read(shared.last(num_written + 1)[rows], leaves)
+    found = last_states, states[is_token], gradients[0][in_prompt], gradients[1][rows][in_completion]
+    names = "last states", "states of the SAE's layer", "gradients in prompts", "gradients in completions"
+    return {name: _relative(*pair) for name, *pair in zip(names, found, expected, strict=True)}
 
 
 def _leaf(states: torch.Tensor) -> torch.Tensor:

@@ -30,10 +30,8 @@ from ..rewards.rewards import format_reward, mask_reward
 from .choosing import GroupChoiceMixin
 from .config import DEFAULT_REWARD_WEIGHTS, SegCompassGRPOConfig
 from .forward import JointCall, JointTargets, add_joint_forward
-from .groups import shared_prompts
 from .judging import JudgingMixin
 from .one_cycle import OneCycle
-from .passes import Prompts
 from .pictures import SamplePictureLogger
 from .private_methods import check_trl
 from .reference import AdapterFreeReference, ReferencePolicy, copy_token_rows_to_reference
@@ -247,13 +245,6 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
         return super()._get_per_token_logps_and_entropies(*arguments, **kwargs)
 
     # Training: one forward for all losses.
-
-    def _shared_prompts(self, inputs: dict[str, Any]) -> Prompts | None:
-        """Prompts that several completions of a micro-batch have.
-
-        With weights spread over processes all of them have to make the same passes, whatever their micro-batch holds.
-        """
-        return None if self.is_fsdp_enabled or self.is_deepspeed_enabled else shared_prompts(inputs)
 
     def _count_windows(self, batches: list[dict[str, Any]]) -> None:
         """Tell every micro-batch how many samples its accumulation window has over all processes, by their weights."""
