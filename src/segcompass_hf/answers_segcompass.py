@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from .text_stack_segcompass import rows_of_pass, to_all_rows
 
@@ -76,8 +77,7 @@ class AnswerWriter:
             rows = torch.arange(len(input_ids), device=input_ids.device).repeat_interleave(copies)
             for cache in self.caches:
                 cache.reorder_cache(rows)
-            for name, value in self.output.items():
-                self.output[name] = _of_rows(value, rows, len(input_ids))
+            _change(self.output, len(input_ids), lambda value: value.index_select(0, rows.to(value.device)))
             # Read by the first pass alone, and not every family can repeat them.
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "mm_encoder_outputs"}
         # Last: a family's rule may change what it is given.
@@ -104,9 +104,7 @@ class AnswerWriter:
         inputs = {name: self._picked(name, value, number) for name, value in inputs.items()}
         with rows_of_pass(self.rows, number):
             output = self.vlm(**inputs)
-        for name, value in output.items():
-            if isinstance(value, torch.Tensor) and value.ndim and len(value) == len(self.rows):
-                output[name] = to_all_rows(value, self.rows, number)
+        _change(output, len(self.rows), lambda value: to_all_rows(value, self.rows, number))
         return output
 
     def _leave_out_ended(self) -> None:
@@ -128,13 +126,15 @@ class AnswerWriter:
         return value.index_select(axis, self.rows.to(value.device))
 
 
-def _of_rows(value: Any, rows: torch.Tensor, num_prompts: int) -> Any:
-    """A tensor, or several, with the entries of prompts repeated for `rows`."""
+def _change(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` tensors of so many rows in outputs; outputs within are changed in place."""
+    if isinstance(value, ModelOutput):
+        for name, each in list(value.items()):
+            value[name] = _change(each, rows, change)
+        return value
     if isinstance(value, (tuple, list)):
-        return type(value)(_of_rows(each, rows, num_prompts) for each in value)
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) == num_prompts:
-        return value.index_select(0, rows.to(value.device))
-    return value
+        return type(value)(_change(each, rows, change) for each in value)
+    return change(value) if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
 
 __all__ = ["AnswerWriter", "answers_to_sample"]

@@ -305,6 +305,7 @@ def sharing(trial: Trial) -> None:
 @step("segment")
 def answers(trial: Trial) -> None:
     """Several answers are sampled behind one pass of their prompt, and `forward` reads the same from them."""
+    trial.check_comparable()
     sampled = {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": NEW_TOKENS}
     output = trial.model.segment(**trial.inputs(), **sampled)
     made = trial.inputs_by(trial.processor, (0, 0, 1, 1))

@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 import odd_vlms  # noqa: E402
 from grpo import tiny_trainer  # noqa: E402
 
+from segcompass_hf.training.grpo import passes  # noqa: E402
 from segcompass_hf.training.grpo.forward import add_joint_forward  # noqa: E402
 
 
@@ -42,8 +43,8 @@ def test_per_token_inputs_of_trl_are_cut_at_the_prompt(tmp_path, monkeypatch):
     trainer, given = tiny_trainer(tmp_path, "gemma3"), []
     inputs = trainer._prepare_inputs(list(trainer.get_train_dataloader())[0])
     assert inputs["token_type_ids"].shape[1] == inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1]
-    vlm_inputs = trainer.core.vlm_inputs
-    spy = lambda ids, **rest: given.append(rest["token_type_ids"].shape[1]) or vlm_inputs(ids, **rest)  # noqa: E731
-    monkeypatch.setattr(trainer.core, "vlm_inputs", spy)
+    made = passes.sequence_inputs
+    spy = lambda vlm, all, *rest: given.append(all["token_type_ids"].shape[1]) or made(vlm, all, *rest)  # noqa: E731
+    monkeypatch.setattr(passes, "sequence_inputs", spy)
     trainer.compute_loss(trainer.model, inputs)
-    assert given == [inputs["prompt_ids"].shape[1]]
+    assert given and set(given) == {inputs["prompt_ids"].shape[1]}
