@@ -250,7 +250,7 @@ def test_pass_rates_choose_the_prompts_and_checkpoints_keep_them(tmp_path):
 def test_a_resumed_run_chooses_as_an_uninterrupted_one(tmp_path):
     settings = {
         "rows": rows(), "max_resamplings": 2, "stratify_by": "kind", "max_steps": 4, "save_strategy": "steps",
-        "save_steps": 2, "beta": 0.0,
+        "save_steps": 2, "beta": 0.0, "lr_scheduler_type": "constant",
     }  # fmt: skip
     whole = tiny_trainer(tmp_path / "a", reward_funcs=[equal_for("row-0", "row-3")], **settings)
     whole.train()
