@@ -12,13 +12,10 @@ from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 
 from segcompass_hf.locks import alone_with
-from segcompass_hf.training.sae.activations import (
-    ActivationBuffer,
-    HarvestedTokens,
-    TokenStates,
-    layer_states,
-)
-from segcompass_hf.training.sae.cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
+from segcompass_hf.training.sae.activations import HarvestedTokens, TokenStates, layer_states
+from segcompass_hf.training.sae.buffer import ActivationBuffer
+from segcompass_hf.training.sae.cache import ActivationCache
+from segcompass_hf.training.sae.cache_filling import cache_bytes, cache_key, estimate_tokens
 from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableRow
 
 
@@ -507,7 +504,7 @@ class TestCache:
         assert key(changed)["dataset"] != before["dataset"]
 
     def test_the_size_is_announced_and_checked(self, source, tmp_path, monkeypatch):
-        from segcompass_hf.training.sae import cache as sae_cache
+        from segcompass_hf.training.sae import cache_filling as sae_cache
 
         announced = []
         monkeypatch.setattr(sae_cache.logger, "warning", announced.append)

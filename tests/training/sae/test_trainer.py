@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training.sae import cache, metrics, upkeep
+from segcompass_hf.training.sae import cache_filling, metrics, upkeep
 from segcompass_hf.training.sae.activations import ActivationHarvester
 from segcompass_hf.training.sae.config import SaeTrainingConfig
 from segcompass_hf.training.sae.metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
@@ -77,7 +77,7 @@ class TestDeadFeatureLoss:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("module", [metrics, upkeep, cache])
+    @pytest.mark.parametrize("module", [metrics, upkeep, cache_filling])
     def test_examples(self, module):
         results = doctest.testmod(module, extraglobs={"torch": torch})
         assert results.attempted and not results.failed

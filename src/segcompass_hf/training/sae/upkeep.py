@@ -189,6 +189,9 @@ class SaeUpkeep(TrainerCallback):
         if self.trainer.unit_decoder:
             set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.buffer.close()
+
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = self.trainer.passes
         every = args.resample_every
