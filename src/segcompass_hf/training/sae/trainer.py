@@ -199,18 +199,16 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         dead = self.firing.dead(self.args.dead_after_tokens)
-        output = model(inputs["hidden_states"], modality_ids=inputs["modality_ids"], dead_features=dead)
+        states, modality_ids = inputs["hidden_states"], inputs["modality_ids"]
+        output = model(states, modality_ids=modality_ids, dead_features=dead, output_feature_acts=False)
         sae = self.accelerator.unwrap_model(model)
-        if self.accelerator.num_processes > 1 and sae.config.architecture == "batchtopk":
-            # each process has followed its own batch
-            sae.topk_threshold.copy_(self.accelerator.reduce(sae.topk_threshold, "mean"))
         # The warm-up of the sparsity term takes part of it away again.
         loss = output.loss - (1 - self._l1_share()) * sae.config.l1_coefficient * output.sparsity_loss
         if self.pairs is not None:
             paired = pair_loss(sae, self.pairs.next_batch(), self.args.pair_loss, self.args.pair_k)
             loss = loss + self.args.pair_weight * paired
             self.means.add("pair_loss", paired.detach())
-        self.firing.add(output.feature_acts.detach(), self.accelerator)
+        self.firing.add_fired(output.fired, len(states), self.accelerator)
         self._report(sae, inputs, output)
         self.last_batch = inputs
         return (loss, output) if return_outputs else loss
@@ -225,7 +223,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         variance = (normalized - normalized.mean(0)).pow(2).sum()
         self.means.add("unexplained_variance", output.mse_loss.detach() * len(normalized), variance)
         self.means.add("mse", output.mse_loss)
-        self.means.add("l0", (output.feature_acts > 0).sum(), len(normalized))
+        self.means.add("l0", output.fired.sum(), len(normalized))
         if output.auxiliary_loss is not None:
             self.means.add("auxiliary_loss", output.auxiliary_loss)
 
@@ -252,7 +250,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     @torch.no_grad()
     def start_from_data(self) -> None:
-        """Fit a new SAE to the first block, or to the beginning of a large one; of harvested ones the first process's."""
+        """Fit a new SAE to the first block or its beginning: a cache's, or what the first process has harvested."""
         sae, source = self.accelerator.unwrap_model(self.model), self.buffer.source
         is_cached = isinstance(source, CacheShare)
         block = source.first(START_TOKENS) if is_cached else self.buffer.block(START_TOKENS)
