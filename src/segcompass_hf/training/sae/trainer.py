@@ -158,17 +158,14 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         args, rank = self.args, {"rank": self.args.process_index, "world_size": self.args.world_size}
         source, batch_tokens = self.source, self._train_batch_size
         if args.cache_dir is not None:
-            source = CacheShare(
-                self._filled_cache(), block_tokens=whole_batches(args.buffer_tokens, batch_tokens), **rank
-            )
+            block_tokens = whole_batches(args.buffer_tokens, batch_tokens)
+            source = CacheShare(self._filled_cache(), **rank, block_tokens=block_tokens)
         self.buffer = ActivationBuffer(source, batch_tokens, args.buffer_tokens, args.seed, **rank)
         return self.buffer
 
     def _filled_cache(self) -> ActivationCache:
-        args = self.args
-        cache = ActivationCache(
-            args.cache_dir, cache_key(self.source), args.cache_dtype, layers=args.cache_layers or ()
-        )
+        args, key = self.args, cache_key(self.source)
+        cache = ActivationCache(args.cache_dir, key, args.cache_dtype, layers=args.cache_layers or ())
         cache.fill(self.source, self.model.config.d_in, args.cache_max_tokens)
         return cache
 
@@ -252,8 +249,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
     def start_from_data(self) -> None:
         """Fit a new SAE to the first block or its beginning: a cache's, or what the first process has harvested."""
         sae, source = self.accelerator.unwrap_model(self.model), self.buffer.source
-        is_cached = isinstance(source, CacheShare)
-        block = source.first(START_TOKENS) if is_cached else self.buffer.block(START_TOKENS)
+        block = (source.first if isinstance(source, CacheShare) else self.buffer.block)(START_TOKENS)
         states, modality_ids = block.states.to(self.args.device), block.modality_ids.long().to(self.args.device)
         start_from_data_(sae, states, modality_ids, self.args)
         self._share_weights(sae)
