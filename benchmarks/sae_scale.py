@@ -136,9 +136,9 @@ def train_sae_lens(cache: str, d_in: int, args: argparse.Namespace, sparse: bool
     }
     make, configure = kinds[args.architecture]
     steps = args.steps + SETTLING_STEPS
-    config = SAETrainerConfig(
-        total_training_samples=steps * args.batch_tokens, train_batch_size_samples=args.batch_tokens, lr=3e-4
-    )
+    rates = {"lr": 3e-4, "lr_end": 3e-5, "lr_scheduler_name": "cosineannealing"}
+    tokens = args.batch_tokens
+    config = SAETrainerConfig(total_training_samples=steps * tokens, train_batch_size_samples=tokens, **rates)
     sae = make(configure(d_in=d_in, d_sae=args.d_sae, k=K, use_sparse_activations=sparse))
     states = (tokens.states for _, tokens in ActivationCache(cache, KEY, "float32").batches((0, 0)))
     batches = mixing_buffer(8 * args.batch_tokens, args.batch_tokens, states)
@@ -161,7 +161,7 @@ TRAINERS = {
 }
 
 
-def alone(work: Callable[[], float]) -> tuple[float, float]:
+def alone(work: Callable[[], float | None]) -> tuple[float | None, float]:
     """What `work` returns in a process of its own, and the peak of its memory in bytes, less that of its start."""
 
     def run(answers) -> None:
@@ -183,7 +183,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     rows = []
     for d_in in args.d_in:
         with tempfile.TemporaryDirectory() as cache:
-            write_cache(cache, d_in, max(16_384, 8 * args.batch_tokens))
+            alone(lambda d_in=d_in, cache=cache: write_cache(cache, d_in, max(16_384, 8 * args.batch_tokens)))
             found = {name: [] for name in TRAINERS}
             for _ in range(args.turns):
                 for name, train in TRAINERS.items():

@@ -59,8 +59,9 @@ class FeaturePattern(NamedTuple):
     def dots(self, token_rows: torch.Tensor, feature_rows: torch.Tensor) -> torch.Tensor:
         """`token_rows_t . feature_rows_f` for every active one: `(active,)` from rows of width d."""
         result = token_rows.new_empty(len(self.tokens))
-        for part in torch.arange(len(result), device=result.device).split(max(1, DOT_ELEMENTS // token_rows.shape[1])):
-            chunk = slice(int(part[0]), int(part[-1]) + 1)
+        rows = max(1, DOT_ELEMENTS // token_rows.shape[1])
+        for start in range(0, len(result), rows):
+            chunk = slice(start, start + rows)
             gathered = feature_rows[self.features[chunk]].mul_(token_rows[self.tokens[chunk]])
             torch.sum(gathered, 1, out=result[chunk])
         return result

@@ -394,9 +394,8 @@ class TestActivationBuffer:
         assert self.served(resumed, 12 - stop) == whole[stop:]
 
     def test_memory_is_bounded(self, llava, processor):
-        """What the buffer holds: one block, and less than a harvested batch; not the batches it was filled from."""
+        """What the buffer holds: room for one block, whatever it has served; the thread holds a harvested batch."""
         source = HarvestedTokens(harvester(llava, processor), RowStream(rows(6), seed=0), rows_per_batch=2)
-        largest = max(len(batch) for _, batch in itertools.islice(source.batches((0, 0)), 3))
         buffer = ActivationBuffer(source, batch_tokens=16, block_tokens=64)
         rooms = set()
         for _ in range(11):
@@ -405,7 +404,7 @@ class TestActivationBuffer:
             room = buffer._filler.room
             assert room.states.untyped_storage().nbytes() == 64 * 32 * 4
             rooms.add(room.states.data_ptr())
-        assert len(rooms) == 1 and largest < 64  # beside it the thread holds a harvested batch
+        assert len(rooms) == 1
 
 
 class TestCache:
