@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers.utils import logging
@@ -18,9 +18,6 @@ from ...files import free_space, weights_digest
 from ...locks import alone_with
 from .activations import HarvestedTokens, TokenStates
 from .rows import RowStream
-
-if TYPE_CHECKING:
-    from .cache import ActivationCache
 
 logger = logging.get_logger(__name__)
 
@@ -102,7 +99,7 @@ def _inputs_digest(inputs: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def fill_cache(cache: ActivationCache, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
+def fill_cache(cache: Any, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
     """Harvest the shards that are missing of a cache; every process calls this, and they share the shards out.
 
     The size is announced before anything is written.
@@ -130,7 +127,7 @@ def fill_cache(cache: ActivationCache, source: HarvestedTokens, d_in: int, max_t
 class _Filling:
     """The rounds in which a cache is filled: one shard of each process, then the index."""
 
-    def __init__(self, cache: ActivationCache, source: HarvestedTokens, max_tokens: float):
+    def __init__(self, cache: Any, source: HarvestedTokens, max_tokens: float):
         self.cache, self.source, self.max_tokens = cache, source, max_tokens
         self.stream, self.rows = source.stream, _SectionRows(source.stream)
 
