@@ -286,8 +286,10 @@ class TestConfig:
         from transformers import HfArgumentParser
 
         words = f"--output_dir {tmp_path} --architecture batchtopk --k 8 --sae_layer 3 --unreadable_rows error"
+        words += " --cache_layers 1 3"
         (args,) = HfArgumentParser(SaeTrainingConfig).parse_args_into_dataclasses(words.split())
         assert (args.architecture, args.k, args.sae_layer, args.unreadable_rows) == ("batchtopk", 8, 3, "error")
+        assert args.cache_layers == [1, 3]
 
 
 class TestTraining:
@@ -611,6 +613,16 @@ class TestResume:
         assert all(
             torch.equal(value, cached.model.state_dict()[name]) for name, value in harvested.model.state_dict().items()
         )
+
+    def test_one_cache_for_saes_of_several_layers(self, model, processor, tmp_path, monkeypatch):
+        cache = {"cache_dir": str(tmp_path / "cache"), "cache_dtype": "float32", "max_steps": 3}
+        first = self.run(model, processor, tmp_path / "2", cache_layers=[1, 3], **cache)
+        alone = self.run(model, processor, tmp_path / "3 alone", sae_layer=3, max_steps=3)
+        monkeypatch.setattr(ActivationHarvester, "of_layers", None)  # no further pass through the VLM
+        other = self.run(model, processor, tmp_path / "3", sae_layer=3, **cache)
+        assert first.buffer.source.cache.index["layers"] == [1, 2, 3] and other.model.config.layer == 3
+        for name, value in alone.model.state_dict().items():
+            assert torch.equal(other.model.state_dict()[name], value)
 
     def test_another_number_of_processes_is_refused(self, model, processor, tmp_path):
         self.run(model, processor, tmp_path, stop=5)
