@@ -7,9 +7,9 @@
 Both trainers read the same cache (see `ActivationCache`; sums of a few of 4 x d_in random directions, and noise) and
 train a new top-k SAE of the same size in float32 on batches of the same size, each with its own mixing buffer. SAELens
 is run as it comes, and with `use_sparse_activations` (and without rescaling by decoder norms, which it cannot do then
-with this torch). Every run is a process of its own, forked from this one; those of
-one size follow each other in turns, so that what else the machine does falls on all. A second is one of processor time
-where `--clock cpu` is given. Memory is the peak of the process less what it held at its start. Writes
+with this torch). Every run is a process of its own, forked from this one; those of one size follow each other in
+turns, so that what else the machine does falls on all. `--clock cpu` counts processor time, for a machine that is
+shared. Memory is the peak of the process less what it held at its start. Writes
 benchmarks/results/sae_scale.{json,md}.
 """
 
