@@ -217,7 +217,7 @@ class TestFilling:
         caches = filled_by(count, source, tmp_path / "some", monkeypatch, shard_tokens=60)
         same_files(tmp_path / "one", tmp_path / "some")
         for cache in caches:
-            assert cache.complete and cache.index["shards"] == whole.index["shards"]
+            assert cache.complete and cache.index == whole.index
 
     def test_nor_on_it_for_a_stream_of_files(self, llava, processor, tmp_path, monkeypatch):
         dataset = files_of_documents(tmp_path)

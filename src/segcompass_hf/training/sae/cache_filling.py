@@ -191,14 +191,15 @@ class _Filling:
             return
         own = numbers[stream.rank]
         made = in_every_process(lambda: self._make(own), stream.world_size)
-        entries, tokens, dropped = [], self.cache.num_tokens, []
+        entries, tokens, dropped, next_shard = [], self.cache.num_tokens, [], index["next_shard"]
         for number, (entry, section_ends) in zip(numbers, made, strict=True):
             if tokens >= self.max_tokens:
                 dropped.append(entry)
                 continue
-            next_shard = number + 1
             if section_ends:
                 ended.add(number % stream.num_sections)
+            if entry is not None or not section_ends:  # beyond the end the number of processes would show
+                next_shard = number + 1
             if entry is not None:
                 entries.append(entry)
                 tokens += entry["tokens"]
