@@ -83,8 +83,8 @@ def main() -> None:
         f"{summary['ratio_of_means']:.2f} times as long as `segment`: {whole.mean():.3f} s against "
         f"{alone.mean():.3f} s of {summary['clock']} time, means of {len(times)} samples, one thread. Ratio per "
         f"sample: median {summary['ratio']['p50']:.2f}, 90 % of samples below {summary['ratio']['p90']:.2f}.\n"
-        f"Of the change of a mask {quarters['p50']:.0%} was measured of many concepts together only (median of "
-        f"{len(shared_out)} masks; 75 % of masks below {quarters['p75']:.0%}).\n"
+        f"Contributions that were measured of many concepts together only are in size {quarters['p50']:.0%} of the "
+        f"change of a mask (median of {len(shared_out)} masks; 75 % of masks below {quarters['p75']:.0%}).\n"
         f"`python benchmarks/explain_cost.py --num-samples {arguments.num_samples} --seed {arguments.seed} --device "
         f"{arguments.device}`\n"
     )

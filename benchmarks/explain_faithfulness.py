@@ -91,6 +91,25 @@ def area(record: dict, order: str, curve: str) -> float:
     return float(np.trapezoid(record[order][curve], POINTS))
 
 
+def shared_by_number(records: list[dict]) -> list[dict]:
+    """What `paths` would give to the others if it measured more features one by one, at every point of the curves.
+
+    It is half of what the others add to the first features, and half of what they do without them; over the change. No
+    way of sharing it out among them makes their contributions smaller than that.
+    """
+    shares = []
+    for record in records:
+        deleted, inserted = (np.array(record["attribution"][f"{way}_value"]) for way in ("deletion", "insertion"))
+        whole, nothing = inserted[-1], inserted[0]
+        change = max(abs(whole - nothing), 1e-12)
+        shares.append(np.abs(whole - inserted + deleted - nothing) / 2 / change)
+    numbers = np.outer([record["num_features"] for record in records], POINTS)
+    return [
+        {"share": point, "num_features": float(np.median(count)), "median": float(np.median(column))}
+        for point, count, column in zip(POINTS, numbers.T, np.transpose(shares), strict=True)
+    ]
+
+
 def summarize(records: list[dict]) -> dict:
     """Means with intervals over all masks, drawn by image."""
     groups = [record["sample"] for record in records]
@@ -105,6 +124,7 @@ def summarize(records: list[dict]) -> dict:
     for name in ("completeness_error", "quadrature_error"):
         errors = [record[name] for record in records]
         summary[name] = {f"p{q}": float(np.quantile(errors, q / 100)) for q in (50, 90, 99, 100)}
+    summary["shared_by_number"] = shared_by_number(records)
     pairs = [(record["specificity"], record["sample"]) for record in records if "specificity" in record]
     own, others = ([pair[name] for pair, _ in pairs] for name in ("own", "others"))
     where = [group for _, group in pairs]
@@ -145,6 +165,12 @@ def write_markdown(path: Path, summary: dict, command: str) -> None:
     for name in ("completeness_error", "quadrature_error"):
         quantiles = ", ".join(f"{key} {100 * value:.2g} %" for key, value in summary[name].items())
         lines.append(f"| {name.replace('_', ' ')} | {quantiles} |")
+    others = "; ".join(
+        f"{entry['num_features']:.0f}: {entry['median']:.0%}" for entry in summary["shared_by_number"][1:-1]
+    )
+    lines.append(
+        f"| what all others are worth, over the change, by the number of first features (medians) | {others} |"
+    )
     specificity = summary["specificity"]
     lines.append(
         f"| loss of IoU without the top {TOP} concepts ({specificity['num_masks']} masks): own mask | "

@@ -36,12 +36,12 @@ def listed_categories(reasoning: str) -> set[str]:
     return found & set(CATEGORIES)
 
 
-def questions_of(rows: Any) -> list[dict[str, Any]]:
-    """The first row of every photograph."""
-    chosen: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        chosen.setdefault(row["image_id"], row)
-    return list(chosen.values())
+def questions_of(dataset: Any) -> Any:
+    """The first row of every photograph, of a `datasets.Dataset`; no picture is read for it."""
+    first: dict[str, int] = {}
+    for place, image_id in enumerate(dataset["image_id"]):
+        first.setdefault(image_id, place)
+    return dataset.select(first.values())
 
 
 class Writer:
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--output", type=Path, help="a JSON file for figures and answers")
     given = parser.parse_args()
-    rows = questions_of(load_dataset_of(given.rows).dataset)[: given.num_photographs]
+    rows = list(questions_of(load_dataset_of(given.rows).dataset))[: given.num_photographs]
     writer, answers, begun = Writer(given.model), [], time.perf_counter()
     for start in range(0, len(rows), given.batch_size):
         answers += writer(rows[start : start + given.batch_size])

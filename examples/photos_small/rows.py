@@ -33,6 +33,7 @@ from segcompass_hf.data.builders.coco_instances import CocoInstances
 from segcompass_hf.data.builders.own_masks import union_of
 from segcompass_hf.data.builders.photographs import Photographs
 from segcompass_hf.data.builders.rows import dataset_from_rows, make_row
+from segcompass_hf.images_segcompass import to_rgb_image
 
 HELD_OUT = 120  # photographs of `things`
 VIEWS = {"things": 4, "people": 1}  # of every training photograph, itself included
@@ -69,12 +70,17 @@ class Folder:
         photographs = Photographs(root / "images")
         self.instances = CocoInstances(path, report, photographs, renumber=True)
         self.names = {entry["id"]: entry["name"] for entry in self.instances.categories}
-        self.files = {image_id: entry["file_name"] for image_id, entry in self.instances.images.items()}
-        self.looks = {image_id: look(self.open(image_id)) for image_id in self.files}
+        self.files, self.looks = {}, {}
+        for image_id, entry in self.instances.images.items():
+            try:
+                self.looks[image_id] = look(self.open(image_id))
+            except ValueError as problem:  # it is not there, damaged, or of another size than its masks
+                report.add(getattr(problem, "kind", "unreadable_image"), entry.get("file_name"), str(problem))
+            else:
+                self.files[image_id] = entry["file_name"]
 
     def open(self, image_id: Any) -> Image.Image:
-        with Image.open(self.root / "images" / self.files[image_id]) as image:
-            return image.convert("RGB")
+        return to_rgb_image(self.instances.photograph(image_id))
 
     def seen(self, image_id: Any) -> Seen | None:
         return read_seen(self.instances, image_id, self.names)

@@ -154,6 +154,27 @@ def color_of(image: Image.Image, thing: Thing) -> str | None:
     return COLORS[counts.argmax()] if counts.max() >= COLOR_SHARE * counts.sum() else None
 
 
+def named_objects(row: dict[str, Any]) -> list[tuple[list[str], np.ndarray, tuple[str, ...]]]:
+    """Every object of a row for a concept dictionary: words that name it, its mask and its role.
+
+    What is too small to be listed has no words. Regions with many of a category are no objects; see [`is_crowded`].
+    """
+    words: dict[int, list[str]] = {}
+    for name in sorted(named_words(row), key=lambda name: is_place(name.words)):  # the category before the place
+        for number in name.objects:
+            words.setdefault(number, []).extend(name.words.split())
+    masks = [*row["masks"], *(row.get("distractor_masks") or [])]
+    roles = [("answer",)] * len(row["masks"]) + [()] * (len(masks) - len(row["masks"]))
+    return [
+        (words.get(i, []), decode_mask(mask), role) for i, (mask, role) in enumerate(zip(masks, roles, strict=True))
+    ]
+
+
+def is_crowded(row: dict[str, Any]) -> bool:
+    """Whether its photograph has a region with many of a category, of which rows do not hold the mask."""
+    return MANY in re.split(r"[ ,]+", (row.get("reasoning") or "").split(".")[0])
+
+
 def named_words(row: dict[str, Any]) -> list[Name]:
     """Names of a row's objects, read from the list that its reasoning begins with: categories, and places.
 

@@ -7,10 +7,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .finite_segcompass import check_finite, non_finite_parameters
 from .generation_segcompass import (
     ADDED_TOKENS,
     GROWING_CACHES,
@@ -159,7 +159,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         image_embeddings = self.image_embeddings_of(sam_pixel_values, image_embeddings, batch_size)
         if image_embeddings is None:
             raise ValueError("segmenting needs an image for SAM: pass sam_pixel_values or image_embeddings.")
-        self._check_finite("sam.vision_encoder", *parts_of(image_embeddings))
+        check_finite(self, "sam.vision_encoder", *parts_of(image_embeddings))
         end_ids = self._end_token_ids(kwargs)
         budget = self._max_new_tokens(max_new_tokens, kwargs)
         processors = self._logits_processors(prompt_length, reasoning, constrain_format, budget, end_ids)
@@ -238,11 +238,11 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             ValueError: NaN or infinities; the message names the stage, and the weights that hold them.
         """
         layer_states = states.layer_states[states.concept_mask.bool()]
-        self._check_finite("vlm", layer_states, states.last_states[states.attention_mask.bool()])
+        check_finite(self, "vlm", layer_states, states.last_states[states.attention_mask.bool()])
         output = self.read_masks(states, *args, **kwargs)
-        self._check_finite("slot_encoder", output.slots)
-        self._check_finite("slot_mapper", output.heatmap_logits, output.slot_logits)
-        self._check_finite("sam.mask_decoder", output.pred_masks)
+        check_finite(self, "slot_encoder", output.slots)
+        check_finite(self, "slot_mapper", output.heatmap_logits, output.slot_logits)
+        check_finite(self, "sam.mask_decoder", output.pred_masks)
         return output
 
     def _check_segment_inputs(self, attention_mask: torch.Tensor, kwargs: dict) -> None:
@@ -322,7 +322,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         if constrain_format is None:  # a converted checkpoint of the original spells its think tags
             constrain_format = config.ref_token_id is None or config.think_start_token_id is not None
         suppress = SuppressTokensLogitsProcessor(
-            self.vision_token_ids, partial(_non_finite_parameters, self.vlm, "vlm")
+            self.vision_token_ids, partial(non_finite_parameters, self.vlm, "vlm")
         )
         if not constrain_format:
             if reasoning != "full":
@@ -351,23 +351,3 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
             forbidden_token_ids=[*self.vision_token_ids, *end_ids, *([] if pad is None else [pad])],
         )
         return [suppress, form]
-
-    def _check_finite(self, name: str, *tensors: torch.Tensor) -> None:
-        """Raise where a stage's output is not a number, instead of returning masks that mean nothing."""
-        for tensor in tensors:
-            if not bool(torch.isfinite(tensor).all()):
-                module = self.get_submodule(name)
-                raise ValueError(
-                    f"`{name}` gave {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values that are not "
-                    f"finite. {_non_finite_parameters(module, name)}"
-                )
-
-
-def _non_finite_parameters(module: nn.Module, name: str) -> str:
-    """Name the weights that hold NaN or infinities, or say that none does."""
-    weights = [(key, value) for key, value in module.named_parameters() if not value.is_meta]  # offloaded ones are
-    bad = [key for key, value in weights if not bool(torch.isfinite(value).all())]
-    if bad:
-        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-        return f"These weights are broken: {', '.join(f'{name}.{key}' for key in bad[:3])}{more}; reload them."
-    return "Its weights are finite, so its input was not or its dtype overflows; try dtype=torch.float32 or bfloat16."

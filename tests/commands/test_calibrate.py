@@ -7,7 +7,11 @@ import pytest
 
 import segcompass_hf
 from segcompass_hf import evaluation
+from segcompass_hf.checkpoint import load_checkpoint
 from segcompass_hf.cli import main
+from segcompass_hf.data import scenes
+from segcompass_hf.data.schema import decode_masks
+from segcompass_hf.metrics import segmentation_metrics
 
 FITTED = {"features": {"mask_certainty": {"mean": 0.9, "scale": 0.1, "weight": 1.0}}, "bias": 2.0}
 FIGURES = {
@@ -34,9 +38,10 @@ def checkpoint(tmp_path):
 def test_writes_into_the_configuration(checkpoint, monkeypatch, capsys):
     seen = {}
 
-    def calibrate(predictor, rows, batch_size):
+    def calibrate(predictor, rows, batch_size, with_threshold):
+        assert not with_threshold and predictor.slot_logit_threshold is None
         seen.update(rows=[row.sample_id for row in rows], batch_size=batch_size, **predictor.segment_kwargs)
-        return FITTED, {"before": FIGURES, "after": FIGURES, "samples": 2}
+        return FITTED, {"before": FIGURES, "after": FIGURES, "samples": 2, "threshold": None}
 
     monkeypatch.setattr(evaluation, "calibrate", calibrate, raising=False)
     before = json.loads((checkpoint / "config.json").read_text())
@@ -52,6 +57,26 @@ def test_writes_into_the_configuration(checkpoint, monkeypatch, capsys):
     assert segcompass_hf.SegCompassConfig.from_pretrained(checkpoint).score_calibration == written
     assert "expected calibration error 0.125" in capsys.readouterr().out
     assert [path.name for path in checkpoint.iterdir() if ".part" in path.name] == []
+
+
+def test_a_threshold_is_chosen_where_it_is_asked_for(checkpoint, monkeypatch, capsys):
+    """Of the bundled checkpoint's own answers, which are calibrated already."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"score_calibration": FITTED}))
+    monkeypatch.setattr(evaluation.calibration, "MIN_MASKS", 0)
+    command = ["calibrate", str(checkpoint), "--dataset", "scenes:val:11", "--num-samples", "8", "--json"]
+    assert main([*command, "--threshold"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    after = segcompass_hf.SegCompassConfig.from_pretrained(checkpoint)
+    chosen = printed["threshold"]["slot_logit_threshold"]
+    assert after.slot_logit_threshold == chosen != config["slot_logit_threshold"]
+    assert after.score_calibration["fit"]["num_masks"] == printed["after"]["num_masks"]
+    model, processor, _ = load_checkpoint(str(checkpoint))
+    rows = list(scenes.iterate("val", 8, seed=11))
+    answers = evaluation.ModelPredictor(model, processor).predict(rows)
+    masks = [decode_masks(row["masks"], row["image"].size[::-1]) for row in rows]
+    found = segmentation_metrics([answer.masks for answer in answers], masks)
+    assert found == pytest.approx({name: printed["threshold"][name] for name in found})
 
 
 def test_too_few_wrong_masks_leave_the_checkpoint_as_it_was(checkpoint, capsys):

@@ -18,8 +18,9 @@ from places import ROOT
 from safetensors.torch import load_file, save_file
 
 import segcompass_hf
-from segcompass_hf import cli
+from segcompass_hf import cli, guardrails_segcompass
 from segcompass_hf.commands import common, demo
+from segcompass_hf.concept_names_segcompass import NamedConcept
 from segcompass_hf.data.schema import decode_mask
 
 
@@ -108,6 +109,29 @@ def test_predict_json_holds_the_masks_of_the_direct_route(checkpoint, image_file
         assert (mask != expected["masks"][k].numpy()).mean() < 0.01
         assert segment["slot"] == k
         assert segment["score"] == pytest.approx(expected["scores"][k].item(), abs=1e-4)
+
+
+def test_predict_holds_masks_to_concepts_by_name(checkpoint, image_file, tmp_path, capsys, monkeypatch):
+    d_sae = segcompass_hf.SegCompassConfig.from_pretrained(checkpoint).sae_config.d_sae
+    concepts = [  # one that fires wherever any feature is active, one that never does
+        NamedConcept(name, tuple(range(d_sae)), (threshold,) * d_sae)
+        for name, threshold in (("anything", -1e9), ("nothing", 1e9))
+    ]
+    monkeypatch.setattr(guardrails_segcompass, "names_of", lambda model: {c.name: c for c in concepts})
+    argv = ["predict", image_file, "x", "--model", str(checkpoint), "--reasoning", "none"]
+    assert cli.main([*argv, "--json"]) == 0
+    free = json.loads(capsys.readouterr().out)
+    assert free["segments"] and "guardrails" not in free
+    assert cli.main([*argv, "--json", "--forbid", "nothing", "--require", "nothing"]) == 2
+    assert "nothing cannot be both forbidden and required" in capsys.readouterr().err
+    assert cli.main([*argv, "--json", "--forbid", "nothing"]) == 0
+    assert json.loads(capsys.readouterr().out) == free | {"guardrails": []}
+    assert cli.main([*argv, "--json", "--forbid", "nothing", "--require", "nothing's"]) == 2
+    assert 'is named "nothing\'s". Near: nothing' in capsys.readouterr().err
+    assert cli.main([*argv, "--require", "nothing", "--output", str(tmp_path / "a.png")]) == 0
+    out = capsys.readouterr().out
+    assert "nothing found" in out and "guardrail: the mask of slot 0 does not show 'nothing', which is required" in out
+    assert "guardrail: 'nothing' is required, and no mask is left that shows it." in out
 
 
 def test_json_and_a_figure_together(checkpoint, image_file, tmp_path, capsys):

@@ -64,6 +64,7 @@ def test_malformed_arguments(pictures, tmp_path, capsys):
     assert "--output is missing" in _fails(capsys, "--dataset", pictures)
     assert "--workers belongs to --engine ray" in _fails(capsys, *data, "--workers", "2")
     assert "each saying what to find" in _fails(capsys, *data, "--instruction", "  ")
+    assert "--forbid belongs to one image" in _fails(capsys, *data, "--forbid", "red")
     both = ["--instruction", "x", "--instruction-column", "y"]
     assert "name one of the two" in _fails(capsys, *data, *both)
     for share in ("8/8", "1", "a/b", "-1/2", "1/0", "1/2/3"):

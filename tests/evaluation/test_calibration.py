@@ -105,6 +105,42 @@ def test_calibrate_judges_the_masks_that_users_see():
     assert before["num_masks"] == 40 and before["right"] == 0.5
     assert before["expected_calibration_error"] == pytest.approx(0.5, abs=1e-3)  # sigmoid(9) each, half of them right
     assert after["ranking"] == 1.0 and after["expected_calibration_error"] < 0.1
+    assert figures["threshold"] is None
+
+
+def test_calibrate_fits_what_the_chosen_threshold_shows():
+    # Of the 60 masks, 20 of a confidence of -1 to -3 are right, as are 10 of those of 2; the others meet nothing.
+    mask = np.zeros((1, 4, 4), dtype=bool)
+    mask[0, :2] = True
+
+    class Predictor:
+        class model:
+            @staticmethod
+            def score_features(slot_logits, pred_masks, reasoning_surprisal, sizes):
+                return torch.stack([slot_logits, 0 * slot_logits, 0 * slot_logits + 0.5], dim=-1)
+
+        def segment(self, rows):
+            logits = torch.tensor([[row["logit"]] for row in rows])
+            output = SimpleNamespace(slot_logits=logits, pred_masks=logits[..., None, None], reasoning_surprisal=None)
+            result = {"slots": torch.tensor([0]), "masks": torch.from_numpy(mask)}
+            return output, None, [result] * len(rows)
+
+    def row(index, logit, is_right):
+        return EvaluationRow(index, {"logit": logit}, mask if is_right else mask[:0])
+
+    rows = [row(i, 2.0, i < 10) for i in range(20)] + [row(i, 1.0 if i < 30 else -1.0, i < 30) for i in range(20, 60)]
+    calibration, figures = calibrate(Predictor(), rows, batch_size=7, with_threshold=True)
+    # gIoU: 40 of 60 with nothing shown; below 2 as many; below 1 ten more; below -1 thirty fewer.
+    assert figures["threshold"] == {
+        "slot_logit_threshold": 0.0,
+        "gIoU": 50 / 60,
+        "cIoU": 20 / 30,
+        "N-acc": 30 / 40,
+        "T-acc": 1.0,
+    }
+    assert figures["after"]["num_masks"] == 30 and figures["after"]["right"] == pytest.approx(20 / 30)
+    # The surer masks are wrong more often, which no feature may say: the share of right ones is left.
+    assert calibration["features"] == {} and calibration["bias"] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_reports_say_what_scores_are_worth():

@@ -104,6 +104,17 @@ def test_figures_by_hand(tmp_path):
     assert records[1]["num_targets"] == 6 and [mask["size"] for mask in records[1]["masks"]] == [[6, 10]] * 2
 
 
+def test_intervals_are_over_images(tmp_path):
+    """Two images with four samples each, of one image all right and of the other all wrong."""
+    rows = [make_row(index, [box(0, 4)]) | {"image_id": image} for index, image in enumerate("aaaabbbb")]
+    answers = {f"made-{index}": [box(0, 4)] if index < 4 else NOTHING for index in range(8)}
+    figures = run(Given(answers), rows, tmp_path).figures
+    assert [record["image_id"] for record in read_samples(tmp_path)] == list("aaaabbbb")
+    # One of four resamples holds image b alone; drawn one by one, all eight would be wrong in 1 of 256.
+    for found in (figures["metrics"]["gIoU"], figures["by_source"]["made"]["gIoU"]):
+        assert (found["value"], found["low"], found["high"], found["num_samples"]) == (0.5, 0, 1, 8)
+
+
 def test_two_processes_give_the_records_of_one(tmp_path, whole):
     with socket.socket() as free:
         free.bind(("localhost", 0))

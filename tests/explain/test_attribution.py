@@ -92,11 +92,10 @@ def test_an_and_is_shared_by_halves():
 
 
 def test_paths_measure_and_spread_nothing():
-    """Of "x and y" the last to come brings everything, which weighs 3/4; the first to go takes everything: 1/4."""
+    """Of "x and y" the last to come brings everything, and the first to go takes everything: half of it is each's."""
     (found,) = attribute(ProductReplay(), [0], "slot_logit")  # the default
     features, index = torch.tensor([3, 8, 3]).unique(return_inverse=True)
-    parts = found.per_feature(features, index).sort().values
-    torch.testing.assert_close(parts, torch.tensor([0.25, 0.75]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.per_feature(features, index), torch.tensor([0.5, 0.5]), rtol=0, atol=1e-5)
     assert found.quadrature_error < 1e-5 and found.completeness_error < 1e-5 and found.measured.all()
 
 
@@ -159,9 +158,9 @@ def test_contributions_add_up_on_the_bundled_checkpoint(first):
     assert contrast.value == pytest.approx(attributions[0].value - outside, rel=1e-4)
     assert contrast.completeness_error < 0.01
     (paths,) = attribute(replay, [attributions[0].slot], method="paths")
-    others = paths.per_feature(*replay.captured.concepts.features.unique(return_inverse=True))[~paths.measured].sum()
-    change = abs(paths.value - paths.baseline_value)  # what was shared out is what all but the first did together
-    assert paths.quadrature_error == pytest.approx(abs(others.item()) / change, abs=1e-4)
+    others = paths.per_feature(*replay.captured.concepts.features.unique(return_inverse=True))[~paths.measured]
+    change = abs(paths.value - paths.baseline_value)
+    assert paths.quadrature_error == pytest.approx(others.abs().sum().item() / change, abs=1e-4)
     assert paths.measured.sum() == FIRST
     (straight,) = attribute(replay, [attributions[0].slot], method="straight")
     assert straight.completeness_error < 0.01 and straight.quadrature_error < 0.05

@@ -84,7 +84,7 @@ def test_chunks_of_resamples_change_nothing(model, monkeypatch):
 
 def test_names_come_from_a_dictionary(model):
     class Dictionary:
-        label = staticmethod(lambda feature: f"name {feature}")
+        said = staticmethod(lambda feature: (f"name {feature}", 0.9))
 
     monitor = DriftMonitor(model, drawn(model, 50, seed=0))
     report = monitor.check(drawn(model, 20, seed=1, shift=0.3), dictionary=Dictionary(), num_changes=1).to_dict()
@@ -145,3 +145,4 @@ def test_batches_join_the_reference(model):
 
     found = histograms_of_rows(Predictor(), iter([{}] * 5), batch_size=2)
     assert Predictor.sizes == [2, 2, 1] and found[:, 0].tolist() == [1, 0, 1, 0, 1]
+    assert histograms_of_rows(Predictor(), iter([])).shape == (0, monitor.d_sae)  # where no row can be read

@@ -15,6 +15,7 @@ from segcompass_hf.metrics import (
     ALL_METRIC_NAMES,
     METRIC_NAMES,
     PRECISION_NAMES,
+    LeftOutScore,
     SampleScore,
     SegmentationAccumulator,
     bootstrap_intervals,
@@ -393,6 +394,27 @@ def test_bootstrap_intervals_of_precision():
     assert (intervals["precision@0.5"], intervals["precision@0.9"]) == ((1.0, 1.0), (0.0, 0.0))
     # gIoU is 0.6 + 0.2 x that share, on the same resamples.
     assert intervals["gIoU"] == pytest.approx([0.6 + 0.2 * bound for bound in intervals["precision@0.7"]])
+
+
+def test_samples_of_an_image_are_drawn_together():
+    # 50 images, 30 of them right, with four samples each that are right or wrong together: as uncertain as 50 samples.
+    scores = [SampleScore(1, 1, 1, 1)] * 30 + [SampleScore(0, 1, 0, 1)] * 20
+    images = [*range(50)] * 4
+    once, together = bootstrap_intervals(scores), bootstrap_intervals(scores * 4, images=images)
+    assert together == once
+    alone = bootstrap_intervals(scores * 4)
+    assert alone["gIoU"][1] - alone["gIoU"][0] < 0.7 * (once["gIoU"][1] - once["gIoU"][0])
+    assert bootstrap_intervals(scores * 2, images=["one"] * 100)["gIoU"] == (0.6, 0.6)  # one image: nothing to draw
+    # Image 0 has an IoU of 0.6 and one of 0 that is ignored as a whole, image 1 one of 0.
+    mixed = [SampleScore(6, 10, 8, 8), LeftOutScore(0, 0, 0, 0), SampleScore(0, 5, 0, 5)]
+    assert bootstrap_intervals(mixed, images=[0, 0, 1])["gIoU"] == (0.0, 0.6)
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = bootstrap_intervals([(scores * 4)[i] for i in order], images=[images[i] for i in order])
+    assert shuffled == together
+    groups = breakdown(scores * 4, "ab" * 100, images)
+    assert groups["a"] == metrics_with_intervals((scores * 4)[::2], images=images[::2])
+    with pytest.raises(ValueError, match="50 samples and 3 images"):
+        bootstrap_intervals(scores, images=[1, 2, 3])
 
 
 def test_drawing_in_parts_changes_no_interval(monkeypatch):

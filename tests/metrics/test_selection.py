@@ -143,6 +143,15 @@ def test_groups_are_figures_of_their_own():
     assert groups["b"] == selection_figures(drawn[::2], oracle[::2])
 
 
+def test_samples_of_an_image_are_drawn_together():
+    drawn, oracle = [score_of(1, 2), score_of(0, 4), score_of(4, 5)], [score_of(1, 1), score_of(0, 8), score_of(4, 8)]
+    together = selection_figures(drawn * 5, oracle * 5, images=[0, 1, 2] * 5)
+    for name, figure in selection_figures(drawn, oracle).items():
+        assert together[name] == pytest.approx(figure | {"num_samples": 15})
+    one = selection_by_group(drawn, oracle, ["a"] * 3, ["same"] * 3)["a"]["gIoU"]
+    assert one["low"] == one["high"] == pytest.approx(one["value"])
+
+
 def test_scores_must_be_of_the_same_samples():
     with pytest.raises(ValueError, match="2 scores and 1 oracle scores"):
         selection_figures([score_of(1, 2)] * 2, [score_of(1, 2)])

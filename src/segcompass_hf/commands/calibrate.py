@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from .common import UserError, load_checkpoint, positive, user_errors
 _EPILOG = """\
 Segments held-out rows, fits how likely a mask is right (IoU of 0.5 or more with an object asked for) from the slot's
 confidence, the surprisal of the reasoning and the certainty of the mask, and writes the fit into the checkpoint's
-config.json. Which masks are shown stays the same. Take rows that the model was neither trained nor is reported on.
+config.json. Which masks are shown stays the same, unless --threshold is given: then slots are shown from the
+confidence on that has the highest gIoU on these rows, which should have as many without target as the model will meet.
+Take rows that the model was neither trained nor is reported on.
 `segcompass evaluate --help` lists the forms of --dataset.
 """
 
@@ -32,6 +35,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, help="limit of an answer, in tokens (the model's)")
+    parser.add_argument(
+        "--threshold", action="store_true", help="also choose the confidence from which slots are shown"
+    )
     parser.add_argument("--json", action="store_true", help="print the fit and its figures as JSON")
     parser.set_defaults(run=run)
 
@@ -50,20 +56,29 @@ def run(args: argparse.Namespace) -> None:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     model, processor, _ = load_checkpoint(str(args.checkpoint.absolute()))
-    limits = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+    limits: dict[str, Any] = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     with user_errors():
         named = load_dataset_of(args.dataset, args.num_samples)
         rows = EvaluationRows(named.dataset, args.num_samples)
+        if args.threshold:  # among all slots; an earlier fit must not choose between doubles
+            model.config.score_calibration = None
+            limits["slot_logit_threshold"] = -math.inf
         predictor = ModelPredictor(model, processor, **limits)
-        calibration, figures = calibrate(predictor, (rows[index] for index in range(len(rows))), args.batch_size)
+        readable = (rows[index] for index in range(len(rows)))
+        calibration, figures = calibrate(predictor, readable, args.batch_size, args.threshold)
         fit = {"dataset": named.name, "samples": figures["samples"], **figures["after"]}
         config = json.loads(path.read_text(encoding="utf-8"))
         config["score_calibration"] = calibration | {"fit": fit}
+        if figures["threshold"]:
+            config["slot_logit_threshold"] = figures["threshold"]["slot_logit_threshold"]
         write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
     if args.json:
         print(json.dumps({"calibration": calibration, **figures}, indent=1))
         return
     print(f"{path}: scores calibrated on {figures['after']['num_masks']} masks of {named.name}")
+    if figures["threshold"]:
+        chosen = ", ".join(f"{name} {value:.3f}" for name, value in figures["threshold"].items())
+        print(f"  {chosen} on these rows")
     for name in ("before", "after"):
         shown = figures[name]
         ranking = f"ranking {shown['ranking']:.3f}"  # both kinds are there, or nothing would have been fitted

@@ -11,6 +11,8 @@ from typing import Any
 from . import predict_dataset
 from .common import FIGURES, UserError, add_question, ask, check_question, make_folder, need_figures, user_errors
 
+_RULES = {"forbid": "no mask may show", "require": "every mask has to show"}
+
 
 def add_parser(commands: Any) -> None:
     """Register the command."""
@@ -27,12 +29,22 @@ def add_parser(commands: Any) -> None:
         "URL for its results",
     )
     predict.add_argument("--json", action="store_true", help="print JSON with the masks as COCO run-length encodings")
+    for rule, what in _RULES.items():
+        predict.add_argument(
+            f"--{rule}",
+            action="append",
+            metavar="CONCEPT",
+            help=f"concept that {what}, by its name in the concept dictionary; may be given several times",
+        )
     predict_dataset.add_arguments(predict)
     predict.set_defaults(run=_predict)
 
 
 def _predict(args: argparse.Namespace) -> None:
+    rules = {rule: getattr(args, rule) for rule in _RULES if getattr(args, rule)}
     if args.dataset is not None:
+        if rules:
+            raise UserError(f"--{next(iter(rules))} belongs to one image; the rows of a --dataset hold no guardrails.")
         predict_dataset.run(args)
         return
     predict_dataset.refuse_without_dataset(args)
@@ -44,7 +56,7 @@ def _predict(args: argparse.Namespace) -> None:
     if args.output is not None or not args.json:
         need_figures()
     image, model, processor, name = ask(args)
-    answer = answer_row(model, processor, image, args.instruction, args.reasoning)
+    answer = answer_row(model, processor, image, args.instruction, args.reasoning, **rules)
     output = args.output
     if output is None and not args.json:
         output = Path(f"{Path(args.image).stem}.segcompass.png")
@@ -58,20 +70,24 @@ def _predict(args: argparse.Namespace) -> None:
     print(f"figure: {output}")
 
 
-def answer_row(model: Any, processor: Any, image: Any, instruction: str, reasoning: str) -> dict[str, Any]:
-    """Post-processed answer of one image: `kept` (the slots that are its answer) and `every` (all slots)."""
+def answer_row(
+    model: Any, processor: Any, image: Any, instruction: str, reasoning: str, **rules: list[str]
+) -> dict[str, Any]:
+    """Post-processed answer of one image: `kept` (the slots that are its answer) and `every` (all slots); `rules` are
+    the `forbid` and `require` of `segment`."""
     import torch
 
     with user_errors(), torch.no_grad():
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
-        segmentation = model.segment(**inputs, reasoning=reasoning)
+        segmentation = model.segment(**inputs, reasoning=reasoning, **rules)
     if not (torch.isfinite(segmentation.pred_masks).all() and torch.isfinite(segmentation.slot_logits).all()):
         raise UserError("the checkpoint computes values that are not finite; its weights are damaged.")
     sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
-    return {
-        "kept": processor.post_process_segmentation(segmentation, **sizes)[0],
-        "every": processor.post_process_slots(segmentation, **sizes)[0],
-    }
+    with user_errors():  # guardrails that cannot be judged
+        return {
+            "kept": processor.post_process_segmentation(segmentation, **sizes)[0],
+            "every": processor.post_process_slots(segmentation, **sizes)[0],
+        }
 
 
 def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
@@ -109,6 +125,8 @@ def print_answer(answer: dict[str, Any], indent: str = "") -> None:
         print(f"{indent}slot {int(slot)}: score {float(score):.2f}, {int(mask.sum())} pixels")
     for slot in kept["duplicates"]:
         print(f"{indent}slot {slot}: left out, the same object as a better mask")
+    for entry in kept.get("guardrails", ()):
+        print(f"{indent}guardrail: {entry['reason']}")
 
 
 def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, Any], output: Path | None) -> dict:
@@ -137,5 +155,6 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
         "slot_scores": [float(score) for score in answer["every"]["scores"]],
         "segments": segments,
         "duplicates": kept["duplicates"],  # slots left out: each the same object as a better one
+        **({"guardrails": kept["guardrails"]} if "guardrails" in kept else {}),  # what broke which rule, and why
         "figure": None if output is None else str(output),
     }

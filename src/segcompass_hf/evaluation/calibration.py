@@ -14,6 +14,7 @@ from ..configuration_segcompass import SCORE_FEATURES
 from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
 from ..scoring_segcompass import calibrated_scores
 from .rows import EvaluationRow
+from .threshold import AnswersByThreshold, choose_threshold
 
 # Which way each feature may move a score; what a sample fits the other way is chance, and left out.
 _SIGNS = {"slot_logit": 1, "reasoning_surprisal": -1, "mask_certainty": 1}
@@ -80,7 +81,7 @@ def _logistic_regression(columns: np.ndarray, is_right: np.ndarray) -> np.ndarra
 
 
 def calibrate(
-    predictor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8
+    predictor: Any, rows: Iterable[EvaluationRow], batch_size: int = 8, with_threshold: bool = False
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Segment held-out rows as a user would, and fit scores that say how often such masks are right.
 
@@ -90,34 +91,43 @@ def calibrate(
         predictor (`ModelPredictor`): The model with its processor.
         rows (`Iterable[EvaluationRow]`): Not seen in training, like those that the model is for.
         batch_size (`int`, defaults to 8): Rows at a time.
+        with_threshold (`bool`, defaults to `False`): First choose the confidence from which slots are shown, see
+            [`choose_threshold`], and fit scores of the masks that it shows. The predictor must show all slots
+            (`slot_logit_threshold=-math.inf`), of a model without `score_calibration`.
 
     Returns:
         `tuple[dict, dict]`: the calibration, and figures: `before` and `after` as in [`calibration_figures`], both on
-        these rows, and `samples`.
+        these rows, `samples`, and `threshold`, what was chosen or `None`.
 
     Raises:
-        ValueError: see [`fit_calibration`].
+        ValueError: see [`fit_calibration`] and [`choose_threshold`].
     """
-    features, plain, ious, samples = [], [], [], 0
+    features, logits, ious, answers, samples = [], [], [], [], 0
     readable = (row for row in rows if row.problem is None)
     while batch := list(islice(readable, batch_size)):
         output, sizes, results = predictor.segment([row.columns for row in batch])
         maps = output.slot_logits, output.pred_masks, output.reasoning_surprisal
         every = predictor.model.score_features(*maps, sizes).cpu()  # (rows, num_slots, 3)
-        confidences = output.slot_logits.float().sigmoid().cpu()  # (rows, num_slots)
         for index, (row, result) in enumerate(zip(batch, results, strict=True)):
-            found = best_ious(result["masks"].numpy(), row.targets, row.ignore)
-            for slot, iou in zip(result["slots"].tolist(), found, strict=True):
-                if iou is not None:
-                    features.append(every[index, slot])
-                    plain.append(confidences[index, slot].item())
-                    ious.append(iou)
+            masks, shown = result["masks"].numpy(), result["slots"]
+            own = output.slot_logits[index].float().cpu()[shown]  # (num_masks,)
+            features.append(every[index, shown])
+            logits.append(own)
+            ious += best_ious(masks, row.targets, row.ignore)
+            if with_threshold:
+                answers.append(AnswersByThreshold.of(masks, own.numpy(), row.targets, row.ignore))
         samples += len(batch)
-    features = torch.stack(features) if features else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
+    features = torch.cat(features) if features else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
+    logits = torch.cat(logits) if logits else torch.zeros(0)  # (num_masks,)
+    threshold = choose_threshold(answers) if with_threshold else None
+    lowest = threshold["slot_logit_threshold"] if threshold else -torch.inf
+    kept = torch.tensor([iou is not None for iou in ious], dtype=torch.bool) & (logits > lowest)
+    features, logits = features[kept], logits[kept]
+    ious = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept]
     calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in ious])
     scores = calibrated_scores(features, calibration).tolist()
-    figures = {"before": calibration_figures(plain, ious), "after": calibration_figures(scores, ious)}
-    return calibration, figures | {"samples": samples}
+    before, after = (calibration_figures(each, ious) for each in (logits.sigmoid().tolist(), scores))
+    return calibration, {"before": before, "after": after, "samples": samples, "threshold": threshold}
 
 
 __all__ = ["calibrate", "fit_calibration"]

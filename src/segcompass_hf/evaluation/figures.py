@@ -33,15 +33,16 @@ def summarize(records: Sequence[dict[str, Any]], run: dict[str, Any], timing: di
     """
     seconds = sum(record["seconds"] for record in records)
     scores = [score_of(record) for record in records]
+    images = _images(records)
     groups = {column: [record[column] or UNNAMED for record in records] for column in ("source", "kind")}
     return {
         **run,
         "counts": _counts(records),
-        "metrics": metrics_with_intervals(scores),
+        "metrics": metrics_with_intervals(scores, images=images),
         "calibration": _calibration(records),
         "selection": _selection(records),
-        "by_source": breakdown(scores, groups["source"]),
-        "by_kind": breakdown(scores, groups["kind"]),
+        "by_source": breakdown(scores, groups["source"], images),
+        "by_kind": breakdown(scores, groups["kind"], images),
         "unreadable": [
             {name: record[name] for name in ("index", "sample_id", "problem")}
             for record in records
@@ -73,6 +74,11 @@ def _counts(records: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
+def _images(records: Sequence[dict[str, Any]]) -> list[str | int]:
+    """The image of every sample, which intervals draw as wholes; its own where none is named."""
+    return [record.get("image_id") or record["index"] for record in records]
+
+
 def _selection(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Of the records of samples whose other objects are known."""
     known = [record for record in records if choice_score_of(record) is not None]
@@ -80,7 +86,11 @@ def _selection(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     scores = [[of(record) for record in known] for of in (score_of, choice_score_of)]
     kinds = [record["kind"] or UNNAMED for record in known]
-    return {"all": selection_figures(*scores), "by_kind": selection_by_group(*scores, kinds)}
+    images = _images(known)
+    return {
+        "all": selection_figures(*scores, images=images),
+        "by_kind": selection_by_group(*scores, kinds, images),
+    }
 
 
 def _calibration(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -39,11 +39,12 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         prediction (`Prediction`): Its answer.
 
     Returns:
-        `dict`: `index` in the data set, `sample_id`, `source`, `split`, `kind`, `instruction`, `num_targets`, the
-        counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction, `mask_ious` (of each
-        mask with the target that it overlaps most), `duplicates` (masks whose IoU with one of the prediction's before
-        them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, `problem`, which is `None` here, and
-        `choice` (what the masks show, see [`choice_score_of`]; `None` where not all objects are known).
+        `dict`: `index` in the data set, `sample_id`, `image_id`, `source`, `split`, `kind`, `instruction`,
+        `num_targets`, the counts of `SampleScore` and `left_out`, `scores` and COCO RLE `masks` of the prediction,
+        `mask_ious` (of each mask with the target that it overlaps most), `duplicates` (masks whose IoU with one of the
+        prediction's before them is 0.5 or more) and `duplicates_dropped`, `reasoning`, `text`, `problem`, which is
+        `None` here, and `choice` (what the masks show, see [`choice_score_of`]; `None` where not all objects are
+        known).
 
     Raises:
         ValueError: the masks do not have the size of the image.
@@ -110,7 +111,8 @@ def _choice(masks: np.ndarray, row: EvaluationRow) -> dict[str, Any] | None:
 
 
 def _described(row: EvaluationRow) -> dict[str, Any]:
-    columns = {name: row.columns.get(name) for name in ("sample_id", "source", "split", "kind", "instruction")}
+    names = ("sample_id", "image_id", "source", "split", "kind", "instruction")
+    columns = {name: row.columns.get(name) for name in names}
     num_targets = None if row.targets is None else len(row.targets)
     return {"index": row.index, **columns, "num_targets": num_targets}
 

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 SUMMARY_FILE = "summary.json"
 PROTOCOL = (
     "Masks at the original image size; union of the predicted masks against union of the targets; every sample "
-    "counted. Brackets: 95 % bootstrap intervals over samples."
+    "counted. Brackets: 95 % bootstrap intervals over images, all samples of an image together."
 )
 _METRIC_TITLES = {
     "gIoU": "gIoU (mean of IoU per sample)",

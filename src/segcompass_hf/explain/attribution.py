@@ -58,8 +58,8 @@ class Attribution:
         value, baseline_value (`float`): The scalar with all concepts and with none.
         completeness_error (`float`): |sum of contributions - change| / |change|.
         quadrature_error (`float`): What was not measured of any feature alone, over |change|: of `levels` and
-            `straight` what gradients missed and was spread over the contributions, of `paths` what was read of all
-            but the first features together and shared out among them.
+            `straight` what gradients missed and was spread over the contributions, of `paths` the contributions (by
+            size) of all but the first features, which were read together.
         measured (`torch.Tensor` of shape `(num_features,)`): bool; whether each feature (ids ascending) was read
             alone. None is by `levels` and `straight`, which estimate.
         num_gradients (`int`): Points at which the gradient was taken.
@@ -153,9 +153,10 @@ def _measured(
         return measure_paths(scalars, mask, estimates, ends)
     if method == "levels" and len(estimates):
         estimates = _with_losses(scalars, mask, estimates)
-    missing = ends[1] - ends[0] - estimates.sum()
+    change = ends[1] - ends[0]
+    spread = share_out(estimates, torch.zeros_like(estimates, dtype=torch.long), estimates.new_tensor([change]))
     measured = estimates.new_zeros(len(scalars.replay.captured.concepts.features.unique()), dtype=torch.bool)
-    return Contributions(_spread(estimates, missing), measured, float(missing.abs()))
+    return Contributions(spread, measured, abs(change - float(estimates.sum())))
 
 
 def _levels(scalars: Scalars, num_points: int, seed: int) -> torch.Tensor:
@@ -215,11 +216,3 @@ def _straight(
             break
         num_nodes *= 2
     return smooth + (faint - none)[:, None] * shares, count
-
-
-def _spread(contributions: torch.Tensor, missing: torch.Tensor) -> torch.Tensor:
-    """Add what is missing to the sum, in proportion to the contributions' sizes."""
-    sizes = contributions.abs()
-    total = sizes.sum()
-    weights = sizes / total if total > 0 else torch.full_like(sizes, 1 / max(1, len(sizes)))
-    return contributions + missing * weights

@@ -186,7 +186,7 @@ class DriftMonitor:
                 float(before[feature]),
                 float(now[feature]),
                 float(parts[feature]),
-                None if dictionary is None else dictionary.label(feature),
+                None if dictionary is None else dictionary.said(feature)[0],
             )
             for feature in largest[parts[largest] > 0].tolist()
         ]
@@ -259,10 +259,11 @@ def histograms_of_rows(predictor: Any, rows: Iterable[dict[str, Any]], batch_siz
 
     Args:
         predictor (`ModelPredictor`): The model with its processor, made with `output_concepts=True`.
-        rows (`Iterable[dict]`): In the row schema; at least one.
+        rows (`Iterable[dict]`): In the row schema.
         batch_size (`int`, defaults to 8): Rows at a time.
     """
-    d_sae, parts, rows = predictor.model.config.sae_config.d_sae, [], iter(rows)
+    d_sae, rows = predictor.model.config.sae_config.d_sae, iter(rows)
+    parts = [np.zeros((0, d_sae), np.float32)]
     while batch := list(islice(rows, batch_size)):
         output, _, _ = predictor.segment(batch)
         parts.append(concept_histograms(output.concepts, d_sae))

@@ -16,6 +16,7 @@ from ..data.readable_rows import keep_images_encoded
 from .answer import Answer
 from .attribution import attribute
 from .dictionary.effects import ConceptEffect
+from .scalars import MaskScalar
 
 NUM_TESTED = 5  # concepts of a mask that are taken away one by one
 
@@ -79,14 +80,12 @@ def _without(answer: Any, slot: int, index: torch.Tensor, first: torch.Tensor) -
     """Of every feature in places `first`: IoU of the mask without it, and how much the heatmap falls in and off it."""
     levels = torch.ones(len(first) + 1, int(index.max()) + 1, device=index.device)
     levels[torch.arange(len(first)), first] = 0.0
-    replay = answer.replay
+    replay, scalar = answer.replay, MaskScalar(answer.replay, slot, "mask_logit")
     output = replay.run(replay.embed(levels[:, index] * answer.captured.concepts.values), [slot])
-    masks = output.pred_masks[:, 0] > answer.captured.mask_logit_threshold  # (tests + 1, 4h, 4w)
-    heat = output.heatmap_logits[:, slot].float().sigmoid()
-    whole, fall = masks[-1], heat[-1] - heat[:-1]
-    union = (masks[:-1] | whole).sum((1, 2))
-    iou = torch.where(union > 0, (masks[:-1] & whole).sum((1, 2)) / union.clamp(min=1), 1.0)
-    falls = [(fall * place).sum((1, 2)) / place.sum().clamp(min=1) for place in (whole, ~whole)]
+    iou = scalar.iou(output.pred_masks[:-1, 0])  # (tests,)
+    heat = output.heatmap_logits[:, slot].float().sigmoid()  # (tests + 1, 4h, 4w)
+    fall, places = heat[-1] - heat[:-1], (scalar.inside, scalar.area & ~scalar.inside)
+    falls = [(fall * place).sum((1, 2)) / place.sum().clamp(min=1) for place in places]
     return list(zip(iou.tolist(), *(column.tolist() for column in falls), strict=True))
 
 

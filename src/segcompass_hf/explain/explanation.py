@@ -121,8 +121,8 @@ class MaskExplanation:
         value, baseline_value (`float`): The scalar as it is, and without any concept.
         completeness_error (`float`): `|sum of all contributions - change| / |change|`, where
             `change = value - baseline_value`.
-        quadrature_error (`float`): What was not measured of any concept alone but shared out among many, over the
-            size of the change; see [`Attribution`].
+        quadrature_error (`float`): How large the contributions are that were not measured of a concept alone but
+            shared out among many, over the size of the change; see [`Attribution`].
         num_concepts (`int`): Active concepts altogether, also those beyond `max_concepts`.
         kept (`bool`): Whether the model answers with this mask. When it keeps none, the strongest slot is explained
             by its `slot_logit`, with `kept=False`.

@@ -3,10 +3,10 @@
 
 from collections.abc import Hashable, Iterable, Sequence
 
+from .intervals import images_of
 from .segmentation import (
     ALL_METRIC_NAMES,
     SampleScore,
-    SegmentationAccumulator,
     bootstrap_intervals,
     metric_names,
     metrics_of_scores,
@@ -20,6 +20,7 @@ def metrics_with_intervals(
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
+    images: Sequence[Hashable] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Every metric with its bootstrap interval and the number of samples it stands on.
 
@@ -27,7 +28,7 @@ def metrics_with_intervals(
         scores (iterable of `SampleScore`): At least one, for instance a `SegmentationAccumulator`.
         names (`str` or `Sequence[str]`, *optional*): As for `metrics_of_scores`; gIoU, cIoU, N-acc, T-acc and
             precision at 0.5, 0.7 and 0.9 by default.
-        confidence, num_resamples, seed: As for `bootstrap_intervals`.
+        confidence, num_resamples, seed, images: As for `bootstrap_intervals`.
 
     Returns:
         `dict[str, dict[str, float]]`: by name `value`, `low`, `high` in [0, 1], and `num_samples`, those that bear on
@@ -35,7 +36,7 @@ def metrics_with_intervals(
     """
     scores, names = list(scores), metric_names(names)
     values = metrics_of_scores(scores, names)
-    intervals = bootstrap_intervals(scores, confidence, num_resamples, seed, names)
+    intervals = bootstrap_intervals(scores, confidence, num_resamples, seed, names, images)
     return {
         name: {
             "value": values[name],
@@ -48,13 +49,17 @@ def metrics_with_intervals(
 
 
 def breakdown(
-    scores: Iterable[SampleScore], groups: Iterable[Hashable], **kwargs
+    scores: Iterable[SampleScore],
+    groups: Iterable[Hashable],
+    images: Sequence[Hashable] | None = None,
+    **kwargs,
 ) -> dict[Hashable, dict[str, dict[str, float]]]:
     """`metrics_with_intervals` of each group of samples.
 
     Args:
         scores (iterable of `SampleScore`): One per sample.
         groups (iterable of hashables): One per sample, for instance its `source` or `kind`; `None` is a group too.
+        images (`Sequence[Hashable]`, *optional*): One per sample, see `bootstrap_intervals`.
         kwargs: For `metrics_with_intervals`.
 
     Returns:
@@ -69,10 +74,11 @@ def breakdown(
         >>> {kind: figures[kind]["gIoU"]["value"] for kind in figures}
         {'colour': 1.0, 'place': 0.5}
     """
-    accumulator = SegmentationAccumulator()
-    for score, group in zip(scores, groups, strict=True):
-        accumulator.add(score, group)
-    return {
-        group: metrics_with_intervals(accumulator.scores(group), **kwargs)
-        for group in sorted(accumulator.groups, key=str)
-    }
+    scores, members = list(scores), {}
+    for score, group, image in zip(scores, groups, images_of(len(scores), images), strict=True):
+        members.setdefault(group, []).append((score, image))
+    found = {}
+    for group in sorted(members, key=str):
+        own, of = zip(*members[group], strict=True)
+        found[group] = metrics_with_intervals(own, images=of, **kwargs)
+    return found

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,35 @@ def bootstrap_ratios(
     return {name: _percentiles(np.concatenate(chunks), confidence) for name, chunks in ratios.items()}
 
 
+def images_of(num_samples: int, images: Sequence[Hashable] | None) -> Sequence[Hashable]:
+    """The image of each sample; each has its own where none are given.
+
+    Raises:
+        ValueError: there are not as many images as samples.
+    """
+    if images is not None and len(images) != num_samples:
+        raise ValueError(f"got {num_samples} samples and {len(images)} images; pass the image of each sample.")
+    return range(num_samples) if images is None else images
+
+
+def sums_by_image(columns: np.ndarray, images: Sequence[Hashable]) -> np.ndarray:
+    """What images add to figures: sums over the samples of each, in an order that is not the samples'.
+
+    Args:
+        columns (`np.ndarray` of shape `(num_samples, num_columns)`): What each sample adds.
+        images (`Sequence[Hashable]`): The image of each sample.
+
+    Returns:
+        `np.ndarray` of shape `(num_images, num_columns)`: sorted by the last column, then the one before it, and on.
+    """
+    order = np.lexsort(columns.T)  # also within an image, for sums of floats depend on it
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(images[sample], len(numbers)) for sample in order]
+    sums = np.zeros((len(numbers), columns.shape[1]))
+    np.add.at(sums, index, columns[order])
+    return sums[np.lexsort(sums.T)]
+
+
 def _check(num_samples: int, confidence: float) -> None:
     if num_samples < 1:
         raise ValueError(f"got {num_samples} samples; an interval needs at least one.")
@@ -127,4 +156,4 @@ def _percentiles(values: np.ndarray, confidence: float) -> tuple[float, float] |
     return tuple(np.percentile(values, [tail, 100 - tail]).tolist()) if len(values) else None
 
 
-__all__ = ["bootstrap_interval", "bootstrap_ratios", "bootstrap_statistic"]
+__all__ = ["bootstrap_interval", "bootstrap_ratios", "bootstrap_statistic", "images_of", "sums_by_image"]

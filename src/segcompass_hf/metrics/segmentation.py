@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .intervals import bootstrap_ratios
+from .intervals import bootstrap_ratios, images_of, sums_by_image
 
 METRIC_NAMES = ("gIoU", "cIoU", "N-acc", "T-acc")
 PRECISION_NAMES = ("precision@0.5", "precision@0.7", "precision@0.9")
@@ -305,8 +305,9 @@ def bootstrap_intervals(
     num_resamples: int = 1000,
     seed: int = 0,
     names: str | Sequence[str] = METRIC_NAMES,
+    images: Sequence[Hashable] | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of the metrics, resampling whole samples.
+    """Percentile bootstrap intervals of the metrics, resampling whole samples, or images with all of their samples.
 
     Args:
         scores (iterable of `SampleScore`): For instance a `SegmentationAccumulator`.
@@ -314,21 +315,27 @@ def bootstrap_intervals(
         num_resamples (`int`, *optional*, defaults to 1000): Resamples drawn.
         seed (`int`, *optional*, defaults to 0): The same seed and samples give the same intervals.
         names (`str` or `Sequence[str]`, *optional*): As for `metrics_of_scores`. Every metric sees the same resamples.
+        images (`Sequence[Hashable]`, *optional*): Of every sample which image it asks about. Samples of an image are
+            drawn together, for they are right and wrong together: without it, intervals are too narrow where images
+            have several.
 
     Returns:
         `dict[str, tuple[float, float]]`: lower and upper bound in [0, 1]; (0, 1) where no sample bears on a metric.
 
     Raises:
-        ValueError: without samples, for a confidence outside (0, 1), or for a name that is not known.
+        ValueError: without samples, for a confidence outside (0, 1), for a name that is not known, or where `images`
+            are not as many as the samples.
     """
     scores = list(scores)
-    judged = [score for score in scores if not score.left_out]
+    images = images_of(len(scores), images)
+    judged = [(score, image) for score, image in zip(scores, images, strict=True) if not score.left_out]
     if scores and not judged:
         return dict.fromkeys(metric_names(names), (0.0, 1.0))
-    counts = np.array(judged, dtype=np.int64).reshape(-1, 4)
-    counts = counts[np.lexsort(counts.T)]  # the samples' order must not show
-    terms = {name: _terms(name, counts) for name in metric_names(names)}
-    intervals = bootstrap_ratios(terms, len(counts), confidence, num_resamples, seed)
+    counts = np.array([score for score, _ in judged], dtype=np.int64).reshape(-1, 4)
+    found = [_terms(name, counts) for name in metric_names(names)]
+    columns = sums_by_image(np.column_stack([*sum(found, ()), counts]), [image for _, image in judged])
+    terms = {name: tuple(columns.T[2 * i : 2 * i + 2]) for i, name in enumerate(metric_names(names))}
+    intervals = bootstrap_ratios(terms, len(columns), confidence, num_resamples, seed)
     return {name: bounds or (0.0, 1.0) for name, bounds in intervals.items()}
 
 

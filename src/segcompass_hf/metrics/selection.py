@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from .intervals import bootstrap_ratios
+from .intervals import bootstrap_ratios, images_of, sums_by_image
 from .segmentation import SampleScore, score_sample
 
 # Of a summary, in the order of its tables; each is a mean over samples.
@@ -87,13 +87,14 @@ def selection_figures(
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
+    images: Sequence[Hashable] | None = None,
 ) -> dict[str, dict[str, float]]:
     """What was lost to the choice and what to the drawing, with intervals.
 
     Args:
         scores (`Sequence[SampleScore]`): Of the predictions; at least one.
         oracle_scores (`Sequence[SampleScore]`): Of the true masks of what they chose, see [`choose_objects`].
-        confidence, num_resamples, seed: As for [`~metrics.segmentation.bootstrap_intervals`].
+        confidence, num_resamples, seed, images: As for [`~metrics.segmentation.bootstrap_intervals`].
 
     Returns:
         `dict[str, dict[str, float]]`: by name `value`, `low`, `high` and `num_samples`: `gIoU`; `oracle_gIoU`;
@@ -107,11 +108,12 @@ def selection_figures(
     if len(scores) != len(oracle_scores):
         raise ValueError(f"got {len(scores)} scores and {len(oracle_scores)} oracle scores; one of each per sample.")
     ious = np.array([[score.iou, oracle.iou] for score, oracle in zip(scores, oracle_scores, strict=True)])
-    ious = ious.reshape(-1, 2)[np.lexsort(ious.reshape(-1, 2).T)]  # the samples' order must not show
-    drawn, chosen = ious.T  # (num_samples,) each
+    drawn, chosen = ious.reshape(-1, 2).T  # (num_samples,) each
     columns = dict(zip(SELECTION_NAMES, (drawn, chosen, 1 - chosen, chosen - drawn, chosen == 1), strict=True))
-    terms = {name: (column.astype(float), np.ones(len(ious))) for name, column in columns.items()}
-    intervals = bootstrap_ratios(terms, len(ious), confidence, num_resamples, seed)
+    counted = np.column_stack([*columns.values(), np.ones(len(ious)), drawn, chosen])  # the last two for their order
+    sums = sums_by_image(counted, images_of(len(ious), images)).T  # (num_columns, num_images)
+    terms = {name: (column, sums[-3]) for name, column in zip(columns, sums, strict=False)}
+    intervals = bootstrap_ratios(terms, sums.shape[1], confidence, num_resamples, seed)
     return {
         name: {
             "value": float(column.mean()),
@@ -124,14 +126,21 @@ def selection_figures(
 
 
 def selection_by_group(
-    scores: Sequence[SampleScore], oracle_scores: Sequence[SampleScore], groups: Sequence[Hashable]
+    scores: Sequence[SampleScore],
+    oracle_scores: Sequence[SampleScore],
+    groups: Sequence[Hashable],
+    images: Sequence[Hashable] | None = None,
 ) -> dict[Hashable, dict[str, dict[str, float]]]:
     """[`selection_figures`] of each group of samples, groups sorted by their text."""
+    images = images_of(len(scores), images)
     places: dict[Hashable, list[int]] = {}
     for place, group in enumerate(groups):
         places.setdefault(group, []).append(place)
     return {
-        group: selection_figures(*([each[place] for place in places[group]] for each in (scores, oracle_scores)))
+        group: selection_figures(
+            *([each[place] for place in places[group]] for each in (scores, oracle_scores)),
+            images=[images[place] for place in places[group]],
+        )
         for group in sorted(places, key=str)
     }
 

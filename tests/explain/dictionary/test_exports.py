@@ -46,7 +46,7 @@ def dictionary(**first):
 
 
 def test_effects_in_words():
-    assert str(EFFECT) == "raises masks of slot 1 (+23 % in 34 masks); without it 48 % of the mask stays"
+    assert str(EFFECT) == "raises masks of slot 0 (+23 % in 34 masks); without it 48 % of the mask stays"
     against = ConceptEffect(3, 0.2, -0.05, [-0.05, -0.05, None, None])
     assert str(against) == "lowers masks (-5 % in 3 masks)"
     assert str(ConceptEffect(1, 1.0, 0.5, [0.5, None])).startswith("raises masks (")  # seen for one slot alone
@@ -83,6 +83,8 @@ def test_effects_are_those_of_attribution_and_ablation(parts):
     one, slots = max(tested.items(), key=lambda found: len(found[1]))
     heat = answer.captured.heatmap_logits[0].sigmoid()
     masks = answer.captured.pred_masks[0] > answer.captured.mask_logit_threshold
+    masks &= answer.replay.valid_area[0]  # what lies on the canvas's padding is no part of a mask
+    assert not answer.replay.valid_area.all()
     keep = torch.ones(1, len(features))
     keep[0, features.tolist().index(one)] = 0
     output = answer.replay.run(answer.replay.embed(keep[:, index] * answer.captured.concepts.values), answer.slots)

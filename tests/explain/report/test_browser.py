@@ -90,7 +90,7 @@ def test_what_was_measured_is_told_from_what_is_shared_out(window, tmp_path):
     _open(window, explanation, tmp_path)
     account = window.find_element("css selector", ".account").text
     assert "2 listed concepts were measured alone" in account
-    assert "of the change 12.5 % was measured of the others together" in account
+    assert "the others were measured together and share that out by gradients, in size 12.5 % of the change" in account
     clues = _texts(window, "#list small")
     assert ["shared out" in clue for clue in clues[:4]] == [False, False, True, True]
     _all(window, "#list button")[0].click()

@@ -171,9 +171,14 @@ class DictionaryCounts:
         """Occurrences of rare pairs that did not fit into the bound."""
         return self.pairs.forgotten + sum(firing.hits.forgotten for firing in (*self.words, *self.patches))
 
-    def add(self, reading: RowReading) -> None:
-        """Count one row."""
-        half = half_of(reading.image_id)
+    def add(self, reading: RowReading, half: int | None = None) -> None:
+        """Count one row.
+
+        Args:
+            reading ([`RowReading`]): The row.
+            half (`int`, *optional*): 0 to derive labels from it, 1 to score them on it; by its image when left out.
+        """
+        half = half_of(reading.image_id) if half is None else half
         self.rows[half] += 1
         for modality, (active, units, top) in enumerate(
             (

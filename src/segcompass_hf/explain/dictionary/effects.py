@@ -35,7 +35,7 @@ class ConceptEffect:
     outside: float | None = None
 
     def __str__(self) -> str:
-        """In words: `raises masks of slot 1 (+23 % in 34 masks); without it 48 % of the mask stays`."""
+        """In words: `raises masks of slot 0 (+23 % in 34 masks); without it 48 % of the mask stays`."""
         verb = "raises" if self.share >= 0 else "lowers"
         text = f"{verb} {self._whose()} ({100 * self.share:+.0f} % in {self.masks} masks)"
         if self.iou_without is not None:
@@ -45,5 +45,5 @@ class ConceptEffect:
     def _whose(self) -> str:
         sizes = np.abs([0.0 if share is None else share for share in self.slots])
         if sum(share is not None for share in self.slots) > 1 and sizes.max() >= ONE_SLOT * sizes.sum() > 0:
-            return f"masks of slot {int(sizes.argmax()) + 1}"
+            return f"masks of slot {int(sizes.argmax())}"
         return "masks"

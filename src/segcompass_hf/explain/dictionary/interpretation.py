@@ -7,7 +7,6 @@ other examples fit it, and so tells lines that tell something from those that do
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 
+from ...image_files_segcompass import read_image
 from ...loading_segcompass import load_part
 from ...vlm_processors_segcompass import build_vlm_processor, load_vlm_parts
 from .dictionary import ConceptDictionary
@@ -156,7 +156,8 @@ def _pictures(dictionary: ConceptDictionary, examples: Iterable[PatchExample]) -
     for example in examples:
         if example.picture < 0 or example.box is None or len(found) == MAX_PICTURES:
             continue
-        picture = Image.open(io.BytesIO(dictionary.pictures[example.picture])).convert("RGB")
+        name = f"picture {example.picture} of the dictionary"
+        picture = read_image(dictionary.pictures[example.picture], name).convert("RGB")
         scale = [shown / size for shown, size in zip(picture.size, example.size, strict=True)]
         box = [value * scale[side % 2] for side, value in enumerate(example.box)]
         ImageDraw.Draw(picture).rectangle(box, outline=FRAME, width=FRAME_WIDTH)

@@ -232,9 +232,9 @@
   // What was read of single concepts; the rest is known of the others together and shared out among them.
   function measuredText(mask) {
     const alone = mask.concepts.filter((concept) => concept.measured).length;
-    const what = `of the change ${percent(mask.sharedOut)} was`;
-    if (!alone) return `Contributions are estimated: ${what} not found by gradients and is spread over the concepts.`;
-    return `${many(alone, "listed concept was", "listed concepts were")} measured alone; ${what} measured of the others together and is shared out among them by gradients.`;
+    const size = percent(mask.sharedOut);
+    if (!alone) return `Contributions are estimated: of the change ${size} was not found by gradients and is spread over the concepts.`;
+    return `${many(alone, "listed concept was", "listed concepts were")} measured alone; the others were measured together and share that out by gradients, in size ${size} of the change.`;
   }
 
   function howText(concept) {
