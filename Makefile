@@ -11,7 +11,7 @@ PACKAGING := setup.py pyproject.toml constraints.txt
 .PHONY: help demo test slow test-oldest test-breadth test-real backbones lint checkpoint clean
 
 help:
-	@echo "make demo        environment, then pictures, reasoning and scores of the bundled checkpoint in $(OUT)"
+	@echo "make demo        environment, then photographs and scenes with reasoning, heatmaps and masks in $(OUT)"
 	@echo "make test        environment, then every test that is not marked slow"
 	@echo "make slow        the slow tests"
 	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"

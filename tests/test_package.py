@@ -138,10 +138,25 @@ def test_bundled_checkpoint_is_complete_and_small_or_says_that_it_is_missing():
         with pytest.raises(FileNotFoundError, match="make checkpoint"):
             segcompass_hf.bundled_checkpoint()
         return
-    assert segcompass_hf.bundled_checkpoint() == path
+    assert segcompass_hf.bundled_checkpoint() == segcompass_hf.bundled_checkpoint("scenes-tiny") == path
     names = {file.name for file in path.iterdir()}
     assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json", "README.md"} <= names
     assert sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) <= 12 * 2**20
+
+
+def test_photos_small_is_found_in_a_clone_and_elsewhere_one_is_told_what_to_do(tmp_path, monkeypatch):
+    for place in ("clone/src/segcompass_hf", "clone/checkpoints/photos-small", "lib/site-packages/segcompass_hf"):
+        (tmp_path / place).mkdir(parents=True)
+    monkeypatch.setattr(segcompass_hf, "__file__", str(tmp_path / "clone/src/segcompass_hf/__init__.py"))
+    with pytest.raises(FileNotFoundError, match="photos-small: .*config.json does not exist; .*clone"):
+        segcompass_hf.bundled_checkpoint("photos-small")  # the folder alone is no checkpoint
+    (tmp_path / "clone/checkpoints/photos-small/config.json").write_text("{}")
+    assert segcompass_hf.bundled_checkpoint("photos-small") == tmp_path / "clone/checkpoints/photos-small"
+    monkeypatch.setattr(segcompass_hf, "__file__", str(tmp_path / "lib/site-packages/segcompass_hf/__init__.py"))
+    with pytest.raises(FileNotFoundError, match="pip install -e .*or pass the folder"):
+        segcompass_hf.bundled_checkpoint("photos-small")
+    with pytest.raises(ValueError, match="no bundled checkpoint 'photos'; the names are scenes-tiny and photos-small"):
+        segcompass_hf.bundled_checkpoint("photos")
 
 
 def test_the_core_was_found():

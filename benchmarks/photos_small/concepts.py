@@ -295,8 +295,9 @@ def main() -> None:
             places = range(start, min(start + given.batch_size, len(rows)))
             batch = [(half * read["train"] + place, rows[place]) for place in places]
             for (_, row), reading in zip(batch, reader.read(batch), strict=True):
-                counts.add(reading, half)
-                examples.add(reading)
+                if given.save:
+                    counts.add(reading, half)
+                    examples.add(reading)
                 units = units_of(reading, row, coverage)
                 choice.add(units) if half == 0 else held_out.append(units)
             print(f"{split}: {start + len(batch)} of {len(rows)}", file=sys.stderr, flush=True)

@@ -3,9 +3,10 @@
     python benchmarks/photos_small/slots_of_another.py CHECKPOINT --dataset runs/photos-small/rows:held_out \\
         --output benchmarks/results/photos_small/slots_of_another
 
-The model reasons for itself, greedy, once for every sample. Then its masks are made again of the same picture with the
-slots of another sample, with the states at `<REF_POS>` of another, with both, and with slots of zeros. Intervals, also
-of the difference, are over photographs. Writes OUTPUT.json and OUTPUT.md.
+The model reasons for itself, greedy, once for every sample. Then its masks are made again of the same picture (and
+the concepts on its patches, where heatmaps read them) with the slots of another sample, with the states at `<REF_POS>`
+of another, with both, and with slots of zeros. Intervals, also of the difference, are over photographs. Writes
+OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +45,31 @@ def another(rows: list[EvaluationRow]) -> list[int]:
     return found
 
 
-def measure(predictor: ModelPredictor, rows: list[EvaluationRow]) -> list[dict[str, Any]]:
-    """A record per sample: its kind, photograph, and IoU of every variant."""
-    model = predictor.model
-    inputs = predictor.processor(
-        images=[row.columns["image"] for row in rows], instruction=[row.columns["instruction"] for row in rows]
-    )
-    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-    own = model.segment(**inputs.to(model.device), do_sample=False, output_image_embeddings=True)
-    others = another(rows)
+def variants(model: Any, inputs: dict[str, torch.Tensor], others: list[int]) -> Iterator[tuple[str, Any]]:
+    """Outputs of `segment` with the parts of `VARIANTS`, each made of the picture's own and those of `others`."""
+    own = model.segment(**inputs, do_sample=False, output_image_embeddings=True, output_concepts=True)
+    is_image = model.modality_ids(own.sequences) * own.attention_mask
+    image = own.image_embeddings, inputs["reshaped_input_sizes"]
+    grid = model.concept_grid(model.codebook(own.concepts), is_image, inputs.get("image_token_grids"), *image)
     states, slots = own.reference_states, own.slots
     pairs = (states, slots), (states, slots[others]), (states[others], slots), (states[others], slots[others])
-    records = [
-        {"kind": row.columns["kind"], "image": row.columns["image_id"], "has target": bool(row.targets.any())}
-        for row in rows
-    ]
     for name, pair in zip(VARIANTS, (*pairs, (states, torch.zeros_like(slots))), strict=True):
-        made = model.predict_masks(*pair, own.image_embeddings, inputs["reshaped_input_sizes"])
+        made = model.predict_masks(*pair, *image, concept_grid=grid)
         maps = {field: made[field] for field in ("heatmap_logits", "slot_logits", "pred_masks")}
-        maps["slot_scores"] = model.score_slots(
-            made.slot_logits, made.pred_masks, own.reasoning_surprisal, inputs["reshaped_input_sizes"]
-        )
-        output = type(own)(**(dict(own) | maps))
-        answers = predictor.processor.post_process_segmentation(output, *sizes, output_heatmaps=False)
+        scores = model.score_slots(made.slot_logits, made.pred_masks, own.reasoning_surprisal, image[1])
+        yield name, type(own)(**(dict(own) | maps | {"slot_scores": scores}))
+
+
+def measure(predictor: ModelPredictor, rows: list[EvaluationRow]) -> list[dict[str, Any]]:
+    """A record per sample: its kind, photograph, and IoU of every variant."""
+    processor, columns = predictor.processor, [row.columns for row in rows]
+    inputs = processor(
+        images=[row["image"] for row in columns], instruction=[row["instruction"] for row in columns]
+    ).to(predictor.model.device)
+    sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    records = [{"kind": row["kind"], "image": row["image_id"], "has target": bool(row["masks"])} for row in columns]
+    for name, output in variants(predictor.model, inputs, another(rows)):
+        answers = processor.post_process_segmentation(output, *sizes, output_heatmaps=False)
         for record, row, answer in zip(records, rows, answers, strict=True):
             record[name] = score_sample(answer["masks"].numpy(), row.targets, row.ignore).iou
     return records
@@ -117,8 +121,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="path of the results without ending")
     given = parser.parse_args()
     model, processor = AutoModel.from_pretrained(given.model).eval(), AutoProcessor.from_pretrained(given.model)
-    if model.config.heatmap_concepts:
-        parser.error(f"{given.model} has heatmap_concepts: its heatmaps see concepts beside the slots.")
     predictor, named = ModelPredictor(model, processor), load_dataset_of(given.dataset, given.num_samples)
     rows = EvaluationRows(named.dataset, given.num_samples)
     records = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 IMAGE_TOKEN = "<image>"
@@ -25,7 +25,7 @@ def cut_tokenizer(
     full: PreTrainedTokenizerFast, texts: Iterable[str], num_common: int = NUM_COMMON
 ) -> tuple[PreTrainedTokenizerFast, list[int]]:
     """Keep the special tokens, all bytes, the most common tokens, and every one that the texts use, with the merges
-    that lead to it.
+    that lead to it; and read capitals as small letters.
 
     Any other text still has tokens, down to its bytes, and the texts have the same as before. Merges keep their order,
     and one stays only where both of its pieces and what it makes do.
@@ -76,4 +76,11 @@ def cut_tokenizer(
     )
     cut.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
     cut.chat_template = CHAT_TEMPLATE
+    read_in_small_letters(cut)
     return cut, kept
+
+
+def read_in_small_letters(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Let capitals make no difference: the rows have none, and `Something To Drink From` was answered as another
+    question. Added tokens stay as they are."""
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()

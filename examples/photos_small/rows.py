@@ -6,7 +6,8 @@ PHOTOS holds `things` and `people`, each with `images/` and `instances.json`: of
 categories is annotated, of `people` persons alone; what else is in those comes from `people.json` of `guesses.py` in
 the output folder, and without it they are left out. 120 photographs of `things` are held out before anything else, by
 the hashes of their file names; whatever looks like one of them is not trained on. The output gets the folder `rows`
-with the splits `train` and `held_out`, and the pictures. For photographs that are all to be evaluated on there is
+with the splits `train` and `held_out`, and the pictures; the split `choosing` holds again what `train` asks about
+whole photographs of `things`, for thresholds. For photographs that are all to be evaluated on there is
 `--all-held-out`.
 """
 
@@ -156,7 +157,7 @@ def build(photos: Path, output: Path, count: int | None = HELD_OUT, seed: int = 
     figures["left out"] = len(parts.pop("left_out"))
     check_apart(parts["train"], parts["held_out"])
     target = output / "rows"
-    parts = {name: pictures for name, pictures in parts.items() if pictures}
+    parts, splits = {name: pictures for name, pictures in parts.items() if pictures}, {}
     for name, pictures in parts.items():
         rows = []
         for folder, image_id in pictures:
@@ -166,10 +167,16 @@ def build(photos: Path, output: Path, count: int | None = HELD_OUT, seed: int = 
             num_views = VIEWS[folder.source] if name == "train" else 1
             rows += rows_of(folder, image_id, name, path.resolve(), num_views, seed)
         random.Random(seed).shuffle(rows)
+        splits[name] = rows
+        if name == "train":
+            whole = {("photos-things", folder.files[image_id]) for folder, image_id in pictures}
+            again = [row | {"split": "choosing"} for row in rows if (row["source"], row["image_id"]) in whole]
+            splits |= {"choosing": again} if again else {}
+    for name, rows in splits.items():
         kinds = Counter(row["kind"] for row in rows)
         figures[name] = {"photographs": len({row["image_id"] for row in rows}), "rows": len(rows), "kinds": kinds}
         dataset_from_rows(rows, f"photos-{name}", report).save_to_disk(target / name)
-    (target / "dataset_dict.json").write_text(json.dumps({"splits": list(parts)}))
+    (target / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
     (target / "figures.json").write_text(json.dumps(figures, indent=2))
     return figures
 

@@ -65,22 +65,37 @@ _SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")
 __all__ = ["bundled_checkpoint", *(name for names in _EXPORTS.values() for name in names)]
 
 
-def bundled_checkpoint() -> Path:
-    """Folder of `scenes-tiny`, the checkpoint that ships with the package.
+def bundled_checkpoint(name: str = "scenes-tiny") -> Path:
+    """Folder of a checkpoint that comes with this project.
 
-    It was trained from scratch on procedural scenes of coloured shapes, and knows nothing else.
+    Args:
+        name (`str`, *optional*, defaults to `"scenes-tiny"`): `scenes-tiny` ships with the package. It was trained
+            from scratch on procedural scenes of coloured shapes, and knows nothing else. `photos-small` was trained on
+            photographs of people and everyday things; for its size it lies in a clone of the repository only.
 
     Returns:
         `pathlib.Path`: a folder for `from_pretrained`.
 
     Raises:
-        FileNotFoundError: if this installation holds no checkpoint.
+        FileNotFoundError: This installation does not hold it.
+        ValueError: There is no checkpoint of that name.
     """
-    path = Path(__file__).parent / "checkpoints" / "scenes-tiny"
+    package = Path(__file__).parent
+    remedies = {
+        "scenes-tiny": (package, "reinstall the package, or train the checkpoint with `make checkpoint`"),
+        "photos-small": (
+            package.parents[1],  # of `src` in a clone
+            "it is too large for the package and lies in its repository: clone that and install it by `pip install -e "
+            ".`, or pass the folder checkpoints/photos-small of a clone where a model is asked for",
+        ),
+    }
+    if name not in remedies:
+        raise ValueError(f"there is no bundled checkpoint {name!r}; the names are {' and '.join(remedies)}.")
+    root, remedy = remedies[name]
+    path = root / "checkpoints" / name
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"this installation holds no bundled checkpoint: {path / 'config.json'} does not exist; reinstall the "
-            "package, or train the checkpoint with `make checkpoint`."
+            f"this installation holds no bundled checkpoint {name}: {path / 'config.json'} does not exist; {remedy}."
         )
     return path
 

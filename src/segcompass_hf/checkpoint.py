@@ -23,27 +23,69 @@ _NUMBERS = (
 )
 _NUMBERS += ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size")
 _FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
-BUNDLED_DOMAIN = (
-    "the bundled checkpoint knows only procedural scenes of coloured shapes (Scenes); on any other image its answer "
-    "means nothing. Pass --model for another checkpoint."
-)
+SCENES, PHOTOS = "scenes-tiny", "photos-small"
+# Checkpoint that comes with this project -> what it knows, told wherever it answers.
+BUNDLED = {
+    SCENES: "scenes-tiny answers; it knows only procedural scenes of coloured shapes (Scenes), and on any other image "
+    "its answer means nothing. Pass --model for another checkpoint.",
+    PHOTOS: "photos-small answers; it was trained on few photographs of people and everyday things, 80 kinds in all, "
+    "and is often wrong. Pass --model for another checkpoint.",
+}
+
+
+def default_checkpoint(*datasets: str | None) -> str:
+    """The bundled checkpoint that answers where none is named: `photos-small` where it is there, else `scenes-tiny`;
+    on Scenes always that.
+
+    Args:
+        datasets (`str`, *optional*): Names of data sets that are asked about, such as `scenes:val`.
+    """
+    from . import bundled_checkpoint
+
+    if any((name or "").startswith("scenes:") for name in datasets):
+        return SCENES
+    try:
+        bundled_checkpoint(PHOTOS)
+    except FileNotFoundError:
+        return SCENES
+    return PHOTOS
+
+
+def bundled_folder(name: str) -> str:
+    """The folder of a bundled checkpoint by its name, of `scenes-tiny` also by `bundled`; any other text as it is.
+
+    Raises:
+        FileNotFoundError: This installation does not hold it.
+    """
+    from . import bundled_checkpoint
+
+    name = SCENES if name == "bundled" else name
+    return str(bundled_checkpoint(name)) if name in BUNDLED else name
+
+
+def words_note(processor: Any, instruction: str) -> str | None:
+    """A sentence about words of an instruction that a checkpoint was not trained on; `None` where there are none."""
+    words = processor.unknown_words(instruction)
+    if not words:
+        return None
+    named = ", ".join(f'"{word}"' for word in words)
+    return f"this checkpoint was not trained on the word{'s' * (len(words) > 1)} {named}; its answer is a guess."
 
 
 def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, Any, str]:
     """Model in eval mode, processor, and the name shown to the user.
 
     Args:
-        model_name (`str`, *optional*): Folder or Hub id; the bundled checkpoint by default.
+        model_name (`str`, *optional*): Folder, Hub id or one of [`BUNDLED`]; [`default_checkpoint`] by default.
         device (`torch.device`, *optional*): The best there is by default.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no bundled checkpoint.
+        FileNotFoundError: there is no such folder, or no such bundled checkpoint.
         ValueError: it cannot be loaded, or is no SegCompass checkpoint.
     """
-    from . import bundled_checkpoint
-
-    path = str(bundled_checkpoint()) if model_name is None else model_name
-    if model_name is not None and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    model_name = default_checkpoint() if model_name is None else model_name
+    path = bundled_folder(model_name)
+    if path == model_name and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         path = str(Path(path).expanduser())
         if not Path(path).is_dir():
             raise FileNotFoundError(f"there is no checkpoint folder {model_name!r}.")
@@ -73,7 +115,7 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
         ) from error
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.eval().to(device), processor, "scenes-tiny (bundled)" if model_name is None else model_name
+    return model.eval().to(device), processor, SCENES if model_name == "bundled" else model_name
 
 
 def _check_configurations(folder: Path) -> None:

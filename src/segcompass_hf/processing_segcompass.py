@@ -22,13 +22,14 @@ from .prompts_segcompass import (
     checked_text,
 )
 from .segmenters_segcompass import Geometry, geometry_of, to_sam_image_processor
+from .trained_words_segcompass import TrainedWordsMixin
 from .vlm_calls_segcompass import VlmCallsMixin
 from .vlm_processors_segcompass import is_own_folder, load_vlm_parts, on_pil_backend, own_arguments
 
 _BUILT = ("_vlm_processor", "_control", "_handling", "_coverage", "_grids")  # attributes that are built from the rest
 
 
-class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, ProcessorMixin):
+class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostProcessingMixin, ProcessorMixin):
     r"""Prepares SegCompass's inputs and reads its outputs.
 
     The VLM's own inputs come from the VLM family's own processor class, built here around the same image processor and
@@ -54,6 +55,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
             with the tokens there are, as the original code does; answers are then written freely.
         image_token_grids (`bool`, *optional*, defaults to `False`): Say with every image where its tokens lie in it,
             which models with `heatmap_concepts` need. Measured of the family's processor for every new size of image.
+        trained_words (`list[str]`, *optional*): Words that the model was trained on, see `add_trained_words`.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         chat_template: str | None = None,
         think_tags: Literal["tokens", "text"] = "tokens",
         image_token_grids: bool = False,
+        trained_words: list[str] | None = None,
     ):
         if type(num_slots) is not int or num_slots < 1:  # True is an int too
             raise ValueError(f"num_slots is {num_slots!r}; expected a positive integer.")
@@ -84,6 +87,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
             raise ValueError(
                 f"completion_template {completion_template!r} must hold {{reasoning}} and {{references}}."
             )
+        if trained_words is not None and not all(isinstance(word, str) for word in trained_words):
+            raise ValueError(f"trained_words is {trained_words!r:.80}; expected a list of words.")
         image_processor = on_pil_backend(image_processor)
         sam_image_processor = to_sam_image_processor(sam_image_processor)
         known = tokenizer.get_vocab()
@@ -99,6 +104,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         self.vlm_processor_kwargs = dict(vlm_processor_kwargs or {})
         self.instruction_template = instruction_template
         self.completion_template = completion_template
+        self.trained_words = trained_words
         self._vlm_processor = self._control = self._handling = self._coverage = self._grids = None
         chat_template = chat_template or getattr(tokenizer, "chat_template", None)
         super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
@@ -127,7 +133,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         if isinstance(vlm_processor, (str, os.PathLike)) and is_own_folder(vlm_processor):
             vlm_processor = cls.from_pretrained(vlm_processor)
         if hasattr(vlm_processor, "vlm_processor_class"):  # one of ours, as the warm-up saves with a VLM
-            names = ("instruction_template", "completion_template", "image_token_grids")
+            names = ("instruction_template", "completion_template", "image_token_grids", "trained_words")
             own = {name: getattr(vlm_processor, name) for name in names}
             vlm_processor = vlm_processor.vlm_processor
         if isinstance(vlm_processor, (str, os.PathLike)):
@@ -295,6 +301,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, PostProcessingMixin, Proc
         output = super(SegCompassProcessor, bare).to_dict()
         # by this name it loads without torchvision and without the warning that the base name gives
         output["sam_image_processor"]["image_processor_type"] = type(self.sam_image_processor).__name__
+        if self.trained_words is None:
+            output.pop("trained_words", None)
         for part in ("image_processor", "sam_image_processor"):
             output[part].pop("auto_map", None)  # saving as remote code notes ours in every part
         return output

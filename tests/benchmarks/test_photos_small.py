@@ -9,6 +9,7 @@ import pytest
 import torch
 from made_rows import WIDTH, box, make_row
 from places import ROOT
+from tiny import follow_concepts, tiny_image, tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
 
 import segcompass_hf
@@ -157,6 +158,20 @@ def test_slots_of_another_on_scenes():
     figures = slots_of_another.figures_of(records)["all"]
     assert figures["own"]["gIoU"]["value"] > figures["slots of another"]["gIoU"]["value"] + 0.2
     assert figures["slots of another"]["lost"]["low"] > 0 and figures["own"]["lost"]["high"] == 0
+
+
+def test_own_slots_give_the_own_answer_where_heatmaps_read_concepts():
+    model = follow_concepts(tiny_model(heatmap_concepts=True))
+    processor = tiny_processor(image_token_grids=True)
+    inputs = processor(images=[tiny_image(0), tiny_image(1)], instruction=["a", "b"])
+    with torch.inference_mode():
+        found = dict(slots_of_another.variants(model, inputs, [1, 0]))
+        own = model.segment(**inputs, do_sample=False)
+    for field in ("heatmap_logits", "pred_masks", "slot_logits", "slot_scores"):
+        torch.testing.assert_close(found["own"][field], own[field], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found["slots of another"].heatmap_logits, own.heatmap_logits, atol=1e-3)
+    swapped = model.predict_masks(own.reference_states[[1, 0]], own.slots[[1, 0]], None)
+    torch.testing.assert_close(found["both of another"].slot_logits, swapped.slot_logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import segcompass_hf
 from segcompass_hf import cli, guardrails_segcompass
-from segcompass_hf.commands import common, demo
+from segcompass_hf.commands import demo
 from segcompass_hf.concept_names_segcompass import NamedConcept
 from segcompass_hf.data.schema import decode_mask
 
@@ -143,26 +143,50 @@ def test_json_and_a_figure_together(checkpoint, image_file, tmp_path, capsys):
         assert figure.format == "JPEG"
 
 
-def test_the_bundled_checkpoint_warns_outside_its_domain(checkpoint, image_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(segcompass_hf, "bundled_checkpoint", lambda: checkpoint)
+def _bundle(monkeypatch, **folders):
+    """Bundled checkpoints at these places, others missing."""
+
+    def bundled_checkpoint(name="scenes-tiny"):
+        if name.replace("-", "_") not in folders:
+            raise FileNotFoundError(f"{name} is not here")
+        return folders[name.replace("-", "_")]
+
+    monkeypatch.setattr(segcompass_hf, "bundled_checkpoint", bundled_checkpoint)
+
+
+def test_the_bundled_checkpoint_says_what_it_knows(checkpoint, image_file, tmp_path, capsys, monkeypatch):
+    _bundle(monkeypatch, scenes_tiny=checkpoint)
     argv = ["predict", image_file, "x", "--reasoning", "none", "--output", str(tmp_path / "a.png")]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()
-    assert "procedural scenes of coloured shapes" in err and "means nothing" in err
-    assert "procedural" not in out
+    assert err.startswith("note: scenes-tiny answers; it knows only procedural scenes of coloured shapes")
+    assert "means nothing" in err and "procedural" not in out
+    assert cli.main([*argv, "--model", "photos-small"]) == 2
+    assert "photos-small is not here" in capsys.readouterr().err
 
 
-def test_unknown_words_are_named():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+def test_photographs_are_answered_by_photos_small_where_it_is_there(checkpoint, image_file, capsys, monkeypatch):
+    _bundle(monkeypatch, scenes_tiny=checkpoint.parent / "missing", photos_small=checkpoint)
+    argv = ["predict", image_file, "x", "--reasoning", "none", "--json"]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["model"] == "photos-small"
+    assert err.startswith("note: photos-small answers; it was trained on few photographs")
+    assert cli.main([*argv, "--model", "scenes-tiny"]) == 2
+    assert "cannot load a checkpoint" in capsys.readouterr().err
 
-    words = Tokenizer(models.WordLevel({"<unk>": 0, "the": 1, "red": 2, "circle": 3}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
-    assert common.unknown_words(tokenizer, "the red zebra, the circle; zebra Gnu") == ["zebra", "Gnu"]
-    assert common.unknown_words(tokenizer, "the circle !") == []
-    # The byte-level tokenizer of a Qwen has no unknown token: it knows every word.
-    assert common.unknown_words(tiny.tiny_tokenizer("qwen2_5_vl"), "zebra") == []
+
+def test_words_that_were_not_trained_are_named(checkpoint, image_file, tmp_path, capsys):
+    mine = tmp_path / "mine"
+    shutil.copytree(checkpoint, mine)
+    processor = tiny.tiny_processor("llava")
+    processor.add_trained_words(["the zebra", "all zebras"])
+    processor.save_pretrained(mine)
+    argv = ["predict", image_file, "the zebra crossing", "--reasoning", "none", "--json", "--model", str(mine)]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == 'note: this checkpoint was not trained on the word "crossing"; its answer is a guess.\n'
+    assert json.loads(out)["unknown_words"] == ["crossing"]
 
 
 def test_bad_images_and_instructions(checkpoint, image_file, tmp_path, capsys):

@@ -332,6 +332,8 @@ def test_rows_of_made_up_photographs(photos, tmp_path):
     things = [name for name in (f"{n}.png" for n in range(6)) if name != held_out]
     assert {name for name in trained if "-" not in name} == {*things, "alone.png"}, "boxes alone give no masks"
     assert {f"{name[0]}-1.png" for name in things} < trained, "mirrored"
+    assert set(found["choosing"]["image_id"]) == set(things), "whole photographs with all objects annotated"
+    assert set(found["choosing"]["sample_id"]) < set(found["train"]["sample_id"])
     assert figures["left out"] == 2, "the held-out picture saved anew, and the one among the people"
     row = next(
         r for r in found["train"] if r["kind"] == "all" and r["image_id"] in things and "cup" in r["instruction"]
@@ -343,6 +345,22 @@ def test_rows_of_made_up_photographs(photos, tmp_path):
     assert {name.words: name.objects for name in seen.named_words(row)}["cup"] == (0,)
     alone = rows.build(root, tmp_path / "alone", count=1)
     assert alone["left out"] == 1 and alone["held_out"] == figures["held_out"], "without guesses, no people"
+
+
+def test_pictures_that_are_missing_or_damaged_are_left_out_and_named(photos):
+    from segcompass_hf.data import BuildReport
+
+    images, report = photos[0] / "things" / "images", BuildReport()
+    (images / "0.png").unlink()
+    (images / "1.png").write_bytes(b"no picture")
+    whole = Image.open(images / "2.png").convert("L")
+    whole.save(images / "2.png")
+    folder = rows.Folder(photos[0] / "things", report)
+    assert {"2.png", "3.png", "4.png", "5.png"} <= set(folder.files.values())
+    assert not {"0.png", "1.png"} & set(folder.files.values())
+    assert report.counts == {"missing_image": 1, "unreadable_image": 1}
+    number = {name: image_id for image_id, name in folder.files.items()}
+    assert folder.open(number["2.png"]).mode == "RGB"
 
 
 def test_a_picture_in_both_splits_is_refused(photos):
@@ -376,6 +394,8 @@ def test_a_cut_tokenizer_says_the_same(full_tokenizer):
     other = "telescope <repo_name> \u00e4 \u2603"
     assert cut.decode(cut(other, add_special_tokens=False)["input_ids"]) == other
     assert cut.convert_tokens_to_ids(list(cut_tokenizer.SPECIAL)) == [0, 1, 2]
+    big, small = (cut(text)["input_ids"] for text in ("The second DOG<REF_POS>", "the second dog<REF_POS>"))
+    assert big == small and small[-1] == cut.convert_tokens_to_ids("<REF_POS>"), "capitals make no difference"
 
 
 def published_vision():

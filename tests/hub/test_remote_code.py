@@ -26,6 +26,7 @@ PROCESSORS_OWN = {
     "postprocessing_segcompass.py",
     "processing_segcompass.py",
     "prompts_segcompass.py",
+    "trained_words_segcompass.py",
     "vlm_calls_segcompass.py",
     "vlm_processors_segcompass.py",
 }

@@ -20,7 +20,7 @@ class PredictionJob:
     Args:
         dataset (`str`): See [`open_source`].
         output (`str`): Folder or URL for the results.
-        model (`str`, *optional*): Folder or Hub id of a checkpoint; the bundled one by default.
+        model (`str`, *optional*): Folder, Hub id or name of a checkpoint; see `default_checkpoint`.
         instructions (`tuple[str, ...]`, *optional*): Each is asked about every image; in place of a column.
         instruction_column (`str`, *optional*): Where the data set's own are, a text or a list of texts per image;
             `instruction` by default.
@@ -70,14 +70,13 @@ class PredictionJob:
 
     def load_predictor(self, device: Any = None) -> Any:
         """Checkpoint and processor as a [`ModelPredictor`]; see `load_checkpoint` for what it raises."""
-        from ..checkpoint import load_checkpoint
+        from ..checkpoint import default_checkpoint, load_checkpoint
         from ..evaluation.predictors.model import ModelPredictor
 
-        model, processor, name = load_checkpoint(self.model, device)
+        model, processor, name = load_checkpoint(self.model or default_checkpoint(self.dataset), device)
         limits = {} if self.max_new_tokens is None else {"max_new_tokens": self.max_new_tokens}
         extra = {"output_concepts": True} if self.concepts else {}
-        name = "scenes-tiny" if self.model is None else Path(name).name
-        return ModelPredictor(model, processor, name, reasoning=self.reasoning, **limits, **extra)
+        return ModelPredictor(model, processor, Path(name).name, reasoning=self.reasoning, **limits, **extra)
 
     def shard_predictor(
         self, predictor: Any, source: Source, on_batch: Callable[[int, int], None] | None = None

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._lazy import named_extras
-from ..checkpoint import BUNDLED_DOMAIN
+from ..checkpoint import BUNDLED, words_note
 from ..checkpoint import load_checkpoint as _load_checkpoint
 
 FIGURES = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
@@ -48,9 +47,18 @@ def add_question(parser: argparse.ArgumentParser, required: bool = True) -> None
         help="image file of at most 50 million pixels; SEGCOMPASS_MAX_IMAGE_PIXELS in the environment raises that",
     )
     parser.add_argument("instruction", nargs=number, help="what to find, in words")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    add_model(parser)
     parser.add_argument(
         "--reasoning", choices=("full", "short", "none"), default="full", help="how much to think (%(default)s)"
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """`--model`, which is `None` where it is not given; see [`default_checkpoint`]."""
+    parser.add_argument(
+        "--model",
+        help="checkpoint folder or Hub id, or `photos-small` or `scenes-tiny` (photos-small in a clone of the "
+        "repository that has it, else scenes-tiny; on Scenes always that)",
     )
 
 
@@ -70,11 +78,9 @@ def ask(args: argparse.Namespace) -> tuple[Any, Any, Any, str]:
     """
     image = open_image(args.image)
     model, processor, name = load_checkpoint(args.model)
-    if args.model is None:
-        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
-    unknown = unknown_words(processor.tokenizer, args.instruction)
-    if unknown:
-        print(f"note: the checkpoint does not know the words: {', '.join(unknown)}.", file=sys.stderr)
+    for note in (BUNDLED.get(name), words_note(processor, args.instruction)):
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
     return image, model, processor, name
 
 
@@ -114,19 +120,6 @@ def one_line(error: Exception | str) -> str:
     """The message of an error without line breaks, and not longer than a few lines."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:398] + " …"
-
-
-def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
-    """Words of an instruction that a tokenizer maps to its unknown token, in order, each once.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): One without an unknown token knows every word.
-        instruction (`str`): The user's words.
-    """
-    if tokenizer.unk_token_id is None:
-        return []
-    words = dict.fromkeys(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", instruction))
-    return [word for word in words if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False)["input_ids"]]
 
 
 def open_image(path: str) -> Any:

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import load_checkpoint, make_folder, positive, user_errors
+from ..checkpoint import default_checkpoint
+from .common import add_model, load_checkpoint, make_folder, positive, user_errors
 
 _EPILOG = """\
 Answers the rows of both, and compares which concepts were active, by Jensen-Shannon distance. The threshold comes from
@@ -28,7 +29,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--reference", required=True, help="rows, such as scenes:val:11, or a file that --save wrote")
     parser.add_argument("--dataset", help="rows to compare; left out, the reference is only made and saved")
-    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    add_model(parser)
     parser.add_argument("--num-samples", type=positive, help="only the first so many of each (all; of Scenes 500)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the reference into a file (.safetensors)")
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    model, processor, _ = load_checkpoint(args.model)
+    model, processor, _ = load_checkpoint(args.model or default_checkpoint(args.reference, args.dataset))
     with user_errors():
         if Path(args.reference).is_file() and Path(args.reference).suffix == ".safetensors":
             monitor = DriftMonitor.load(args.reference, model)

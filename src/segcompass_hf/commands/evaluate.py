@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, make_folder, positive, user_errors
+from ..checkpoint import BUNDLED, default_checkpoint
+from .common import UserError, add_model, load_checkpoint, make_folder, positive, user_errors
 
 _EPILOG = """\
 On several GPUs or CPUs: torchrun --nproc_per_node N -m segcompass_hf.cli evaluate ..., or accelerate launch. The same
@@ -56,7 +57,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--image-size", type=positive, nargs=2, metavar=("HEIGHT", "WIDTH"), help="with --boxes: of the VLM's image"
     )
-    parser.add_argument("--model", default="bundled", help="checkpoint folder or Hub id, or `bundled` (%(default)s)")
+    add_model(parser)
     parser.add_argument("--num-samples", type=positive, help="only the first so many (all; of Scenes 500)")
     parser.add_argument("--batch-size", type=positive, default=8, help="rows at a time (%(default)s)")
     parser.add_argument("--max-new-tokens", type=positive, help="limit of an answer, in tokens (the model's)")
@@ -98,8 +99,8 @@ def run(args: argparse.Namespace) -> None:
         named = datasets_spec.load_dataset_of(args.dataset, args.num_samples, args.allow_outside)
     make_folder(args.output)
     predictor = _predictor(args, named, processes.device)
-    if isinstance(predictor, ModelPredictor) and args.model == "bundled" and named.kind != "scenes":
-        print(f"note: {BUNDLED_DOMAIN}", file=sys.stderr)
+    if isinstance(predictor, ModelPredictor) and predictor.name in BUNDLED and named.kind != "scenes":
+        print(f"note: {BUNDLED[predictor.name]}", file=sys.stderr)
     summary = _evaluate(args, predictor, named)
     if processes.is_main:
         _print_results(args, summary)
@@ -198,10 +199,10 @@ def _predictor(args: argparse.Namespace, named: Any, device: Any) -> Any:
             return baselines.make_baseline(args.baseline, unknown=args.missing)
         if args.boxes is not None:
             return _box_localizer(args, device, limits)
-    model, processor, name = load_checkpoint(None if args.model == "bundled" else args.model, device)
+    model, processor, name = load_checkpoint(args.model or default_checkpoint(args.dataset), device)
     if args.baseline is not None:
         return baselines.make_baseline(args.baseline, model.sam, processor)
-    return ModelPredictor(model, processor, "scenes-tiny" if args.model == "bundled" else Path(name).name, **limits)
+    return ModelPredictor(model, processor, Path(name).name, **limits)
 
 
 def _check_boxes(args: argparse.Namespace) -> None:

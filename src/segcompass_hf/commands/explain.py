@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import default_checkpoint
 from .common import (
     FIGURES,
     UserError,
@@ -120,7 +121,7 @@ def _run_controls(args: argparse.Namespace) -> None:
     with user_errors(args.dataset):
         named = datasets_spec.load_dataset_of(args.dataset, args.num_samples)
         objects = _objects(args.objects, named.kind)
-    model, processor, name = load_checkpoint(args.model)
+    model, processor, name = load_checkpoint(args.model or default_checkpoint(args.dataset))
     make_folder(args.output)
     rows = named.dataset.select(range(min(len(named.dataset), args.num_samples or len(named.dataset))))
 

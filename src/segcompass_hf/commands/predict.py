@@ -64,7 +64,7 @@ def _predict(args: argparse.Namespace) -> None:
         make_folder(output.parent)
         save_figure([figure_row(image, args.instruction, answer)], output)
     if args.json:
-        print(json.dumps(_as_json(args, image, name, answer, output), indent=2))
+        print(json.dumps(_as_json(args, image, name, processor, answer, output), indent=2))
         return
     print_answer(answer)
     print(f"figure: {output}")
@@ -129,7 +129,9 @@ def print_answer(answer: dict[str, Any], indent: str = "") -> None:
         print(f"{indent}guardrail: {entry['reason']}")
 
 
-def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, Any], output: Path | None) -> dict:
+def _as_json(
+    args: argparse.Namespace, image: Any, name: str, processor: Any, answer: dict[str, Any], output: Path | None
+) -> dict[str, Any]:
     import numpy as np
 
     from ..data.schema import encode_mask
@@ -150,6 +152,7 @@ def _as_json(args: argparse.Namespace, image: Any, name: str, answer: dict[str, 
         "size": [image.height, image.width],
         "instruction": args.instruction,
         "model": name,
+        "unknown_words": processor.unknown_words(args.instruction),  # that the checkpoint was not trained on
         "reasoning": kept["reasoning"],
         "text": kept["text"],
         "slot_scores": [float(score) for score in answer["every"]["scores"]],

@@ -9,7 +9,8 @@ import sys
 import time
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, positive, user_errors
+from ..checkpoint import BUNDLED, default_checkpoint
+from .common import UserError, positive, user_errors
 
 EPILOG = """\
 A data set is a folder, pattern or URL (hf://datasets/OWNER/NAME, s3://...) of .parquet files, webdataset .tar files or
@@ -84,13 +85,14 @@ def run(args: argparse.Namespace) -> None:
     from ..bulk.running import summary_dict
     from ..evaluation.processes import Processes
 
+    model = args.model or default_checkpoint(args.dataset)
     values = {name: getattr(args, name) for name in ("batch_size", "rows_per_shard", "concepts")}
     values = {name: _DEFAULTS[name] if value is None else value for name, value in values.items()}
     with user_errors():
         job = PredictionJob(
             args.dataset,
             args.output,
-            model=args.model,
+            model=model,
             instructions=tuple(args.instructions or ()),
             instruction_column=args.instruction_column,
             reasoning=args.reasoning,
@@ -100,8 +102,8 @@ def run(args: argparse.Namespace) -> None:
         )
     with user_errors(kinds=(RuntimeError,)):
         processes = Processes() if args.engine == "ray" else Processes.current()
-    is_foreign = args.model is None and not args.dataset.startswith("scenes:")
-    line = ProgressLine(f"note: {BUNDLED_DOMAIN}" if is_foreign else None)
+    is_known = args.dataset.startswith("scenes:") or model not in BUNDLED
+    line = ProgressLine(None if is_known else f"note: {BUNDLED[model]}")
     options = {"share": args.shard or (0, 1), "resume": not args.restart, "on_progress": line}
     with user_errors(kinds=(ValueError, OSError)):
         if args.engine == "ray":

@@ -16,7 +16,9 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "push", help="a checkpoint or adapter, its code, card and concept dictionary to the Hub, checked first"
     )
-    parser.add_argument("folder", type=Path, help="a saved model or adapter with its processor; or `bundled`")
+    parser.add_argument(
+        "folder", help="a saved model or adapter with its processor; or `scenes-tiny` or `photos-small`"
+    )
     parser.add_argument("repo_id", metavar="repository", help="OWNER/NAME on the Hub")
     parser.add_argument("--dry-run", action="store_true", help="check and show the tree with sizes, without a network")
     parser.add_argument("--private", action="store_true", help="for yourself and your organisation only")
@@ -43,8 +45,7 @@ def run(args: argparse.Namespace) -> None:
     """Publish, or show what would be."""
     from transformers.utils import logging
 
-    import segcompass_hf
-
+    from ..checkpoint import bundled_folder
     from ..hub import push_to_hub
 
     logging.set_verbosity_error()
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     evaluations, card = [_read_summary(path) for path in args.evaluation], _card(args)
     with user_errors(kinds=(Exception,)):  # besides bad input whatever the network makes the Hub's client raise
         publication = push_to_hub(
-            segcompass_hf.bundled_checkpoint() if str(args.folder) == "bundled" else args.folder,
+            Path(bundled_folder(args.folder)),
             args.repo_id,
             private=args.private,
             revision=args.revision,

@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from .common import BUNDLED_DOMAIN, UserError, load_checkpoint, user_errors
+from ..checkpoint import BUNDLED, SCENES
+from .common import UserError, add_model, load_checkpoint, user_errors
 
 
 def add_parser(commands: Any) -> None:
@@ -16,7 +17,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve", help="a live page: draw or upload a picture, ask, watch it think, turn concepts up and down"
     )
-    parser.add_argument("--model", help="checkpoint folder or Hub id (the bundled checkpoint)")
+    add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in (%(default)s)"
     )
@@ -45,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
     from ..explain.live.model import LiveModel
 
     model, processor, name = load_checkpoint(args.model)
-    bundled = args.model is None
-    app = build_app(LiveModel(model, processor, name), scenes=bundled, note=BUNDLED_DOMAIN if bundled else "")
+    app = build_app(LiveModel(model, processor, name), scenes=name == SCENES, note=BUNDLED.get(name, ""))
     with user_errors(kinds=(OSError,)):  # gradio's, for a port that is taken
         _, local, public = app.launch(
             server_name=args.host,

@@ -142,6 +142,13 @@ def counted(on_words, on_patches=lambda i: (), rows=10, **changes):
     return counts
 
 
+def test_a_caller_may_say_which_rows_are_held_out():
+    counts = DictionaryCounts(6, all_objects_named=True)
+    for half, image in ((0, IMAGES[1][0]), (1, IMAGES[1][0]), (1, IMAGES[0][0]), (None, IMAGES[1][0])):
+        counts.add(reading(0, image, [(0, 0, 1.0)]), half)
+    assert counts.rows == [1, 3]
+
+
 def test_names_by_hand():
     # 0: the answer's place. 1: any word of the question, twice as strongly as words of the reasoning. 2: never.
     # 3: patches of the background. 4: the answer, and "find" in every second row. 5: words and patches of "red".

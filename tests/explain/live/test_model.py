@@ -36,6 +36,15 @@ def test_reasoning_grows_into_the_answer(made):
     assert all(later.startswith(earlier[:5]) for earlier, later in zip(texts, texts[1:], strict=False))
 
 
+def test_words_that_were_not_trained_are_told(live, made):
+    assert made[-1].note is None
+    processor = tiny_processor("llava")
+    processor.add_trained_words(["the red thing"])
+    with_words = LiveModel(live.model, processor, "tiny", num_ablations=0)
+    *_, answer = with_words.answer(_picture(0), "the red circle", "none")
+    assert '"circle"; its answer is a guess' in answer.note
+
+
 def test_changes_are_those_of_steer(made):
     answer = made[-1]
     features = [concept.feature for concept, _ in answer.shown]

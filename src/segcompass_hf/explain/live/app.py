@@ -271,10 +271,11 @@ def _label(answer: LiveAnswer, concept: Any, number: int) -> str:
 
 def _found(answer: LiveAnswer) -> str:
     masks = [mask for mask in answer.explanation.masks if mask.kept]
+    lines = [f"<b>Mask {number + 1}</b> confidence {mask.score:.2f}" for number, mask in enumerate(masks)]
     if not masks:
         best = max(answer.explanation.slot_scores, default=0.0)
-        return f"<p><b>No object found.</b> The strongest slot's confidence is {best:.2f}.</p>"
-    lines = [f"<b>Mask {number + 1}</b> confidence {mask.score:.2f}" for number, mask in enumerate(masks)]
+        lines.append(f"<b>No object found.</b> The strongest slot's confidence is {best:.2f}.")
+    lines += [] if answer.note is None else [escape(answer.note)]
     return "".join(f"<p>{line}</p>" for line in lines)
 
 

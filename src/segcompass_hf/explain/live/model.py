@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageColor, ImageFilter
 
+from ...checkpoint import words_note
 from ...figure import slot_colour, tidy
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class LiveModel:
             answer.segment_kwargs.pop("streamer")
             explanation = explain_answer(answer, num_ablations=self.num_ablations, dictionary=self.dictionary)
         explanation.model_name = self.name
-        yield LiveAnswer(answer, explanation, self.lock)
+        yield LiveAnswer(answer, explanation, self.lock, words_note(self.processor, instruction))
 
 
 class LiveAnswer:
@@ -76,12 +77,13 @@ class LiveAnswer:
 
     Attributes:
         explanation ([`Explanation`]): Of the answer as it is.
+        note (`str`, *optional*): What to say of words that the checkpoint was not trained on.
         shown (list of `tuple[ConceptAttribution, int]`): The concepts of largest |contribution| over all masks, each
             with the number of the mask where it is largest; at most `NUM_SHOWN`.
     """
 
-    def __init__(self, answer: Answer, explanation: Explanation, lock: threading.Lock):
-        self.answer, self.explanation, self._lock = answer, explanation, lock
+    def __init__(self, answer: Answer, explanation: Explanation, lock: threading.Lock, note: str | None = None):
+        self.answer, self.explanation, self.note, self._lock = answer, explanation, note, lock
         self.shown = _largest(explanation)
 
     def change(self, scales: Mapping[int, float]) -> Ablation:

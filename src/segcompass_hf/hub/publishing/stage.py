@@ -38,6 +38,7 @@ PROCESSOR_CODE = (
     "segmenters_segcompass.py",
     "threads_segcompass.py",
     "token_grids_segcompass.py",
+    "trained_words_segcompass.py",
     "vlm_calls_segcompass.py",
     "vlm_processors_segcompass.py",
 )

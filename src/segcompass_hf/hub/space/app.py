@@ -2,13 +2,13 @@
 
 import os
 
-from segcompass_hf.checkpoint import BUNDLED_DOMAIN, load_checkpoint
+from segcompass_hf.checkpoint import BUNDLED, SCENES, load_checkpoint
 from segcompass_hf.explain.live.app import build_app, launch_options
 from segcompass_hf.explain.live.model import LiveModel
 
 model_id = os.environ.get("SEGCOMPASS_MODEL") or "{{MODEL_ID}}" or None
 model, processor, name = load_checkpoint(model_id)
-app = build_app(LiveModel(model, processor, name), scenes=model_id is None, note="" if model_id else BUNDLED_DOMAIN)
+app = build_app(LiveModel(model, processor, name), scenes=name == SCENES, note=BUNDLED.get(name, ""))
 
 if __name__ == "__main__":
     app.launch(**launch_options())

@@ -12,8 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig
 
-import segcompass_hf
-
+from ...checkpoint import bundled_folder
 from ...configuration_segcompass import SegCompassConfig, SegCompassSaeConfig, own_settings
 from ...loading_segcompass import load_part, load_segmenter
 from ...modeling_sae import SegCompassSae
@@ -78,9 +77,10 @@ class Parts:
 def _source(name: str, value: str | None) -> str | None:
     if value is None:
         return None
-    if value == "bundled":
-        return str(segcompass_hf.bundled_checkpoint())
-    path = Path(value).expanduser()
+    try:
+        path = Path(bundled_folder(value)).expanduser()
+    except FileNotFoundError as error:
+        raise RecipeError(f"{name}: {error}") from error
     if path.exists():
         return str(path)
     if value.startswith((".", "/", "~")) or value.count("/") != 1 or (path.parent.is_dir() and path.parent != Path()):

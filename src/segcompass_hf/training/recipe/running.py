@@ -155,7 +155,7 @@ def _export(recipe: Recipe, parts: Parts) -> Path:
     stamp.unlink(missing_ok=True)
     shutil.rmtree(output, ignore_errors=True)
     with staged_folder(output) as folder:
-        _write_checkpoint(last.folder, folder, recipe.settings)
+        write_checkpoint(last.folder, folder, recipe.settings)
     write_record(output.parent, stamp.name, {"from": source})
     return output
 
@@ -168,7 +168,17 @@ def _is_stamped(stamp: Path, source: str) -> bool:
         return False
 
 
-def _write_checkpoint(source: Path, folder: Path, settings: RecipeSettings) -> None:
+def write_checkpoint(source: Path, folder: Path, settings: RecipeSettings) -> None:
+    """A stage's SegCompass or adapter as a recipe's result: without what training leaves, in `save_dtype` if any.
+
+    Args:
+        source (`Path`): Folder of a stage, or of one of its checkpoints.
+        folder (`Path`): Where to; it is there.
+        settings ([`RecipeSettings`]): `save_dtype`, `dtype`.
+
+    Raises:
+        RecipeError: There is no such type.
+    """
     if settings.save_dtype is None or (source / "adapter_config.json").is_file():
         wanted = [path for path in source.iterdir() if path.is_file() and not _is_of_training(path.name)]
         for path in wanted:
@@ -205,4 +215,4 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-__all__ = ["CHECKPOINT", "run_recipe"]
+__all__ = ["CHECKPOINT", "run_recipe", "write_checkpoint"]

@@ -33,7 +33,8 @@ class RecipeSettings:
 
     Args:
         output_dir (`str`): Folder of the run: one folder per stage, `checkpoint` and `summary.html`.
-        model (`str`, *optional*): Hub id or folder of a SegCompass to start from, or `bundled`.
+        model (`str`, *optional*): Hub id or folder of a SegCompass to start from, or `scenes-tiny` (also `bundled`) or
+            `photos-small`.
         vlm, sam, sae (`str`, *optional*): Hub ids or folders of parts, in place of the model's own.
         dtype (`str`, defaults to `"float32"`): What weights are loaded in.
         save_dtype (`str`, *optional*): Of the weights in the final `checkpoint`, which still loads in `dtype`.
@@ -49,7 +50,7 @@ class RecipeSettings:
     """
 
     output_dir: str = field(metadata={"help": "Folder of the run."})
-    model: str | None = field(default=None, metadata={"help": "Hub id or folder of a SegCompass, or 'bundled'."})
+    model: str | None = field(default=None, metadata={"help": "Hub id, folder or bundled name of a SegCompass."})
     vlm: str | None = field(default=None, metadata={"help": "Hub id or folder of a VLM."})
     sam: str | None = field(default=None, metadata={"help": "Hub id or folder of a SAM."})
     sae: str | None = field(default=None, metadata={"help": "Hub id or folder of an SAE trained on that VLM."})
