@@ -15,12 +15,15 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassSaeConfig
+from .sparse_features_segcompass import SPARSE_FROM, FeaturePattern, decode_active, encode_active
 from .weight_files_segcompass import check_nothing_left, check_weight_files
 
 JUMPRELU_BANDWIDTH = 0.05  # width of the window around a threshold in which it receives a gradient
+GUESS_MARGIN = 0.7  # of the running threshold: what lies below is not among the largest, but for odd batches
 BATCHTOPK_THRESHOLD_MOMENTUM = 0.99  # of the running threshold that replaces batch top-k outside training
 AUXILIARY_COEFFICIENT = 1 / 32  # of the dead features' loss, as in Gao et al. 2024
 LAYER_NORM_EPS = 1e-5
+CHUNK_ELEMENTS = 2**24  # pre-activations alive at a time where only the largest are kept: 64 MiB in float32
 
 
 @dataclass
@@ -31,7 +34,8 @@ class SegCompassSaeOutput(ModelOutput):
         loss (`torch.Tensor` of shape `()`): `mse_loss + l1_coefficient * sparsity_loss` (+ `auxiliary_loss`, for
             top-k times 1/32).
         reconstruction (`torch.Tensor` of shape `(..., d_in)`): In the space of the input; zero where masked.
-        feature_acts (`torch.Tensor` of shape `(..., d_sae)`): Feature activations; zero where masked.
+        feature_acts (`torch.Tensor` of shape `(..., d_sae)`, *optional*): Feature activations; zero where masked.
+        fired (`torch.LongTensor` of shape `(d_sae,)`): Unmasked tokens on which each feature is active.
         mse_loss (`torch.Tensor` of shape `()`): Squared error summed over `d_in`, mean over the tokens, measured
             after the input normalisation.
         sparsity_loss (`torch.Tensor` of shape `()`): Mean over the tokens of the decoder-weighted L1 norm (standard,
@@ -44,6 +48,7 @@ class SegCompassSaeOutput(ModelOutput):
     loss: torch.Tensor | None = None
     reconstruction: torch.Tensor | None = None
     feature_acts: torch.Tensor | None = None
+    fired: torch.Tensor | None = None
     mse_loss: torch.Tensor | None = None
     sparsity_loss: torch.Tensor | None = None
     auxiliary_loss: torch.Tensor | None = None
@@ -97,6 +102,23 @@ class _Step(torch.autograd.Function):
         return None, -(at_threshold * grad).flatten(0, -2).sum(0) / JUMPRELU_BANDWIDTH
 
 
+def smallest_kept(activations: torch.Tensor, count: int, guess: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """The smallest positive one of the `count` largest activations of a batch, `()`; infinite where none is positive.
+
+    Args:
+        activations (`torch.Tensor` of shape `(entries,)`): Of all tokens and features.
+        count (`int`): That are kept at most.
+        guess (`torch.Tensor` of shape `()` or `float`, *optional*): Near or below it: then few are sorted.
+    """
+    candidates = activations[activations > guess * GUESS_MARGIN]
+    if len(candidates) < count:
+        candidates = activations
+    if not len(candidates):
+        return activations.new_tensor(torch.inf)
+    largest = candidates.topk(min(count, len(candidates)), sorted=False).values
+    return largest.where(largest > 0, torch.inf).amin()
+
+
 def _keep_top_k(activations: torch.Tensor, k: int) -> torch.Tensor:
     values, indices = activations.topk(k, dim=-1)
     return torch.zeros_like(activations).scatter(-1, indices, values.relu())
@@ -132,6 +154,7 @@ class SegCompassSae(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    smallest_kept = staticmethod(smallest_kept)  # of a batch; a trainer of several processes looks at all of theirs
 
     def __init__(self, config: SegCompassSaeConfig):
         super().__init__(config)
@@ -281,6 +304,7 @@ class SegCompassSae(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         modality_ids: torch.Tensor | None = None,
         dead_features: torch.Tensor | None = None,
+        output_feature_acts: bool = True,
     ) -> SegCompassSaeOutput:
         """Reconstruct hidden states and compute the SAE's training loss over the unmasked tokens.
 
@@ -296,6 +320,8 @@ class SegCompassSae(PreTrainedModel):
             modality_ids (`torch.LongTensor` of shape `(...)`, *optional*): 0 text, 1 image; for `per_modality`.
             dead_features (`torch.BoolTensor` of shape `(d_sae,)`, *optional*): Features that have not fired for long;
                 read by the top-k architectures only.
+            output_feature_acts (`bool`, defaults to `True`): Without, `feature_acts` may be `None`: where the largest
+                of many features are active, each token's few are then all that is computed with.
 
         Raises:
             ValueError: No token counts.
@@ -309,24 +335,37 @@ class SegCompassSae(PreTrainedModel):
         normalized, normalization = self.normalize(
             hidden_states[keep], None if modality_ids is None else modality_ids[keep]
         )  # (tokens, d_in)
-        pre_activations = self._project(normalized)  # (tokens, d_sae)
-        if self.training and self.config.architecture == "batchtopk":
-            feature_acts = self._batch_top_k(pre_activations)
+        if self._is_sparse(normalized):
+            pre_activations, (pattern, values) = None, self._active(normalized)
+            reconstruction = self._decode_active(values, pattern)  # (tokens, d_in), normalised space
+            fired = torch.bincount(pattern.features, minlength=self.config.d_sae)
+            sparsity_loss, auxiliary_loss = reconstruction.new_zeros(()), None
+            feature_acts = None
+            if output_feature_acts:
+                places = pattern.tokens, pattern.features
+                feature_acts = values.new_zeros(len(normalized), self.config.d_sae).index_put(places, values)
         else:
-            feature_acts = self._activate(pre_activations)
-        reconstruction = self.decode(feature_acts)  # (tokens, d_in), normalised space
+            pre_activations = self._project(normalized)  # (tokens, d_sae)
+            if self.training and self.config.architecture == "batchtopk":
+                feature_acts = F.relu(pre_activations) * self._kept_of_batch(pre_activations)
+            else:
+                feature_acts = self._activate(pre_activations)
+            reconstruction = self.decode(feature_acts)
+            fired = (feature_acts > 0).sum(0)
+            sparsity_loss, auxiliary_loss = self._penalties(pre_activations, feature_acts, normalized)
         mse_loss = (reconstruction - normalized).pow(2).sum(-1).mean()
-        sparsity_loss, auxiliary_loss = self._penalties(pre_activations, feature_acts, normalized)
         loss = mse_loss + self.config.l1_coefficient * sparsity_loss
         if auxiliary_loss is not None:
             loss = loss + auxiliary_loss
         elif self.takes_top_k and dead_features is not None:
-            auxiliary_loss = self._dead_feature_loss(pre_activations, normalized - reconstruction, dead_features)
+            error = normalized - reconstruction
+            auxiliary_loss = self._dead_feature_loss(normalized, pre_activations, error, dead_features)
             loss = loss + AUXILIARY_COEFFICIENT * auxiliary_loss
         return SegCompassSaeOutput(
             loss=loss,
             reconstruction=_scatter(normalization.undo(reconstruction), keep),
-            feature_acts=_scatter(feature_acts, keep),
+            feature_acts=None if feature_acts is None else _scatter(feature_acts, keep),
+            fired=fired,
             mse_loss=mse_loss,
             sparsity_loss=sparsity_loss,
             auxiliary_loss=auxiliary_loss,
@@ -400,15 +439,50 @@ class SegCompassSae(PreTrainedModel):
         feature_acts = F.relu(pre_activations)
         return feature_acts.tanh() if activation == "tanh-relu" else feature_acts
 
-    def _batch_top_k(self, pre_activations: torch.Tensor) -> torch.Tensor:
-        """Keep the `k * tokens` largest of the batch and follow the smallest of them with `topk_threshold`."""
-        tokens = pre_activations.shape[0]
-        feature_acts = _keep_top_k(pre_activations.flatten(), self.config.k * tokens)
+    @torch.no_grad()
+    def _kept_of_batch(self, pre_activations: torch.Tensor) -> torch.Tensor:
+        """Which are the `k * tokens` largest of the batch, bool; `topk_threshold` follows the smallest of them."""
+        entries = pre_activations.flatten()
+        smallest = self.smallest_kept(entries, self.config.k * len(pre_activations), self.topk_threshold)
+        momentum = BATCHTOPK_THRESHOLD_MOMENTUM if self.topk_threshold > 0 else 0.0
+        followed = smallest.to(self.topk_threshold.dtype).where(smallest.isfinite(), self.topk_threshold)
+        self.topk_threshold.lerp_(followed, 1 - momentum)
+        return pre_activations >= smallest
+
+    def _is_sparse(self, normalized: torch.Tensor) -> bool:
+        """Whether few enough features are active to be computed with alone, faster than all and with less memory."""
+        if not self.takes_top_k or normalized.requires_grad:
+            return False
+        return self.config.d_sae >= self.config.k * SPARSE_FROM.get(normalized.device.type, torch.inf)
+
+    def _active(self, normalized: torch.Tensor) -> tuple[FeaturePattern, torch.Tensor]:
+        """Which features are active on which tokens, and their activations `(active,)`."""
         with torch.no_grad():
-            smallest = feature_acts[feature_acts > 0].amin() if feature_acts.any() else self.topk_threshold
-            momentum = BATCHTOPK_THRESHOLD_MOMENTUM if self.topk_threshold > 0 else 0.0
-            self.topk_threshold.lerp_(smallest.to(self.topk_threshold.dtype), 1 - momentum)
-        return feature_acts.view_as(pre_activations)
+            shift = self.b_dec if self.config.apply_b_dec_to_input else None
+            inputs = normalized if shift is None else normalized - shift
+            if self.config.architecture == "batchtopk":
+                pre_activations = self._project(normalized)
+                kept = (
+                    self._kept_of_batch(pre_activations) if self.training else pre_activations >= self.topk_threshold
+                )
+                pattern = FeaturePattern.of(kept & (pre_activations > 0))
+                found = pre_activations[pattern.tokens, pattern.features]
+            else:
+                chunks = normalized.split(max(1, CHUNK_ELEMENTS // self.config.d_sae))
+                largest = [self._project(chunk).topk(self.config.k, dim=-1) for chunk in chunks]
+                values, features = (torch.cat(parts) for parts in zip(*largest, strict=True))  # both (tokens, k)
+                tokens, places = (values > 0).nonzero(as_tuple=True)
+                pattern = FeaturePattern.sorted_by_token(
+                    tokens, features[tokens, places], len(values), self.config.d_sae
+                )
+                found = values[tokens, places]
+        return pattern, encode_active(found, inputs, self.W_enc, self.b_enc, shift, pattern)
+
+    def _decode_active(self, values: torch.Tensor, pattern: FeaturePattern) -> torch.Tensor:
+        """The same as `decode` of the dense activations: `(tokens, d_in)`."""
+        if self.config.finetuning_scaling_factor:
+            values = values * self.finetuning_scaling_factor[pattern.features]
+        return decode_active(values, self.W_dec, pattern) + self.b_dec
 
     def _penalties(
         self, pre_activations: torch.Tensor, feature_acts: torch.Tensor, normalized: torch.Tensor
@@ -428,13 +502,22 @@ class SegCompassSae(PreTrainedModel):
         return (gate * decoder_norm).sum(-1).mean(), (reconstruction - normalized).pow(2).sum(-1).mean()
 
     def _dead_feature_loss(
-        self, pre_activations: torch.Tensor, error: torch.Tensor, dead_features: torch.Tensor
+        self,
+        normalized: torch.Tensor,
+        pre_activations: torch.Tensor | None,
+        error: torch.Tensor,
+        dead_features: torch.Tensor,
     ) -> torch.Tensor:
         """Squared error, `()`, with which the largest dead features of each token rebuild `error` `(tokens, d_in)`."""
         dead = dead_features.nonzero().squeeze(1)  # (num_dead,)
         if dead.numel() == 0:
             return error.new_zeros(())
-        feature_acts = _keep_top_k(pre_activations[:, dead], min(dead.numel(), max(1, self.config.d_in // 2)))
+        if pre_activations is None:
+            inputs = normalized - self.b_dec if self.config.apply_b_dec_to_input else normalized
+            of_dead = F.linear(inputs, self.W_enc[:, dead].T, self.b_enc[dead])  # (tokens, num_dead)
+        else:
+            of_dead = pre_activations[:, dead]
+        feature_acts = _keep_top_k(of_dead, min(dead.numel(), max(1, self.config.d_in // 2)))
         rebuilt = feature_acts @ self.W_dec[dead]  # (tokens, d_in), without bias: an error has no mean to add
         return (rebuilt - error.detach()).pow(2).sum(-1).mean()
 

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
+from ..data.folders import AnyFolder
 from ..evaluation.run_settings import check_same_run
-from ..files import PART_SUFFIX, json_digest, write_whole
+from ..files import json_digest
 from ..locks import alone_with
 from .rows import counts_of
 
@@ -24,67 +22,14 @@ _SHARD = re.compile(r"part-(\d+)-of-(\d+)\.parquet")
 FOOTERS_AT_A_TIME = 16
 
 
-class OutputFolder:
-    """Where the shards of a run go.
-
-    Args:
-        target (`str`): Folder, or URL of whatever fsspec writes.
-
-    Raises:
-        ValueError: fsspec does not know the kind of URL, or lacks a package for it.
-    """
-
-    def __init__(self, target: str):
-        import fsspec
-        from fsspec.implementations.local import LocalFileSystem
-
-        self.target = os.fspath(target)
-        try:
-            self._filesystem, self._root = fsspec.core.url_to_fs(os.path.expanduser(self.target))
-        except (ValueError, ImportError) as error:
-            raise ValueError(f"{self.target!r} cannot be written to: {error}") from error
-        self._local = Path(self._root) if isinstance(self._filesystem, LocalFileSystem) else None
-
-    def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file aside, then give it its name: it is there whole or not at all.
-
-        Raises:
-            OSError: It cannot be written.
-        """
-        if self._local is not None:
-            write_whole(self._local / name, content, durable=True)
-            return
-        part = self._path(f"{name}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
-        self._filesystem.makedirs(os.path.dirname(part), exist_ok=True)
-        self._filesystem.pipe_file(part, content)
-        with suppress(FileNotFoundError):
-            self._filesystem.rm_file(self._path(name))
-        self._filesystem.mv(part, self._path(name))
-
-    def read_json(self, name: str) -> dict[str, Any] | None:
-        """A file of the run; `None` where there is none.
-
-        Raises:
-            ValueError: It is damaged.
-        """
-        try:
-            content = json.loads(self._filesystem.cat_file(self._path(name)))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ValueError(f"{self._path(name)} is damaged ({error}); choose another folder.") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{self._path(name)} is damaged: it holds no object; choose another folder.")
-        return content
+class OutputFolder(AnyFolder):
+    """Where the shards of a run go: an [`AnyFolder`]."""
 
     def _found(self) -> dict[str, tuple[int, int]]:
         """Names of the shards that are there, with number and total."""
         try:
             self._filesystem.invalidate_cache()
-            listed = self._filesystem.ls(self._path(DATA_FOLDER), detail=False)
+            listed = self._filesystem.ls(self.path(DATA_FOLDER), detail=False)
         except FileNotFoundError:
             return {}
         matches = ((path, _SHARD.fullmatch(path.rsplit("/", 1)[-1])) for path in listed)
@@ -105,7 +50,7 @@ class OutputFolder:
             ValueError: The folder holds results of other settings, or shards of no known run.
         """
         if not resume:
-            for path in (*self._found(), self._path(SUMMARY_FILE), self._path(RUN_FILE)):
+            for path in (*self._found(), self.path(SUMMARY_FILE), self.path(RUN_FILE)):
                 with suppress(FileNotFoundError):
                     self._filesystem.rm_file(path)
         settings = json.loads(json.dumps(settings))
@@ -128,13 +73,13 @@ class OutputFolder:
         Raises:
             FileExistsError: There is one.
         """
-        if self._local is None:
+        if self.local is None:
             yield
             return
-        self._local.mkdir(parents=True, exist_ok=True)
+        self.local.mkdir(parents=True, exist_ok=True)
         name = f".share-{share[0]}-of-{share[1]}.lock"
         refusal = f"another process is writing into {self.target}; wait for it, or choose another folder."
-        with alone_with(self._local / name, refusal):
+        with alone_with(self.local / name, refusal):
             yield
 
     def counts(self, numbers: Sequence[int]) -> dict[str, Any]:

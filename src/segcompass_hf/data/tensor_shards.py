@@ -8,20 +8,29 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from transformers.utils import logging
 
-from ..files import PART_SUFFIX, free_space, read_json_object, whole_file, write_whole
+from ..files import PART_SUFFIX, free_space, whole_file
+from .folders import AnyFolder
 
 logger = logging.get_logger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PREFIX, SUFFIX = "shard-", ".safetensors"
+STORED_DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I8": torch.int8,
+    "I64": torch.int64,
+}
+PREFIX, SUFFIX, INDEX = "shard-", ".safetensors", "index.json"
 ABANDONED_AFTER = 24 * 3600  # seconds; an unfinished file that old has no writer any more
 
 
@@ -177,13 +186,14 @@ class TensorShards:
 
 
 class NumberedShards:
-    """Shards in an order, in a folder with an index: one process writes them one after another and goes on later.
+    """Shards in an order, with an index, in a folder or behind a URL; whoever writes them goes on later.
 
     The folder holds `shard-00000.safetensors` and so on, and `index.json`. A shard is written before the index that
     names it: whenever the process dies, the index names whole shards only.
 
     Args:
-        folder (`Path`): Where; made when the first shard is written.
+        folder (`str` or `os.PathLike`): Path, or URL of whatever fsspec reads and writes; made when the first shard is
+            written.
         key (`dict`): What the tensors depend on.
         **index: What the index of an empty folder says beside `key` and `shards`.
 
@@ -191,45 +201,120 @@ class NumberedShards:
         ValueError: The folder was filled under another key; says what differs.
     """
 
-    def __init__(self, folder: Path, key: dict[str, Any], **index: Any):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, key: dict[str, Any], **index: Any):
+        self.folder = AnyFolder(folder)
         key = json.loads(json.dumps(key))  # as it comes back from the index
         self.index = {"key": key, "shards": [], **index}
-        if self._index_path.is_file():
-            remedy = f"delete the folder {self.folder}, or give another one"
-            found = read_json_object(self._index_path, remedy)
+        self._headers: dict[str, tuple[dict[str, Any], int]] = {}
+        remedy = f"delete the folder {self.folder.target}, or give another one"
+        found = self.folder.read_json(INDEX, remedy)
+        if found is not None:
             wrong = [name for name, value in self.index.items() if not isinstance(found.get(name), type(value))]
             if wrong or not all(isinstance(shard, dict) and "file" in shard for shard in found["shards"]):
-                raise ValueError(f"{self._index_path} is damaged ({', '.join(wrong) or 'shards'}); {remedy}.")
+                raise ValueError(
+                    f"{self.folder.path(INDEX)} is damaged ({', '.join(wrong) or 'shards'}), or was written by "
+                    f"another version; {remedy}."
+                )
             self._check_key(key, found["key"])
             self.index = found
-
-    @property
-    def _index_path(self) -> Path:
-        return self.folder / "index.json"
 
     def _check_key(self, key: dict[str, Any], found: dict[str, Any]) -> None:
         other = [name for name in {**key, **found} if key.get(name) != found.get(name)]
         if other:
             shown = "; ".join(f"{name} is {found.get(name)!r} there and {key.get(name)!r} here" for name in other)
             raise ValueError(
-                f"the cache {self.folder} was made for something else: {shown}. Delete the folder or give another one."
+                f"the cache {self.folder.target} was made for something else: {shown}. Delete the folder or give "
+                "another one."
             )
 
+    def write(self, number: int, tensors: dict[str, torch.Tensor]) -> str:
+        """Write a shard that the index does not name yet, and return the name of its file.
+
+        Raises:
+            OSError: There is not enough space, or the file cannot be written.
+        """
+        file = f"{PREFIX}{number:05d}{SUFFIX}"
+        if self.folder.local is not None:
+            write_shard(self.folder.local / file, tensors)
+        else:
+            self.folder.write(file, save(tensors))
+        return file
+
+    def name(self, entries: list[dict[str, Any]], **index: Any) -> None:
+        """Name written shards in the index, and what it says of the whole.
+
+        Args:
+            entries (`list[dict]`): `file`, from [`~NumberedShards.write`], and whatever is to be said of a shard.
+            **index: What else changes.
+
+        Raises:
+            OSError: The index cannot be written.
+        """
+        self.index["shards"].extend(entries)
+        self.index |= index
+        self.folder.write(INDEX, json.dumps(self.index, indent=1).encode(), durable=False)
+
     def append(self, tensors: dict[str, torch.Tensor] | None, entry: dict[str, Any], **index: Any) -> None:
-        """Write a shard and what the index says of it and of the whole; without tensors the index alone.
+        """Write the next shard and name it; without tensors the index alone changes.
 
         Raises:
             OSError: There is not enough space, or a file cannot be written.
         """
-        if tensors is not None:
-            file = f"{PREFIX}{len(self.index['shards']):05d}{SUFFIX}"
-            write_shard(self.folder / file, tensors)
-            self.index["shards"].append({"file": file, **entry})
-        self.index |= index
-        write_whole(self._index_path, json.dumps(self.index, indent=1))
+        files = [] if tensors is None else [self.write(len(self.index["shards"]), tensors)]
+        self.name([{"file": file, **entry} for file in files], **index)
 
-    def read(self, shard: dict[str, Any], start: int = 0) -> dict[str, torch.Tensor]:
-        """The tensors of an entry of `index["shards"]`, from row `start` on; only those bytes are read."""
-        with safe_open(self.folder / shard["file"], framework="pt") as tensors:
-            return {name: tensors.get_slice(name)[start:] for name in tensors.keys()}  # noqa: SIM118 - no mapping
+    def read(
+        self, shard: dict[str, Any], start: int = 0, stop: int | None = None, names: Collection[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Rows `start` to `stop` of the tensors of an entry of `index["shards"]`; only those bytes are read.
+
+        Args:
+            names (`Collection[str]`, *optional*): Of the tensors that are wanted; all when left out.
+
+        Raises:
+            ValueError: The shard that the index names is not there, or is no whole one.
+        """
+        file = shard["file"]
+        try:
+            with self.folder.open(file) as stream:
+                header, first_byte = self._header(file, stream)
+                names = header.keys() - {"__metadata__"} if names is None else names
+                return {name: _read_rows(stream, header[name], first_byte, start, stop) for name in names}
+        except (FileNotFoundError, ValueError, KeyError, EOFError) as error:
+            raise ValueError(
+                f"{self.folder.path(file)}, which the index names, cannot be read ({type(error).__name__}: {error}); "
+                f"delete the folder {self.folder.target}, or give another one."
+            ) from error
+
+    def num_rows(self, shard: dict[str, Any], name: str) -> int:
+        """Rows of a tensor of a shard, by the shard itself."""
+        self.read(shard, 0, 0, [name])
+        return self._headers[shard["file"]][0][name]["shape"][0]
+
+    def _header(self, file: str, stream: BinaryIO) -> tuple[dict[str, Any], int]:
+        """What a safetensors file says of its tensors, and where the first byte of them is."""
+        if file not in self._headers:
+            length = int.from_bytes(stream.read(8), "little")
+            self._headers[file] = json.loads(stream.read(length)), 8 + length
+        return self._headers[file]
+
+
+def _read_rows(
+    stream: BinaryIO, tensor: dict[str, Any], first_byte: int, start: int, stop: int | None
+) -> torch.Tensor:
+    """Rows of a tensor of a safetensors file, by its entry in the header."""
+    num_rows, *row = tensor["shape"]
+    start, stop, _ = slice(start, stop).indices(num_rows)
+    rows = torch.empty(max(0, stop - start), *row, dtype=STORED_DTYPES[tensor["dtype"]])
+    if rows.numel():
+        stream.seek(first_byte + tensor["data_offsets"][0] + start * rows[0].nbytes)
+        room = memoryview(rows.view(-1).view(torch.uint8).numpy())
+        while room:
+            count = stream.readinto(room)
+            if not count:
+                raise EOFError(f"{len(room):,} bytes are missing")
+            room = room[count:]
+    return rows
+
+
+__all__ = ["NumberedShards", "TensorShards", "check_dtype", "gib", "write_shard"]

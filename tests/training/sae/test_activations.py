@@ -1,8 +1,11 @@
 """Harvesting: which tokens of which rows, in which order, in how much memory; and the cache on disk."""
 
+import gc
 import itertools
 import json
 import shutil
+import threading
+import time
 
 import pytest
 import torch
@@ -12,13 +15,10 @@ from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_parts, tiny_processor
 
 from segcompass_hf.locks import alone_with
-from segcompass_hf.training.sae.activations import (
-    ActivationBuffer,
-    HarvestedTokens,
-    TokenStates,
-    layer_states,
-)
-from segcompass_hf.training.sae.cache import ActivationCache, cache_bytes, cache_key, estimate_tokens
+from segcompass_hf.training.sae.activations import HarvestedTokens, TokenStates, layer_states
+from segcompass_hf.training.sae.buffer import ActivationBuffer
+from segcompass_hf.training.sae.cache import ActivationCache
+from segcompass_hf.training.sae.cache_filling import cache_bytes, cache_key, estimate_tokens
 from segcompass_hf.training.sae.rows import RowEncoder, RowStream, UnreadableRow
 
 
@@ -310,10 +310,77 @@ class TestActivationBuffer:
         assert torch.equal(batch["modality_ids"], batch["hidden_states"][:, 0].long() % 2)
 
     def test_the_order_is_that_of_seed_and_block(self):
-        orders = [self.served(ActivationBuffer(FakeSource(), 6, 6, seed), 2) for seed in (0, 0, 1)]
+        orders = [self.served(ActivationBuffer(FakeSource(), 2, 20, seed), 20) for seed in (0, 0, 1)]
         assert orders[0] == orders[1] != orders[2]
-        first, second = orders[0]
-        assert [x + 6 for x in first] != second
+        first, second = orders[0][:10], orders[0][10:]
+        assert [[x + 20 for x in batch] for batch in first] != second
+
+    def test_a_batch_has_one_token_of_each_run(self):
+        batches = self.served(ActivationBuffer(FakeSource(), 3, 12), 8)
+        for number, batch in enumerate(batches):  # three runs of 4 tokens in a block of 12
+            assert [x // 4 for x in batch] == [3 * (number // 4) + run for run in range(3)]
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_parts_of_a_batch_are_together_that_of_one_process(self, count):
+        class Part(FakeSource):
+            """Tokens that count up; blocks of 24, of which each process has one of `count` parts."""
+
+            def __init__(self, rank, count):
+                self.rank, self.tokens, self.step = rank, 24 // count, 24
+
+            def batches(self, place):
+                for block in itertools.count():
+                    first = block * self.step + self.rank * self.tokens
+                    values = torch.arange(first, first + self.tokens)
+                    yield (0, first), TokenStates(values[:, None].float(), (values % 2).to(torch.int8))
+
+        whole = self.served(ActivationBuffer(Part(0, 1), 8, 24, 7), 6)
+        parts = [
+            self.served(ActivationBuffer(Part(rank, count), 8 // count, 24 // count, 7, rank, count), 6)
+            for rank in range(count)
+        ]
+        assert [sum(together, []) for together in zip(*parts, strict=True)] == whole
+
+    def test_harvest_goes_on_while_batches_are_served(self):
+        harvested = []
+
+        class Noting(FakeSource):
+            def batches(self, place):
+                for item in super().batches(place):
+                    harvested.append(int(item[1].states[-1]))
+                    yield item
+
+        buffer = ActivationBuffer(Noting(), 3, 12)
+        self.served(buffer, 3)  # of four: the last batch of the block is not asked for
+        until = time.monotonic() + 20
+        while harvested[-1] < 20 and time.monotonic() < until:  # 12 and the 9 that there is room for: 0 to 20
+            time.sleep(0.01)
+        assert harvested[-1] in (20, 22)  # a batch that does not fit waits
+        buffer.close()
+
+    def test_what_goes_wrong_in_the_thread_is_raised_here(self):
+        class Broken(FakeSource):
+            def batches(self, place):
+                yield from itertools.islice(super().batches(place), 3)
+                raise OSError("the disk is gone")
+
+        buffer = ActivationBuffer(Broken(), 3, 6)
+        self.served(buffer, 2)
+        for _ in range(2):
+            with pytest.raises(OSError, match="the disk is gone"):
+                buffer.next_batch()
+
+    def test_no_thread_is_left(self):
+        def harvesting():
+            return [thread for thread in threading.enumerate() if thread.name == "sae-harvest"]
+
+        buffer = ActivationBuffer(FakeSource(), 3, 6)
+        first = self.served(buffer, 1)
+        buffer.close()
+        assert not harvesting() and self.served(buffer, 1) != first  # it goes on where it was
+        del buffer
+        gc.collect()
+        assert not harvesting()
 
     @pytest.mark.parametrize("stop", range(1, 9))
     def test_resuming_anywhere_serves_the_rest(self, stop):
@@ -327,19 +394,17 @@ class TestActivationBuffer:
         assert self.served(resumed, 12 - stop) == whole[stop:]
 
     def test_memory_is_bounded(self, llava, processor):
-        """What the buffer holds: one block, and less than a harvested batch; not the batches it was filled from."""
+        """What the buffer holds: room for one block, whatever it has served; the thread holds a harvested batch."""
         source = HarvestedTokens(harvester(llava, processor), RowStream(rows(6), seed=0), rows_per_batch=2)
-        largest = max(len(batch) for _, batch in itertools.islice(source.batches((0, 0)), 3))
         buffer = ActivationBuffer(source, batch_tokens=16, block_tokens=64)
-        for step in range(11):
-            buffer.next_batch()
-            if step % 4 == 3:
-                assert buffer._block is None  # used up
-                continue
-            rest = buffer._rest[2]
-            held = buffer._block.states.untyped_storage().nbytes() + rest.states.untyped_storage().nbytes()
-            assert held <= (64 + largest) * 32 * 4
-            assert buffer._block.states.shape == (64, 32)
+        rooms = set()
+        for _ in range(11):
+            batch = buffer.next_batch()
+            assert batch["hidden_states"].untyped_storage().nbytes() == 16 * 32 * 4
+            room = buffer._filler.room
+            assert room.states.untyped_storage().nbytes() == 64 * 32 * 4
+            rooms.add(room.states.data_ptr())
+        assert len(rooms) == 1
 
 
 class TestCache:
@@ -471,7 +536,7 @@ class TestCache:
         key = cache_key(source)
         ActivationCache(tmp_path, key).fill(source, d_in=32)
         other_layer = HarvestedTokens(harvester(source.harvester, processor, 3), source.stream, 2)
-        with pytest.raises(ValueError, match="layer is 2 there and 3 here"):
+        with pytest.raises(ValueError, match="holds the states of layer 2, and those of layer 3 are wanted. Delete"):
             ActivationCache(tmp_path, cache_key(other_layer))
         other_rows = HarvestedTokens(source.harvester, RowStream(rows(10)[1:], seed=0), 2)
         with pytest.raises(ValueError, match="first_row is"):
@@ -507,7 +572,7 @@ class TestCache:
         assert key(changed)["dataset"] != before["dataset"]
 
     def test_the_size_is_announced_and_checked(self, source, tmp_path, monkeypatch):
-        from segcompass_hf.training.sae import cache as sae_cache
+        from segcompass_hf.training.sae import cache_filling as sae_cache
 
         announced = []
         monkeypatch.setattr(sae_cache.logger, "warning", announced.append)
@@ -536,13 +601,13 @@ class _Counting:
     """A harvester that notes its calls, dies at the `stop`-th, or answers with `call`."""
 
     def __init__(self, harvester, ran, stop=None, call=None):
-        self.harvester, self.ran, self.stop, self.call = harvester, ran, stop, call or harvester
+        self.harvester, self.ran, self.stop, self.call = harvester, ran, stop, call
 
-    def __call__(self, rows):
+    def of_layers(self, rows, layers):
         self.ran.append(len(rows))
         if len(self.ran) == self.stop:
             raise KeyboardInterrupt
-        return self.call(rows)
+        return self.harvester.of_layers(rows, layers) if self.call is None else [self.call(rows) for _ in layers]
 
     def __getattr__(self, name):
         return getattr(self.harvester, name)

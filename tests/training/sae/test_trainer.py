@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
-from segcompass_hf.training.sae import cache, metrics, upkeep
+from segcompass_hf.training.sae import cache_filling, metrics, upkeep
 from segcompass_hf.training.sae.activations import ActivationHarvester
 from segcompass_hf.training.sae.config import SaeTrainingConfig
 from segcompass_hf.training.sae.metrics import SaeEvaluation, StateErrors, density_histogram, density_shares
@@ -77,7 +77,7 @@ class TestDeadFeatureLoss:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("module", [metrics, upkeep, cache])
+    @pytest.mark.parametrize("module", [metrics, upkeep, cache_filling])
     def test_examples(self, module):
         results = doctest.testmod(module, extraglobs={"torch": torch})
         assert results.attempted and not results.failed
@@ -286,8 +286,10 @@ class TestConfig:
         from transformers import HfArgumentParser
 
         words = f"--output_dir {tmp_path} --architecture batchtopk --k 8 --sae_layer 3 --unreadable_rows error"
+        words += " --cache_layers 1 3"
         (args,) = HfArgumentParser(SaeTrainingConfig).parse_args_into_dataclasses(words.split())
         assert (args.architecture, args.k, args.sae_layer, args.unreadable_rows) == ("batchtopk", 8, 3, "error")
+        assert args.cache_layers == [1, 3]
 
 
 class TestTraining:
@@ -612,6 +614,16 @@ class TestResume:
             torch.equal(value, cached.model.state_dict()[name]) for name, value in harvested.model.state_dict().items()
         )
 
+    def test_one_cache_for_saes_of_several_layers(self, model, processor, tmp_path, monkeypatch):
+        cache = {"cache_dir": str(tmp_path / "cache"), "cache_dtype": "float32", "max_steps": 3}
+        first = self.run(model, processor, tmp_path / "2", cache_layers=[1, 3], **cache)
+        alone = self.run(model, processor, tmp_path / "3 alone", sae_layer=3, max_steps=3)
+        monkeypatch.setattr(ActivationHarvester, "of_layers", None)  # no further pass through the VLM
+        other = self.run(model, processor, tmp_path / "3", sae_layer=3, **cache)
+        assert first.buffer.source.cache.index["layers"] == [1, 2, 3] and other.model.config.layer == 3
+        for name, value in alone.model.state_dict().items():
+            assert torch.equal(other.model.state_dict()[name], value)
+
     def test_another_number_of_processes_is_refused(self, model, processor, tmp_path):
         self.run(model, processor, tmp_path, stop=5)
         state = tmp_path / "checkpoint-5" / "loop_state_0.pt"
@@ -672,6 +684,66 @@ class TestTwoProcesses:
             tmp_path / "run", architecture, resume=str(tmp_path / "run" / "checkpoint-5"), **saving
         )
         assert all(torch.equal(value, first["weights"][name]) for name, value in again["weights"].items())
+
+
+ANY_NUMBER = """
+import os, sys, torch
+sys.path[:0] = {paths!r}
+from sae import rows, settings
+from tiny import tiny_model, tiny_processor
+from segcompass_hf.evaluation.processes import Processes
+from segcompass_hf.training.sae.trainer import SaeTrainer
+
+count = int(os.environ["WORLD_SIZE"])
+for name, overrides in {runs!r}.items():
+    folder = os.path.join({folder!r}, name)
+    sizes = dict(per_device_train_batch_size=48 // count, buffer_tokens=96 // count)
+    overrides["cache_dir"] = os.path.join(folder, "cache")
+    args = settings(os.path.join(folder, f"run-{{count}}"), **sizes, **overrides)
+    assert args.world_size == count
+    trainer = SaeTrainer(tiny_model("llava"), args, rows(12), None, tiny_processor("llava"))
+    if args.resample_every:
+        trainer.model.b_enc.data[5:9] = -1e3  # never fire
+    trainer.train()
+    held = dict(weights=trainer.model.state_dict(), silent=trainer.firing.silent_tokens,
+                resampled=[line.get("resampled_features") for line in trainer.state.log_history if "loss" in line])
+    torch.save(held, os.path.join(folder, f"{{count}}-rank{{args.process_index}}.pt"))
+Processes.current().finish()
+"""
+
+ANY_NUMBER_RUNS = {
+    "resampled": {"resample_every": 3, "resample_until": 1.0, "dead_after_tokens": 120, "l1_coefficient": 2.0},
+    "batchtopk": {"architecture": "batchtopk", "apply_b_dec_to_input": True},
+    "topk": {"architecture": "topk", "d_sae": 256, "gradient_accumulation_steps": 2},  # enough features to be sparse
+    "gated": {"architecture": "gated", "normalize_activations": "per_modality"},
+    "jumprelu": {"architecture": "jumprelu", "k": 4},
+}
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_sae_of_one_cache(tmp_path):
+    """Of one, two and four; two of them fill the cache."""
+    for overrides in ANY_NUMBER_RUNS.values():
+        overrides |= {"cache_dtype": "float32", "validation_share": 0.0}
+    for name in ANY_NUMBER_RUNS:
+        (tmp_path / name).mkdir()
+    script = tmp_path / "script.py"
+    words = {"paths": [str(SUPPORT), str(ROOT / "src")], "folder": str(tmp_path), "runs": ANY_NUMBER_RUNS}
+    script.write_text(ANY_NUMBER.format(**words))
+    for count in (2, 1, 4):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        done = subprocess.run([*command, str(script)], capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ANY_NUMBER_RUNS:
+        one = torch.load(tmp_path / name / "1-rank0.pt", weights_only=True)
+        if name == "resampled":
+            assert sum(one["resampled"]) >= 4
+        for count in (2, 4):
+            for rank in range(count):
+                other = torch.load(tmp_path / name / f"{count}-rank{rank}.pt", weights_only=True)
+                for key, value in one["weights"].items():
+                    torch.testing.assert_close(other["weights"][key], value, atol=1e-5, rtol=0, msg=f"{name} {key}")
+                assert torch.equal(other["silent"], one["silent"]) and other["resampled"] == one["resampled"]
 
 
 def test_the_example_goes_on_from_the_last_whole_checkpoint(monkeypatch, tmp_path):

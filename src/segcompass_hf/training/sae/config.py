@@ -49,7 +49,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
             next, which costs their pass through the VLM.
         train_tokens (`int`, *optional*): Tokens to train on.
         buffer_tokens (`int`, defaults to 262144): Tokens mixed in memory, per process: times `d_in` times the bytes of
-            the VLM's dtype (2 GiB for 4,096 in bfloat16).
+            the VLM's dtype, or of the cache's (2 GiB for 4,096 in bfloat16).
         rows_per_batch (`int`, defaults to 8): Rows of one pass through the VLM.
         max_length (`int`, *optional*): Tokens of a row at most, see [`RowEncoder`].
         shuffle_rows (`bool`, defaults to `True`): Shuffle a map-style data set in every epoch.
@@ -58,10 +58,13 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
         validation_share (`float`, defaults to 0.05): Every `1 / share`-th row is held out when there is no evaluation
             set; 0 for none. Rows of one image may fall on both sides.
         max_eval_rows (`int`, *optional*, defaults to 256): Rows of an evaluation at most, per process.
-        cache_dir (`str`, *optional*): Keep one pass's activations there and train on them; each process has its own
-            subfolder.
+        cache_dir (`str`, *optional*): Keep one pass's activations there, in a folder or behind a URL that fsspec
+            writes, and train on them. The same SAE comes of any number of processes that divides batch and buffer.
         cache_dtype (`str`, defaults to `"bfloat16"`): `bfloat16`, `float16` or `float32`.
-        cache_max_tokens (`int`, *optional*): Tokens to cache per process; needed for a stream without a length.
+        cache_max_tokens (`int`, *optional*): Tokens to cache, of all processes, to the end of a shard; needed for a
+            stream without a length.
+        cache_layers (`list[int]`, *optional*): Layers whose states a new cache keeps out of the same passes, so that
+            runs with another `sae_layer` find theirs; the trained layer is one of them in any case.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "AdamW's."})
@@ -109,11 +112,12 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
     drop_first_token: bool = field(default=True, metadata={"help": "Leave the attention sink out."})
     validation_share: float = field(default=0.05, metadata={"help": "Rows held out when there is no evaluation set."})
     max_eval_rows: int | None = field(default=256, metadata={"help": "Rows of an evaluation at most, per process."})
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder of cached activations."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder or URL of cached activations."})
     cache_dtype: Literal["bfloat16", "float16", "float32"] = field(
         default="bfloat16", metadata={"help": "Of the cached activations."}
     )
-    cache_max_tokens: int | None = field(default=None, metadata={"help": "Tokens to cache, per process."})
+    cache_max_tokens: int | None = field(default=None, metadata={"help": "Tokens to cache, of all processes."})
+    cache_layers: list[int] | None = field(default=None, metadata={"help": "Layers that a new cache keeps."})
 
     def __post_init__(self):
         super().__post_init__()

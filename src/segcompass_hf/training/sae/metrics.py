@@ -123,6 +123,13 @@ def evaluate_rows(
         harvester ([`ActivationHarvester`]): Its VLM, layer and choice of tokens.
         rows (`list`): Rows with their index.
     """
+    with harvester.lock:
+        _evaluate_rows(evaluation, sae, harvester, rows)
+
+
+def _evaluate_rows(
+    evaluation: SaeEvaluation, sae: SegCompassSae, harvester: ActivationHarvester, rows: list[tuple[int, dict]]
+) -> None:
     inputs = harvester.encode(rows)
     if inputs is None:
         return

@@ -91,7 +91,8 @@ class PairBuffer:
         for _ in range(0, self.block_rows, self.rows_per_batch):
             taken = list(itertools.islice(rows, self.rows_per_batch))
             block.end = taken[-1][0]
-            self._add(block, [row for _, row in taken])
+            with self.harvester.lock:
+                self._add(block, [row for _, row in taken])
         if not block.pairs:
             raise ValueError(
                 f"none of {self.block_rows} rows has a name with a word and a patch to pair; pair losses need rows in "

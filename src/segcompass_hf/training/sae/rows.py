@@ -12,17 +12,20 @@ from ...data.readable_rows import UnreadableLog, keep_images_encoded
 from ...data.vlm_texts import TextsWithImages
 from ...images_segcompass import to_rgb_image
 
+MAX_SECTIONS = 16  # of a stream of files; one process reads all of them at once where it fills a cache
+
 
 class RowStream:
     """The rows of one process, epoch after epoch.
 
     A map-style data set is shuffled anew in every epoch, from `(seed, epoch)`; an iterable one comes in its own order
-    and is told the epoch (`set_epoch`) where it can be: the order must follow from the epoch alone. Of the rows that
-    are not held out, process `rank` of `world_size` gets every `world_size`-th, and an epoch drops what is left over,
-    so that all processes have the same number of rows.
+    and is told the epoch (`set_epoch`) where it can be: the order must follow from the epoch alone.
 
-    Every process reads a whole stream and keeps its own rows; what it takes up again it reads past. Beside a VLM's
-    passes both cost little.
+    A `datasets.IterableDataset` of several files is read in sections, each some of the files, and every other data set
+    as one section. A process reads sections of its own. Where there are fewer than processes, those that share one
+    read it in turns, row by row, and what is left over of an epoch is dropped, so that all have the same number of
+    rows; the others' rows are read past. Sections, and which rows are held out, do not depend on the number of
+    processes.
 
     Args:
         dataset: Map-style (`len` and indices) or iterable, such as `datasets.Dataset` and `IterableDataset`.
@@ -44,9 +47,11 @@ class RowStream:
         self.dataset = keep_images_encoded(dataset)
         self.hold_out_every, self.part, self.seed = hold_out_every, part, seed
         self.rank, self.world_size = rank, world_size
+        num_files = getattr(dataset, "num_shards", 1) if hasattr(dataset, "shard") and not self.is_map_style else 1
+        self.num_sections = min(MAX_SECTIONS, num_files)
         if self.is_map_style and not self.rows_per_epoch:
             raise ValueError(
-                f"the data set of {len(dataset)} rows has {self._num_chosen()} rows to read, fewer than the "
+                f"the data set of {len(dataset)} rows has {self.num_rows} rows to read, fewer than the "
                 f"{world_size} processes; every process needs at least one."
             )
 
@@ -55,40 +60,64 @@ class RowStream:
         return hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")
 
     @property
+    def num_rows(self) -> int | None:
+        """Rows of all processes in one epoch, where the data set has a length."""
+        if not self.is_map_style:
+            return None
+        length = len(self.dataset)
+        held_out = 0 if self.hold_out_every is None else length // self.hold_out_every
+        return held_out if self.part == "held_out" else length - held_out
+
+    @property
     def rows_per_epoch(self) -> int | None:
         """Rows of one process in one epoch, where the data set has a length; asked for at every step."""
-        return self._num_chosen() // self.world_size if self.is_map_style else None
+        return self.num_rows // self.world_size if self.is_map_style else None
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[int, dict]]:
         """This process's rows of an epoch from its `start`-th on, each with its index in the data set."""
+        sections = range(self.rank % self.num_sections, self.num_sections, self.world_size)
+        sharing = range(sections[0], self.world_size, self.num_sections)  # processes that read the same section
+        turn = self.rank // self.num_sections
         if self.is_map_style:
-            indices = torch.arange(len(self.dataset))
-            indices = indices[self._is_chosen(indices)]
-            if self.seed is not None:
-                generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-                indices = indices[torch.randperm(len(indices), generator=generator)]
-            for index in indices[self.rank :: self.world_size][start : self.rows_per_epoch].tolist():
-                yield index, self.dataset[index]
+            yield from self._table_rows(epoch, slice(turn, None, len(sharing)), slice(start, self.rows_per_epoch))
+            return
+        chosen = itertools.chain.from_iterable(self.section_rows(section, epoch) for section in sections)
+        # whole rounds only: a process that had a row more than the others would run ahead of them
+        rounds = iter(lambda: list(itertools.islice(chosen, len(sharing))), [])
+        for taken in itertools.islice(rounds, start, None):
+            if len(taken) == len(sharing):
+                yield taken[turn]
+
+    def section_rows(
+        self, section: int, epoch: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[int, dict]]:
+        """Rows of a section from the `start`-th to the `stop`-th, whichever process reads them; as `rows` has them."""
+        if self.is_map_style:
+            yield from self._table_rows(epoch, slice(None), slice(start, stop))
             return
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        chosen = (item for item in enumerate(self.dataset) if self._is_chosen(item[0]))
-        # whole rounds only: a process that had a row more than the others would run ahead of them
-        rounds = iter(lambda: list(itertools.islice(chosen, self.world_size)), [])
-        for taken in itertools.islice(rounds, start, None):
-            if len(taken) == self.world_size:
-                yield taken[self.rank]
+        files = self.dataset if self.num_sections == 1 else self.dataset.shard(self.num_sections, section)
+        # every section holds rows out, each at other places, so that short ones together do too
+        offset = section * (self.hold_out_every or 0) // self.num_sections
+        chosen = ((place, row) for place, row in enumerate(files) if self._is_chosen(place + offset))
+        for place, row in itertools.islice(chosen, start, stop):
+            yield place * self.num_sections + section, row
+
+    def _table_rows(self, epoch: int, turns: slice, wanted: slice) -> Iterator[tuple[int, dict]]:
+        indices = torch.arange(len(self.dataset))
+        indices = indices[self._is_chosen(indices)]
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            indices = indices[torch.randperm(len(indices), generator=generator)]
+        for index in indices[turns][wanted].tolist():
+            yield index, self.dataset[index]
 
     def _is_chosen(self, index: Any) -> Any:
         """Whether a row is read, for an index or a tensor of them."""
         if self.hold_out_every is None:
             return (index >= 0) == (self.part == "train")
         return ((index + 1) % self.hold_out_every == 0) == (self.part == "held_out")
-
-    def _num_chosen(self) -> int:
-        length = len(self.dataset)
-        held_out = 0 if self.hold_out_every is None else length // self.hold_out_every
-        return held_out if self.part == "held_out" else length - held_out
 
 
 def held_out_every(dataset: Any, every: int, processes: int) -> int:

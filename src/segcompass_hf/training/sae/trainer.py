@@ -20,8 +20,10 @@ from ...token_places import Name, target_names
 from ..inputs import load_model, load_processor
 from ..loop.means import MetricMeans
 from ..loop.resume import RobustTrainerMixin
-from .activations import ActivationBuffer, ActivationHarvester, HarvestedTokens
-from .cache import ActivationCache, cache_key, estimate_tokens
+from .activations import ActivationHarvester, HarvestedTokens
+from .buffer import ActivationBuffer, whole_batches
+from .cache import ActivationCache, CacheShare
+from .cache_filling import cache_key, estimate_tokens
 from .config import SaeTrainingConfig
 from .metrics import SaeEvaluation, density_histogram, density_shares, evaluate_rows
 from .pair_buffer import PairBuffer
@@ -108,7 +110,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         self.vlm = frozen(vlm, args.device)
         log = UnreadableLog(self._unreadable_file(), "rows")
         encoder = RowEncoder(processing_class, args.max_length, args.unreadable_rows, log)
-        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token)
+        lock = getattr(model, "call_lock", None)
+        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token, lock)
         self._make_streams(train_dataset, eval_dataset)
         self.buffer: ActivationBuffer | None = None  # made when training begins
         self.pairs = self._pair_buffer(names) if args.pair_loss != "none" else None
@@ -152,17 +155,18 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     def get_train_dataloader(self) -> ActivationBuffer:
         """An endless iterator of batches of tokens, which knows its place."""
-        args = self.args
-        source = self.source if args.cache_dir is None else self._filled_cache()
-        self.buffer = ActivationBuffer(source, self._train_batch_size, args.buffer_tokens, args.seed)
+        args, rank = self.args, {"rank": self.args.process_index, "world_size": self.args.world_size}
+        source, batch_tokens = self.source, self._train_batch_size
+        if args.cache_dir is not None:
+            block_tokens = whole_batches(args.buffer_tokens, batch_tokens)
+            source = CacheShare(self._filled_cache(), **rank, block_tokens=block_tokens)
+        self.buffer = ActivationBuffer(source, batch_tokens, args.buffer_tokens, args.seed, **rank)
         return self.buffer
 
     def _filled_cache(self) -> ActivationCache:
-        args = self.args
-        folder = os.path.join(args.cache_dir, f"process-{args.process_index}")
-        cache = ActivationCache(folder, cache_key(self.source), args.cache_dtype)
+        args, key = self.args, cache_key(self.source)
+        cache = ActivationCache(args.cache_dir, key, args.cache_dtype, layers=args.cache_layers or ())
         cache.fill(self.source, self.model.config.d_in, args.cache_max_tokens)
-        self.accelerator.wait_for_everyone()
         return cache
 
     def set_initial_training_values(self, args, dataloader):
@@ -178,34 +182,30 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         """Passes over the data up to the current block; whole ones where the length is unknown."""
         epoch, start = self.buffer.place
         source = self.buffer.source
-        length = source.num_tokens if isinstance(source, ActivationCache) else source.stream.rows_per_epoch
+        length = source.num_tokens if isinstance(source, CacheShare) else source.stream.rows_per_epoch
         return epoch + start / length if length else float(epoch)
 
     def _estimated_tokens(self) -> int:
         source = self.source if self.buffer is None else self.buffer.source
-        tokens = source.num_tokens if isinstance(source, ActivationCache) else estimate_tokens(source)
+        tokens = source.num_tokens if isinstance(source, CacheShare) else estimate_tokens(source)
         if tokens is None:
             raise ValueError("the data set is a stream without a length; set max_steps or train_tokens.")
-        if self.args.world_size > 1:
-            tokens = int(self.accelerator.reduce(torch.tensor(tokens, device=self.args.device), "sum"))
         return round(tokens * self.args.num_train_epochs)
 
     # Training
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         dead = self.firing.dead(self.args.dead_after_tokens)
-        output = model(inputs["hidden_states"], modality_ids=inputs["modality_ids"], dead_features=dead)
+        states, modality_ids = inputs["hidden_states"], inputs["modality_ids"]
+        output = model(states, modality_ids=modality_ids, dead_features=dead, output_feature_acts=False)
         sae = self.accelerator.unwrap_model(model)
-        if self.accelerator.num_processes > 1 and sae.config.architecture == "batchtopk":
-            # each process has followed its own batch
-            sae.topk_threshold.copy_(self.accelerator.reduce(sae.topk_threshold, "mean"))
         # The warm-up of the sparsity term takes part of it away again.
         loss = output.loss - (1 - self._l1_share()) * sae.config.l1_coefficient * output.sparsity_loss
         if self.pairs is not None:
             paired = pair_loss(sae, self.pairs.next_batch(), self.args.pair_loss, self.args.pair_k)
             loss = loss + self.args.pair_weight * paired
             self.means.add("pair_loss", paired.detach())
-        self.firing.add(output.feature_acts.detach(), self.accelerator)
+        self.firing.add_fired(output.fired, len(states), self.accelerator)
         self._report(sae, inputs, output)
         self.last_batch = inputs
         return (loss, output) if return_outputs else loss
@@ -220,7 +220,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         variance = (normalized - normalized.mean(0)).pow(2).sum()
         self.means.add("unexplained_variance", output.mse_loss.detach() * len(normalized), variance)
         self.means.add("mse", output.mse_loss)
-        self.means.add("l0", (output.feature_acts > 0).sum(), len(normalized))
+        self.means.add("l0", output.fired.sum(), len(normalized))
         if output.auxiliary_loss is not None:
             self.means.add("auxiliary_loss", output.auxiliary_loss)
 
@@ -247,8 +247,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     @torch.no_grad()
     def start_from_data(self) -> None:
-        """Fit a new SAE to the first block of the first process, or to the beginning of a large one."""
-        sae, block = self.accelerator.unwrap_model(self.model), self.buffer.block().take(slice(START_TOKENS))
+        """Fit a new SAE to the first block or its beginning: a cache's, or what the first process has harvested."""
+        sae, source = self.accelerator.unwrap_model(self.model), self.buffer.source
+        block = (source.first if isinstance(source, CacheShare) else self.buffer.block)(START_TOKENS)
         states, modality_ids = block.states.to(self.args.device), block.modality_ids.long().to(self.args.device)
         start_from_data_(sae, states, modality_ids, self.args)
         self._share_weights(sae)
@@ -259,7 +260,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         sae = self.accelerator.unwrap_model(self.model)
         generator = torch.Generator().manual_seed(_mix(self.args.seed, self.state.global_step))
         dead = self.firing.dead(self.args.dead_after_tokens)
-        states, modality_ids = self.last_batch["hidden_states"], self.last_batch["modality_ids"]
+        # of all processes, in the order in which one process would have had them
+        states, modality_ids = (self.accelerator.gather(self.last_batch[n]) for n in ("hidden_states", "modality_ids"))
         features = resample_dead_features_(sae, dead, states, modality_ids, self.optimizer, generator)
         self.firing.silent_tokens[features] = 0
         self.means.add("resampled_features", float(len(features)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ...modeling_sae import SegCompassSae
+from ...modeling_sae import SegCompassSae, smallest_kept
 
 logger = logging.get_logger(__name__)
 
@@ -36,7 +37,10 @@ class FiringCounts:
 
     def add(self, feature_acts: torch.Tensor, accelerator=None) -> None:
         """Count a batch `(tokens, d_sae)`, with `accelerator` those of all processes; all have as many tokens."""
-        fired, tokens = (feature_acts > 0).sum(0), feature_acts.shape[0]  # (d_sae,)
+        self.add_fired((feature_acts > 0).sum(0), feature_acts.shape[0], accelerator)
+
+    def add_fired(self, fired: torch.Tensor, tokens: int, accelerator=None) -> None:
+        """The same for a batch of so many tokens, from those that each feature fired on: `(d_sae,)`."""
         if accelerator is not None and accelerator.num_processes > 1:
             fired, tokens = accelerator.reduce(fired, "sum"), tokens * accelerator.num_processes
         self.silent_tokens = torch.where(fired > 0, 0, self.silent_tokens + tokens)
@@ -169,6 +173,20 @@ def _feature_rows(sae: SegCompassSae, features: torch.Tensor) -> Iterator[tuple[
     yield sae.b_enc, features
 
 
+@torch.no_grad()
+def smallest_kept_of_all(accelerator, activations: torch.Tensor, count: int, guess: torch.Tensor | float = 0.0):
+    """[`smallest_kept`] of the batches of all processes together; `count` is one process's share, equal in all.
+
+    Above the smallest of what the processes would keep alone lie at least as many as all keep: only those are sent.
+    """
+    own = smallest_kept(activations, count, guess)
+    if (activations >= own).sum() < count:  # not so many are positive: then all that are positive count
+        own = torch.zeros_like(own)
+    bound = accelerator.gather(own.reshape(1)).amin()
+    candidates = accelerator.pad_across_processes(activations[(activations >= bound) & (activations > 0)])  # with 0
+    return smallest_kept(accelerator.gather(candidates), count * accelerator.num_processes)
+
+
 class SaeUpkeep(TrainerCallback):
     """What happens around the optimiser's step of a [`SaeTrainer`]."""
 
@@ -176,6 +194,9 @@ class SaeUpkeep(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if args.world_size > 1:
+            sae = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            sae.smallest_kept = partial(smallest_kept_of_all, self.trainer.accelerator)
         if state.global_step == 0 and self.trainer.is_new_sae:
             self.trainer.start_from_data()
         elif state.global_step == 0 and self.trainer.unit_decoder:
@@ -188,6 +209,10 @@ class SaeUpkeep(TrainerCallback):
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.trainer.unit_decoder:
             set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer.buffer.close()
+        self.trainer.accelerator.unwrap_model(self.trainer.model).__dict__.pop("smallest_kept", None)
 
     def on_step_end(self, args, state, control, **kwargs):
         state.epoch = self.trainer.passes
