@@ -75,7 +75,7 @@ def _announce(cache: VisionCache, vlm: nn.Module, processor: Any, images: Differ
 
 @contextmanager
 def vision_read_once(vlm: nn.Module) -> Iterator[None]:
-    """Within, the vision encoder computes once for equal inputs; for passes in evaluation mode that differ above it."""
+    """Within, the vision encoder computes once for equal inputs: for passes, in evaluation mode, that differ above."""
     encoder = vision_encoder(vlm)
     if encoder is None:
         yield

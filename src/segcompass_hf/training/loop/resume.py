@@ -126,8 +126,8 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
       listed in `unreadable_rows.jsonl` in the output folder; so are rows that `check_text` refuses.
     - Batch norms normalise by their stored statistics, which stay as they are.
 
-    A subclass whose VLM reads images says so (`reads_images`), one with further state of its own extends `loop_state` and `load_loop_state`, one that reads the rows' texts
-    sets `check_text`.
+    A subclass whose VLM reads images says so (`reads_images`), one with further state of its own extends `loop_state`
+    and `load_loop_state`, one that reads the rows' texts sets `check_text`.
     """
 
     check_text: RowCheck | None = None
