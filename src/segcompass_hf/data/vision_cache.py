@@ -203,21 +203,21 @@ class VisionCache:
         counters, saved = tensor_counters(buffers), {name: buffer.clone() for name, buffer in buffers.items()}
         modes = [(module, module.training) for module in self.encoder.modules()]
         try:
-            output = self._run(inputs)
-            alone, beside = dict(leaves(output)), dict(leaves(self._run(inputs.beside_another())))
+            beside = self._run(inputs.beside_another())
             if any(not torch.equal(a, b) for a, b in zip(random, _random_states(inputs.device), strict=True)):
                 return None, "it draws random numbers in training (dropout)"
             if tensor_counters(buffers) != counters:
                 return None, "it changes its buffers in training"
             self.encoder.eval()
-            sizes = [*inputs.sizes, inputs.sizes[-1]]
-            if not _same(alone, dict(leaves(self._run(inputs)))):
-                return None, "it computes something else in training than in evaluation"
-            if any(not isinstance(leaf, torch.Tensor) for leaf in alone.values() if leaf is not None):
+            alone, sizes = self._run(inputs), [*inputs.sizes, inputs.sizes[-1]]
+            if any(not isinstance(leaf, torch.Tensor) for _, leaf in leaves(alone) if leaf is not None):
                 return None, "it hands out other things than tensors"
-            if not _same(alone, {n: _first(t, sizes) for n, t in beside.items()}):
-                return None, "its outputs are not those of single images, one after another"
-            return OutputLayout(output), None
+            if not _same(dict(leaves(alone)), {path: _first(leaf, sizes) for path, leaf in leaves(beside)}):
+                return (
+                    None,
+                    "what it makes of an image depends on other images or on training, or stands in no row",
+                )
+            return OutputLayout(alone), None
         finally:
             for module, training in modes:
                 module.training = training
