@@ -60,7 +60,7 @@ class TestOutputs:
     def test_only_what_is_read_is_computed_and_known_as_read(self):
         states = (torch.zeros(2, 1), torch.ones(2, 1))
         output = BaseModelOutputWithPooling(last_hidden_state=torch.full((2, 1), 2.0), hidden_states=states)
-        layout, computed = OutputLayout(output), []
+        layout, computed = OutputLayout(output, []), []
 
         def compute():
             computed.append(1)

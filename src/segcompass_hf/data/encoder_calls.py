@@ -176,16 +176,23 @@ def _computed(value: Any) -> Any:
 
 
 class OutputLayout:
-    """What a module hands out for one kind of call, and what of it is read.
+    """What a module hands out for one kind of call.
 
     Args:
         output: Of one call, of tensors and `None` in dicts and tuples; the tensors themselves are not kept.
+        read (`list[str]`): Places of tensors of which something was asked; added to.
     """
 
-    def __init__(self, output: Any):
+    def __init__(self, output: Any, read: list[str]):
+        self._read = read
         nothing = torch.empty(0, device="meta")  # `ModelOutput` leaves out what is None
         self.structure = rebuilt(output, lambda _, leaf: None if leaf is None else nothing)
-        self.read: list[str] = []  # places of tensors of which something was asked
+        self._paths = {path for path, leaf in leaves(output) if leaf is not None}
+
+    @property
+    def read(self) -> list[str]:
+        """Places of tensors that calls of this kind hand out and some call has been asked for."""
+        return [path for path in self._read if path in self._paths]
 
     def outputs(self, known: Mapping[str, torch.Tensor], compute: Callable[[], Any]) -> Any:
         """An output with tensors that are known; others are computed, all at once, if something is asked of one."""
@@ -195,8 +202,8 @@ class OutputLayout:
             return dict(leaves(compute()))
 
         def awaited(path: str) -> torch.Tensor:
-            if path not in self.read:
-                self.read.append(path)
+            if path not in self._read:
+                self._read.append(path)
             return everything()[path]
 
         def leaf(path: str, other: Any) -> Any:

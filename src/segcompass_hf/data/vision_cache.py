@@ -67,8 +67,9 @@ class VisionCache:
         self.bytes_served = 0  # of what was given out from the store or stored
         self._signature = inspect.signature(encoder.forward)
         self._layouts: dict[str, OutputLayout | None] = {}  # by kind of call; None where nothing can be kept
+        self._read: list[str] = []  # places of what the VLM reads of the outputs
         self._counters: list[tuple] | None = None
-        self._stores, self._shards = True, None
+        self.keeps, self._shards = True, None  # whether what is computed is stored
 
     def __enter__(self) -> VisionCache:
         self._compute = self.encoder.forward
@@ -166,13 +167,13 @@ class VisionCache:
 
     def _keep(self, tensors: dict[str, torch.Tensor]) -> None:
         try:
-            for name, tensor in tensors.items() if self._stores else ():
+            for name, tensor in tensors.items() if self.keeps else ():
                 self._shards.put(name, tensor.detach().to("cpu", copy=True))
         except OSError as error:
             self._stop_storing(error)
 
     def _stop_storing(self, error: OSError) -> None:
-        self._stores = False
+        self.keeps = False
         self._shards.discard_pending()
         logger.warning(f"vision cache: nothing more is stored, work goes on without ({error}).")
 
@@ -217,7 +218,7 @@ class VisionCache:
                     None,
                     "what it makes of an image depends on other images or on training, or stands in no row",
                 )
-            return OutputLayout(alone), None
+            return OutputLayout(alone, self._read), None
         finally:
             for module, training in modes:
                 module.training = training

@@ -65,10 +65,12 @@ def _announce(cache: VisionCache, vlm: nn.Module, processor: Any, images: Differ
     if image is None:  # of rows in another schema, or whom no row can be read: others name it
         return
     inputs = processor.picture_inputs(image).to(vlm.device)
-    for _ in range(2):  # the first pass shows what is read, the second keeps it
+    cache.keeps = False  # with rounding of its own: alone, not in a batch of training
+    for _ in range(2):  # the first pass shows what is read, the second how much that is
         before = cache.bytes_served
         with HiddenStateCapture(vlm, 0, stop=True):
             vlm(**sequence_inputs(vlm, inputs))
+    cache.keeps = True
     if cache.bytes_served > before:
         cache.announce(len(images), cache.bytes_served - before)
 
