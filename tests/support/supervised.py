@@ -138,6 +138,11 @@ def main() -> None:
             results[f"{stage}-{batch_size}x{accumulation}"] = loss
             if os.environ["RANK"] == "0":
                 torch.save(gradients, folder / f"{stage}-{batch_size}x{accumulation}.pt")
+        for time in ("first", "again"):
+            loss, gradients = one_step(stage, "llava", folder / "out", embedding_cache_dir=folder / "cache", **layout)
+            results[f"{stage}-{time}"] = loss
+            if os.environ["RANK"] == "0":
+                torch.save(gradients, folder / f"{stage}-{time}.pt")
     results["world_size"] = torch.distributed.get_world_size()
     if os.environ["RANK"] == "0":
         (folder / "results.json").write_text(json.dumps(results))

@@ -208,7 +208,7 @@ class EmbeddingCache:
         if hasattr(rows, "__len__"):
             self._announce(_count_images(rows))
         before, batch = self.num_encoded, {}
-        for row in rows:
+        for row in logging.tqdm(rows, desc="embedding cache", disable=process_index > 0):
             image = to_rgb_image(row["image"] if isinstance(row, dict) and "image" in row else row)
             key = image_key(image)
             if int(key, 16) % num_processes == process_index and key not in self:

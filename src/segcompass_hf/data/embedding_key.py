@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from PIL import Image
 
 from ..files import weights_digest
@@ -33,19 +35,19 @@ def describe_encoding(model: Any, processor: Any) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "encoder": type(encoder).__name__,
-        "config": json.loads(json.dumps(_what_matters(encoder.config.to_dict()), default=str)),
+        "config": json.loads(json.dumps(what_matters(encoder.config.to_dict()), default=str)),
         "weights": weights_digest(encoder),
         "image_processor": json.loads(image_settings(processor)),
         **({"weights_besides": weights_digest(besides)} if besides else {}),
     }
 
 
-def _what_matters(config: Any) -> Any:
+def what_matters(config: Any) -> Any:
     """A configuration without what loading changes, and so those nested in it."""
     if not isinstance(config, dict):
         return config
     names = [name for name in config if not str(name).startswith("_") and name not in _NO_MATTER]
-    return {name: _what_matters(config[name]) for name in names}
+    return {name: what_matters(config[name]) for name in names}
 
 
 def image_settings(processor: Any) -> str:
@@ -59,8 +61,12 @@ def image_settings(processor: Any) -> str:
 
 def change_counters(model: Any) -> list[tuple]:
     """Changes when a weight that decides an embedding is replaced, moved, or written to in place."""
-    weights = dict(model.sam.vision_encoder.named_parameters()) | model.mask_stage.encoding_parameters()
+    return tensor_counters(dict(model.sam.vision_encoder.named_parameters()) | model.mask_stage.encoding_parameters())
+
+
+def tensor_counters(tensors: Mapping[str, torch.Tensor]) -> list[tuple]:
+    """Changes when a tensor is replaced, moved, or written to in place."""
     return [
         (name, id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-        for name, tensor in weights.items()
+        for name, tensor in tensors.items()
     ]

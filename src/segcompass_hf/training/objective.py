@@ -36,8 +36,6 @@ class SegmentationObjective:
             on `learning_rate` of codebook and slot encoder, slot mapper, SAM's prompt encoder, SAM's mask decoder.
         overflow (`str`, defaults to `"drop"`): What happens to objects beyond the number of slots; dropped ones are
             counted in the logs (`dropped_objects`).
-        embedding_cache_dir (`str`, *optional*): A folder for SAM's image embeddings, see [`EmbeddingCache`]: its image
-            encoder then runs once per image, not once per image and epoch.
     """
 
     weight_names: ClassVar[tuple[str, ...]] = SEGMENTATION_LOSS_WEIGHTS  # of all losses; a trainer with more adds them
@@ -63,7 +61,6 @@ class SegmentationObjective:
     overflow: Literal["drop", "merge", "error"] = field(
         default="drop", metadata={"help": "What happens to more objects than slots."}
     )
-    embedding_cache_dir: str | None = field(default=None, metadata={"help": "Folder for SAM's image embeddings."})
 
     def __post_init__(self):
         super().__post_init__()  # reads a switch given as text

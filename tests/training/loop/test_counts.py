@@ -162,7 +162,8 @@ def test_two_processes_equal_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results.pop("world_size") == 2
-    assert len(results) == 4
+    assert len(results) == 8  # two layouts, and the frozen encoders' outputs kept and read
+    assert list(tmp_path.glob("cache/*/*.safetensors"))
     for name, loss in results.items():
         expected_loss, expected = one_step(name.split("-")[0], "llava", tmp_path / "one")
         assert loss == pytest.approx(expected_loss, rel=1e-5), name

@@ -162,6 +162,9 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
         """The SegCompass model under whatever wraps it."""
         return base_model(self.accelerator.unwrap_model(self.model))
 
+    def reads_images(self) -> tuple[nn.Module, Any]:
+        return self.core.vlm, self.processing_class
+
     def _check_what_trains(self) -> None:
         core, args = self.core, self.args
         if trained_token_rows(core) == "both":

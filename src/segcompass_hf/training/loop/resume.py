@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from accelerate.utils import send_to_device
+from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_image_dataset, readable_stream
+from ..vision import kept_vision
 from .batch_norms import keep_stored_statistics
 from .checkpoints import WholeCheckpointsMixin
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
@@ -37,6 +40,9 @@ class RobustTrainingArguments:
         unreadable_rows (`str`, *optional*, defaults to `"skip"`):
             `"skip"` puts the next readable row in the place of one whose image, masks or texts cannot be used,
             `"error"` stops at it.
+        embedding_cache_dir (`str`, *optional*):
+            A folder for what frozen image encoders make of images, which then run once per image, not once per image
+            and epoch: the VLM's (see [`VisionCache`]) and, where masks are trained, SAM's (see [`EmbeddingCache`]).
     """
 
     max_nonfinite_steps: int = field(
@@ -45,6 +51,9 @@ class RobustTrainingArguments:
     unreadable_rows: Literal["skip", "error"] = field(
         default="skip",
         metadata={"help": "Skip rows whose image, masks or texts cannot be used, or stop at the first."},
+    )
+    embedding_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder for what frozen image encoders make of images."}
     )
 
     def __post_init__(self):
@@ -117,8 +126,8 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
       listed in `unreadable_rows.jsonl` in the output folder; so are rows that `check_text` refuses.
     - Batch norms normalise by their stored statistics, which stay as they are.
 
-    A subclass with further state of its own extends `loop_state` and `load_loop_state`, one that reads the rows' texts
-    sets `check_text`.
+    A subclass whose VLM reads images says so (`reads_images`), one with further state of its own extends `loop_state`
+    and `load_loop_state`, one that reads the rows' texts sets `check_text`.
     """
 
     check_text: RowCheck | None = None
@@ -138,7 +147,13 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
 
     def train(self, *args, **kwargs):
         self._reset_nonfinite()
-        return super().train(*args, **kwargs)
+        reads = self.reads_images()
+        with nullcontext() if reads is None else kept_vision(self, *reads):
+            return super().train(*args, **kwargs)
+
+    def reads_images(self) -> tuple[nn.Module, Any] | None:
+        """The VLM that this trainer's rows go through, and its processor; `None` for trainers without one."""
+        return None
 
     def _robust_setting(self, name: str) -> Any:
         return getattr(self.args, name, getattr(RobustTrainingArguments, name))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from ...modeling_sae import SegCompassSae
 from ...text_stack_segcompass import HiddenStateCapture
 from ...vlm_inputs_segcompass import sequence_inputs
+from ..vision import vision_read_once
 from .activations import ActivationHarvester
 
 MODALITIES = ("text", "image")
@@ -149,9 +150,11 @@ def _evaluate_rows(
     def ablate(states, _):
         return states.masked_fill(counted.unsqueeze(-1), 0)
 
-    sums = {"clean": _cross_entropy(harvester, inputs, remember)}
-    output = sae(clean[0], attention_mask=counted, modality_ids=modality_ids)
-    sums |= {name: _cross_entropy(harvester, inputs, edit) for name, edit in (("spliced", splice), ("zero", ablate))}
+    edits = (("spliced", splice), ("zero", ablate))
+    with vision_read_once(harvester.vlm):
+        sums = {"clean": _cross_entropy(harvester, inputs, remember)}
+        output = sae(clean[0], attention_mask=counted, modality_ids=modality_ids)
+        sums |= {name: _cross_entropy(harvester, inputs, edit) for name, edit in edits}
     for name, (total, _) in sums.items():
         evaluation.cross_entropy[name] += total
     evaluation.words += sums["clean"][1]

@@ -315,6 +315,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             whole.merge(part)
         return whole
 
+    def reads_images(self) -> tuple[nn.Module, Any]:
+        return self.vlm, self.harvester.encoder.processor
+
     # Resuming
 
     def loop_state(self) -> dict[str, Any]:

@@ -134,6 +134,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         model = self.accelerator.unwrap_model(self.model)
         return model.get_base_model() if hasattr(model, "get_base_model") else model
 
+    def reads_images(self) -> tuple[nn.Module, Any]:
+        return self.segcompass.vlm, self.processing_class
+
     # Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -9,8 +9,8 @@ from torch import nn
 
 from ...freezing_segcompass import train_rows
 from ...text_stack_segcompass import decoder_layers, final_norm
+from ..vision import VISION_ENCODERS, vision_encoder
 
-VISION_ENCODERS = ("vision_tower", "visual", "vision_model", "vision_encoder")  # attributes of a VLM's base model
 PROJECTORS = ("merger", "projector", "connector")  # parts of names; the Qwens keep theirs inside the encoder
 
 
@@ -37,13 +37,13 @@ def choose_trainable(
     vlm.requires_grad_(True)
     if trainable == "all":
         return
-    found = [getattr(vlm.base_model, name) for name in VISION_ENCODERS if hasattr(vlm.base_model, name)]
-    if not found:
+    encoder = vision_encoder(vlm)
+    if encoder is None:
         raise ValueError(
             f"{type(vlm.base_model).__name__} has none of {', '.join(VISION_ENCODERS)}, so its vision encoder cannot "
             'be told apart; pass trainable="all" or "decoder".'
         )
-    for name, parameter in found[0].named_parameters():
+    for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(any(part in name for part in PROJECTORS))
 
 

@@ -252,6 +252,9 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         answers = sequences[:, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
+    def reads_images(self) -> tuple[nn.Module, Any]:
+        return self.vlm, self.processing_class
+
     # Saving
 
     def loop_state(self) -> dict[str, Any]:
