@@ -43,6 +43,7 @@ READING_INPUTS = ("object_patches",)
 READING_HEAD = "reading_head."  # before the names of its parameters
 SAM_INPUTS = (
     *("sam_pixel_values", "original_sizes", "reshaped_input_sizes", "image_token_grids", "mask_labels", "num_objects"),
+    "patch_places",  # of the slot pull
 )
 
 
