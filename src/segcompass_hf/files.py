@@ -21,6 +21,7 @@ from .locks import alone_with
 
 STAGED_SUFFIX = ".unfinished"  # of a folder that is being written
 PART_SUFFIX = ".part"  # of a file that is being written
+SAFETENSORS_PART = ".tmp??????"  # pattern of the names under which safetensors writes before it renames
 _BLOCK = 1 << 20  # bytes read at a time for a digest
 
 

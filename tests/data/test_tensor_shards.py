@@ -3,6 +3,7 @@
 
 import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -39,6 +40,17 @@ def test_named_tensors_are_written_when_enough_came_together(tmp_path):
     assert reader.get("c") == 3
     with pytest.raises(KeyError):
         reader.get("d")
+
+
+@pytest.mark.parametrize("name", ["shard-1-a.safetensors.1-2.part", ".tmpX2k341"])
+def test_what_a_kill_left_goes_when_it_is_a_day_old(tmp_path, name):
+    left = tmp_path / name
+    left.touch()
+    TensorShards(tmp_path, "me", 8, 0)
+    assert left.exists(), "its writer may be alive"
+    os.utime(left, (1, 1))
+    TensorShards(tmp_path, "me", 8, 0)
+    assert not left.exists()
 
 
 class TestNumbered:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import time
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from transformers.utils import logging
 
-from ..files import PART_SUFFIX, free_space, whole_file
+from ..files import PART_SUFFIX, SAFETENSORS_PART, free_space, whole_file
 from .folders import AnyFolder
 
 logger = logging.get_logger(__name__)
@@ -177,7 +178,7 @@ class TensorShards:
 
     def _remove_abandoned(self) -> None:
         """What killed processes left behind."""
-        for path in self.folder.glob(f"{PREFIX}*{PART_SUFFIX}"):
+        for path in itertools.chain(self.folder.glob(f"{PREFIX}*{PART_SUFFIX}"), self.folder.glob(SAFETENSORS_PART)):
             try:
                 if time.time() - path.stat().st_mtime > ABANDONED_AFTER:
                     path.unlink()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import logging
 
-from ...files import flush_to_disk, follow_umask, full_disk_in_words
+from ...files import SAFETENSORS_PART, flush_to_disk, follow_umask, full_disk_in_words
 from ...locks import alone_with
 from .stop_signals import StopCallback
 from .weights import check_shards_fit, check_weights_fit, forget_tied_names
@@ -91,9 +91,13 @@ def find_last_whole(output_dir: str | Path) -> Path | None:
 def remove_leftovers(output_dir: str | Path) -> list[str]:
     """Remove what an interrupted save left, and put back a checkpoint that it was about to replace.
 
+    No other process may be writing into the folder: what safetensors has not renamed yet goes as well.
+
     Returns:
         `list[str]`: names of the unfinished checkpoints.
     """
+    for path in Path(output_dir).glob(SAFETENSORS_PART):
+        path.unlink(missing_ok=True)
     aside = Path(output_dir) / ASIDE
     if not aside.is_dir():
         return []
