@@ -100,18 +100,20 @@ def test_before_the_first_step_the_program_ends_at_once(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_workers_that_load_rows_live_on(tmp_path):
-    """A terminal sends Ctrl-C to them too, and the step needs them."""
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_that_load_rows_live_on(tmp_path, number):
+    """A terminal sends Ctrl-C to them too, torchrun SIGTERM; and the step needs them."""
 
     class Rows(list):
-        parent = os.getpid()
+        parent, sent = os.getpid(), False
 
         def __getitem__(self, index):
-            if os.getpid() != self.parent:
-                os.kill(os.getpid(), signal.SIGINT)
+            if os.getpid() != self.parent and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), number)
             return super().__getitem__(index)
 
-    run = trainer(tmp_path, {2: [signal.SIGINT]}, dataloader_num_workers=1)
+    run = trainer(tmp_path, {2: [number]}, dataloader_num_workers=1)
     run.train_dataset = Rows({"x": torch.tensor([row])} for row in ROWS)
     with pytest.raises(Stopped):
         run.train()

@@ -240,7 +240,8 @@ def test_damaged_records_of_a_stage_are_named(tmp_path, content):
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_signal_saves_the_step_and_the_command_named_goes_on(tmp_path, processes):
-    stages = {"segmentation": {**STAGES["segmentation"], "max_steps": 10_000, "save_steps": 5_000}}
+    endless = {"max_steps": 10_000, "save_steps": 5_000, "dataloader_num_workers": 1}
+    stages = {"segmentation": {**STAGES["segmentation"], **endless}}
     recipe = write_recipe(tmp_path, stages, processes=processes)
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "segcompass_hf.cli", "train", str(recipe)]

@@ -6,9 +6,12 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from types import FrameType
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
@@ -17,6 +20,14 @@ from ...stopping import Stopped, handled
 logger = logging.get_logger(__name__)
 
 _ONE_PRESS = 1.0  # seconds within which a signal is the same one again: a terminal and a launcher both send it
+
+
+def _begin_worker(begin: Callable[[int], None] | None, worker: int) -> None:
+    """Give a forked worker back the trainer's handler: torch's ends it, and torchrun signals the whole group."""
+    if begin is not None:
+        begin(worker)
+    if callable(handler := signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, handler)
 
 
 class StopCallback(TrainerCallback):
@@ -34,15 +45,18 @@ class StopCallback(TrainerCallback):
         self._process = os.getpid()
         self._stack = contextlib.ExitStack()
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self._process = os.getpid()
         self._stack.enter_context(handled(self._ask))
+        if isinstance(train_dataloader, DataLoader) and signal.getsignal(signal.SIGTERM) == self._ask:
+            begin = partial(_begin_worker, train_dataloader.worker_init_fn)
+            train_dataloader.worker_init_fn = begin  # a resumed run makes another loader of this one
+            getattr(train_dataloader, "base_dataloader", train_dataloader).worker_init_fn = begin
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker that loads rows: the trainer needs it to the end of the step
-            if number != signal.SIGINT:
-                raise Stopped(number)
-        elif self._asked is None:
+        if os.getpid() != self._process and number == signal.SIGINT:
+            return  # a worker that loads rows: the trainer needs it to the end of the step, and ends it then
+        if self._asked is None:
             self._asked, self._asked_at = number, time.monotonic()
         elif time.monotonic() - self._asked_at > _ONE_PRESS:
             raise Stopped(number)
