@@ -3,8 +3,9 @@
 
 import pytest
 
-for _name in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(_name, reason=f"the server needs {_name}: pip install 'segcompass_hf[serve]'")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="the server needs the extra `serve`")
 
 from endpoint import StandIn, request
 from fastapi.openapi.models import OpenAPI

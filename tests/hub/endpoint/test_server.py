@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The server: the model's own answers also in batches and beside malformed requests, limits, and an end without loss."""
+"""The server: the model's own answers, also in batches and beside malformed requests; limits; an end without loss."""
 
 import json
 import os
@@ -14,10 +14,11 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-for _name in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(_name, reason=f"the server needs {_name}: pip install 'segcompass_hf[serve]'")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="the server needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="the server needs the extra `serve`")
 
-from endpoint import JSON, Running, StandIn, as_base64, as_png, assert_same, directly, request, serving, until
+from endpoint import FAST, JSON, Running, StandIn, as_base64, as_png, assert_same, directly, request, serving, until
 
 from segcompass_hf.hub.endpoint import server as server_module
 from segcompass_hf.hub.endpoint.handler import RequestHandler
@@ -65,11 +66,8 @@ class TestAnswers:
 
     def test_a_list_of_inputs(self, running, handler, rows):
         good = [request(row)["inputs"] for row in rows[:2]]
-        data = {
-            "inputs": [good[0], {"image": "AAAA", "instruction": "red"}, good[1]],
-            "parameters": {"reasoning": "none"},
-        }
-        status, answers, _ = running.send(data)
+        inputs = [good[0], {"image": "AAAA", "instruction": "red"}, good[1]]
+        status, answers, _ = running.send({"inputs": inputs, "parameters": FAST})
         assert status == 200 and answers[1]["error"]["status"] == 400
         for answer, row in zip([answers[0], answers[2]], rows, strict=False):
             assert_same(answer, directly(handler, row))
@@ -126,15 +124,13 @@ class TestLimits:
             assert status == 413 and "longer than 20000 bytes" in answer["error"]["message"]
             assert headers["connection"] == "close"
             head = b"POST / HTTP/1.1\r\nHost: a\r\n"
-            assert b" 413 " in send_raw(running, head + b"Content-Length: 9" + b"9" * 20 + b"\r\n\r\n")
+            assert b" 413 " in send_raw(running, head + b"Content-Length: 99999999999\r\n\r\n")
             chunk = b"4e20\r\n" + b" " * 20_000 + b"\r\n"  # 20,000 bytes
-            assert b" 413 " in send_raw(
-                running, head + b"Transfer-Encoding: chunked\r\n\r\n" + 2 * chunk + b"0\r\n\r\n"
-            )
+            chunked = head + b"Transfer-Encoding: chunked\r\n\r\n"
+            assert b" 413 " in send_raw(running, chunked + 2 * chunk + b"0\r\n\r\n")
             assert b" 408 " in send_raw(running, head + b"Content-Length: 9\r\n\r\n{")
             body = json.dumps(asking("red")).encode()
-            chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-            assert b" 200 " in send_raw(running, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks)
+            assert b" 200 " in send_raw(running, chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
 
     def test_images_and_instructions(self):
         with serving(StandIn(Limits(image_pixels=63, instruction=10))) as running:
@@ -147,7 +143,8 @@ class TestLimits:
         handler = StandIn()
         with serving(handler, batch_size=1, in_flight=2, waiting=1) as running:
             handler.go.clear()
-            asked = [pool.submit(running.send, asking(f"question {number}")) for number in range(3)]
+            texts = [f"question {number}" for number in range(3)]
+            asked = [pool.submit(running.send, asking(text)) for text in texts]
             until(lambda: running.server.service.active == 3)
             until(lambda: running.metric("segcompass_requests_waiting") == 1)
             status, answer, headers = running.send(asking("one too many"))
@@ -266,7 +263,8 @@ class TestStopping:
         handler = StandIn()
         with serving(handler, batch_size=1, in_flight=2) as running:
             handler.go.clear()
-            asked = [pool.submit(running.send, asking(f"question {number}")) for number in range(5)]
+            texts = [f"question {number}" for number in range(5)]
+            asked = [pool.submit(running.send, asking(text)) for text in texts]
             until(lambda: running.server.service.active == 5)  # of these 3 wait for their turn
             running.server.handle_exit(signal.SIGTERM, None)
             status, answer, headers = running.send(asking("late"))

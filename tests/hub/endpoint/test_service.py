@@ -3,8 +3,8 @@
 
 import pytest
 
-for _name in ("fastapi", "prometheus_client"):
-    pytest.importorskip(_name, reason=f"the server needs {_name}: pip install 'segcompass_hf[serve]'")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("prometheus_client", reason="the server needs the extra `serve`")
 
 from segcompass_hf.hub.endpoint.service import parameters_of_query
 
