@@ -31,7 +31,7 @@ def fails(capsys, *argv: str) -> str:
         (["--package", "x"], "--package belongs to --space"),
         (["--api", "--package", "x"], "--package belongs to --space"),
         (["--api", "--batch-size", "0"], "'0' is not a positive number"),
-        (["--api", "--batch-wait", "-1"], "expected one argument"),
+        (["--api", "--batch-wait", "-1"], "'-1' is no number of milliseconds"),
         (["--api", "--batch-wait", "10001"], "they go from 0 to 10000"),
         (["--api", "--port", "0"], "'0' is not a port"),
     ],
