@@ -119,15 +119,15 @@ _SQUARE = (  # 8 x 8 pixels, one colour
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mO8o6HBgA0wMeAAg1MCAO/EATxlNiNaAAAAAElFTkSuQmCC"
 )
 REQUEST_EXAMPLES: dict[str, Any] = {
-    "one question": {"inputs": {"image": _SQUARE, "instruction": "the red square"}},
+    "one question": {"inputs": {"image": _SQUARE, "instruction": "the mug"}},
     "several questions": {
-        "inputs": [{"image": _SQUARE, "instruction": "the red square"}, {"image": _SQUARE, "instruction": "the ring"}],
+        "inputs": [{"image": _SQUARE, "instruction": "the mug"}, {"image": _SQUARE, "instruction": "what it stands on"}],
         "parameters": {"reasoning": "short", "mask_format": "png"},
     },
 }
 ANSWER_EXAMPLE: dict[str, Any] = {
-    "reasoning": "the red square fills the image",
-    "text": "<think>the red square fills the image</think>",
+    "reasoning": "a mug stands on the table",
+    "text": "<think>a mug stands on the table</think>",
     "size": [8, 8],
     "segments": [{"slot": 0, "score": 0.93, "mask": {"size": [8, 8], "counts": "0P2"}}],
 }
