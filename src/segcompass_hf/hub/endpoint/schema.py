@@ -121,7 +121,10 @@ _SQUARE = (  # 8 x 8 pixels, one colour
 REQUEST_EXAMPLES: dict[str, Any] = {
     "one question": {"inputs": {"image": _SQUARE, "instruction": "the mug"}},
     "several questions": {
-        "inputs": [{"image": _SQUARE, "instruction": "the mug"}, {"image": _SQUARE, "instruction": "what it stands on"}],
+        "inputs": [
+            {"image": _SQUARE, "instruction": "the mug"},
+            {"image": _SQUARE, "instruction": "what it stands on"},
+        ],
         "parameters": {"reasoning": "short", "mask_format": "png"},
     },
 }
