@@ -33,7 +33,7 @@ from segcompass_hf.data import scenes
 
 SCORE_TOLERANCE = 1e-5
 NUM_QUESTIONS = 12  # different ones
-WARMUP = 36  # requests before memory is measured
+WARMUP = 36  # requests before memory is measured, or a tenth of those that count
 SETTINGS = (  # of the right requests, in turn; equal ones can be answered together
     {"reasoning": "none", "mask_format": "rle"},
     {"reasoning": "none", "mask_format": "png"},
@@ -67,7 +67,7 @@ def measure(batch_size: int, good: list[bytes], requests: int, clients: int) -> 
         expected = [send(port, body)[:2] for body in good]
         if any(status != 200 for status, _ in expected):
             raise SystemExit(f"a request alone is not answered: {expected}")
-        load(port, good, expected, WARMUP, clients)
+        load(port, good, expected, max(WARMUP, requests // 10), clients)
         before, counted = resident(server.pid), batches(port)
         figures = load(port, good, expected, requests, clients)
         after, (questions, number) = resident(server.pid), [b - a for a, b in zip(counted, batches(port), strict=True)]
@@ -216,12 +216,12 @@ def write(output: Path, runs: list[dict]) -> None:
     command = f"python {shlex.join(sys.argv)}"
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg()[0]}
     versions = {"torch": torch.__version__, "segcompass_hf": segcompass_hf.__version__}
-    facts = {"command": command, "machine": machine, "versions": versions, "warm_up_requests": WARMUP, "runs": runs}
+    facts = {"command": command, "machine": machine, "versions": versions, "runs": runs}
     output.with_suffix(".json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     told = (
         f"{runs[0]['clients']} clients, {machine['cores']} cores shared with other work (load average "
         f"{machine['load_average']:.0f}), torch {torch.__version__} on the CPU, {machine['threads']} thread(s). "
-        f"Latency is that of the well-formed requests; memory at start is that after {WARMUP} requests."
+        f"Latency is that of the well-formed requests; memory at start is that after a warm-up."
     )
     text = f"# The server under load\n\n    {command}\n\n{told}\n\n{table(runs)}\n"
     output.with_suffix(".md").write_text(text, "utf-8")
