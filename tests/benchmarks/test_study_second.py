@@ -1,6 +1,7 @@
 """The study's second part: which start is taken, what an arm's prompts show, and that its settings are settings."""
 
 import sys
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -39,11 +40,11 @@ def test_kinds_that_can_be_learned_are_sampled_now_and_then_and_were_not_taught(
 
 
 @pytest.mark.parametrize(("arm", "places"), [("both", []), ("both_guided", [0, 8, 16]), ("reference", range(18))])
-def test_prompts_show_the_reasoning_that_the_arm_may_see(monkeypatch, arm, places):
-    monkeypatch.setattr(second, "PROMPTS", 18)
-    rows = second.prompts_of(arm, 0)
+def test_prompts_show_the_reasoning_that_the_arm_may_see(arm, places):
+    size = replace(second_settings.SMOKE, prompts=18)
+    rows = second.prompts_of(arm, 0, size)
     assert [index for index, words in enumerate(rows["reasoning"]) if words] == list(places)
-    assert list(rows["instruction"]) == list(second.prompts_of("both", 0)["instruction"])
+    assert list(rows["instruction"]) == list(second.prompts_of("both", 0, size)["instruction"])
 
 
 @pytest.mark.parametrize("arm", second_settings.SEEDS)
