@@ -8,6 +8,7 @@ import torch
 from model_inputs import inputs_of
 from tiny import tiny_model
 from transformers import GenerationConfig, LogitsProcessor
+from transformers.cache_utils import Cache, QuantizedLayer
 
 from segcompass_hf import answers_segcompass, generation_segcompass
 from segcompass_hf.answers_segcompass import answers_to_sample
@@ -105,6 +106,39 @@ def test_what_is_asked_for():
     assert answers_to_sample(vlm, greedy | {"do_sample": True}) == (2, {"num_return_sequences": 1, "do_sample": True})
     number, kwargs = answers_to_sample(vlm, {"generation_config": GenerationConfig(**SAMPLED)})
     assert number == 3 and kwargs["generation_config"].num_return_sequences == 1
+
+
+class Lossless(QuantizedLayer):
+    """Quantized to what it was, so that only the order of rows can go wrong."""
+
+    def __init__(self):
+        super().__init__(residual_length=4)
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def test_quantized_caches_are_rearranged_where_they_can_be(monkeypatch):
+    model, inputs = tiny_model(), inputs_of()
+    end = EndAt(model, inputs["input_ids"].shape[1])
+    settings = {**SAMPLED, "constrain_format": False, "logits_processor": [end]}
+    expected, _ = segment(model, inputs, **settings)
+    prepare = type(model.vlm)._prepare_cache_for_generation
+
+    def prepare_quantized(self, generation_config, model_kwargs, *args, **kwargs):
+        prepare(self, generation_config, model_kwargs, *args, **kwargs)
+        layers = [Lossless() for _ in decoder_layers(model.vlm)]
+        model_kwargs[generation_segcompass.CACHE] = Cache(layers=layers)
+
+    monkeypatch.setattr(type(model.vlm), "_prepare_cache_for_generation", prepare_quantized)
+    output, rows = segment(model, inputs, **settings)
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(output.pred_masks, expected.pred_masks, atol=1e-4, rtol=1e-4)
+    learned = "reorder_cache" in vars(QuantizedLayer)  # after 5.17
+    assert rows[0] == (2 if learned else 6) and (rows[-1] < 6) == learned
 
 
 def test_without_a_cache_to_rearrange_every_answer_has_its_own_prompt(monkeypatch):

@@ -76,24 +76,27 @@ class Scores:
         return [self.values[s][:, keep[s]] for s in splits]
 
 
-def _mean(arrays: Sequence[np.ndarray]) -> float:
+def mean_of(arrays: Sequence[np.ndarray]) -> float:
     """Mean over seeds of the mean over splits."""
     return float(np.mean([array.mean() for array in arrays]))
 
 
-def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, seed: int = 0) -> list[float]:
-    """95 % of the mean, or of the difference first - second: scenes paired, seeds of each arm drawn apart."""
+def interval(
+    first: Sequence[np.ndarray], second: Sequence[np.ndarray] | None, seed: int = 0, confidence: float = 0.95
+) -> list[float]:
+    """Of the mean, or of the difference first - second: scenes paired, seeds of each arm drawn apart."""
     rng, means = np.random.default_rng(seed), []
     for _ in range(RESAMPLES):
         arms = [arm for arm in (first, second) if arm is not None]
         rows = [rng.integers(len(arm[0]), size=len(arm[0])) for arm in arms]
         draws = [rng.integers(array.shape[1], size=array.shape[1]) for array in first]
         found = [
-            _mean([array[r][:, d] for array, d in zip(arm, draws, strict=True)])
+            mean_of([array[r][:, d] for array, d in zip(arm, draws, strict=True)])
             for arm, r in zip(arms, rows, strict=True)
         ]
         means.append(found[0] - (found[1] if second is not None else 0.0))
-    return [float(np.quantile(means, q)) for q in (0.025, 0.975)]
+    tail = (1 - confidence) / 2
+    return [float(np.quantile(means, q)) for q in (tail, 1 - tail)]
 
 
 def each_seed(first: Scores, second: Scores, kinds: Sequence[str] | None = None) -> list[float]:
@@ -105,11 +108,11 @@ def each_seed(first: Scores, second: Scores, kinds: Sequence[str] | None = None)
     return [float(means[0][i] - means[1][j]) for i, j in pairs]
 
 
-def _cell(value: float, bounds: Sequence[float]) -> str:
+def cell(value: float, bounds: Sequence[float]) -> str:
     return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
 
 
-def _difference(value: float, bounds: Sequence[float]) -> str:
+def difference(value: float, bounds: Sequence[float]) -> str:
     return f"{value:+.3f} [{bounds[0]:+.3f}, {bounds[1]:+.3f}]"
 
 
@@ -129,9 +132,9 @@ def tables(arms: dict[str, Scores], answers: dict[str, Scores]) -> tuple[list[st
         cells = {}
         for split in (*SPLITS, None):
             arrays = scores.of(split, None)
-            cells[split or "mean"] = (_mean(arrays), interval(arrays, None))
+            cells[split or "mean"] = (mean_of(arrays), interval(arrays, None))
         record["gIoU"][arm] = cells
-        lines.append(f"| {_shown(arm, scores)} | " + " | ".join(_cell(*cell) for cell in cells.values()) + " |")
+        lines.append(f"| {_shown(arm, scores)} | " + " | ".join(cell(*its) for its in cells.values()) + " |")
     lines += ["", "### Differences, mean of the splits (scenes paired)", ""]
     lines += [f"First three kinds: {', '.join(TAUGHT)}. Each seed: all kinds, seeds that both arms have.", ""]
     lines += ["| arms | " + " | ".join(groups) + " | each seed |", "|---" * (len(groups) + 2) + "|"]
@@ -141,22 +144,22 @@ def tables(arms: dict[str, Scores], answers: dict[str, Scores]) -> tuple[list[st
         cells = {}
         for name, group in groups.items():
             one, other = arms[first].of(None, group), arms[second].of(None, group)
-            cells[name] = (_mean(one) - _mean(other), interval(one, other))
+            cells[name] = (mean_of(one) - mean_of(other), interval(one, other))
         seeds = each_seed(arms[first], arms[second])
         record["differences"][f"{first} - {second}"] = {**cells, "each seed": seeds}
-        row = " | ".join(_difference(*cell) for cell in cells.values())
+        row = " | ".join(difference(*its) for its in cells.values())
         apart = ", ".join(f"{value:+.3f}" for value in seeds)
         lines.append(f"| {NAMES[first]} - {NAMES[second]} | {row} | {apart} |")
     lines += ["", "### Answers right: the written answer is the reference's, mean of the splits", ""]
     start = {arm: "start-latent" if arm.endswith("latent") else "start" for arm in answers}
     lines += ["| arm | " + " | ".join(groups) + " | all kinds, less the start |", "|---" * (len(groups) + 2) + "|"]
     for arm, scores in answers.items():
-        cells = {name: _mean(scores.of(None, group)) for name, group in groups.items()}
+        cells = {name: mean_of(scores.of(None, group)) for name, group in groups.items()}
         gained = "-"
         if arm not in ("start", "start-latent") and start[arm] in answers:
             one, other = scores.of(None, None), answers[start[arm]].of(None, None)
-            cells["less the start"] = (_mean(one) - _mean(other), interval(one, other))
-            gained = _difference(*cells["less the start"])
+            cells["less the start"] = (mean_of(one) - mean_of(other), interval(one, other))
+            gained = difference(*cells["less the start"])
         record["answers right"][arm] = cells
         shares = " | ".join(f"{cells[name]:.3f}" for name in groups)
         lines.append(f"| {_shown(arm, scores)} | {shares} | {gained} |")
@@ -166,7 +169,7 @@ def tables(arms: dict[str, Scores], answers: dict[str, Scores]) -> tuple[list[st
         record[key] = {}
         for arm, scores in measured.items():
             # a split without a kind (no form of `count` is held out) has no mean of it
-            values = {k: _mean([array for array in scores.of(None, [k]) if array.size]) for k in kinds}
+            values = {k: mean_of([array for array in scores.of(None, [k]) if array.size]) for k in kinds}
             record[key][arm] = values
             lines.append(f"| {NAMES[arm]} | " + " | ".join(f"{value:.3f}" for value in values.values()) + " |")
     lines += ["", "### Every seed: gIoU, mean of the splits", "", "| arm | seeds |", "|---|---|"]

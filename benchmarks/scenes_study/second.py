@@ -2,15 +2,18 @@
 
     python benchmarks/scenes_study/second.py --predict                   # pass@k of the starts, and which is taken
     python benchmarks/scenes_study/second.py --arm both --seed 0
-    python benchmarks/scenes_study/second.py --arm expert --completions 96000
+    python benchmarks/scenes_study/second.py --evaluate-start
+    python benchmarks/scenes_study/second.py --arm expert --completions 256000
+    python benchmarks/scenes_study/second_report.py                      # tables of what is finished
 
 Resumable at any moment. Records lie in `runs/scenes-study/second`. PROTOCOL_SECOND.md says what is counted; nothing of
-it has been run yet.
+it has been run yet. `--smoke` makes each of these runs with two steps from the bundled checkpoint.
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +23,30 @@ from datasets import Dataset
 from runs import counted, write_json
 from second_settings import (
     ARMS,
-    EVALUATION,
+    COUNTED,
     EXPERT,
     GRPO,
     KINDS,
-    KINDS_NEEDED,
     LEARNABLE_MIXED,
     LEARNABLE_PASS,
-    PREDICTION,
-    PROMPTS,
+    PREDICTION_SEED,
     PROMPTS_PER_STEP,
     REFERENCE_EVERY,
+    SAMPLES_AFTER,
     SEEDS,
-    SPLITS,
-    STARTS,
-    STEPS,
+    SMOKE,
+    Size,
 )
-from settings import RUNS
+from settings import EVALUATION_SEED, SPLITS
 from start import folder_of
 
-from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor
+from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import scenes
 from segcompass_hf.evaluation import ModelPredictor, SamplingPredictor, evaluate_dataset, measure_pass_at_k
 from segcompass_hf.training import read_recipe, run_recipe, with_right_samples
 from segcompass_hf.training.recipe.rows import StageRows
 
-SECOND = RUNS / "second"
-SHARED = {"save_steps": 25, "logging_steps": 5}
+SHARED = {"save_steps": 25, "logging_steps": 1}
 SUPERVISED = ("learning_rate", "lr_scheduler_type", "warmup_steps", "bf16", "gradient_checkpointing")
 HEADS = ("codebook", "slot_mapper", "prompt_encoder", "mask_decoder")
 
@@ -57,24 +57,33 @@ def load(folder: Path) -> tuple[SegCompassForReasoningSegmentation, SegCompassPr
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), SegCompassProcessor.from_pretrained(folder)
 
 
-def predict() -> dict[str, Any]:
+def checkpoint_of(start: str) -> Path:
+    return Path(bundled_checkpoint()) if start == "bundled" else folder_of(start) / "segmentation"
+
+
+def sample(checkpoint: Path, folder: Path, name: str, samples: int, ks: Sequence[int], size: Size) -> dict[str, Any]:
+    """pass@k on the scenes that the prediction is of."""
+    model, processor = load(checkpoint)
+    return measure_pass_at_k(
+        SamplingPredictor(model, processor, name, num_samples=samples),
+        scenes.build("val", size.predicted, seed=PREDICTION_SEED),
+        folder,
+        ks,
+        dataset_name=f"scenes:val:{PREDICTION_SEED}",
+    )
+
+
+def predict(size: Size) -> dict[str, Any]:
     """pass@k of every start, and the first that the rule takes."""
     taken = None
-    for name in STARTS:
-        folder = SECOND / "predictions" / name
-        model, processor = load(folder_of(name) / "segmentation")
-        with counted(folder, {"start": name, **PREDICTION}):
-            figures = measure_pass_at_k(
-                SamplingPredictor(model, processor, name, num_samples=max(PREDICTION["k"])),
-                scenes.build("val", PREDICTION["num_samples"], seed=PREDICTION["seed"]),
-                folder,
-                PREDICTION["k"],
-                dataset_name=f"scenes:val:{PREDICTION['seed']}",
-            )
-        if taken is None and len(learnable(figures)) >= KINDS_NEEDED:
+    for name in size.starts:
+        folder = size.folder / "predictions" / name
+        with counted(folder, {"start": name, "scenes": size.predicted, "k": size.ks}):
+            figures = sample(checkpoint_of(name), folder, name, max(size.ks), size.ks, size)
+        if taken is None and len(learnable(figures)) >= size.kinds_needed:
             taken = name
     record = {"start": taken}
-    write_json(SECOND / "start.json", record)
+    write_json(size.folder / "start.json", record)
     return record
 
 
@@ -89,17 +98,17 @@ def learnable(figures: dict[str, Any]) -> list[str]:
     ]
 
 
-def start_folder() -> Path:
-    file = SECOND / "start.json"
+def start_folder(size: Size) -> Path:
+    file = size.folder / "start.json"
     name = json.loads(file.read_text())["start"] if file.is_file() else None
     if name is None:
         sys.exit("no start is chosen: run second.py --predict; if none can learn, the protocol ends there.")
-    return folder_of(name) / "segmentation"
+    return checkpoint_of(name)
 
 
-def prompts_of(arm: str, seed: int) -> Dataset:
+def prompts_of(arm: str, seed: int, size: Size) -> Dataset:
     """The prompts of a run: the same scenes for every arm, with the reasoning that the arm may see."""
-    rows = scenes.build("train", PROMPTS, seed=200 + seed)
+    rows = scenes.build("train", size.prompts, seed=200 + seed)
     every = {"reference": 1, "both_guided": REFERENCE_EVERY}.get(arm)
     kept = [
         words if every is not None and index % every == 0 else None for index, words in enumerate(rows["reasoning"])
@@ -125,47 +134,52 @@ def supervised(steps: int, seed: int) -> dict[str, Any]:
     return {**same, **weights, **own, **SHARED, "seed": seed, "dataset": "scenes:train"}
 
 
-def run_arm(arm: str, seed: int, completions: int | None) -> None:
-    folder = SECOND / f"{arm}-{seed}"
+def run_arm(arm: str, seed: int, completions: int | None, size: Size) -> None:
+    folder = size.folder / f"{arm}-{seed}"
     if (folder / "done.json").is_file():
         return
-    start = start_folder()
-    settings = {"arm": arm, "seed": seed, "start": str(start), "steps": STEPS, "completions": completions}
+    start = start_folder(size)
+    settings = {"arm": arm, "seed": seed, "start": str(start), "steps": size.steps, "completions": completions}
     with counted(folder, settings):
         if arm == "expert":
-            checkpoint = expert(folder, start, seed, completions or PROMPTS * GRPO["num_generations"])
+            checkpoint = expert(folder, start, seed, completions or size.prompts * GRPO["num_generations"], size)
         elif arm == "reference":
-            rows = prompts_of(arm, seed)
-            checkpoint = train(folder / "run", start, "segmentation", supervised(STEPS, seed), rows)
+            rows = prompts_of(arm, seed, size)
+            checkpoint = train(folder / "run", start, "segmentation", supervised(size.steps, seed), rows)
         else:
-            its = {**GRPO, **ARMS[arm], **SHARED, "max_steps": STEPS, "seed": seed, "dataset": "scenes:train"}
-            checkpoint = train(folder / "run", start, "grpo", its, prompts_of(arm, seed))
-        evaluate(checkpoint, folder / "evaluation")
+            its = {**GRPO, **ARMS[arm], **SHARED, "max_steps": size.steps, "seed": seed, "dataset": "scenes:train"}
+            checkpoint = train(folder / "run", start, "grpo", its, prompts_of(arm, seed, size))
+        evaluate(checkpoint, folder, size)
         write_json(folder / "done.json", settings)
 
 
-def expert(folder: Path, start: Path, seed: int, completions: int) -> Path:
+def expert(folder: Path, start: Path, seed: int, completions: int, size: Size) -> Path:
     """Rounds of sampling with the model that there is, and training it on what was right."""
-    rows = prompts_of("expert", seed)
+    rows = prompts_of("expert", seed, size)
     prompts = completions // EXPERT["samples"] // EXPERT["rounds"]
+    if prompts * EXPERT["rounds"] > len(rows):
+        sys.exit(f"{completions} completions take {prompts * EXPERT['rounds']} prompts; there are {len(rows)}.")
     for number in range(EXPERT["rounds"]):
         its, where = rows.select(range(number * prompts, (number + 1) * prompts)), folder / f"round-{number}"
         model, processor = load(start)
         sampler = SamplingPredictor(model, processor, num_samples=EXPERT["samples"], seed=seed)
         measure_pass_at_k(sampler, its, where / "samples", (1, EXPERT["samples"]), dataset_name="prompts")
-        steps = max(1, STEPS // EXPERT["rounds"])
+        steps = max(1, size.steps // EXPERT["rounds"])
         right = with_right_samples(its, where / "samples")
         start = train(where / "run", start, "segmentation", supervised(steps, seed), right)
     return start
 
 
-def evaluate(checkpoint: Path, folder: Path) -> None:
-    """Greedy answers on every split."""
+def evaluate(checkpoint: Path, folder: Path, size: Size) -> None:
+    """Greedy answers on every split, and sampled ones of the scenes of the prediction."""
     model, processor = load(checkpoint)
     for split in SPLITS:
-        rows = scenes.build(split, EVALUATION["num_samples"], seed=EVALUATION["seed"])
-        predictor = ModelPredictor(model, processor)
-        evaluate_dataset(predictor, rows, folder / split, batch_size=32, dataset_name=split, page_samples=0)
+        rows = scenes.build(split, size.evaluated, seed=EVALUATION_SEED)
+        where = folder / "evaluation" / split
+        evaluate_dataset(
+            ModelPredictor(model, processor), rows, where, batch_size=32, dataset_name=split, page_samples=0
+        )
+    sample(checkpoint, folder / "samples", folder.name, SAMPLES_AFTER, (1, SAMPLES_AFTER), size)
 
 
 def main() -> None:
@@ -175,18 +189,22 @@ def main() -> None:
     parser.add_argument("--arm", choices=SEEDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--completions", type=int, help="of expert iteration: as many as `both` sampled on average")
+    parser.add_argument("--smoke", action="store_true", help="two steps from the bundled checkpoint")
     given = parser.parse_args()
+    size = SMOKE if given.smoke else COUNTED
     if given.predict:
-        print(predict())
+        print(predict(size))
     elif given.evaluate_start:
-        with counted(SECOND / "start", {"start": str(start_folder())}):
-            evaluate(start_folder(), SECOND / "start" / "evaluation")
+        start = start_folder(size)
+        with counted(size.folder / "start", {"start": str(start)}):
+            evaluate(start, size.folder / "start", size)
+            write_json(size.folder / "start" / "done.json", {"start": str(start)})
     elif given.arm is None:
         parser.error("name an --arm, or --predict.")
     elif given.seed not in SEEDS[given.arm]:
         parser.error(f"{given.arm} is run with the seeds {SEEDS[given.arm]}.")
     else:
-        run_arm(given.arm, given.seed, given.completions)
+        run_arm(given.arm, given.seed, given.completions, size)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from .text_stack_segcompass import rows_of_pass, to_all_rows
@@ -30,6 +31,14 @@ def answers_to_sample(vlm: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int
     config = copy.copy(config)
     config.num_return_sequences = 1
     return number, one | {"generation_config": config}
+
+
+def can_rearrange(cache: Any) -> bool:
+    """Whether it is a cache whose rows can be put in another order; the quantized ones learned it after 5.17."""
+    if not hasattr(cache, "reorder_cache"):
+        return False
+    quantized = [layer for layer in getattr(cache, "layers", ()) if hasattr(layer, "_quantize")]
+    return all(type(layer).reorder_cache is not DynamicLayer.reorder_cache for layer in quantized)
 
 
 class AnswerWriter:
@@ -63,7 +72,7 @@ class AnswerWriter:
         ended: Callable[[], torch.Tensor | None] | None = None,
     ):
         self.vlm, self.output, self.ended = vlm, None, ended
-        self.caches = [value for value in model_kwargs.values() if hasattr(value, "reorder_cache")]
+        self.caches = [value for value in model_kwargs.values() if can_rearrange(value)]
         if not self.caches or generation_config.output_hidden_states or generation_config.output_attentions:
             self.ended = None
         self.rows: torch.Tensor | None = None  # that still pass; all while it is None

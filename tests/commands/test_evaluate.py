@@ -289,4 +289,7 @@ def test_pass_at_k_belongs_to_a_model(tmp_path, capsys):
     line = fails(capsys, *asked, "--baseline", "all-objects", "--pass-at-k")
     assert "--pass-at-k samples a checkpoint (--model); leave --baseline out" in line
     assert "--temperature belongs to --pass-at-k" in fails(capsys, *asked, "--temperature", "1")
+    alone = ["--output", tmp_path / "out", "--compare", tmp_path]
+    assert "leave --compare out" in fails(capsys, *alone, "--pass-at-k")
+    assert "--temperature belongs to --pass-at-k" in fails(capsys, *alone, "--temperature", "1")
     assert "temperature is 0.0" in fails(capsys, *asked, "--pass-at-k", "2", "--temperature", "0")

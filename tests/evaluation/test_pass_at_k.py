@@ -116,6 +116,21 @@ def test_unreadable_rows_are_fatal_or_listed(tmp_path):
     assert len(read_pass_rates(tmp_path / "b")) == 3
 
 
+def test_images_are_told_apart_whatever_they_are_named_by(tmp_path):
+    named = rows()
+    for row, image in zip(named, (1, 1, "1", None), strict=True):
+        row["image_id"] = image
+    figures = measure_pass_at_k(Sampler(answers()), named, tmp_path, ks=(1,))
+    assert figures["all"]["num_images"] == 3
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"unreadable": "skip"}])
+def test_settings_that_are_none_are_refused_before_a_folder_is_made(tmp_path, settings):
+    with pytest.raises(ValueError, match="batch_size is 0|unreadable is 'skip'"):
+        measure_pass_at_k(Sampler(answers()), rows(), tmp_path / "out", ks=(1,), **settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("ks", [(), (0,), (5,)])
 def test_k_beyond_the_samples_is_refused(tmp_path, ks):
     with pytest.raises(ValueError, match="and 4 samples are drawn"):

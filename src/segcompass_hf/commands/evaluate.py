@@ -91,13 +91,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate what the command line asks for."""
+    _check_sampling(args)
     if args.dataset is None:
         if args.compare is None:
             raise UserError("--dataset is missing; name what to evaluate on, such as scenes:val.")
         _print_comparison(args)
         return
     _check_boxes(args)
-    _check_sampling(args)
     import datasets
 
     from ..evaluation import ModelPredictor, datasets_spec

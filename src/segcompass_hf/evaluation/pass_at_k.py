@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..files import read_json_object, write_whole
 from ..metrics.answers import chosen_objects, is_right_choice, mixed_at_k, pass_at_k
-from ..metrics.intervals import bootstrap_interval
+from ..metrics.intervals import bootstrap_ratios, sums_by_image
 from ..metrics.segmentation import score_sample
 from ..pages import code_block, markdown_table
 from .environment import commit, device, versions
@@ -24,7 +26,7 @@ from .figures import UNNAMED
 from .prediction import Prediction
 from .processes import Processes
 from .rows import EvaluationRow, EvaluationRows
-from .runner import alone_in_results, finished_records, run_batches
+from .runner import alone_in_results, check_settings, finished_records, run_batches
 from .tables import figure_cell
 
 KS = (1, 4, 16, 64)
@@ -80,6 +82,7 @@ def measure_pass_at_k(
         raise ValueError(
             f"k is {list(ks)} and {predictor.num_samples} samples are drawn; expected 1 or more, up to the samples."
         )
+    check_settings(batch_size, unreadable)
     processes, output_dir = Processes.current(), Path(output_dir)
     rows = EvaluationRows(dataset, num_samples)
     with alone_in_results(output_dir) if processes.is_main else nullcontext():
@@ -142,17 +145,15 @@ def _figures(records: Sequence[dict[str, Any]], ks: Sequence[int], run: dict[str
 def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
     """Figures of some prompts."""
     images = [record["image_id"] or f"row {record['index']}" for record in records]
-    groups = [sorted(set(images)).index(image) for image in images]
     counts = [(sum(record["right"]), len(record["right"])) for record in records]
     drawn = [sum(iou >= WELL_DRAWN_IOU for iou in record["iou"]) for record in records]
-    by_k = {}
+    values = {}  # by k and figure, of every prompt
     for k in ks:
-        values = {
-            "pass": [pass_at_k(right, number, k) for right, number in counts],
-            "mixed": [mixed_at_k(right, number, k) for right, number in counts],
-            "well_drawn": [pass_at_k(well, number, k) for well, (_, number) in zip(drawn, counts, strict=True)],
-        }
-        by_k[str(k)] = {name: _with_interval(values[name], groups) for name in FIGURES}
+        values[k, "pass"] = [pass_at_k(right, number, k) for right, number in counts]
+        values[k, "mixed"] = [mixed_at_k(right, number, k) for right, number in counts]
+        values[k, "well_drawn"] = [pass_at_k(well, number, k) for well, (_, number) in zip(drawn, counts, strict=True)]
+    its = _with_intervals(values, images)
+    by_k = {str(k): {name: its[k, name] for name in FIGURES} for k in ks}
     total = max(len(records), 1)
     return {
         "num_prompts": len(records),
@@ -164,11 +165,18 @@ def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def _with_interval(values: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
-    if not values:
-        return {"value": None, "low": None, "high": None, "num_samples": 0}
-    value, low, high = bootstrap_interval(values, groups)
-    return {"value": value, "low": low, "high": high, "num_samples": len(values)}
+def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) -> dict[Any, dict[str, float]]:
+    """Means over the prompts, whose images are drawn again for the intervals: the same ones for every figure."""
+    if not images:
+        return dict.fromkeys(values, {"value": None, "low": None, "high": None, "num_samples": 0})
+    columns = np.column_stack([*values.values(), np.ones(len(images))])
+    *sums, counts = sums_by_image(columns, images).T  # (num_images,) each
+    terms = {name: (part, counts) for name, part in zip(values, sums, strict=True)}
+    bounds = bootstrap_ratios(terms, len(counts))
+    return {
+        name: {"value": float(np.mean(its)), "low": bounds[name][0], "high": bounds[name][1], "num_samples": len(its)}
+        for name, its in values.items()
+    }
 
 
 def prediction_markdown(figures: dict[str, Any]) -> str:

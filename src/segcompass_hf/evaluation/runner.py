@@ -97,16 +97,21 @@ def evaluate_dataset(
         ValueError: a row or a prediction cannot be used, or the folder holds results of other settings.
         FileExistsError: another process is evaluating into it.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected a positive number.")
-    if unreadable not in ("error", "count"):
-        raise ValueError(f"unreadable is {unreadable!r}; it must be 'error' or 'count'.")
+    check_settings(batch_size, unreadable)
     processes, output_dir = Processes.current(), Path(output_dir)
     rows = EvaluationRows(dataset, num_samples)
     with alone_in_results(output_dir) if processes.is_main else nullcontext():
         return _evaluate(
             predictor, rows, output_dir, batch_size, dataset_name, unreadable, resume, notes, page_samples, processes
         )
+
+
+def check_settings(batch_size: int, unreadable: str) -> None:
+    """A `ValueError` for settings of [`run_batches`] that are none, before a folder is made."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected a positive number.")
+    if unreadable not in ("error", "count"):
+        raise ValueError(f"unreadable is {unreadable!r}; it must be 'error' or 'count'.")
 
 
 def alone_in_results(output_dir: Path) -> AbstractContextManager[None]:

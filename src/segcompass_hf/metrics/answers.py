@@ -54,7 +54,7 @@ def chosen_objects(
             shown = []
         else:
             shown = shown_objects(mask, objects)
-        chosen.update(shown or [min(0, *chosen, 0) - 1])
+        chosen.update(shown or [min([0, *chosen]) - 1])
     return frozenset(chosen)
 
 

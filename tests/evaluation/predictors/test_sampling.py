@@ -7,6 +7,7 @@ from grpo import tiny_rows
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.evaluation import ModelPredictor, SamplingPredictor
+from segcompass_hf.training.rewards.rewards import is_well_formed
 
 
 def predictor(**settings):
@@ -31,15 +32,23 @@ def test_samples_differ_repeat_and_stay_with_their_rows():
 
 def test_a_low_temperature_comes_to_the_greedy_answer():
     row = tiny_rows()[0]
-    greedy = ModelPredictor(tiny_model(), tiny_processor(), max_new_tokens=12).predict([row])[0]
+    free = {"max_new_tokens": 12, "constrain_format": False}
+    greedy = ModelPredictor(tiny_model(), tiny_processor(), **free).predict([row])[0]
     cold = predictor(num_samples=3, temperature=1e-4).predict([row])[0]
     assert [answer.text for answer in cold] == [greedy.text] * 3
     assert all((answer.masks == greedy.masks).all() for answer in cold)
 
 
+def test_the_format_is_imposed_no_more_than_in_reinforcement():
+    row = tiny_rows()[0]
+    formed = [is_well_formed(answer.text) for answer in predictor(constrain_format=True).predict([row])[0]]
+    free = [is_well_formed(answer.text) for answer in predictor().predict([row])[0]]
+    assert all(formed) and not any(free)  # a random model knows no format
+
+
 def test_settings_say_how_it_was_sampled():
     settings = predictor(temperature=0.7, seed=5).settings
-    assert settings["decoding"] == "sampled"
+    assert settings["decoding"] == "sampled" and settings["constrain_format"] is False
     assert {name: settings[name] for name in ("num_samples", "temperature", "seed")} == {
         "num_samples": 11, "temperature": 0.7, "seed": 5
     }  # fmt: skip

@@ -46,6 +46,19 @@ class Wrong(SegCompassGRPOTrainer):
         return columns, rewards
 
 
+class WithRollouts(SegCompassGRPOTrainer):
+    """Sampled by a function of the caller's."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, rollout_func=lambda prompts, trainer: {}, **kwargs)
+
+
+class Elsewhere(SegCompassGRPOTrainer):
+    """Sampled by another process, or by all of them."""
+
+    _samples_here = False
+
+
 def reward_the_reference(trainer):
     """1 for the reference's very tokens, 0 for all others."""
 
@@ -221,6 +234,40 @@ def test_a_prefix_is_given_not_trained(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+def test_what_reward_functions_log_goes_with_the_completions_that_are_trained_on(tmp_path):
+    """`log_extra` and `log_metric` of TRL: a column of the table of completions, a curve of the prompts whose turn it
+    was."""
+    tell_apart = equal_for("row-0")
+
+    def reward(completions, sample_id, log_extra, log_metric, **columns):
+        log_extra("of", [f"{name} {place}" for place, name in enumerate(sample_id)])
+        log_metric("completions_judged", len(completions))
+        return tell_apart(completions, sample_id)
+
+    trainer = tiny_trainer(
+        tmp_path, rows=rows(), reward_funcs=[reward], max_resamplings=20, stratify_by="kind", shuffle_dataset=False
+    )
+    batch_of(trainer)
+    assert tell_apart.calls[0] == ["row-0", "row-0", "row-1", "row-1"] and len(tell_apart.calls) > 1
+    of, last = trainer._logs["extra"]["of"], tell_apart.calls[-1][0]
+    assert list(of) == [f"{last} 0", f"{last} 1", "row-1 2", "row-1 3"]
+    assert trainer._metrics["train"]["completions_judged"] == [4]
+
+
+def test_a_reference_has_a_place_in_what_reward_functions_log(tmp_path):
+    trainer = tiny_trainer(tmp_path, rows=rows(), cls=Wrong, guidance="rollout", max_completion_length=40)
+    reward_the_reference(trainer)
+    scored = trainer.reward_funcs[0]
+
+    def reward(completions, log_extra, **columns):
+        log_extra("judged_with", [len(completions)] * len(completions))
+        return scored(completions, **columns)
+
+    trainer.reward_funcs[0] = reward
+    batch_of(trainer)
+    assert list(trainer._logs["extra"]["judged_with"]) == [4, 2, 4, 2]  # two references were judged together
+
+
 def test_pass_rates_choose_the_prompts_and_checkpoints_keep_them(tmp_path):
     folder = tmp_path / "rates"
     folder.mkdir()
@@ -285,6 +332,12 @@ def test_settings_that_do_not_fit_the_rows_are_refused(tmp_path):
         tiny_trainer(tmp_path, stratify_by="size")
     with pytest.raises(ValueError, match="reads the column 'sample_id'"):
         tiny_trainer(tmp_path, rows=rows().remove_columns("sample_id"), max_resamplings=1)
+    with pytest.raises(ValueError, match="look.* prompts up by a column, which IterableDataset does not allow"):
+        tiny_trainer(tmp_path, rows=rows().to_iterable_dataset(), max_resamplings=1)
+    with pytest.raises(ValueError, match="a rollout_func returns what they do not keep"):
+        tiny_trainer(tmp_path, rows=rows(), guidance="rollout", cls=WithRollouts)
+    with pytest.raises(ValueError, match="guidance='prefix' needs a sampler that can be made to begin an answer"):
+        tiny_trainer(tmp_path, rows=rows(), guidance="prefix", cls=Elsewhere)
     with pytest.raises(ValueError, match="takes 2 prompts, but the column has 4 values"):
         tiny_trainer(tmp_path, rows=rows(kinds="abcd"), stratify_by="kind").get_train_dataloader()
 

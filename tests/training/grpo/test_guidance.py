@@ -96,3 +96,19 @@ def test_a_begun_answer_goes_on_as_the_model_would(family):
     logits[model.vision_token_ids] = float("-inf")
     assert int(logits.argmax()) == int(begun[0, length + len(given)])
     assert "generate" not in vars(model)  # as it was
+
+
+def test_what_wrapped_generate_before_wraps_it_afterwards():
+    """FSDP2 puts a `generate` of its own on the model, which gathers the weights."""
+    model, processor = tiny_model(), tiny_processor()
+    inputs = processor(images=tiny_image(), instruction="the red box", return_tensors="pt")
+    calls, plain = [], model.generate
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    model.generate = wrapped
+    with begun_answers(model, [[5]]):
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert calls == [1] and model.generate is wrapped

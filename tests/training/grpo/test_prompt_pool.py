@@ -104,6 +104,6 @@ def test_columns_that_are_not_there_are_named():
     assert column_of(rows, "kind", "x") == ["a", "b"]
     with pytest.raises(ValueError, match=r"stratify_by='size' reads the column 'size'; train_dataset has"):
         column_of(rows, "size", "stratify_by='size'")
-    with pytest.raises(ValueError, match="which a stream does not allow"):
+    with pytest.raises(ValueError, match="which IterableDataset does not allow; give a datasets.Dataset"):
         column_of(rows.to_iterable_dataset(), "kind", "stratify_by")
     assert isinstance(sampler().generator, torch.Generator)  # what resuming skips epochs with

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from grpo import tiny_rows, tiny_trainer
+from tiny import tiny_model
 
 from segcompass_hf.text_stack_segcompass import decoder_layers
 
@@ -53,6 +54,14 @@ def test_masks_are_those_of_a_plain_forward(tmp_path, family):
     for name, value in captured.items():
         assert value.abs().max() > 1e-3
         torch.testing.assert_close(value, plain[name], atol=1e-4, rtol=1e-4)
+
+
+def test_where_no_states_are_captured_every_completion_is_sampled_behind_its_own_prompt(tmp_path):
+    """`generate` alone would repeat the pictures of a family by its own rule, which not every family has."""
+    trainer = tiny_trainer(tmp_path, model=tiny_model(concept_input="duplicated"), cls=Recorder)
+    trainer.model.train()
+    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    assert trainer.seen[2].copies == 1 and len(trainer.tokenized[2]["pixel_values"]) == 4
 
 
 def test_prompts_in_evaluation_with_one_completion_each(tmp_path):

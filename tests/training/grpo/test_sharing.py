@@ -129,6 +129,21 @@ def test_settings_of_checkpointing_that_lose_gradients_are_found_out(tmp_path, c
     assert "Prompts are computed anew for each of their completions" in caplog.text
 
 
+def test_what_works_in_evaluation_is_tried_again_in_training(tmp_path, caplog, monkeypatch):
+    """Evaluation does not checkpoint, so that it tells nothing of what checkpoints do to gradients."""
+    trainer = tiny_trainer(tmp_path, **GROUPS, beta=0.0)
+    batch = batch_of(trainer)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": True})
+    told(caplog, monkeypatch)
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, dict(batch))
+    assert "Prompts are computed anew" not in caplog.text
+    trainer.model.train()
+    loss_and_gradients(trainer, dict(batch))
+    assert "Prompts are computed anew" in caplog.text
+
+
 def told(caplog, monkeypatch):
     """Let the library's messages reach the test."""
     monkeypatch.setattr(logging.getLogger("segcompass_hf"), "propagate", True)

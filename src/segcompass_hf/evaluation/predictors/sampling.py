@@ -18,7 +18,8 @@ SAMPLES_AT_ONCE = 8  # of each prompt of a batch
 class SamplingPredictor(ModelPredictor):
     """As [`ModelPredictor`], but every row is answered `num_samples` times, from the whole distribution of tokens.
 
-    What is sampled follows from `seed` and the rows of a batch alone, so that runs can be repeated and continued.
+    The format is not imposed, as in reinforcement: an answer that misses it is likely to be wrong there too. What is
+    sampled follows from `seed` and the rows of a batch alone, so that runs can be repeated and continued.
 
     Args:
         num_samples (`int`): Answers of every row.
@@ -40,7 +41,7 @@ class SamplingPredictor(ModelPredictor):
         seed: int = 0,
         **kwargs,
     ):
-        super().__init__(model, processor, name, **kwargs)
+        super().__init__(model, processor, name, **{"constrain_format": False, **kwargs})
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; expected 1 or more answers per row.")
         if not temperature > 0:

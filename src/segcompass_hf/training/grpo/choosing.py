@@ -7,6 +7,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ class GroupChoiceMixin:
             ValueError: They do not fit each other.
         """
         args = self.args
-        if args.guidance == "prefix" and (self.use_vllm or self.use_transformers_continuous_batching):
+        if args.guidance == "prefix" and not self._samples_here:
             raise ValueError(
-                "guidance='prefix' needs a sampler that can be made to begin an answer, which vLLM and continuous "
-                "batching cannot here; use guidance='rollout'."
+                "guidance='prefix' needs a sampler that can be made to begin an answer, which vLLM, continuous "
+                "batching, FSDP and DeepSpeed cannot here; use guidance='rollout'."
+            )
+        if args.chooses_groups and self.rollout_func is not None:
+            raise ValueError(
+                "max_resamplings, pass_rates and guidance sample with the model itself; a rollout_func returns what "
+                "they do not keep (its env_mask and further columns). Leave one of the two out."
             )
         self._strata, self._pool = choice_of_prompts(self.train_dataset, args)
         size = args.per_device_train_batch_size * args.steps_per_generation
@@ -145,6 +151,7 @@ class GroupChoiceMixin:
             self._rollouts = None
         if is_first:
             self._log_judged(rows, columns, completions, rewards, rollouts.targets)
+        extra = self._taken_logs()
         own = rewards[self.accelerator.process_index * len(rows) :][: len(rows)]
         groups = []
         for start in range(0, len(rows), size):
@@ -164,6 +171,7 @@ class GroupChoiceMixin:
                         min(number, len(ids)) for number, ids in zip(given[its], completion_ids[its], strict=True)
                     ],
                     guided=any(given[its]),
+                    extra={name: values[its] for name, values in extra.items()},
                 )
             )
         return groups
@@ -220,13 +228,19 @@ class GroupChoiceMixin:
             columns, rewards = self._judge_rollouts(rows, prompts, completions, ids)
         finally:
             self._rollouts = None
+        extra = self._taken_logs()
         own = rewards[self.accelerator.process_index * needed :][:needed]
         guided = list(groups)
         for number, place in enumerate(answers):
             group = groups[place]
             if self._totals(own[number : number + 1])[0] > self._totals(group.rewards).max():
                 guided[place] = _with_last_replaced(
-                    group, ids[number], completions[number], own[number], columns[number]["answer_is_right"]
+                    group,
+                    ids[number],
+                    completions[number],
+                    own[number],
+                    columns[number]["answer_is_right"],
+                    {name: values[number] for name, values in extra.items()},
                 )
         return guided
 
@@ -270,12 +284,18 @@ class GroupChoiceMixin:
     @contextmanager
     def _metrics_apart(self) -> Iterator[None]:
         """Metrics of what is sampled inside are not logged: curves are of the prompts whose turn it is."""
-        kept = self._metrics["train"]
-        self._metrics["train"] = defaultdict(list)
+        kept = self._metrics["train"], self._pending_metrics
+        self._metrics["train"], self._pending_metrics = defaultdict(list), defaultdict(list)
         try:
             yield
         finally:
-            self._metrics["train"] = kept
+            self._metrics["train"], self._pending_metrics = kept
+
+    def _taken_logs(self) -> dict[str, list[Any]]:
+        """What reward functions logged (TRL's `log_extra`) of what was just judged; it goes with the groups."""
+        taken = dict(self._pending_extra_logs)
+        self._pending_extra_logs.clear()
+        return taken
 
     def _log_choice(self, sampled: list[SampledGroup], groups: list[SampledGroup], dropped: int, number: int) -> None:
         rewards = self._totals(torch.cat([group.rewards for group in sampled]))
@@ -291,17 +311,14 @@ class GroupChoiceMixin:
 
 
 def _with_last_replaced(
-    group: SampledGroup, ids: list[int], completion: Any, rewards: torch.Tensor, right: bool
+    group: SampledGroup, ids: list[int], completion: Any, rewards: torch.Tensor, right: bool, extra: dict[str, Any]
 ) -> SampledGroup:
     """A group whose last sample (they are exchangeable) is another answer, which nobody sampled."""
     logprobs = group.logprobs
     if logprobs is not None:
         logprobs = [*logprobs[:-1], [None] * len(ids)]  # no sampler to correct for: TRL's ratio is then 1
-    return SampledGroup(
-        row=group.row,
-        targets=group.targets,
-        prompt_ids=group.prompt_ids,
-        images=group.images,
+    return replace(
+        group,
         completion_ids=[*group.completion_ids[:-1], ids],
         completions=[*group.completions[:-1], completion],
         logprobs=logprobs,
@@ -309,6 +326,7 @@ def _with_last_replaced(
         right=[*group.right[:-1], right],
         num_given=[*group.num_given[:-1], 0],
         guided=True,
+        extra={name: [*values[:-1], extra.get(name)] for name, values in group.extra.items()},
     )
 
 

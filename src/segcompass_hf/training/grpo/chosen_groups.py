@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class SampledGroup:
         right (`list[bool]`): Whether each chose the targets and nothing else.
         num_given (`list[int]`): Tokens at the start of each that were given, not written.
         guided (`bool`): Whether a reference had a part in it.
+        extra (`dict[str, list]`): What reward functions logged of each by name (`log_extra`).
     """
 
     row: dict[str, Any]
@@ -41,6 +42,7 @@ class SampledGroup:
     right: list[bool]
     num_given: list[int]
     guided: bool = False
+    extra: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -67,6 +69,15 @@ class ChosenGroups:
     def rewards(self) -> torch.Tensor:
         """Of this process's completions, `(num_completions, num_reward_functions)`."""
         return torch.cat([group.rewards for group in self.groups])
+
+    @property
+    def extra(self) -> dict[str, list[Any]]:
+        """What reward functions logged of each completion, by name; `None` where they did not."""
+        extra = {name: [] for group in self.groups for name in group.extra}
+        for name, values in extra.items():
+            for group in self.groups:
+                values += group.extra.get(name, [None] * len(group.completions))
+        return extra
 
     @property
     def generated(self) -> tuple:

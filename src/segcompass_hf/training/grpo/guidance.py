@@ -103,6 +103,7 @@ def begun_answers(model: Any, beginnings: Sequence[Sequence[int]] | None) -> Ite
         yield
         return
     own, left = model.generate, list(beginnings)
+    before = vars(model).get("generate")  # where something else has wrapped it
 
     def generate(*args, **kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -117,6 +118,8 @@ def begun_answers(model: Any, beginnings: Sequence[Sequence[int]] | None) -> Ite
         yield
     finally:
         del model.generate
+        if before is not None:
+            model.generate = before
 
 
 __all__ = ["beginning_of", "begun_answers", "first_sentences", "guidance_strength", "reference_answer"]

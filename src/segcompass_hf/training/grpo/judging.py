@@ -27,6 +27,7 @@ class JudgingMixin:
         rollouts = self._rollouts
         if rollouts.chosen is not None:
             rollouts.rewards = self.accelerator.gather(rollouts.chosen.rewards)
+            self._pending_extra_logs.update(rollouts.chosen.extra)
             return rollouts.rewards
         columns, rewards = self._judge_rollouts(inputs, prompts, completions, completion_ids_list)
         self._log_judged(inputs, columns, completions, rewards, rollouts.targets)

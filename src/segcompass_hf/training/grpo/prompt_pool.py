@@ -21,10 +21,13 @@ def column_of(rows: Any, name: str, setting: str) -> list[Any]:
     """A column of a training set, read without its images.
 
     Raises:
-        ValueError: A stream, or no such column; names the `setting` that needs it.
+        ValueError: A stream or a list, or no such column; names the `setting` that needs it.
     """
     if not hasattr(rows, "__len__") or not hasattr(rows, "column_names"):
-        raise ValueError(f"{setting} looks prompts up, which a stream does not allow; give a data set with a length.")
+        raise ValueError(
+            f"{setting} looks prompts up by a column, which {type(rows).__name__} does not allow; give a "
+            "datasets.Dataset."
+        )
     if name not in rows.column_names:
         raise ValueError(f"{setting} reads the column {name!r}; train_dataset has {rows.column_names}.")
     return list(rows[name])

@@ -32,7 +32,7 @@ class SamplingMixin:
     def _new_rollouts(self, rows: list[dict[str, Any]], targets: SegmentationTargets) -> RolloutMasks:
         """Where what is sampled for `rows` goes."""
         rollouts = RolloutMasks(targets)
-        if not (self.use_vllm or self.use_transformers_continuous_batching):  # these sample for every row
+        if self._captures_states:  # others sample for every row
             copies = self.num_generations if self.model.training else self.num_generations_eval
             rollouts.copies = answers_in_a_row(rows, targets.image_numbers, copies)
         return rollouts
@@ -67,9 +67,13 @@ class SamplingMixin:
         They need a forward of their own where another model than this process's own whole one samples, and where
         concepts are read from a second pass over the sequence.
         """
+        return self._samples_here and self.core.config.concept_input != "duplicated"
+
+    @property
+    def _samples_here(self) -> bool:
+        """Whether this process's own whole model samples, token by token."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        elsewhere = self.use_vllm or self.use_transformers_continuous_batching or sharded
-        return not elsewhere and self.core.config.concept_input != "duplicated"
+        return not (self.use_vllm or self.use_transformers_continuous_batching or sharded)
 
     def _prepare_inputs(self, generation_batch):
         """As in the parent, but a prompt's completions stay together, so that it is computed once for them."""

@@ -22,27 +22,28 @@ HALF_PRECISION_ROUNDING = 5e-2
 class PromptSharing:
     """The policy's pass over a micro-batch, by [`shared_pass`] where the VLM can do it, else by [`whole_pass`].
 
-    The first micro-batch in which completions share a prompt decides: states and gradients of two of them must be the
-    same both ways. What cannot be shared is said once, with the reason.
+    The first micro-batch in which completions share a prompt decides: states and gradients of one completion of each
+    prompt must be the same both ways. Training and evaluation decide for themselves, since gradient checkpointing is
+    of training alone. What cannot be shared is said once in each, with the reason.
     """
 
     def __init__(self):
-        self.works: bool | None = None
+        self.works: dict[bool, bool] = {}  # by whether the model is in training mode
 
     def __call__(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], prompts: Prompts | None, traced: bool
     ) -> PolicyPass | SharedPass:
         """The pass; arguments as of [`shared_pass`]."""
         written = None if prompts is None else inputs["attention_mask"][:, prompts.length :]
-        if prompts is not None and self.works is None and written.any():
+        if prompts is not None and model.training not in self.works and written.any():
             reason = reason_against_sharing(model, inputs, prompts)
-            self.works = reason is None
+            self.works[model.training] = reason is None
             if reason is not None:
                 logger.warning(
                     "Prompts are computed anew for each of their completions, which takes several times as long and "
                     f"as much memory: {reason}."
                 )
-        if prompts is None or not self.works:
+        if prompts is None or not self.works.get(model.training):
             return whole_pass(model, inputs, traced)
         return shared_pass(model, inputs, prompts, traced)
 
