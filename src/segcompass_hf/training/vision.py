@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.encoder_calls import leaves, rebuilt, replaced_forward
+from ..data.readable_rows import ReadableRows
 from ..data.vision_cache import VisionCache
 from ..text_stack_segcompass import HiddenStateCapture
 from ..vlm_inputs_segcompass import sequence_inputs
@@ -53,7 +54,8 @@ def kept_vision(trainer: Any, vlm: nn.Module, processor: Any) -> Iterator[None]:
         yield
         return
     with VisionCache(folder, encoder) as cache:
-        rows = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # under `ReadableRows`
+        rows = trainer.train_dataset
+        rows = rows.dataset if isinstance(rows, ReadableRows) else rows
         if hasattr(processor, "picture_inputs") and hasattr(rows, "__len__") and not isinstance(rows, IterableDataset):
             with torch.random.fork_rng(), torch.no_grad(), trainer.accelerator.autocast():
                 _announce(cache, vlm, processor, DifferentImages(rows))

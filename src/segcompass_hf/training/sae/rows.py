@@ -95,9 +95,9 @@ class RowStream:
         if self.is_map_style:
             yield from self._table_rows(epoch, slice(None), slice(start, stop))
             return
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
         files = self.dataset if self.num_sections == 1 else self.dataset.shard(self.num_sections, section)
+        if hasattr(files, "set_epoch"):  # of the section itself, which begins at epoch 0 whatever the whole is told
+            files.set_epoch(epoch)
         # every section holds rows out, each at other places, so that short ones together do too
         offset = section * (self.hold_out_every or 0) // self.num_sections
         chosen = ((place, row) for place, row in enumerate(files) if self._is_chosen(place + offset))
