@@ -74,7 +74,10 @@ class RowStream:
         return self.num_rows // self.world_size if self.is_map_style else None
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[int, dict]]:
-        """This process's rows of an epoch from its `start`-th on, each with its index in the data set."""
+        """This process's rows of an epoch from its `start`-th on, each with its index in the data set.
+
+        Of a stream in several sections the index is a number that no other row has.
+        """
         sections = range(self.rank % self.num_sections, self.num_sections, self.world_size)
         sharing = range(sections[0], self.world_size, self.num_sections)  # processes that read the same section
         turn = self.rank // self.num_sections
