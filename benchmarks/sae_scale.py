@@ -29,7 +29,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from segcompass_hf import modeling_sae
+from segcompass_hf import sparse_features_segcompass
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
 from segcompass_hf.modeling_sae import SegCompassSae
 from segcompass_hf.training.sae.activations import ActivationHarvester, HarvestedTokens
@@ -219,7 +219,7 @@ def sparse_against_dense(args: argparse.Namespace) -> list[dict]:
         states, row = torch.randn(args.batch_tokens, 576), {"features_per_active": ratio}
         for _ in range(args.turns + 1):
             for name, limit in (("sparse", 1), ("dense", float("inf"))):
-                modeling_sae.SPARSE_FROM["cpu"] = limit
+                sparse_features_segcompass.SPARSE_FROM["cpu"] = limit
                 start = CLOCKS[args.clock]()
                 sae_step(sae, states)
                 row[name] = min(row.get(name, float("inf")), CLOCKS[args.clock]() - start)
@@ -243,6 +243,8 @@ def overlap(args: argparse.Namespace) -> dict[str, float]:
         states = buffer.next_batch()["hidden_states"]
         for _ in range(3):  # the rest of the first block, which nothing overlaps with
             buffer.next_batch()
+        if not harvest:
+            buffer.close()
         start = time.monotonic()
         for _ in range(steps):
             states = buffer.next_batch()["hidden_states"] if harvest else states

@@ -4,9 +4,10 @@ import pytest
 import torch
 from sae import by_hand
 
-from segcompass_hf import modeling_sae
+from segcompass_hf import sparse_features_segcompass
 from segcompass_hf.configuration_segcompass import SegCompassSaeConfig
-from segcompass_hf.modeling_sae import SegCompassSae, smallest_kept
+from segcompass_hf.modeling_sae import SegCompassSae
+from segcompass_hf.sae_activations_segcompass import smallest_kept
 from segcompass_hf.sparse_features_segcompass import FeaturePattern, decode_active
 
 TOP_K = {
@@ -25,7 +26,7 @@ def formulation(monkeypatch):
     """Chooses how many features there must be for each active one until a few are computed with alone."""
 
     def choose(features_per_active: float) -> None:
-        monkeypatch.setitem(modeling_sae.SPARSE_FROM, "cpu", features_per_active)
+        monkeypatch.setitem(sparse_features_segcompass.SPARSE_FROM, "cpu", features_per_active)
 
     return choose
 
@@ -79,15 +80,17 @@ def test_only_few_active_features_are_computed_with_alone(formulation):
     formulation(32)
     for d_sae, k, architecture, sparse in ((64, 2, "topk", True), (63, 2, "topk", False), (64, None, "gated", False)):
         sae = SegCompassSae(SegCompassSaeConfig(d_in=4, d_sae=d_sae, k=k, architecture=architecture))
-        assert sae._is_sparse(torch.zeros(1, 4)) == sparse
-        assert not sae._is_sparse(torch.zeros(1, 4, requires_grad=True))  # whose gradient needs all of the encoder
-        assert not sae._is_sparse(torch.zeros(1, 4, device="meta"))  # a device that was not measured
+        assert sae.computes_with_few("cpu") == sparse
+        assert not sae.computes_with_few("meta")  # a device that was not measured
+        for states in (torch.zeros(1, 4), torch.zeros(1, 4, requires_grad=True)):  # whose gradient needs all features
+            is_dense = sae(states, output_feature_acts=False).feature_acts is not None
+            assert is_dense == (states.requires_grad or not sparse)
 
 
 def test_tokens_in_chunks_are_tokens_in_one(formulation, monkeypatch):
     formulation(1)
     whole, _ = step(True, False, architecture="topk")
-    monkeypatch.setattr(modeling_sae, "CHUNK_ELEMENTS", 64 * 4)  # four tokens of 19
+    monkeypatch.setattr(sparse_features_segcompass, "CHUNK_ELEMENTS", 64 * 4)  # four tokens of 19
     parts, _ = step(True, False, architecture="topk")
     torch.testing.assert_close(parts.feature_acts, whole.feature_acts, rtol=1e-12, atol=1e-12)
 

@@ -15,15 +15,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassSaeConfig
-from .sparse_features_segcompass import SPARSE_FROM, FeaturePattern, decode_active, encode_active
+from .sae_activations_segcompass import JumpRelu, Step, keep_top_k, smallest_kept
+from .sparse_features_segcompass import SPARSE_FROM, FeaturePattern, decode_active, encode_active, largest_of_rows
 from .weight_files_segcompass import check_nothing_left, check_weight_files
 
-JUMPRELU_BANDWIDTH = 0.05  # width of the window around a threshold in which it receives a gradient
-GUESS_MARGIN = 0.7  # of the running threshold: what lies below is not among the largest, but for odd batches
 BATCHTOPK_THRESHOLD_MOMENTUM = 0.99  # of the running threshold that replaces batch top-k outside training
 AUXILIARY_COEFFICIENT = 1 / 32  # of the dead features' loss, as in Gao et al. 2024
 LAYER_NORM_EPS = 1e-5
-CHUNK_ELEMENTS = 2**24  # pre-activations alive at a time where only the largest are kept: 64 MiB in float32
 
 
 @dataclass
@@ -68,60 +66,6 @@ class SaeNormalization(NamedTuple):
     def undo_direction(self, direction: torch.Tensor) -> torch.Tensor:
         """Bring a difference of states `(..., d_in)` back to the space of the VLM: scaled but not shifted."""
         return direction if self.scale is None else direction / self.scale
-
-
-class _JumpRelu(torch.autograd.Function):
-    """`z * H(z - threshold)` with the pseudo-derivative of Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11)."""
-
-    @staticmethod
-    def forward(ctx, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(pre_activations, threshold)
-        return pre_activations.relu() * (pre_activations > threshold)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pre_activations, threshold = ctx.saved_tensors
-        active = (pre_activations > threshold) & (pre_activations > 0)
-        at_threshold = (pre_activations - threshold).abs() < JUMPRELU_BANDWIDTH / 2
-        grad_threshold = -(threshold / JUMPRELU_BANDWIDTH) * (at_threshold * grad).flatten(0, -2).sum(0)
-        return grad * active, grad_threshold
-
-
-class _Step(torch.autograd.Function):
-    """`H(z - threshold)`, differentiable in the threshold only (arXiv 2407.14435, eq. 12)."""
-
-    @staticmethod
-    def forward(ctx, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(pre_activations, threshold)
-        return (pre_activations > threshold).to(pre_activations.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        pre_activations, threshold = ctx.saved_tensors
-        at_threshold = (pre_activations - threshold).abs() < JUMPRELU_BANDWIDTH / 2
-        return None, -(at_threshold * grad).flatten(0, -2).sum(0) / JUMPRELU_BANDWIDTH
-
-
-def smallest_kept(activations: torch.Tensor, count: int, guess: torch.Tensor | float = 0.0) -> torch.Tensor:
-    """The smallest positive one of the `count` largest activations of a batch, `()`; infinite where none is positive.
-
-    Args:
-        activations (`torch.Tensor` of shape `(entries,)`): Of all tokens and features.
-        count (`int`): That are kept at most.
-        guess (`torch.Tensor` of shape `()` or `float`, *optional*): Near or below it: then few are sorted.
-    """
-    candidates = activations[activations > guess * GUESS_MARGIN]
-    if len(candidates) < count:
-        candidates = activations
-    if not len(candidates):
-        return activations.new_tensor(torch.inf)
-    largest = candidates.topk(min(count, len(candidates)), sorted=False).values
-    return largest.where(largest > 0, torch.inf).amin()
-
-
-def _keep_top_k(activations: torch.Tensor, k: int) -> torch.Tensor:
-    values, indices = activations.topk(k, dim=-1)
-    return torch.zeros_like(activations).scatter(-1, indices, values.relu())
 
 
 class SegCompassSae(PreTrainedModel):
@@ -335,21 +279,18 @@ class SegCompassSae(PreTrainedModel):
         normalized, normalization = self.normalize(
             hidden_states[keep], None if modality_ids is None else modality_ids[keep]
         )  # (tokens, d_in)
-        if self._is_sparse(normalized):
-            pre_activations, (pattern, values) = None, self._active(normalized)
+        pre_activations, feature_acts = None, None
+        if self.computes_with_few(normalized.device.type) and not normalized.requires_grad:
+            pattern, values = self._active(normalized)
             reconstruction = self._decode_active(values, pattern)  # (tokens, d_in), normalised space
             fired = torch.bincount(pattern.features, minlength=self.config.d_sae)
             sparsity_loss, auxiliary_loss = reconstruction.new_zeros(()), None
-            feature_acts = None
             if output_feature_acts:
                 places = pattern.tokens, pattern.features
                 feature_acts = values.new_zeros(len(normalized), self.config.d_sae).index_put(places, values)
         else:
             pre_activations = self._project(normalized)  # (tokens, d_sae)
-            if self.training and self.config.architecture == "batchtopk":
-                feature_acts = F.relu(pre_activations) * self._kept_of_batch(pre_activations)
-            else:
-                feature_acts = self._activate(pre_activations)
+            feature_acts = self._activate(pre_activations, of_batch=self.training)
             reconstruction = self.decode(feature_acts)
             fired = (feature_acts > 0).sum(0)
             sparsity_loss, auxiliary_loss = self._penalties(pre_activations, feature_acts, normalized)
@@ -418,65 +359,70 @@ class SegCompassSae(PreTrainedModel):
             self.modality_scale[modality] = self.config.d_in**0.5 / norm.clamp_min(1e-12)
         return self
 
+    def _centred(self, normalized: torch.Tensor) -> torch.Tensor:
+        """What the encoder multiplies: the states `(..., d_in)`, less `b_dec` where the configuration says so."""
+        return normalized - self.b_dec if self.config.apply_b_dec_to_input else normalized
+
     def _project(self, normalized: torch.Tensor) -> torch.Tensor:
         """Pre-activations `(..., d_sae)`; for `gated` without a bias, since gate and magnitude have their own."""
-        if self.config.apply_b_dec_to_input:
-            normalized = normalized - self.b_dec
-        return F.linear(normalized, self.W_enc.T, getattr(self, "b_enc", None))
+        return F.linear(self._centred(normalized), self.W_enc.T, getattr(self, "b_enc", None))
 
-    def _activate(self, pre_activations: torch.Tensor) -> torch.Tensor:
-        """Feature activations `(..., d_sae)` by the inference rule."""
+    def _activate(self, pre_activations: torch.Tensor, of_batch: bool = False) -> torch.Tensor:
+        """Feature activations `(..., d_sae)` by the inference rule; with `of_batch` batch top-k's are its batch's."""
         architecture, activation = self.config.architecture, self.config.activation
         if architecture == "gated":
             magnitude = F.relu(pre_activations * self.r_mag.exp() + self.b_mag)
             return magnitude * (pre_activations + self.b_gate > 0)
         if architecture == "jumprelu":
-            return _JumpRelu.apply(pre_activations, self.threshold)
+            return JumpRelu.apply(pre_activations, self.threshold)
         if architecture == "batchtopk":
-            return F.relu(pre_activations) * (pre_activations >= self.topk_threshold)
+            return F.relu(pre_activations) * (pre_activations >= self._least(pre_activations, of_batch))
         if architecture == "topk" or activation == "topk":
-            return _keep_top_k(pre_activations, self.config.k)
+            return keep_top_k(pre_activations, self.config.k)
         feature_acts = F.relu(pre_activations)
         return feature_acts.tanh() if activation == "tanh-relu" else feature_acts
 
     @torch.no_grad()
-    def _kept_of_batch(self, pre_activations: torch.Tensor) -> torch.Tensor:
-        """Which are the `k * tokens` largest of the batch, bool; `topk_threshold` follows the smallest of them."""
-        entries = pre_activations.flatten()
-        smallest = self.smallest_kept(entries, self.config.k * len(pre_activations), self.topk_threshold)
+    def _least(self, pre_activations: torch.Tensor, of_batch: bool) -> torch.Tensor:
+        """Batch top-k: the least pre-activation that counts, `()`; of a batch that of its `k * tokens` largest.
+
+        `topk_threshold` follows the batches.
+        """
+        if not of_batch:
+            return self.topk_threshold
+        smallest = self.smallest_kept(
+            pre_activations.flatten(), self.config.k * len(pre_activations), self.topk_threshold
+        )
         momentum = BATCHTOPK_THRESHOLD_MOMENTUM if self.topk_threshold > 0 else 0.0
         followed = smallest.to(self.topk_threshold.dtype).where(smallest.isfinite(), self.topk_threshold)
         self.topk_threshold.lerp_(followed, 1 - momentum)
-        return pre_activations >= smallest
+        return smallest
 
-    def _is_sparse(self, normalized: torch.Tensor) -> bool:
-        """Whether few enough features are active to be computed with alone, faster than all and with less memory."""
-        if not self.takes_top_k or normalized.requires_grad:
-            return False
-        return self.config.d_sae >= self.config.k * SPARSE_FROM.get(normalized.device.type, torch.inf)
+    def computes_with_few(self, device_type: str) -> bool:
+        """Whether a pass computes with the active features alone: faster than with all, where they are few enough."""
+        return self.takes_top_k and self.config.d_sae >= self.config.k * SPARSE_FROM.get(device_type, torch.inf)
 
     def _active(self, normalized: torch.Tensor) -> tuple[FeaturePattern, torch.Tensor]:
         """Which features are active on which tokens, and their activations `(active,)`."""
         with torch.no_grad():
-            shift = self.b_dec if self.config.apply_b_dec_to_input else None
-            inputs = normalized if shift is None else normalized - shift
             if self.config.architecture == "batchtopk":
                 pre_activations = self._project(normalized)
-                kept = (
-                    self._kept_of_batch(pre_activations) if self.training else pre_activations >= self.topk_threshold
-                )
-                pattern = FeaturePattern.of(kept & (pre_activations > 0))
+                active = (pre_activations >= self._least(pre_activations, self.training)) & (pre_activations > 0)
+                pattern = FeaturePattern.of(active)
                 found = pre_activations[pattern.tokens, pattern.features]
             else:
-                chunks = normalized.split(max(1, CHUNK_ELEMENTS // self.config.d_sae))
-                largest = [self._project(chunk).topk(self.config.k, dim=-1) for chunk in chunks]
-                values, features = (torch.cat(parts) for parts in zip(*largest, strict=True))  # both (tokens, k)
+                values, features = largest_of_rows(self._project, normalized, self.config.k, self.config.d_sae)
                 tokens, places = (values > 0).nonzero(as_tuple=True)
                 pattern = FeaturePattern.sorted_by_token(
                     tokens, features[tokens, places], len(values), self.config.d_sae
                 )
                 found = values[tokens, places]
-        return pattern, encode_active(found, inputs, self.W_enc, self.b_enc, shift, pattern)
+        return pattern, self._encode_active(found, normalized, pattern)
+
+    def _encode_active(self, found: torch.Tensor, normalized: torch.Tensor, pattern: FeaturePattern) -> torch.Tensor:
+        """Pre-activations `(active,)` of a pattern, found before, with their gradient in the encoder."""
+        shift = self.b_dec if self.config.apply_b_dec_to_input else None
+        return encode_active(found, self._centred(normalized).detach(), self.W_enc, self.b_enc, shift, pattern)
 
     def _decode_active(self, values: torch.Tensor, pattern: FeaturePattern) -> torch.Tensor:
         """The same as `decode` of the dense activations: `(tokens, d_in)`."""
@@ -492,7 +438,7 @@ class SegCompassSae(PreTrainedModel):
         if self.takes_top_k:
             return feature_acts.new_zeros(()), None
         if architecture == "jumprelu":
-            return _Step.apply(pre_activations, self.threshold).sum(-1).mean(), None
+            return Step.apply(pre_activations, self.threshold).sum(-1).mean(), None
         decoder_norm = self.W_dec.norm(dim=-1)  # (d_sae,)
         if architecture == "standard":
             return (feature_acts * decoder_norm).sum(-1).mean(), None
@@ -513,11 +459,10 @@ class SegCompassSae(PreTrainedModel):
         if dead.numel() == 0:
             return error.new_zeros(())
         if pre_activations is None:
-            inputs = normalized - self.b_dec if self.config.apply_b_dec_to_input else normalized
-            of_dead = F.linear(inputs, self.W_enc[:, dead].T, self.b_enc[dead])  # (tokens, num_dead)
+            of_dead = F.linear(self._centred(normalized), self.W_enc[:, dead].T, self.b_enc[dead])
         else:
-            of_dead = pre_activations[:, dead]
-        feature_acts = _keep_top_k(of_dead, min(dead.numel(), max(1, self.config.d_in // 2)))
+            of_dead = pre_activations[:, dead]  # (tokens, num_dead)
+        feature_acts = keep_top_k(of_dead, min(dead.numel(), max(1, self.config.d_in // 2)))
         rebuilt = feature_acts @ self.W_dec[dead]  # (tokens, d_in), without bias: an error has no mean to add
         return (rebuilt - error.detach()).pow(2).sum(-1).mean()
 

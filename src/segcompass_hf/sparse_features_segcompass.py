@@ -6,11 +6,13 @@ the active features in place of four dense products. Values and gradients are th
 gradient that is not computed is zero there.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+CHUNK_ELEMENTS = 2**24  # pre-activations alive at a time where only the largest are kept: 64 MiB in float32
 DOT_ELEMENTS = 2**19  # of the rows gathered at a time for dot products: 2 MiB in float32
 SPARSE_FROM = {"cpu": 32}  # features per active one from which this is faster, see benchmarks/sae_scale.py
 
@@ -111,6 +113,22 @@ class _Decode(torch.autograd.Function):
         return ctx.pattern.dots(grad, W_dec), ctx.pattern.sum_over_tokens(values, grad), None
 
 
+def largest_of_rows(
+    project: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, k: int, d_sae: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` largest pre-activations of every row, and whose they are: twice `(num_rows, k)`, some rows at a time.
+
+    Args:
+        project (`Callable`): Rows -> their pre-activations `(num_rows, d_sae)`.
+        rows (`torch.Tensor` of shape `(num_rows, d_in)`): Normalised states.
+        k (`int`): Of `d_sae` features.
+        d_sae (`int`): Features.
+    """
+    largest = [project(chunk).topk(k, dim=-1) for chunk in rows.split(max(1, CHUNK_ELEMENTS // d_sae))]
+    values, features = (torch.cat(parts) for parts in zip(*largest, strict=True))
+    return values, features
+
+
 def encode_active(
     found: torch.Tensor,
     inputs: torch.Tensor,
@@ -139,4 +157,4 @@ def decode_active(values: torch.Tensor, W_dec: torch.Tensor, pattern: FeaturePat
     return _Decode.apply(values.to(W_dec.dtype), W_dec, pattern)
 
 
-__all__ = ["SPARSE_FROM", "FeaturePattern", "decode_active", "encode_active"]
+__all__ = ["SPARSE_FROM", "FeaturePattern", "decode_active", "encode_active", "largest_of_rows"]

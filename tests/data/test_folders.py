@@ -1,5 +1,6 @@
 """A folder on a disk or behind a URL: files that are whole, found, read and removed."""
 
+import functools
 import uuid
 
 import pytest
@@ -16,7 +17,7 @@ def test_files_are_written_found_read_and_removed(folder):
     assert folder.read_json("a.json") is None and folder.find("*") == []
     for content in (b'{"x": 1}', b'{"x": 2}'):  # over what was there
         folder.write("a.json", content)
-    folder.write("deeper/b.json", b"{}", durable=False)
+    folder.write("deeper/b.json", b"{}")
     assert folder.read_json("a.json") == {"x": 2} and folder.read_json("deeper/b.json") == {}
     with folder.open("a.json") as file:
         file.seek(2)
@@ -29,6 +30,34 @@ def test_files_are_written_found_read_and_removed(folder):
     assert folder.read_json("a.json") is None and folder.find("*.part") == []
     with pytest.raises(FileNotFoundError):
         folder.open("a.json")
+
+
+def behind_a_url(monkeypatch, move):
+    folder = AnyFolder(f"memory://{uuid.uuid4().hex}/made")
+    folder.write("a", b"old")
+    monkeypatch.setattr(folder._filesystem, "mv", functools.partial(move, folder, folder._filesystem.mv))
+    return folder
+
+
+def test_the_old_file_stays_where_the_new_one_gets_no_name(monkeypatch):
+    def lost(folder, move, part, path):
+        raise OSError("the connection is lost")
+
+    folder = behind_a_url(monkeypatch, lost)
+    with pytest.raises(OSError, match="connection is lost"):
+        folder.write("a", b"new")
+    assert folder.open("a").read() == b"old"
+
+
+def test_a_kind_of_folder_that_renames_over_nothing(monkeypatch):
+    def careful(folder, move, part, path):
+        if folder.holds("a"):
+            raise FileExistsError(path)
+        move(part, path)
+
+    folder = behind_a_url(monkeypatch, careful)
+    folder.write("a", b"new")
+    assert folder.open("a").read() == b"new" and folder.find("*") == [folder.path("a")]
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import uuid
 
 import pytest
 import torch
@@ -57,10 +58,12 @@ class TestNumbered:
     def test_read_again_and_gone_on_with(self, tmp_path):
         shards = NumberedShards(tmp_path / "made", {"layer": 3}, next_row=0)
         assert shards.index == {"key": {"layer": 3}, "shards": [], "next_row": 0} and not (tmp_path / "made").exists()
-        shards.append({"x": torch.arange(3), "y": torch.arange(3) * 2}, {"tokens": 3}, next_row=5)
+        file = shards.write(0, {"x": torch.arange(3), "y": torch.arange(3) * 2})
+        shards.name([{"file": file, "tokens": 3}], next_row=5)
         again = NumberedShards(tmp_path / "made", {"layer": 3}, next_row=0)
-        again.append({"x": torch.arange(2), "y": torch.arange(2)}, {"tokens": 2}, next_row=7)
-        again.append(None, {}, complete=True)
+        file = again.write(1, {"x": torch.arange(2), "y": torch.arange(2)})
+        again.name([{"file": file, "tokens": 2}], next_row=7)
+        again.name([], complete=True)
         entries = [
             {"file": f"shard-0000{number}.safetensors", "tokens": tokens} for number, tokens in ((0, 3), (1, 2))
         ]
@@ -70,14 +73,42 @@ class TestNumbered:
         assert found["x"].tolist() == [1, 2] and found["y"].tolist() == [2, 4]
 
     def test_another_key(self, tmp_path):
-        NumberedShards(tmp_path, {"layer": 3, "vlm": "a"}).append({"x": torch.zeros(1)}, {})
+        NumberedShards(tmp_path, {"layer": 3, "vlm": "a"}).name([])
         with pytest.raises(ValueError, match="made for something else: layer is 3 there and 4 here. Delete"):
             NumberedShards(tmp_path, {"layer": 4, "vlm": "a"})
+
+    @pytest.mark.parametrize("place", ["disk", "url"])
+    def test_a_shard_of_another_key_is_not_read(self, tmp_path, place):
+        """Where two runs began in one empty folder and each has written what the other's index names."""
+        folder = tmp_path if place == "disk" else f"memory://{uuid.uuid4().hex}/shards"
+        one, two = NumberedShards(folder, {"layer": 3}), NumberedShards(folder, {"layer": 4})
+        one.name([{"file": one.write(0, {"x": torch.zeros(1)})}])
+        two.write(0, {"x": torch.ones(1)})
+        with pytest.raises(ValueError, match="shard-00000.safetensors.* made for something else than the index says"):
+            one.read(one.index["shards"][0])
+
+    def test_what_another_process_has_written_elsewhere_is_not_named(self, tmp_path):
+        file = NumberedShards(tmp_path / "of another machine", {}).write(0, {"x": torch.zeros(1)})
+        shards = NumberedShards(tmp_path / "here", {})
+        with pytest.raises(FileNotFoundError, match="all processes must see the same folder.*here/shard-00000"):
+            shards.name([{"file": file}])
+        assert shards.index["shards"] == [] and not (tmp_path / "here").exists()
+
+    @pytest.mark.parametrize("place", ["disk", "url"])
+    def test_what_no_index_names_is_removed(self, tmp_path, place):
+        shards = NumberedShards(tmp_path if place == "disk" else f"memory://{uuid.uuid4().hex}/shards", {})
+        files = [shards.write(number, {"x": torch.full((1,), number)}) for number in range(3)]
+        shards.folder.write(".tmpX2k341", b"what safetensors had not renamed")
+        shards.name([{"file": files[1]}])
+        shards.remove_unnamed()
+        assert [path.rsplit("/")[-1] for path in shards.folder.find("*.safetensors")] == files[1:2]
+        assert shards.folder.holds(".tmpX2k341") == (place == "url")  # there nothing has such names
+        assert shards.read(shards.index["shards"][0])["x"] == 1
 
     def test_a_shard_that_the_index_does_not_name_is_written_anew(self, tmp_path):
         (tmp_path / "shard-00000.safetensors").write_bytes(b"of a kill between shard and index")
         shards = NumberedShards(tmp_path, {})
-        shards.append({"x": torch.ones(1)}, {})
+        shards.name([{"file": shards.write(0, {"x": torch.ones(1)})}])
         assert shards.read(shards.index["shards"][0])["x"] == 1
 
 

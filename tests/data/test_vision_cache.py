@@ -185,6 +185,17 @@ class TestLeftAlone:
 
         self.said(Packing(), tmp_path, warnings, message="depends on other images")
 
+    def test_an_output_that_is_no_image_s(self, tmp_path, warnings):
+        class Tabling(Encoder):
+            def forward(self, pixel_values):
+                return super().forward(pixel_values) + (self.layers[0].weight[None],)
+
+        encoder = Tabling()
+        self.said(encoder, tmp_path, warnings, message="stands in no row")
+        with VisionCache(tmp_path, encoder):
+            for _ in range(2):
+                assert torch.equal(encoder(PIXELS)[1] + 0, encoder.layers[0].weight[None])
+
     def test_inputs_without_a_row_per_image(self, tmp_path, warnings):
         class Scaling(Encoder):
             def forward(self, pixel_values, scale):

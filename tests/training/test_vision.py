@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from sae import harvester, rows, seeded, settings
+from safetensors.torch import load_file
 from supervised import arguments, make_trainer, tiny_row
 from tiny import tiny_model, tiny_processor, tiny_sam_image_processor, tiny_vlm_config
 from transformers import CLIPImageProcessorPil, EfficientNetConfig, FastVlmConfig, FastVlmForConditionalGeneration
@@ -190,15 +191,22 @@ def test_an_encoder_with_batch_norms(tmp_path, kept):
     assert not torch.allclose(again[1]["model.multi_modal_projector.linear_1.weight"], before)
 
 
-@pytest.mark.parametrize(("family", "message"), [("qwen2_5_vl", "because it trains"), ("git", "it is not found")])
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [("qwen2_5_vl", "because it trains"), ("qwen3_vl", "because it trains"), ("git", "it is not found")],
+)
 def test_what_cannot_be_kept_is_said_once(family, message, tmp_path, monkeypatch, warnings):
     if family == "git":  # a family whose encoder has another name
         monkeypatch.setattr("segcompass_hf.training.vision.VISION_ENCODERS", ("eyes",))
     args = arguments(WarmupConfig, tmp_path, embedding_cache_dir=str(tmp_path / "cache"), num_eval_generations=0)
     args.trainable = "decoder" if family == "git" else "without_vision"  # Qwen's projector is inside its encoder
     family = "llava" if family == "git" else family
-    WarmupTrainer(tiny_model(family).vlm, args, tiny_rows(), None, tiny_processor(family)).train()
+    vlm = tiny_model(family).vlm
+    trainer = WarmupTrainer(vlm, args, tiny_rows(), None, tiny_processor(family))
+    before = {name: p.detach().clone() for name, p in vlm.named_parameters() if p.requires_grad}
+    trainer.train()
     assert len(warnings) == 1 and message in warnings[0]
+    assert not [name for name, parameter in before.items() if torch.equal(vlm.get_parameter(name), parameter)]
 
 
 def test_a_disk_too_small_stops_before_the_first_step(tmp_path, monkeypatch):
@@ -220,6 +228,15 @@ class TestSae:
         for got in results[1:]:
             assert_same(got, results[0])
         assert kept[0] > 0 and kept[1] == 0
+
+    def test_the_announcement_is_in_the_precision_of_the_harvest(self, tmp_path, monkeypatch):
+        """The SAE's own steps run in bfloat16, the passes that it reads do not."""
+        announced, model = [], tiny_model()
+        monkeypatch.setattr(VisionCache, "announce", lambda self, images, size: announced.append(size))
+        args = settings(tmp_path / "out", max_steps=1, bf16=True, embedding_cache_dir=str(tmp_path / "cache"))
+        SaeTrainer(model, args, rows(8), processing_class=tiny_processor()).train()
+        (file,) = (tmp_path / "cache").rglob("*.safetensors")
+        assert {tensor.nbytes for tensor in load_file(file).values()} == set(announced)
 
     def test_evaluation_sees_an_image_once(self, monkeypatch):
         model, results = tiny_model(), []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -44,7 +45,16 @@ class AnyFolder:
         Raises:
             FileNotFoundError: There is none.
         """
-        return self._filesystem.open(self.path(name), "rb")
+        try:
+            return self._filesystem.open(self.path(name), "rb")
+        except FileNotFoundError:  # written since the folder was listed
+            self._filesystem.invalidate_cache()
+            return self._filesystem.open(self.path(name), "rb")
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        self._filesystem.invalidate_cache()
+        return self._filesystem.exists(self.path(name))
 
     def find(self, pattern: str) -> list[str]:
         """Paths of the files that a pattern finds in the folder."""
@@ -56,25 +66,29 @@ class AnyFolder:
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(self.path(name))
 
-    def write(self, name: str, content: bytes, durable: bool = True) -> None:
-        """Write a file aside, then give it its name: it is there whole or not at all.
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file aside, then give it its name: it is there whole or not at all, on a disk after a power cut too.
 
         Args:
             name (`str`): Of the file.
             content (`bytes`): Of the file.
-            durable (`bool`, defaults to `True`): On a disk, wait until it would survive a power cut.
 
         Raises:
             OSError: It cannot be written.
         """
         if self.local is not None:
-            write_whole(self.local / name, content, durable=durable)
+            write_whole(self.local / name, content, durable=True)
             return
         part = self.path(f"{name}.{uuid.uuid4().hex[:8]}{PART_SUFFIX}")
         self._filesystem.makedirs(os.path.dirname(part), exist_ok=True)
         self._filesystem.pipe_file(part, content)
-        self.remove(name)
-        self._filesystem.mv(part, self.path(name))
+        try:
+            self._filesystem.mv(part, self.path(name))
+        except OSError as error:
+            if not (isinstance(error, FileExistsError) or error.errno == errno.EEXIST):
+                raise
+            self.remove(name)  # of a kind that renames over nothing
+            self._filesystem.mv(part, self.path(name))
 
     def read_json(self, name: str, remedy: str = "choose another folder") -> dict[str, Any] | None:
         """A JSON object; `None` where there is no such file.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from transformers.utils import logging
 
-from ..files import PART_SUFFIX, SAFETENSORS_PART, free_space, whole_file
+from ..files import PART_SUFFIX, SAFETENSORS_PART, free_space, json_digest, whole_file
 from .folders import AnyFolder
 
 logger = logging.get_logger(__name__)
@@ -190,7 +190,8 @@ class NumberedShards:
     """Shards in an order, with an index, in a folder or behind a URL; whoever writes them goes on later.
 
     The folder holds `shard-00000.safetensors` and so on, and `index.json`. A shard is written before the index that
-    names it: whenever the process dies, the index names whole shards only.
+    names it: whenever the process dies, the index names whole shards only. Each shard says under which key it was
+    made, so that none is read as another's where two runs wrote one folder.
 
     Args:
         folder (`str` or `os.PathLike`): Path, or URL of whatever fsspec reads and writes; made when the first shard is
@@ -205,19 +206,29 @@ class NumberedShards:
     def __init__(self, folder: str | os.PathLike, key: dict[str, Any], **index: Any):
         self.folder = AnyFolder(folder)
         key = json.loads(json.dumps(key))  # as it comes back from the index
-        self.index = {"key": key, "shards": [], **index}
+        self.index = self._empty = {"key": key, "shards": [], **index}
+        self._metadata = {"key": json_digest(key)}
         self._headers: dict[str, tuple[dict[str, Any], int]] = {}
+        self.read_index()
+
+    def read_index(self) -> None:
+        """Take the index as it is in the folder now, where there is one.
+
+        Raises:
+            ValueError: It is damaged, or belongs to another key.
+        """
         remedy = f"delete the folder {self.folder.target}, or give another one"
         found = self.folder.read_json(INDEX, remedy)
-        if found is not None:
-            wrong = [name for name, value in self.index.items() if not isinstance(found.get(name), type(value))]
-            if wrong or not all(isinstance(shard, dict) and "file" in shard for shard in found["shards"]):
-                raise ValueError(
-                    f"{self.folder.path(INDEX)} is damaged ({', '.join(wrong) or 'shards'}), or was written by "
-                    f"another version; {remedy}."
-                )
-            self._check_key(key, found["key"])
-            self.index = found
+        if found is None:
+            return
+        wrong = [name for name, value in self._empty.items() if not isinstance(found.get(name), type(value))]
+        if wrong or not all(isinstance(shard, dict) and "file" in shard for shard in found["shards"]):
+            raise ValueError(
+                f"{self.folder.path(INDEX)} is damaged ({', '.join(wrong) or 'shards'}), or was written by another "
+                f"version; {remedy}."
+            )
+        self._check_key(self._empty["key"], found["key"])
+        self.index = found
 
     def _check_key(self, key: dict[str, Any], found: dict[str, Any]) -> None:
         other = [name for name in {**key, **found} if key.get(name) != found.get(name)]
@@ -236,9 +247,9 @@ class NumberedShards:
         """
         file = f"{PREFIX}{number:05d}{SUFFIX}"
         if self.folder.local is not None:
-            write_shard(self.folder.local / file, tensors)
+            write_shard(self.folder.local / file, tensors, self._metadata)
         else:
-            self.folder.write(file, save(tensors))
+            self.folder.write(file, save(tensors, self._metadata))
         return file
 
     def name(self, entries: list[dict[str, Any]], **index: Any) -> None:
@@ -249,20 +260,28 @@ class NumberedShards:
             **index: What else changes.
 
         Raises:
-            OSError: The index cannot be written.
+            OSError: The index cannot be written, or a shard is not there: another process sees another folder.
         """
-        self.index["shards"].extend(entries)
-        self.index |= index
-        self.folder.write(INDEX, json.dumps(self.index, indent=1).encode(), durable=False)
+        for entry in entries:
+            if not self.folder.holds(entry["file"]):
+                raise FileNotFoundError(
+                    errno.ENOENT,
+                    "a shard that another process has written is not there for this one; all processes must see the "
+                    "same folder: name one on a disk that they share, or a URL",
+                    self.folder.path(entry["file"]),
+                )
+        self.index = self.index | index | {"shards": [*self.index["shards"], *entries]}
+        self.folder.write(INDEX, json.dumps(self.index, indent=1).encode())
 
-    def append(self, tensors: dict[str, torch.Tensor] | None, entry: dict[str, Any], **index: Any) -> None:
-        """Write the next shard and name it; without tensors the index alone changes.
-
-        Raises:
-            OSError: There is not enough space, or a file cannot be written.
-        """
-        files = [] if tensors is None else [self.write(len(self.index["shards"]), tensors)]
-        self.name([{"file": file, **entry} for file in files], **index)
+    def remove_unnamed(self) -> None:
+        """Remove shards that the index does not name, and parts of shards: a killed run left them."""
+        named = {shard["file"] for shard in self.index["shards"]}
+        found = {path.rsplit("/", 1)[-1] for path in self.folder.find(f"{PREFIX}*{SUFFIX}")}
+        for file in found - named:
+            self.folder.remove(file)
+        if self.folder.local is not None:
+            for path in self.folder.local.glob(SAFETENSORS_PART):
+                path.unlink(missing_ok=True)
 
     def read(
         self, shard: dict[str, Any], start: int = 0, stop: int | None = None, names: Collection[str] | None = None
@@ -296,7 +315,10 @@ class NumberedShards:
         """What a safetensors file says of its tensors, and where the first byte of them is."""
         if file not in self._headers:
             length = int.from_bytes(stream.read(8), "little")
-            self._headers[file] = json.loads(stream.read(length)), 8 + length
+            header = json.loads(stream.read(length))
+            if not isinstance(header, dict) or header.get("__metadata__") != self._metadata:
+                raise ValueError("it was made for something else than the index says")
+            self._headers[file] = header, 8 + length
         return self._headers[file]
 
 

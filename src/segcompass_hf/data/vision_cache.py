@@ -79,11 +79,8 @@ class VisionCache:
 
     def __exit__(self, *exception: Any) -> None:
         self._replaced.__exit__(None, None, None)
-        try:
-            if self._shards is not None:
-                self._shards.flush()
-        except OSError as error:
-            self._stop_storing(error)
+        if self._shards is not None:
+            self._flush()
 
     def announce(self, num_images: int, bytes_per_image: int) -> None:
         """Say what so many images will take on the disk, where none of them is known.
@@ -122,7 +119,7 @@ class VisionCache:
             if self._shards is None or key != self._shards.identity:
                 if self._shards is not None:
                     logger.warning("vision cache: the VLM's vision encoder changed; earlier entries do not fit.")
-                    self._shards.flush()
+                    self._flush()
                 self._shards = TensorShards(self.folder / key, key, self.shard_bytes, self.min_free_bytes)
                 path = self.folder / key / "encoder.json"  # for those who wonder what a folder is
                 if not path.exists():
@@ -169,6 +166,12 @@ class VisionCache:
         try:
             for name, tensor in tensors.items() if self.keeps else ():
                 self._shards.put(name, tensor.detach().to("cpu", copy=True))
+        except OSError as error:
+            self._stop_storing(error)
+
+    def _flush(self) -> None:
+        try:
+            self._shards.flush()
         except OSError as error:
             self._stop_storing(error)
 
@@ -236,9 +239,9 @@ def _random_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def _first(leaf: Any, sizes: list[int]) -> Any:
-    """The first image's rows of a tensor."""
+    """The first image's rows of a tensor; `None` where rows are no image's."""
     parts = split_rows(leaf, sizes) if isinstance(leaf, torch.Tensor) else None
-    return leaf if parts is None else parts[0]
+    return None if parts is None else parts[0]
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

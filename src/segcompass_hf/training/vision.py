@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..data.encoder_calls import leaves, rebuilt, replaced_forward
+from ..data.readable_rows import ReadableRows
 from ..data.vision_cache import VisionCache
 from ..text_stack_segcompass import HiddenStateCapture
 from ..vlm_inputs_segcompass import sequence_inputs
@@ -53,9 +54,12 @@ def kept_vision(trainer: Any, vlm: nn.Module, processor: Any) -> Iterator[None]:
         yield
         return
     with VisionCache(folder, encoder) as cache:
-        rows = getattr(trainer.train_dataset, "dataset", trainer.train_dataset)  # under `ReadableRows`
+        rows = trainer.train_dataset
+        rows = rows.dataset if isinstance(rows, ReadableRows) else rows
         if hasattr(processor, "picture_inputs") and hasattr(rows, "__len__") and not isinstance(rows, IterableDataset):
-            with torch.random.fork_rng(), torch.no_grad(), trainer.accelerator.autocast():
+            steps_it = any(module is vlm for module in trainer.model.modules())  # accelerate casts what is stepped
+            precision = trainer.accelerator.autocast() if steps_it else nullcontext()
+            with torch.random.fork_rng(), torch.no_grad(), precision:
                 _announce(cache, vlm, processor, DifferentImages(rows))
         yield
 

@@ -71,7 +71,7 @@ def _middle_config(family: str, segmenter: str = "sam", **others):
     vlm = tiny_vlm_config(family, **text, num_attention_heads=4, num_key_value_heads=4)
     fields = {"sae_config": {"d_in": 256, "d_sae": 1024, "layer": 2}, "d_slot": 64, "concept_threshold": 0.0}
     sam = tiny_sam_config(256, 16, 64) if segmenter == "sam" else tiny_segmenter_config(segmenter, 256)
-    return tiny_config(family, vlm_config=vlm, sam_config=sam, **fields, **others)
+    return tiny_config(family, vlm_config=vlm, sam_config=sam, **fields | others)
 
 
 def _measured_step(config, setup: TrainingSetup) -> tuple[int, int, int]:
@@ -310,18 +310,21 @@ def test_errors_say_what_is_known():
         TrainingSetup(batch_size=8, rollouts=4)
 
 
-def test_a_step_of_the_sae_is_as_measured():
+@pytest.mark.parametrize("architecture", ["standard", "topk", "batchtopk"])
+def test_a_step_of_the_sae_is_as_measured(architecture):
     from segcompass_hf.modeling_sae import SegCompassSae
 
-    config = _middle_config("llava")
-    setup = TrainingSetup(**SMALL | {"batch_size": 512}, stage="sae", rows_per_batch=1, buffer_tokens=1000)
+    sae_config = {"d_in": 256, "d_sae": 1024, "layer": 2, "architecture": architecture, "k": 8}
+    config = _middle_config("llava", sae_config=sae_config)
+    tokens = {"batch_size": 512, "rows_per_batch": 1, "buffer_tokens": 1000}
+    setup = TrainingSetup(**SMALL | tokens, stage="sae", gpus=0, cached=True)
     estimate = estimate_memory(config, setup)
     sae = SegCompassSae(config.sae_config).train()
     for parameter in sae.parameters():
         parameter.grad = torch.zeros_like(parameter)
     known = [*sae.parameters(), *sae.buffers(), *(parameter.grad for parameter in sae.parameters())]
     with MemoryMeter(known) as meter:
-        output = sae(torch.randn(512, 256))
+        output = sae(torch.randn(512, 256), output_feature_acts=False)
         kept = meter.live
         output.loss.backward()
     assert estimate.trainable == sum(parameter.numel() for parameter in sae.parameters())
@@ -329,6 +332,12 @@ def test_a_step_of_the_sae_is_as_measured():
     assert estimate.activations - buffer == pytest.approx(kept, rel=0.1)
     assert estimate.activations - buffer + estimate.working == pytest.approx(meter.peak, rel=0.1)
     assert estimate.sampling == 0
+    # without a cache a pass of the VLM runs beside the step, and needs less than it here
+    beside = estimate_memory(config, replace(setup, cached=False))
+    assert beside.activations == estimate.activations and 0 < beside.working - estimate.working < meter.peak
+    # on a GPU every SAE makes rows of all features, here a few are computed with alone
+    rows, on_gpu = 512 * 1024 * 4, estimate_memory(config, replace(setup, gpus=1))
+    assert on_gpu.activations > rows and (estimate.activations - buffer < rows) == (architecture != "standard")
 
 
 def test_the_warm_up_counts_what_it_trains():

@@ -336,7 +336,7 @@ class TestActivationBuffer:
 
         whole = self.served(ActivationBuffer(Part(0, 1), 8, 24, 7), 6)
         parts = [
-            self.served(ActivationBuffer(Part(rank, count), 8 // count, 24 // count, 7, rank, count), 6)
+            self.served(ActivationBuffer(Part(rank, count), 8 // count, 24 // count, 7, rank), 6)
             for rank in range(count)
         ]
         assert [sum(together, []) for together in zip(*parts, strict=True)] == whole

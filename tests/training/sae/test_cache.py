@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from sae import Stream, harvester, rows
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny_image, tiny_model, tiny_processor
 
+from segcompass_hf.locks import alone_with
 from segcompass_hf.training.sae import cache_filling
 from segcompass_hf.training.sae.activations import HarvestedTokens, TokenStates
 from segcompass_hf.training.sae.buffer import ActivationBuffer
@@ -107,6 +108,12 @@ class TestSections:
         assert len({index for index, _ in found}) == 9
         assert list(stream.rows(0, 4)) == found[4:]
 
+    @pytest.mark.parametrize("files", [1, 3])
+    def test_an_order_of_its_own_in_every_epoch(self, tmp_path, files):
+        dataset = files_of_documents(tmp_path, files=files, rows_per_file=8).shuffle(seed=0, buffer_size=8)
+        epochs = [[row["texts"][0] for _, row in RowStream(dataset).rows(epoch)] for epoch in (0, 1, 1)]
+        assert epochs[0] != epochs[1] == epochs[2] and sorted(epochs[0]) == sorted(epochs[1])
+
     def test_a_stream_of_one_file_is_one_section(self):
         assert RowStream(Stream(range(3))).num_sections == RowStream(list(range(3))).num_sections == 1
 
@@ -118,7 +125,7 @@ class TestShares:
 
         def batches(rank, count):
             share = CacheShare(cache, rank, count, block_tokens=60 // count)
-            buffer = ActivationBuffer(share, 12 // count, 60 // count, 3, rank, count)
+            buffer = ActivationBuffer(share, 12 // count, 60 // count, 3, rank)
             return [buffer.next_batch() for _ in range(60)]  # 720 tokens: more than an epoch
 
         assert cache.num_tokens < 720
@@ -251,6 +258,46 @@ class TestFilling:
         filled(source, tmp_path / "whole", shard_tokens=60)
         same_files(tmp_path / "whole", tmp_path / "three")
 
+    def test_what_another_run_has_filled_meanwhile_is_not_made_again(self, source, tmp_path, monkeypatch):
+        late = ActivationCache(tmp_path, cache_key(source), "float32")  # begins with nothing, as the other does
+        other_layer = ActivationCache(tmp_path, cache_key(source) | {"layer": 1}, "float32")
+        other_rows = ActivationCache(tmp_path, cache_key(source) | {"first_row": "another"}, "float32")
+        first = filled(source, tmp_path)
+        monkeypatch.setattr(source.harvester, "of_layers", lambda *_: pytest.fail("it is harvested again"))
+        late.fill(source, 32)
+        assert late.complete and torch.equal(states(late), states(first))
+        with pytest.raises(ValueError, match="holds the states of layer 2, and those of layer 1 are wanted"):
+            other_layer.fill(source, 32)
+        with pytest.raises(ValueError, match="made for something else: first_row is"):
+            other_rows.fill(source, 32)
+        assert not (tmp_path / ".lock").exists()
+
+    def test_the_main_process_decides_whether_anything_is_missing(self, source, tmp_path, monkeypatch):
+        """Of two processes that start while another run ends one may have read the index before, one after it."""
+        before = ActivationCache(tmp_path, cache_key(source), "float32")
+        filled(source, tmp_path)
+        caches, team = [ActivationCache(tmp_path, cache_key(source), "float32"), before], Team(2)
+        monkeypatch.setattr(cache_filling, "in_every_process", team.in_every_process)
+
+        def fill(rank):
+            stream = RowStream(source.stream.dataset, rank=rank, world_size=2, seed=source.stream.seed)
+            caches[rank].fill(HarvestedTokens(source.harvester, stream, 2), 32)
+
+        team.run(fill)
+        assert before.complete and before.index == caches[0].index
+
+    def test_a_full_cache_is_nobody_s_alone(self, source, tmp_path):
+        cache = filled(source, tmp_path)
+        with alone_with(tmp_path / ".lock", "held"):
+            cache.fill(source, 32)
+
+    def test_what_a_killed_run_left_goes(self, source, tmp_path):
+        for name in ("shard-00077.safetensors", ".tmpX2k341"):
+            (tmp_path / name).write_bytes(b"half")
+        cache = filled(source, tmp_path, shard_tokens=60)
+        names = {shard["file"] for shard in cache.index["shards"]} | {"index.json"}
+        assert {path.name for path in tmp_path.iterdir()} == names
+
     def test_what_fails_in_one_process_fails_in_all(self, source, tmp_path, monkeypatch):
         write = cache_filling._Filling._stored
 
@@ -350,7 +397,7 @@ class TestDamage:
         cache = filled(source, tmp_path, shard_tokens=60)
         shard = cache.index["shards"][1]
         tensors = {name: value[1:].contiguous() for name, value in load_file(tmp_path / shard["file"]).items()}
-        save_file(tensors, tmp_path / shard["file"])
+        cache.shards.write(1, tensors)
         said = f"holds {shard['tokens'] - 1} states and .* its index says {shard['tokens']} tokens; delete the folder"
         with pytest.raises(ValueError, match=said):
             states(ActivationCache(tmp_path, cache_key(source), "float32"))

@@ -5,6 +5,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,18 @@ class TestTraining:
         record = json.loads((tmp_path / "feature_density.json").read_text())
         assert record["step"] == 4 and record["tokens"] == 4 * 48
         assert record["never"] + sum(record["features"]) == 64
+
+    def test_a_run_that_fails_leaves_no_thread_behind(self, model, processor, tmp_path):
+        class Failing(TrainerCallback):
+            def on_step_end(self, *args, **kwargs):
+                assert any(thread.name == "sae-harvest" for thread in threading.enumerate())
+                raise RuntimeError("in the middle")
+
+        trainer = trainer_of(model, processor, tmp_path)
+        trainer.add_callback(Failing())
+        with pytest.raises(RuntimeError, match="in the middle"):
+            trainer.train()
+        assert not any(thread.name == "sae-harvest" for thread in threading.enumerate())
 
     def test_a_new_sae_starts_from_the_mean_of_the_first_block(self, model, processor, tmp_path):
         means = []

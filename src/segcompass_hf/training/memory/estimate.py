@@ -37,7 +37,7 @@ class MemoryEstimate:
         gradients (`float`): Of all that trains; DDP's buckets double them.
         gathered (`float`): Weights (and gradients in work) that sharded training brings together for a while.
         activations (`float`): What the forward pass keeps for the backward pass, bfloat16 copies of weights included;
-            for the SAE the buffer of activations too.
+            for the SAE on a CPU the buffer of activations too.
         working (`float`): What is needed beyond that at the fullest moment of a step, log-probabilities included.
         cache (`float`): Keys and values while sampling, and the states captured on the way.
         prefill (`float`): The pass over the prompts while sampling, or SAM's image encoder, whichever needs more.

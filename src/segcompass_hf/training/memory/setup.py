@@ -27,6 +27,7 @@ class TrainingSetup:
         trainable (`str`): What trains: of the VLM in the warm-up, see [`WarmupConfig`]; in the segmentation stage
             `"masks"` leaves the VLM and the slots alone, see [`SegmentationConfig`].
         rows_per_batch, buffer_tokens (`int`): See [`SaeTrainingConfig`].
+        cached (`bool`): Whether the SAE trains on a cache (`cache_dir`), not on states of passes beside its steps.
         dtype, trainable_dtype (`torch.dtype`): Of the weights that are frozen and of those that train.
         autocast (`bool`): Whether computation runs in bfloat16 (`bf16`).
         gradient_checkpointing (`bool`): Whether layers are computed again in the backward pass.
@@ -47,6 +48,7 @@ class TrainingSetup:
     trainable: str = "without_vision"
     rows_per_batch: int = 8
     buffer_tokens: int = 262_144
+    cached: bool = False
     dtype: torch.dtype = torch.float32
     trainable_dtype: torch.dtype = torch.float32
     autocast: bool = True
@@ -96,4 +98,5 @@ class TrainingSetup:
             fields["trainable"] = arguments.trainable
         if stage == "sae":
             fields |= {name: getattr(arguments, name) for name in ("rows_per_batch", "buffer_tokens")}
+            fields["cached"] = arguments.cache_dir is not None
         return cls(stage=stage, **(fields | others))

@@ -16,6 +16,7 @@ from ...image_features_segcompass import ImageFeatures
 from ...losses_segcompass import SlotAssignments
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
 from ...reading_segcompass import MaskTargets
+from ...sparse_features_segcompass import FeaturePattern, largest_of_rows
 from ...text_stack_segcompass import decoder_layers, text_stack
 from .meter import MemoryMeter
 
@@ -60,22 +61,47 @@ def training_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float
 
 
 def sae_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:
-    """The same for SAE pre-training: a step on `batch_size` tokens, a pass of `rows_per_batch` rows to get them."""
+    """The same for SAE pre-training: a step on `batch_size` tokens, a pass of `rows_per_batch` rows to get them.
+
+    The pass runs beside the step, in a thread, unless a cache is filled before. The tokens wait in the host's memory.
+    """
     sae = model.sae
     tokens = setup.prompt_tokens + setup.completion_tokens
     with torch.no_grad(), MemoryMeter(_held(model)) as harvest:
         _language_pass(model, setup.rows_per_batch, tokens)
-    buffer = setup.buffer_tokens * sae.config.d_in * setup.dtype.itemsize
+    buffer = 0 if setup.gpus else setup.buffer_tokens * sae.config.d_in * setup.dtype.itemsize
     with MemoryMeter(_held(model)) as meter:
         with _autocast(setup):
             states = sae.normalize(torch.empty(setup.batch_size, sae.config.d_in))[0].clone()  # tokens that count
-            feature_acts = sae.encode(states)
-            reconstruction = sae.decode(feature_acts)  # returned, so that it lives as long as the activations
-            squared_error = (reconstruction - states).pow(2).sum(-1).mean()
-            sparsity = (feature_acts * sae.W_dec.norm(dim=-1)).sum(-1).mean()
+            sparsity, feature_acts = 0.0, None
+            if sae.computes_with_few("cuda" if setup.gpus else "cpu"):
+                reconstruction = _rebuilt_from_few(sae, states)
+            else:
+                feature_acts = sae.encode(states)
+                reconstruction = sae.decode(feature_acts)  # returned, so that it lives as long as the activations
+                sparsity = (feature_acts * sae.W_dec.norm(dim=-1)).sum(-1).mean()
+            loss = (reconstruction - states).pow(2).sum(-1).mean() + sparsity
         kept = meter.live
-        (squared_error + sparsity).backward()
-    return kept + buffer, max(meter.peak, harvest.peak) - kept
+        loss.backward()
+    beside = 0 if setup.cached else harvest.peak
+    return kept + buffer, max(meter.peak + beside, harvest.peak) - kept
+
+
+def _rebuilt_from_few(sae: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """States `(tokens, d_in)` rebuilt from `k` features of each; which these are depends on values, and is given."""
+    config, active = sae.config, len(states) * sae.config.k
+    with torch.no_grad():
+        tokens, places = torch.zeros(active, dtype=torch.long), torch.zeros(active, dtype=torch.long)
+        if config.architecture == "batchtopk":
+            values = sae._project(states)
+            _ = (values >= sae.topk_threshold) & (values > 0)
+            features = places
+        else:
+            values, features = largest_of_rows(sae._project, states, config.k, config.d_sae)
+            features = features[tokens, places]
+        pattern = FeaturePattern.sorted_by_token(tokens, features, len(states), config.d_sae)
+        found = values[tokens, places]
+    return sae._decode_active(sae._encode_active(found, states, pattern), pattern)
 
 
 def sampling_bytes(model: nn.Module, setup: TrainingSetup) -> tuple[float, float]:

@@ -130,7 +130,7 @@ class ActivationBuffer:
         batch_tokens (`int`): Tokens of a batch.
         block_tokens (`int`): Tokens to mix; rounded to a multiple of `batch_tokens`.
         seed (`int`, defaults to 0): Of the order.
-        rank, world_size (`int`): Which process of how many.
+        rank (`int`, defaults to 0): Which process this is.
     """
 
     def __init__(
@@ -140,10 +140,8 @@ class ActivationBuffer:
         block_tokens: int,
         seed: int = 0,
         rank: int = 0,
-        world_size: int = 1,
     ):
-        self.source, self.batch_tokens, self.seed = source, batch_tokens, seed
-        self.rank, self.world_size = rank, world_size
+        self.source, self.batch_tokens, self.seed, self.rank = source, batch_tokens, seed, rank
         self.block_tokens = whole_batches(block_tokens, batch_tokens)
         self._stop = None
         self.load_state_dict({"block": 0, "served": 0, "epoch": 0, "start": 0, "skip": 0})
@@ -210,8 +208,9 @@ class ActivationBuffer:
         """Tokens of each batch of a block, `(batches, batch_tokens)`: one of each run."""
         run = self.block_tokens // self.batch_tokens
         generator = torch.Generator().manual_seed(_mix(self.seed, number))
-        drawn = torch.rand(self.world_size, self.batch_tokens, run, generator=generator, dtype=torch.float64)
-        within = drawn[self.rank].argsort(dim=1, stable=True)  # (batch_tokens, run)
+        for _ in range(self.rank + 1):  # one process would draw for all, one after another
+            drawn = torch.rand(self.batch_tokens, run, generator=generator, dtype=torch.float64)
+        within = drawn.argsort(dim=1, stable=True)  # (batch_tokens, run)
         return (within + run * torch.arange(self.batch_tokens)[:, None]).T
 
 

@@ -47,16 +47,21 @@ class ActivationCache:
     ):
         check_dtype(dtype)
         self.dtype, self.shard_tokens, self.layer = dtype, shard_tokens, key["layer"]
-        wanted = sorted({self.layer, *layers})
+        self._wanted = sorted({self.layer, *layers})
         key = {name: value for name, value in key.items() if name != "layer"} | {"dtype": dtype}
-        self.shards = NumberedShards(folder, key, **SETTINGS | {"layers": wanted})
+        self.shards = NumberedShards(folder, key, **SETTINGS | {"layers": self._wanted})
         self.folder = self.shards.folder.target
         self._checked: set[str] = set()  # files that hold what the index says
-        self._check(wanted)
+        self._check_index()
 
-    def _check(self, wanted: list[int]) -> None:
+    def read_index(self) -> None:
+        """Take the index as it is in the folder now; raises what the constructor does."""
+        self.shards.read_index()
+        self._check_index()
+
+    def _check_index(self) -> None:
         remedy = f"Delete the folder {self.folder} or give another one"
-        missing = [layer for layer in wanted if layer not in self.index["layers"]]
+        missing = [layer for layer in self._wanted if layer not in self.index["layers"]]
         if missing:
             raise ValueError(
                 f"the cache {self.folder} holds the states of layer {_listed(self.index['layers'])}, and those of "
@@ -89,13 +94,12 @@ class ActivationCache:
         Filled before up to a smaller limit, it goes on after that; filled beyond `max_tokens`, it stays as it is.
         With several processes every one calls this, and all return when the cache is filled.
         """
-        if not self.complete or self._reaches_further(max_tokens):
-            fill_cache(self, source, d_in, max_tokens)
+        fill_cache(self, source, d_in, max_tokens)
 
-    def _reaches_further(self, max_tokens: int | None) -> bool:
-        """Whether a complete cache was stopped by a limit before the end of the epoch, and this one is beyond it."""
-        stopped_at = self.index.get("stopped_at")
-        return stopped_at is not None and (max_tokens is None or max_tokens > max(stopped_at, self.num_tokens))
+    def holds(self, max_tokens: float) -> bool:
+        """Whether the cache has the whole epoch, or so many tokens of it at least as were asked for."""
+        stopped_at = self.index.get("stopped_at")  # a limit, where one came before the end of the epoch
+        return self.complete and (stopped_at is None or max_tokens <= max(stopped_at, self.num_tokens))
 
     def batches(self, place: Place) -> Iterator[tuple[Place, TokenStates]]:
         """The cached tokens, epoch after epoch."""

@@ -102,24 +102,24 @@ def _inputs_digest(inputs: dict[str, torch.Tensor]) -> str:
 def fill_cache(cache: Any, source: HarvestedTokens, d_in: int, max_tokens: int | None) -> None:
     """Harvest the shards that are missing of a cache; every process calls this, and they share the shards out.
 
-    The size is announced before anything is written.
+    The main process decides whether any are, and the others go on from the index that it has read. The size is
+    announced before anything is written.
 
     Args:
-        cache ([`ActivationCache`]): Not complete, or only up to a lower limit.
+        cache ([`ActivationCache`]): To be filled.
         source ([`HarvestedTokens`]): Rows, VLM, and which process of how many this is.
         d_in (`int`): Width of a state.
         max_tokens (`int`, *optional*): Stop with the shard that reaches so many.
 
     Raises:
-        OSError: The disk has less space than the states will take.
+        OSError: The disk has less space than the states will take, or the processes see different folders.
         ValueError: Neither the data set's length nor `max_tokens` is known, or the dtype cannot hold the states.
         FileExistsError: Another run is filling it.
         RuntimeError: It failed in another process.
     """
     with ExitStack() as held:
         filling = _Filling(cache, source, math.inf if max_tokens is None else max_tokens)
-        (rows_per_shard, *_) = in_every_process(lambda: filling.begin(d_in, held), source.stream.world_size)
-        cache.index.update(rows_per_shard=rows_per_shard, complete=False)
+        (cache.shards.index, *_) = in_every_process(lambda: filling.begin(d_in, held), source.stream.world_size)
         while not cache.complete:
             filling.go_on()
 
@@ -131,13 +131,14 @@ class _Filling:
         self.cache, self.source, self.max_tokens = cache, source, max_tokens
         self.stream, self.rows = source.stream, _SectionRows(source.stream)
 
-    def begin(self, d_in: int, held: ExitStack) -> int | None:
-        """Rows of a shard, from the main process, which from here on holds the cache as long as `held`."""
+    def begin(self, d_in: int, held: ExitStack) -> dict[str, Any] | None:
+        """The index to go on from, from the main process; if there is something to fill, it then holds the cache."""
+        cache, folder = self.cache, self.cache.shards.folder
         if self.stream.rank != 0:
             return None
+        if cache.holds(self.max_tokens):
+            return cache.index
         row_tokens = tokens_per_row(self.source)
-        self._announce(row_tokens, d_in)
-        folder = self.cache.shards.folder
         if folder.local is not None:
             folder.local.mkdir(parents=True, exist_ok=True)
             refusal = (
@@ -145,7 +146,12 @@ class _Filling:
                 "folder."
             )
             held.enter_context(alone_with(folder.local / ".lock", refusal))
-        return self.cache.index["rows_per_shard"] or self._rows_per_shard(row_tokens)
+        cache.read_index()  # another run may have filled it meanwhile
+        if cache.holds(self.max_tokens):
+            return cache.index
+        self._announce(row_tokens, d_in)
+        rows_per_shard = cache.index["rows_per_shard"] or self._rows_per_shard(row_tokens)
+        return cache.index | {"rows_per_shard": rows_per_shard, "complete": False}
 
     def _rows_per_shard(self, row_tokens: float) -> int:
         """So many batches of rows that a shard has about `shard_tokens` tokens, and all processes have one."""
@@ -191,11 +197,10 @@ class _Filling:
             return
         own = numbers[stream.rank]
         made = in_every_process(lambda: self._make(own), stream.world_size)
-        entries, tokens, dropped, next_shard = [], self.cache.num_tokens, [], index["next_shard"]
+        entries, tokens, next_shard = [], self.cache.num_tokens, index["next_shard"]
         for number, (entry, section_ends) in zip(numbers, made, strict=True):
             if tokens >= self.max_tokens:
-                dropped.append(entry)
-                continue
+                break
             if section_ends:
                 ended.add(number % stream.num_sections)
             if entry is not None or not section_ends:  # beyond the end the number of processes would show
@@ -205,7 +210,6 @@ class _Filling:
                 tokens += entry["tokens"]
         limit = {"complete": True, "stopped_at": self.max_tokens} if tokens >= self.max_tokens else {}
         self._name(entries, next_shard=next_shard, ended_sections=sorted(ended), **limit)
-        self._remove(dropped)
 
     def _make(self, number: int) -> tuple[dict[str, Any] | None, bool]:
         """Harvest and write a shard: its entry of the index, without tokens none, and whether its section ends."""
@@ -240,24 +244,18 @@ class _Filling:
         return states
 
     def _name(self, entries: list[dict[str, Any]], **index: Any) -> None:
-        """Bring the index up to date, in the folder and in every process."""
+        """Bring the index up to date, in the folder and in every process; of a full cache nothing else is left."""
         shards = self.cache.shards
 
-        def write() -> None:
-            if self.stream.rank == 0:
-                shards.name(entries, **index)
-            else:
-                shards.index["shards"].extend(entries)
-                shards.index |= index
+        def write() -> dict[str, Any] | None:
+            if self.stream.rank != 0:
+                return None
+            shards.name(entries, **index)
+            if shards.index["complete"]:
+                shards.remove_unnamed()
+            return shards.index
 
-        in_every_process(write, self.stream.world_size)
-
-    def _remove(self, entries: list[dict[str, Any] | None]) -> None:
-        """Shards beyond the limit, which were made meanwhile."""
-        if self.stream.rank == 0:
-            for entry in entries:
-                if entry is not None:
-                    self.cache.shards.folder.remove(entry["file"])
+        (shards.index, *_) = in_every_process(write, self.stream.world_size)
 
 
 class _SectionRows:

@@ -74,7 +74,10 @@ class RowStream:
         return self.num_rows // self.world_size if self.is_map_style else None
 
     def rows(self, epoch: int, start: int = 0) -> Iterator[tuple[int, dict]]:
-        """This process's rows of an epoch from its `start`-th on, each with its index in the data set."""
+        """This process's rows of an epoch from its `start`-th on, each with its index in the data set.
+
+        Of a stream in several sections the index is a number that no other row has.
+        """
         sections = range(self.rank % self.num_sections, self.num_sections, self.world_size)
         sharing = range(sections[0], self.world_size, self.num_sections)  # processes that read the same section
         turn = self.rank // self.num_sections
@@ -95,9 +98,9 @@ class RowStream:
         if self.is_map_style:
             yield from self._table_rows(epoch, slice(None), slice(start, stop))
             return
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)
         files = self.dataset if self.num_sections == 1 else self.dataset.shard(self.num_sections, section)
+        if hasattr(files, "set_epoch"):  # of the section itself, which begins at epoch 0 whatever the whole is told
+            files.set_epoch(epoch)
         # every section holds rows out, each at other places, so that short ones together do too
         offset = section * (self.hold_out_every or 0) // self.num_sections
         chosen = ((place, row) for place, row in enumerate(files) if self._is_chosen(place + offset))

@@ -155,12 +155,11 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     def get_train_dataloader(self) -> ActivationBuffer:
         """An endless iterator of batches of tokens, which knows its place."""
-        args, rank = self.args, {"rank": self.args.process_index, "world_size": self.args.world_size}
-        source, batch_tokens = self.source, self._train_batch_size
+        args, source, batch_tokens = self.args, self.source, self._train_batch_size
         if args.cache_dir is not None:
             block_tokens = whole_batches(args.buffer_tokens, batch_tokens)
-            source = CacheShare(self._filled_cache(), **rank, block_tokens=block_tokens)
-        self.buffer = ActivationBuffer(source, batch_tokens, args.buffer_tokens, args.seed, **rank)
+            source = CacheShare(self._filled_cache(), args.process_index, args.world_size, block_tokens)
+        self.buffer = ActivationBuffer(source, batch_tokens, args.buffer_tokens, args.seed, args.process_index)
         return self.buffer
 
     def _filled_cache(self) -> ActivationCache:
@@ -193,6 +192,13 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return round(tokens * self.args.num_train_epochs)
 
     # Training
+
+    def _inner_training_loop(self, *args, **kwargs):
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:  # whatever ended it: no thread goes on with the VLM
+            if self.buffer is not None:
+                self.buffer.close()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         dead = self.firing.dead(self.args.dead_after_tokens)

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ...modeling_sae import SegCompassSae, smallest_kept
+from ...modeling_sae import SegCompassSae
+from ...sae_activations_segcompass import smallest_kept
 
 logger = logging.get_logger(__name__)
 
@@ -211,7 +212,6 @@ class SaeUpkeep(TrainerCallback):
             set_unit_norm_(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer.buffer.close()
         self.trainer.accelerator.unwrap_model(self.trainer.model).__dict__.pop("smallest_kept", None)
 
     def on_step_end(self, args, state, control, **kwargs):
