@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_step
 import train_step_measuring as measuring
 from train_step_formulations import LADDER, NAIVE, OURS, UNSHARED, WITHOUT_KL, References, run_forward
-from train_step_workloads import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, make_inputs, proportions
+from train_step_models import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, proportions
+from train_step_workloads import make_inputs
 
 TINY = PRESETS["tiny"]
 
