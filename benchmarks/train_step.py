@@ -147,8 +147,6 @@ def benchmark(args: argparse.Namespace) -> dict:
     del bench
     if args.rss:
         record["resident_set"] = resident_sets(args)
-    presets = {"llava-7b": PRESETS["llava-7b"], args.preset: preset_of(args.preset, args.depth)}
-    record["proportions"] = {name: proportions(preset) for name, preset in presets.items() if preset.family == "llava"}
     return record
 
 
@@ -159,6 +157,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(resident_set(args, *args.rss_of)))
             return 0
         record = benchmark(args)
+        presets = {"llava-7b": PRESETS["llava-7b"], args.preset: preset_of(args.preset, args.depth)}
+        record["proportions"] = {
+            name: proportions(preset) for name, preset in presets.items() if preset.family == "llava"
+        }
     name = "train_step" if args.preset == "cpu" else f"train_step_{args.preset}_{args.device.replace(':', '')}"
     path = args.output or RESULTS / f"{args.name or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
