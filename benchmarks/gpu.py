@@ -16,9 +16,11 @@ Writes OUTPUT.json and OUTPUT.md. The exit code is 1 where a part failed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import shlex
@@ -27,7 +29,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,8 @@ RESULTS = HERE / "results"
 OUT_OF_MEMORY = 77  # exit code of a part that did not fit
 LEAST_SECONDS = 3.0  # a part is not started for less
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "trl", "datasets", "pycocotools", "triton")
+
+Measure = Callable[[str, str, Path], int]  # name of a part, device, file for its rows -> exit code
 
 
 @dataclass(frozen=True)
@@ -87,40 +93,70 @@ def carried_packages(wheels: Path | None, folder: Path) -> tuple[list[str], str 
     return [str(folder)], None
 
 
-def run_part(command: list[str], limit: float, lines: Path, environment: dict[str, str]) -> dict[str, Any]:
+def load_measures() -> Measure:
+    """What measures a part, with everything imported that parts share, once for all: they are forked.
+
+    Nothing here may start CUDA, which does not survive a fork.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for processes that parts start
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking for a GPU would start CUDA
+    import gpu_parts
+    import torch
+    from transformers import (  # noqa: F401
+        CLIPVisionModel,
+        LlamaModel,
+        LlavaForConditionalGeneration,
+        Qwen3VLForConditionalGeneration,
+        SamModel,
+    )
+
+    def measure(name: str, device: str, lines: Path) -> int:
+        if torch.cuda._is_in_bad_fork():  # an import did start CUDA: begin anew
+            os.execv(sys.executable, [sys.executable, gpu_parts.__file__, name, device, str(lines)])
+        return gpu_parts.measure_part(name, device, lines)
+
+    return measure
+
+
+def run_part(measure: Callable[[], int], limit: float, lines: Path) -> dict[str, Any]:
     """Run one part for at most `limit` seconds; how it ended, and the rows it wrote to `lines` until then."""
     log, started = lines.with_suffix(".log"), time.monotonic()
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
+    process = multiprocessing.get_context("fork").Process(target=in_a_session, args=(measure, log))
+    process.start()
+    try:
+        process.join(limit)
+        code = process.exitcode
+    finally:
+        end(process)
+    said = last_line(log.read_text(errors="replace") if log.exists() else "")
     if code is None:
         outcome, reason = "cut", f"its {limit:.0f} s were over"
     elif code == OUT_OF_MEMORY:
-        outcome, reason = "out of memory", last_line(log.read_text(errors="replace"))
+        outcome, reason = "out of memory", said
     elif code < 0:
         outcome, reason = "failed", f"ended by {signal.Signals(-code).name}; memory of the machine may have run out"
-    elif code:
-        outcome, reason = "failed", last_line(log.read_text(errors="replace"))
     else:
-        outcome, reason = "done", None
+        outcome, reason = ("failed", said) if code else ("done", None)
     rows = read_rows(lines)
     return {"outcome": outcome, "reason": reason, "seconds": round(time.monotonic() - started, 1), "rows": rows}
 
 
-def end(process: subprocess.Popen) -> None:
+def in_a_session(measure: Callable[[], int], log: Path) -> None:
+    """A part's process: what it starts can be ended with it, and what it says goes to `log`."""
+    os.setsid()
+    with log.open("w") as output:
+        for stream in (1, 2):
+            os.dup2(output.fileno(), stream)
+    sys.exit(measure())
+
+
+def end(process: multiprocessing.process.BaseProcess) -> None:
     """End a part with everything that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # all of it has ended, or its session has not begun
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # all of it has ended
-    process.wait()
+    process.kill()
+    process.join()
 
 
 def read_rows(lines: Path) -> list[dict[str, Any]]:
@@ -157,7 +193,7 @@ def versions() -> dict[str, str | None]:
 
 
 def run_parts(
-    parts: list[Part], record: dict[str, Any], until: float, environment: dict[str, str], folder: Path, output: Path
+    parts: list[Part], record: dict[str, Any], until: float, measure: Measure, folder: Path, output: Path
 ) -> None:
     """Run the parts in turn until `until` (`time.monotonic()`), and write the record after every one."""
     for number, part in enumerate(parts):
@@ -171,8 +207,7 @@ def run_parts(
             entry |= {"outcome": "not started", "reason": "no time was left", "seconds": 0.0, "rows": []}
         else:
             lines = folder / f"{part.name}.jsonl"
-            command = [sys.executable, str(HERE / "gpu_parts.py"), part.name, "--device", record["device_kind"]]
-            entry |= run_part([*command, "--lines", str(lines)], limit, lines, environment)
+            entry |= run_part(partial(measure, part.name, record["device_kind"], lines), limit, lines)
         record["parts"].append(entry)
         write(record, output)
         print(f"{part.name}: {entry['outcome']} in {entry['seconds']:.0f} s, {len(entry['rows'])} rows"
@@ -187,7 +222,7 @@ def write(record: dict[str, Any], output: Path) -> None:
     output.with_suffix(".md").write_text(to_markdown(record))
 
 
-def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS) -> int:
+def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS, measure: Measure | None = None) -> int:
     given = parse_arguments(arguments)
     started, words = time.monotonic(), sys.argv[1:] if arguments is None else arguments
     chosen = [part for part in parts if not given.parts or part.name in given.parts]
@@ -196,19 +231,16 @@ def main(arguments: list[str] | None = None, parts: tuple[Part, ...] = PARTS) ->
         places = [*places, str(HERE), str(HERE.parent / "src")]
         sys.path[:0] = places
         importlib.invalidate_caches()
-        path = [*places, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
         record: dict[str, Any] = {
-            "command": shlex.join(
-                ["python", "benchmarks/gpu.py", *(sys.argv[1:] if arguments is None else arguments)]
-            ),
+            "command": shlex.join(["python", "benchmarks/gpu.py", *words]),
             "device_kind": given.device,
             "minutes": given.minutes,
             "versions": versions(),
             "wheels": problem,
             "parts": [],
         }
-        run_parts(chosen, record, started + 60 * given.minutes, environment, Path(folder), given.output)
+        until = started + 60 * given.minutes
+        run_parts(chosen, record, until, measure or load_measures(), Path(folder), given.output)
     record["seconds"] = round(time.monotonic() - started, 1)
     write(record, given.output)
     return int(any(entry["outcome"] == "failed" for entry in record["parts"]))

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The parts of `gpu.py`: `python benchmarks/gpu_parts.py NAME --device cuda --lines FILE` measures one.
+"""The parts of `gpu.py`; `python benchmarks/gpu_parts.py NAME DEVICE FILE` measures one alone.
 
 A part calls `emit` with every row as soon as it has it: `what` is being measured, the setting, the figures; or
 `left_out` with the reason in place of figures. The measurements are those of the benchmarks beside this file.
@@ -7,7 +7,6 @@ A part calls `emit` with every row as soon as it has it: `what` is being measure
 
 from __future__ import annotations
 
-import argparse
 import gc
 import importlib.util
 import json
@@ -50,11 +49,9 @@ def attempt(setting: Row, measure: Callable[[], Row]) -> Row:
             torch.cuda.empty_cache()
 
 
-def attempt_depths(
-    emit: Emit, name: str, setting: Row, measure: Callable[[int], Row], depth: int | None = None
-) -> None:
-    """A row with all layers of a preset (or the first `depth`), or with half as many until it fits."""
-    full = PRESETS[name].depth
+def attempt_depths(emit: Emit, setting: Row, measure: Callable[[int], Row], depth: int | None = None) -> None:
+    """A row with all layers of the setting's preset, or `depth` of them, or half as many until they fit."""
+    full = PRESETS[setting["preset"]].depth
     depth = depth or full
     while True:
         stated = {**setting, "layers": f"{depth} of {full}"}
@@ -290,19 +287,15 @@ PARTS = (machine, tests, concept_path, supervised_step, joint_step, segment, grp
 MEASURES = {part.__name__: part for part in PARTS}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(MEASURES))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--lines", type=Path, required=True, help="file that rows are added to, as JSON lines")
-    given = parser.parse_args(arguments)
+def measure_part(name: str, device: str, lines: Path) -> int:
+    """Measure one part in this process; its rows go to `lines`, and the exit code is returned."""
 
     def emit(row: Row) -> None:
-        with given.lines.open("a") as lines:
-            lines.write(json.dumps(row) + "\n")
+        with lines.open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
     try:
-        MEASURES[given.name](given.device, GPU if given.device.startswith("cuda") else CPU, emit)
+        MEASURES[name](device, GPU if device.startswith("cuda") else CPU, emit)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -312,4 +305,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(measure_part(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
