@@ -145,9 +145,10 @@ def run_part(measure: Callable[[], int], limit: float, lines: Path) -> dict[str,
 def in_a_session(measure: Callable[[], int], log: Path) -> None:
     """A part's process: what it starts can be ended with it, and what it says goes to `log`."""
     os.setsid()
-    with log.open("w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
+    output = log.open("w", buffering=1)
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    sys.stdout = sys.stderr = output  # where they were bound to something else
     sys.exit(measure())
 
 
