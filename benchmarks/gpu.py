@@ -86,11 +86,14 @@ def carried_packages(wheels: Path | None, folder: Path) -> tuple[list[str], str 
     if not found:
         return [str(wheels.resolve())], None
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
-    command += ["--disable-pip-version-check", "--no-cache-dir", "--target", str(folder), *found]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        return [], f"the wheels could not be installed: {last_line(done.stderr)}"
-    return [str(folder)], None
+    command += ["--disable-pip-version-check", "--no-cache-dir", "--target", str(folder)]
+    together = subprocess.run([*command, *found], capture_output=True, text=True)
+    failures = []
+    for wheel in found if together.returncode else ():  # one that is not for this Python stops all
+        alone = subprocess.run([*command, wheel], capture_output=True, text=True)
+        if alone.returncode:
+            failures.append(f"{Path(wheel).name} could not be installed: {last_line(alone.stderr)}")
+    return [str(folder)], "; ".join(failures) or None
 
 
 def load_measures() -> Measure:

@@ -22,7 +22,7 @@ def to_markdown(record: dict[str, Any]) -> str:
         + (f", {machine['memory_bytes'] / 2**30:.0f} GiB" if machine.get("memory_bytes") else "")
         + f"; {has}." + (f" Not installed: {lacks}." if lacks else ""),
         "",
-        *([f"Carried packages: {record['wheels']}.", ""] if record["wheels"] else []),
+        *([f"Carried packages: {record['wheels'].rstrip('.')}.", ""] if record["wheels"] else []),
         *(["Sizes are small, as for any run on a CPU: figures show that the parts run, and nothing about a GPU.", ""]
           if record["device_kind"] == "cpu" else []),
         f"At most {record['minutes']:g} minutes"

@@ -152,12 +152,16 @@ class TestCarriedPackages:
         code, record, _ = command(self.NEEDY, "--wheels", str(folder))
         assert record["wheels"] is None and record["parts"][0]["outcome"] == "done" and code == 0
 
-    def test_that_cannot_be_installed(self, command, tmp_path):
-        (tmp_path / "wheels").mkdir()
-        (tmp_path / "wheels" / "carried_package-1.0-py3-none-any.whl").write_text("no archive")
-        _, record, page = command(self.NEEDY, "--wheels", str(tmp_path / "wheels"))
-        assert record["parts"][0]["outcome"] == "skipped"
-        assert "the wheels could not be installed" in record["wheels"] and record["wheels"] in page
+    def test_one_that_cannot_be_installed_does_not_stop_the_others(self, command, tmp_path):
+        folder = self.wheel(tmp_path / "wheels")
+        (folder / "another-1.0-cp27-none-any.whl").write_text("of another Python")
+        parts = [*self.NEEDY, Part("absent", "", 1, ("another",))]
+        _, record, page = command(parts, "--wheels", str(folder))
+        assert [part["outcome"] for part in record["parts"]] == ["done", "skipped"]
+        assert "another-1.0-cp27-none-any.whl could not be installed" in record["wheels"]
+        assert record["wheels"].rstrip(".") in page
+
+    def test_a_folder_that_is_not_there(self, command, tmp_path):
         _, record, page = command(self.NEEDY, "--wheels", str(tmp_path / "nowhere"))
         assert "is no folder" in page
 
