@@ -16,14 +16,13 @@ hardly distorts. Exits with 1 where float32 results differ by more than 1e-5, ab
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import PeakMemory, clock, clock_name, device_name
 
 from segcompass_hf import SegCompassSaeConfig
 from segcompass_hf.modeling_concepts import ConceptCodebook, encode_concepts
@@ -33,7 +32,7 @@ TOLERANCE = 1e-5
 RESULTS = Path(__file__).parent / "results"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d-in", type=int, default=512, help="width of the hidden states")
     parser.add_argument("--d-sae", type=int, default=16384, help="features")
@@ -46,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--output", type=Path, default=None, help="JSON record; a .md beside it (default: results/)")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def build(args: argparse.Namespace) -> tuple[SegCompassSae, ConceptCodebook, torch.Tensor, torch.Tensor]:
@@ -79,54 +78,19 @@ def dense_path(sae: SegCompassSae, codebook: ConceptCodebook, states: torch.Tens
     return codebook.dense(feature_acts)
 
 
-class PeakMemory:
-    """Bytes in use at the peak of a `with` block beyond those in use when it began; `None` where unknown."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.bytes = device, None
-
-    def __enter__(self) -> "PeakMemory":
-        self.before = self._reset()
-        return self
-
-    def __exit__(self, *exception):
-        if self.before is not None:
-            self.bytes = self._peak() - self.before
-
-    def _reset(self) -> int | None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return torch.cuda.memory_allocated(self.device)
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            return self._peak()
-        except OSError:
-            return None  # not Linux
-
-    def _peak(self) -> int:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
 def measure(path: Callable, args: argparse.Namespace, parts: tuple) -> tuple[dict, torch.Tensor, torch.Tensor]:
     """Time and peak memory of forward and backward, with the output and the codebook's gradient (on the CPU)."""
     sae, codebook, states, upstream = parts
     device, forward, backward, peaks = states.device, [], [], []
-    clock, warmup = (time.perf_counter, 1) if device.type == "cuda" else (time.process_time, 0)
+    warmup = 1 if device.type == "cuda" else 0
     for _ in range(warmup + args.repeats):
         codebook.weight.grad = None
         with PeakMemory(device) as memory:
-            started = clock()
+            started = clock(device)
             output = path(sae, codebook, states, args.threshold)
-            synchronize(device)
-            encoded = clock()
+            encoded = clock(device)
             output.backward(upstream)
-            synchronize(device)
-            finished = clock()
+            finished = clock(device)
         forward.append(encoded - started)
         backward.append(finished - encoded)
         peaks.append(memory.bytes)
@@ -140,26 +104,14 @@ def measure(path: Callable, args: argparse.Namespace, parts: tuple) -> tuple[dic
     return record, output.cpu().float(), gradient.cpu().float()
 
 
-def synchronize(device: torch.device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def difference(ours: torch.Tensor, reference: torch.Tensor) -> dict:
     max_abs, reference_max = (ours - reference).abs().max().item(), reference.abs().max().item()
     return {"max_abs": max_abs, "relative": max_abs / reference_max, "reference_max": reference_max}
 
 
-def device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
 def to_markdown(record: dict) -> str:
     """The record as a table for people."""
     setting, rows = record["setting"], []
-    clock = "wall time" if setting["device"].startswith("cuda") else "CPU time"
     for name in ("dense", "sparse"):
         run = record[name]
         peak = "unknown" if run["peak_bytes"] is None else f"{run['peak_bytes'] / 2**20:,.0f} MiB"
@@ -169,7 +121,7 @@ def to_markdown(record: dict) -> str:
         "",
         f"{setting['batch_size']} x {setting['tokens']} tokens, d_in {setting['d_in']:,}, d_sae {setting['d_sae']:,}, "
         f"d_slot {setting['d_slot']}, {setting['dtype']}, {record['active_per_token']:.1f} concepts per token; "
-        f"torch {record['torch']}; {clock}, median of {setting['repeats']}.",
+        f"torch {record['torch']}; {clock_name(setting['device'])}, median of {setting['repeats']}.",
         "",
         "| formulation | forward | backward | added peak memory |",
         "|---|---|---|---|",
@@ -187,16 +139,17 @@ def to_markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> int:
-    args = parse_arguments()
+def compare(args: argparse.Namespace) -> dict:
+    """The record: both formulations' figures and how far their results are apart."""
     parts = build(args)
     # The sparse formulation first: what the dense one leaves in the allocator cannot help it.
     sparse, sparse_output, sparse_gradient = measure(sparse_path, args, parts)
     dense, dense_output, dense_gradient = measure(dense_path, args, parts)
     concepts = encode_concepts(parts[0], parts[2], None, args.threshold)
-    record = {
+    threads = "" if args.device.startswith("cuda") else f", {torch.get_num_threads()} threads"
+    return {
         "command": " ".join(sys.argv[1:]),
-        "device": device_name(args.device),
+        "device": device_name(args.device) + threads,
         "torch": torch.__version__,
         "setting": {key: value for key, value in vars(args).items() if key != "output"},
         "active_per_token": concepts.features.numel() / (args.batch_size * args.tokens),
@@ -205,6 +158,11 @@ def main() -> int:
         "output_difference": difference(sparse_output, dense_output),
         "gradient_difference": difference(sparse_gradient, dense_gradient),
     }
+
+
+def main() -> int:
+    args = parse_arguments()
+    record = compare(args)
     name = f"concept_path_{args.device.replace(':', '')}_{args.dtype}_{args.d_sae}.json"
     path = args.output or RESULTS / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,11 +12,11 @@ Writes OUTPUT.json and OUTPUT.md.
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import clock, clock_name
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import scenes
@@ -37,18 +37,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)
-    on_gpu = arguments.device != "cpu"
     source = arguments.model or bundled_checkpoint()
     model = SegCompassForReasoningSegmentation.from_pretrained(source).eval().to(arguments.device)
     processor = SegCompassProcessor.from_pretrained(source)
 
     def timed(function) -> tuple[float, object]:
-        clock = time.perf_counter if on_gpu else time.process_time
-        start = clock()
+        start = clock(arguments.device)
         result = function()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return clock() - start, result
+        return clock(arguments.device) - start, result
 
     def segment(row):
         inputs = processor(images=row["image"], instruction=row["instruction"]).to(arguments.device)
@@ -67,7 +63,7 @@ def main() -> None:
     summary = {
         "num_samples": len(times),
         "masks_per_image": float(masks.mean()),
-        "clock": "wall" if on_gpu else "cpu",
+        "clock": clock_name(arguments.device).removesuffix(" time").lower(),
         "segment_seconds": bootstrap_interval(alone),
         "explain_seconds": bootstrap_interval(whole),
         "ratio_of_means": float(whole.mean() / alone.mean()),

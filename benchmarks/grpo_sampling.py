@@ -15,12 +15,13 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from timing import PeakMemory, clock
+from transformers import TrainerCallback
 
 from segcompass_hf import SegCompassForReasoningSegmentation, SegCompassProcessor, bundled_checkpoint
 from segcompass_hf.data import scenes
@@ -38,14 +39,14 @@ FORMULATIONS = {
 
 
 class TimedTrainer(SegCompassGRPOTrainer):
-    """Takes the CPU time of `generate` with what belongs to it."""
+    """Takes the time of `generate` with what belongs to it."""
 
     seconds = 0.0
 
     def _generate_single_turn(self, *args, **kwargs):
-        started = time.process_time()
+        started = clock(self.model.device)
         completion_ids, logprobs = super()._generate_single_turn(*args, **kwargs)
-        self.seconds = time.process_time() - started
+        self.seconds = clock(self.model.device) - started
         self.lengths = [len(ids) for ids in completion_ids]
         return completion_ids, logprobs
 
@@ -58,17 +59,21 @@ def formulation(name: str):
         yield
 
 
-def trainer_of(folder: str, prompts: int, completions: int, max_completion_length: int) -> TimedTrainer:
+def trainer_of(
+    folder: str, prompts: int, completions: int, max_completion_length: int, device: str = "cpu", micro_batch: int = 32
+) -> TimedTrainer:
+    """A trainer whose step samples so many completions for so many prompts, `micro_batch` at a time."""
+    completions_in_all = prompts * completions
     arguments = SegCompassGRPOConfig(
         folder,
-        per_device_train_batch_size=min(prompts * completions, 32),
-        gradient_accumulation_steps=max(prompts * completions // 32, 1),
+        per_device_train_batch_size=min(completions_in_all, micro_batch),
+        gradient_accumulation_steps=max(completions_in_all // micro_batch, 1),
         num_generations=completions,
         max_completion_length=max_completion_length,
         beta=0.0,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         report_to="none",
     )
     model = SegCompassForReasoningSegmentation.from_pretrained(bundled_checkpoint())
@@ -89,15 +94,47 @@ def measure(size: str, repeats: int, max_completion_length: int) -> dict[str, di
             for name in FORMULATIONS if number % 2 == 0 else reversed(FORMULATIONS):
                 torch.manual_seed(number)
                 with formulation(name):
-                    started = time.process_time()
+                    started = clock(trainer.model.device)
                     trainer._generate_and_score_completions(batch)
-                    whole = time.process_time() - started
+                    whole = clock(trainer.model.device) - started
                 number_of = prompts * completions
                 mean, longest = sum(trainer.lengths) / number_of, max(trainer.lengths)
                 run = {"sampled_per_s": number_of / trainer.seconds, "scored_per_s": number_of / whole}
                 runs[name].append(run | {"mean_length": mean, "longest": longest})
                 print(f"{size} {number + 1}/{repeats} {name}: {run}", file=sys.stderr)
     return {name: {key: statistics.median(run[key] for run in each) for key in each[0]} for name, each in runs.items()}
+
+
+class StepSeconds(TrainerCallback):
+    """Seconds of every step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds = device, []
+
+    def on_step_begin(self, *args, **kwargs):
+        self.started = clock(self.device)
+
+    def on_step_end(self, *args, **kwargs):
+        self.seconds.append(clock(self.device) - self.started)
+
+
+def whole_steps(size: str, steps: int, max_completion_length: int, device: str, micro_batch: int) -> dict[str, float]:
+    """Optimizer steps of joint training on Scenes, sampling and scoring included; the first one warms up."""
+    prompts, completions = map(int, size.split("x"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(folder, prompts, completions, max_completion_length, device, micro_batch)
+        trainer.args.max_steps = 1 + steps
+        watch = StepSeconds(trainer.model.device)
+        trainer.add_callback(watch)
+        with PeakMemory(device) as memory:
+            trainer.train()
+    seconds = statistics.median(watch.seconds[1:])
+    return {
+        "seconds_per_step": seconds,
+        "completions_per_second": prompts * completions / seconds,
+        "mean_length": sum(trainer.lengths) / len(trainer.lengths),
+        "peak_bytes": memory.bytes,
+    }
 
 
 def to_markdown(record: dict) -> str:

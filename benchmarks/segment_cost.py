@@ -4,8 +4,8 @@
         --output benchmarks/results/segment_cost
 
 Every batch size has a process of its own; the first batch only warms up. A batch is what a user waits for: pictures
-prepared by the processor, reasoning written greedily, masks at the pictures' own size. Memory is resident, over that
-of the process before the checkpoint was loaded. Writes OUTPUT.json and OUTPUT.md.
+prepared by the processor, reasoning written greedily, masks at the pictures' own size. Memory is the GPU's, or
+resident, over that before the checkpoint was loaded. Writes OUTPUT.json and OUTPUT.md.
 """
 
 from __future__ import annotations
@@ -13,48 +13,60 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from timing import PeakMemory, device_name, synchronize
 
 import segcompass_hf
 from segcompass_hf.pages import markdown_table
 
-
-def resident(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (at most so far) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+BITS = {"nf4": 4, "int8": 8}  # through bitsandbytes
 
 
-def measure(given: argparse.Namespace) -> dict[str, float]:
-    """Figures of one batch size, in this process."""
-    from transformers import AutoModel, AutoProcessor
+def load(given: argparse.Namespace) -> Any:
+    """The checkpoint on the device, in the dtype asked for."""
+    from transformers import AutoConfig, AutoModel
+
+    from segcompass_hf.training.quantization import quantization_config
+
+    if given.dtype not in BITS:
+        return AutoModel.from_pretrained(given.model, dtype=getattr(torch, given.dtype)).eval().to(given.device)
+    quantized = quantization_config(AutoConfig.from_pretrained(given.model), BITS[given.dtype])
+    return AutoModel.from_pretrained(given.model, quantization_config=quantized, device_map={"": given.device}).eval()
+
+
+def measure(given: argparse.Namespace, rows: list[dict[str, Any]] | None = None) -> dict[str, float]:
+    """Figures of one batch size, in this process; of `rows` with `image` and `instruction` in place of a data set."""
+    from transformers import AutoProcessor
 
     from segcompass_hf.evaluation import ModelPredictor, load_dataset_of
     from segcompass_hf.evaluation.rows import EvaluationRows
 
     torch.set_num_threads(given.threads)
     (size,) = given.batch_sizes
-    wanted = max(size, given.num_samples // size * size)
-    rows = EvaluationRows(load_dataset_of(given.dataset, wanted + size).dataset, wanted + size)
-    batches = [[rows[place].columns for place in range(start, start + size)] for start in range(0, len(rows), size)]
-    before, begun = resident("VmRSS"), time.perf_counter()
-    model, processor = AutoModel.from_pretrained(given.model).eval(), AutoProcessor.from_pretrained(given.model)
-    predictor = ModelPredictor(model, processor)
-    loading, seconds, tokens = time.perf_counter() - begun, [], 0
-    for number, batch in enumerate(batches):
+    if rows is None:
+        wanted = max(size, given.num_samples // size * size) + size
+        dataset = EvaluationRows(load_dataset_of(given.dataset, wanted).dataset, wanted)
+        rows = [dataset[place].columns for place in range(wanted)]
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    with PeakMemory(given.device) as memory:
         begun = time.perf_counter()
-        output, _, _ = predictor.segment(batch)
-        if number:
-            seconds.append(time.perf_counter() - begun)
-            tokens += int(output.completion_mask.sum())
+        predictor = ModelPredictor(load(given), AutoProcessor.from_pretrained(given.model), reasoning=given.reasoning)
+        loading, seconds, tokens = time.perf_counter() - begun, [], 0
+        for number, batch in enumerate(batches):
+            begun = time.perf_counter()
+            output, _, _ = predictor.segment(batch)
+            synchronize(given.device)
+            if number:
+                seconds.append(time.perf_counter() - begun)
+                tokens += int(output.completion_mask.sum())
     return {
         "batch_size": size,
         "pictures": size * len(seconds),
@@ -63,8 +75,12 @@ def measure(given: argparse.Namespace) -> dict[str, float]:
         "seconds_per_batch_longest": round(max(seconds), 3),
         "pictures_per_second": round(size * len(seconds) / sum(seconds), 3),
         "tokens_per_picture": round(tokens / (size * len(seconds)), 1),
-        "peak_bytes": resident("VmHWM") - before,
+        "peak_bytes": memory.bytes,
     }
+
+
+def mebibytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f}"
 
 
 def report(found: list[dict[str, float]], given: argparse.Namespace) -> str:
@@ -75,36 +91,45 @@ def report(found: list[dict[str, float]], given: argparse.Namespace) -> str:
                 one["pictures"],
                 f"{one['seconds_per_batch']:.2f} ({one['seconds_per_batch_longest']:.2f})",
             ),
-            *(f"{one['pictures_per_second']:.2f}", one["tokens_per_picture"], f"{one['peak_bytes'] / 2**20:,.0f}"),
+            *(f"{one['pictures_per_second']:.2f}", one["tokens_per_picture"], mebibytes(one["peak_bytes"])),
         ]
         for one in found
     ]
     columns = ["batch", "pictures", "seconds per batch (longest)", "pictures per second", "tokens written", "peak MiB"]
     return (
-        f"# What `segment` costs\n\n`python {shlex.join(sys.argv)}`\n\n{Path(given.model).name} on {given.dataset}, "
-        f"{given.threads} threads on {os.cpu_count()} CPU cores ({platform.machine()}), torch {torch.__version__}, "
-        f"load average at the end {os.getloadavg()[0]:.1f}. Median of the batches; tokens written: mean per picture, "
-        "position tokens included; peak: resident memory over that before loading.\n\n"
+        f"# What `segment` costs\n\n`python {shlex.join(sys.argv)}`\n\n{Path(given.model).name} in {given.dtype} on "
+        f"{given.dataset}, reasoning {given.reasoning}; {device_name(given.device)}, {given.threads} threads on "
+        f"{os.cpu_count()} CPU cores, torch {torch.__version__}, load average at the end {os.getloadavg()[0]:.1f}. "
+        "Median of the batches; tokens written: mean per picture, position tokens included; peak: memory over that "
+        "before loading, resident or on the GPU.\n\n"
         f"{markdown_table(columns, rows)}\n"
     )
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(segcompass_hf.bundled_checkpoint()), help="a checkpoint's folder")
     parser.add_argument("--dataset", default="scenes:val", help="as for `segcompass evaluate`")
     parser.add_argument("--num-samples", type=int, default=32, help="pictures per batch size (%(default)s)")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", *BITS])
+    parser.add_argument("--reasoning", default="full", choices=["full", "short", "none"], help="as of `segment`")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--output", type=Path, help="path of the results without ending; printed when left out")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    given = parse_arguments()
     if given.own_process:
         print(json.dumps(measure(given)))
         return
     found = []
     for size in given.batch_sizes:
         own = [sys.executable, __file__, "--own-process", "--model", given.model, "--dataset", given.dataset]
+        own += ["--device", given.device, "--dtype", given.dtype, "--reasoning", given.reasoning]
         own += ["--num-samples", str(given.num_samples), "--threads", str(given.threads), "--batch-sizes", str(size)]
         found.append(
             json.loads(subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])

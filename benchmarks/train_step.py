@@ -47,10 +47,11 @@ from pathlib import Path
 import torch
 import transformers
 import trl
+from timing import clock_name, device_name
 from train_step_formulations import LADDER, NAIVE, OURS, UNSHARED, WITHOUT_KL
 from train_step_measuring import Bench, check, inputs_of, measure, resident_set, scaled_tiles
+from train_step_models import PRESETS, preset_of, proportions
 from train_step_report import to_markdown
-from train_step_workloads import PRESETS, proportions
 
 TOLERANCE = 1e-5
 RESULTS = Path(__file__).parent / "results"
@@ -59,6 +60,7 @@ RESULTS = Path(__file__).parent / "results"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    parser.add_argument("--depth", type=int, default=None, help="layers of the language model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=None, help="bfloat16 on CUDA by default")
     parser.add_argument("--workloads", nargs="+", choices=["a", "b", "c"], default=["a", "b"])
@@ -83,20 +85,15 @@ def resident_sets(args: argparse.Namespace) -> dict[str, dict]:
         for formulation in (NAIVE, UNSHARED, OURS) if workload == "c" else (NAIVE, OURS):
             command = [sys.executable, __file__, "--preset", args.preset, "--rss-of", formulation.name, workload]
             command += ["--gradient-checkpointing"] if args.gradient_checkpointing else []
+            command += [] if args.depth is None else ["--depth", str(args.depth)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found.setdefault(workload, {})[formulation.name] = json.loads(output.splitlines()[-1])
     return found
 
 
 def machine(device: str) -> dict:
-    name = platform.machine()
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "torch": torch.__version__,
@@ -124,7 +121,7 @@ def benchmark(args: argparse.Namespace) -> dict:
             "dtype": args.dtype,
             "repeats": args.repeats,
             "gradient_checkpointing": args.gradient_checkpointing,
-            "clock": "wall time" if bench.device.type == "cuda" else "CPU time",
+            "clock": clock_name(bench.device),
             **vars(bench.preset),
         },
         "shared_prompt_tokens": bench.preset.group_prompt_tokens,
@@ -150,17 +147,20 @@ def benchmark(args: argparse.Namespace) -> dict:
     del bench
     if args.rss:
         record["resident_set"] = resident_sets(args)
-    record["proportions"] = {name: proportions(PRESETS[name]) for name in {"llava-7b": 0, args.preset: 0}}
     return record
 
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    with scaled_tiles(PRESETS[args.preset]):
+    with scaled_tiles(preset_of(args.preset)):
         if args.rss_of:
             print(json.dumps(resident_set(args, *args.rss_of)))
             return 0
         record = benchmark(args)
+        presets = {"llava-7b": PRESETS["llava-7b"], args.preset: preset_of(args.preset, args.depth)}
+        record["proportions"] = {
+            name: proportions(preset) for name, preset in presets.items() if preset.family == "llava"
+        }
     name = "train_step" if args.preset == "cpu" else f"train_step_{args.preset}_{args.device.replace(':', '')}"
     path = args.output or RESULTS / f"{args.name or name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,14 +6,16 @@ import gc
 import statistics
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 import trl.trainer.utils
+from timing import PeakMemory, clock, resident, synchronize
 from train_step_formulations import NAIVE, OURS, UNSHARED, Formulation, References, StepInputs, run_forward
-from train_step_workloads import PRESETS, Preset, build_model, let_policy_drift, make_inputs
+from train_step_models import Preset, build_model, let_policy_drift, preset_of
+from train_step_workloads import make_inputs
 
 from segcompass_hf import losses_segcompass
 from segcompass_hf.training.memory.meter import MemoryMeter
@@ -23,7 +25,7 @@ class Bench:
     """Model, reference policies and optimizer; every step starts from the same weights."""
 
     def __init__(self, args: argparse.Namespace, references: list[str]):
-        self.preset, self.device = PRESETS[args.preset], torch.device(args.device)
+        self.preset, self.device = preset_of(args.preset, args.depth), torch.device(args.device)
         self.model = build_model(self.preset, args.device, getattr(torch, args.dtype))
         self.references = References(self.model)
         for kind in references:
@@ -48,11 +50,7 @@ class Bench:
             parameter.copy_(weight)
         self.optimizer.zero_grad(set_to_none=True)
         gc.collect()
-        self.synchronize()
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def step(self, formulation: Formulation, inputs: StepInputs) -> dict[str, float]:
         """One optimizer step; seconds of its parts and of all by `clock`, and wall seconds of forward and all."""
@@ -74,13 +72,8 @@ class Bench:
             "wall_step": marks[3][1] - marks[0][1],
         }
 
-    def clock(self) -> float:
-        """Wall time on CUDA; elsewhere the CPU time of the process, which other load hardly distorts."""
-        return time.perf_counter() if self.device.type == "cuda" else time.process_time()
-
     def _mark(self) -> tuple[float, float]:
-        self.synchronize()
-        return self.clock(), time.perf_counter()
+        return clock(self.device), time.perf_counter()
 
     def counted_step(
         self, formulation: Formulation, inputs: StepInputs, objective: Literal["joint", "policy"] = "joint"
@@ -91,11 +84,8 @@ class Bench:
         """
         self.reset()
         cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
         known = [*self.model.parameters(), *self.model.buffers(), *self._states()]
-        with nullcontext() if cuda else MemoryMeter(known) as meter:
+        with PeakMemory(self.device) if cuda else MemoryMeter(known) as meter:
             output = run_forward(self.model, self.references, formulation, inputs)
             loss = output.loss(inputs)
             policy_loss = loss - output.segmentation
@@ -106,7 +96,7 @@ class Bench:
             del output, policy_loss
             loss.backward()
             self.optimizer.step()
-        peak = torch.cuda.max_memory_allocated(self.device) - before if cuda else meter.peak
+        peak = meter.bytes if cuda else meter.peak
         result["gradients"] = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         return peak, result
 
@@ -199,11 +189,9 @@ def matching_clock(bench: Bench):
     match_slots, seconds = losses_segcompass.match_slots, []
 
     def timed(*args, **kwargs):
-        bench.synchronize()
-        started = bench.clock()
+        started = clock(bench.device)
         assignments = match_slots(*args, **kwargs)
-        bench.synchronize()
-        seconds.append(bench.clock() - started)
+        seconds.append(clock(bench.device) - started)
         return assignments
 
     losses_segcompass.match_slots = timed
@@ -248,12 +236,7 @@ def resident_set(args: argparse.Namespace, name: str, workload: str) -> dict[str
     bench.reset()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     bench.step(formulation, inputs)
-    peak = _status("VmHWM")
+    peak = resident("VmHWM")
     return {"step_bytes": peak - before, "total_bytes": peak}
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))

@@ -12,7 +12,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import train_step
 import train_step_measuring as measuring
 from train_step_formulations import LADDER, NAIVE, OURS, UNSHARED, WITHOUT_KL, References, run_forward
-from train_step_workloads import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, make_inputs, proportions
+from train_step_models import END_THINK, IMAGE, PAD, PRESETS, REF, THINK, Preset, proportions
+from train_step_workloads import make_inputs
 
 TINY = PRESETS["tiny"]
 
@@ -49,6 +50,18 @@ def test_a_group_has_the_same_loss_and_gradients(bench):
         assert row["compared"] == "loss"
         assert max(row[key] for key in ("loss", "log_probs", "ref_log_probs", "gradients_relative")) <= 1e-5, name
     assert peaks["ours"] < peaks["ours without sharing"] < peaks["naive"]
+
+
+@pytest.mark.parametrize("workload", ["a", "c"])
+def test_another_family_has_the_same_loss_and_gradients(workload):
+    """Qwen3-VL: positions of images in three dimensions, pictures as patches, features beside the first layers."""
+    given = train_step.parse_arguments(["--preset", "tiny-qwen3-vl", "--depth", "3"])
+    qwen = measuring.Bench(given, ["whole", "shared"])
+    assert len(qwen.model.base_model.language_model.layers) == 3
+    found, _ = measuring.check(qwen, workload, [NAIVE, OURS])
+    row = found["ours"]
+    assert max(row[key] for key in ("loss", "log_probs", "ref_log_probs", "gradients_relative")) <= 1e-5
+    assert all(part["largest"] > 1e-6 for part in row["parts"].values())
 
 
 def test_original_layout_agrees_where_it_can(bench):
