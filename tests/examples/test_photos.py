@@ -33,7 +33,7 @@ def test_a_photograph_is_small_and_its_source_is_stated(name):
 
 @pytest.mark.slow
 def test_photos_small_answers_a_photograph():
-    """It loads in float32, fits its place, and names the cat that fills the picture."""
+    """It loads in float32, fits its place, and marks a tie where somebody wears it."""
     from segcompass_hf.checkpoint import load_checkpoint
     from segcompass_hf.commands.predict import answer_row
     from segcompass_hf.images_segcompass import to_rgb_image
@@ -45,11 +45,12 @@ def test_photos_small_answers_a_photograph():
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 120_000_000
     assert not list(folder.rglob("*.py")) and not list(folder.rglob("*.bin"))
     assert (folder / "README.md").read_text() and (folder / "concepts.safetensors").is_file()
-    assert sum("failure" in one for one in SHOWN) == 2, "two stand for others that fail"
+    assert sum("failure" in one for one in SHOWN) >= 2, "two stand for others that fail"
     model, processor, name = load_checkpoint("photos-small")
     assert name == "photos-small" and str(model.dtype) == "torch.float32"
     assert processor.unknown_words("the Cat and the guitar") == ["guitar"]
-    image = to_rgb_image(FOLDER / "cat.jpg")
-    answer = answer_row(model, processor, image, "the cat", "full")
-    assert answer["kept"]["reasoning"].startswith("cat ")
-    assert answer["kept"]["masks"].shape[1:] == (image.height, image.width)
+    image = to_rgb_image(FOLDER / "officer.jpg")
+    answer = answer_row(model, processor, image, "The tie", "full")
+    assert "answer tie" in answer["kept"]["reasoning"]
+    (mask,) = answer["kept"]["masks"]
+    assert mask.shape == (image.height, image.width) and 0.002 < mask.mean() < 0.05
