@@ -25,6 +25,7 @@ with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(str(ROOT / "examples" / "photos_small"))
     import concepts
     import goals
+    import patch_probe
     import seen
     import slots_of_another
 
@@ -185,3 +186,39 @@ def test_the_cost_of_segment(tmp_path):
         assert one["peak_bytes"] > 6_000_000 and one["seconds_per_batch"] > 0  # the weights alone
         assert 10 < one["tokens_per_picture"] < 400
     assert "| 2 | 2 |" in output.with_suffix(".md").read_text()
+
+
+def test_thresholds_and_f1_of_a_probe():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.1, 0.4]])
+    labels = torch.tensor([[True, False], [False, False], [True, False], [False, False]])
+    thresholds, best = patch_probe.best_thresholds(scores, labels)
+    assert thresholds.tolist() == [pytest.approx(0.7), torch.inf], "two of three are right, and the second is on none"
+    assert best[0].item() == pytest.approx(0.8) and best[1].isnan()
+    measured = patch_probe.f1_at(scores, labels, torch.tensor([0.85, 0.5]))
+    assert measured[0].item() == pytest.approx(2 / 3) and measured[1].isnan()
+
+
+def test_a_probe_reads_what_is_linear_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(600, 4, generator=generator) * torch.tensor([1.0, 10.0, 0.1, 1.0]) + 3
+    names = len(patch_probe.NUMBERS)
+    labels = torch.zeros(600, names, dtype=torch.bool)
+    labels[:, 0] = inputs[:, 1] > 5  # linear
+    labels[:, 1] = (inputs[:, 0] > 3) ^ (inputs[:, 3] > 3)  # no line parts them
+    parts = [(inputs[start : start + 200], labels[start : start + 200]) for start in (0, 200, 400)]
+    f1 = list(patch_probe.probe(*parts)["f1"].values())
+    assert f1[0] > 0.95 and 0.4 < f1[1] < 0.75 and f1[2] is None
+
+
+def test_patches_as_every_source_has_them():
+    processor, model = tiny_processor(), tiny_model().eval()
+    row = make_row(0, [box(0, 4)]) | {"instruction": "the cup", "reasoning": "cup a1. cup wanted. answer cup a1."}
+    row["instance_ids"], row["sample_id"], row["distractor_masks"] = [1], "one", []
+    with torch.no_grad():
+        ((found, labels),) = patch_probe.read(model, processor, [row], 2)
+    count = len(labels)
+    assert found["states"].shape == (count, model.config.vlm_config.get_text_config().hidden_size)
+    assert found["codes"].shape == (count, model.config.sae_config.d_sae) and found["encoder"].shape[0] == count
+    assert labels.dtype == torch.bool and labels[:, patch_probe.NUMBERS["cup"]].any()
+    model.sae.eval()
+    assert (found["codes"] != 0).any(), "codes of the image's tokens, in their places"
