@@ -139,6 +139,7 @@ class _Filling:
         if cache.holds(self.max_tokens):
             return cache.index
         row_tokens = tokens_per_row(self.source)
+        self._announce(row_tokens, d_in)  # before a folder is made
         if folder.local is not None:
             folder.local.mkdir(parents=True, exist_ok=True)
             refusal = (
@@ -149,7 +150,6 @@ class _Filling:
         cache.read_index()  # another run may have filled it meanwhile
         if cache.holds(self.max_tokens):
             return cache.index
-        self._announce(row_tokens, d_in)
         rows_per_shard = cache.index["rows_per_shard"] or self._rows_per_shard(row_tokens)
         return cache.index | {"rows_per_shard": rows_per_shard, "complete": False}
 
