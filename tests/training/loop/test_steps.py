@@ -321,6 +321,7 @@ def test_private_methods_of_the_trainer_that_are_overridden():
         "_get_output_dir",
         "_get_train_sampler",
         "_load_best_model",
+        "_prepare_inputs",  # of TRL's trainer, whose name it is too
         "_push_from_checkpoint",
         "_save_checkpoint",
     }
