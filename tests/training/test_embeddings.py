@@ -88,7 +88,7 @@ class TestSegmentation:
         segmentation_run(tmp_path / "a", str(tmp_path / "cache"), bf16=True)
         files = list((tmp_path / "cache").rglob("encoder.json"))
         assert len(files) == 2, "of the segmenter's encoder and of the VLM's"
-        assert sum('"stored": "bfloat16"' in file.read_text() for file in files) == 1, "the VLM's are kept as they come"
+        assert sum('"stored": "bfloat16"' in file.read_text() for file in files) == 1, "the VLM's as they come"
 
     def test_a_collator_that_does_not_read_it(self, tmp_path):
         with pytest.raises(ValueError, match="data_collator is a function; use a SegmentationCollator"):

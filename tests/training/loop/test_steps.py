@@ -327,8 +327,10 @@ def test_private_methods_of_the_trainer_that_are_overridden():
     }
     of_trl = {
         "_calculate_rewards",
+        "_generate",
         "_generate_and_score_completions",
         "_generate_single_turn",
         "_get_per_token_logps_and_entropies",
+        "_tokenize_prompts",
     }
     assert own & set(dir(GRPOTrainer)) - set(dir(Trainer)) == of_trl
