@@ -13,10 +13,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..stopping import SIGNALS, Stopped
+from ..stopping import SIGNALS, STARTED_BY_US, Stopped
 from .common import UserError, positive, user_errors
 
-STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes, to the id of their launcher
 _PATIENCE = "300"  # seconds that they have to finish a step and save it, after Ctrl-C or SIGTERM
 
 _EPILOG = """\
