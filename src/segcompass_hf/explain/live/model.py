@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..explanation import Ablation, ConceptAttribution, Explanation
 
 PICTURE_SIDES = (640, 1024)  # pixels: smaller pictures are enlarged so that outlines are smooth, larger ones reduced
-NUM_SHOWN = 6  # concepts to change
+NUM_SHOWN = 8  # concepts to change
 
 
 class LiveModel:
