@@ -59,7 +59,7 @@ def answering_scene(live: LiveModel) -> Callable[[str], Iterator[list[Any]]]:
 
     def answer(thinking: str) -> Iterator[list[Any]]:
         scene = scenes.sample("val", int(np.random.default_rng().integers(100_000)))
-        yield from _given(live, scene.image, scene.instruction.text, thinking)
+        yield from _given(live, to_rgb_image(scene.image), scene.instruction.text, thinking)
 
     return answer
 
