@@ -106,6 +106,15 @@ def build_app(
                     elem_id="thinking",
                 )
             with gr.Column(scale=6, min_width=300, elem_id="answer"):
+                reasoning = gr.Textbox(
+                    label="Reasoning",
+                    lines=2,
+                    max_lines=10,
+                    interactive=False,
+                    elem_id="reasoning",
+                    buttons=["copy"],
+                    **first.get("reasoning", {}),
+                )
                 result = gr.Image(
                     label="Masks",
                     interactive=False,
@@ -117,15 +126,6 @@ def build_app(
                 summary = gr.HTML(
                     elem_id="summary",
                     **first.get("summary", {"value": hint("Masks and the concepts behind them appear here.")}),
-                )
-                reasoning = gr.Textbox(
-                    label="Reasoning",
-                    lines=2,
-                    max_lines=10,
-                    interactive=False,
-                    elem_id="reasoning",
-                    buttons=["copy"],
-                    **first.get("reasoning", {}),
                 )
                 with gr.Column(elem_id="concepts", **first.get("concepts", {"visible": False})) as concepts:
                     switches = gr.CheckboxGroup(
