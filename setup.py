@@ -54,7 +54,9 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "": ["*.pyi"],
         "segcompass_hf": [
+            "py.typed",
             "checkpoints/**/*",
             "data/hosting/templates/*",
             "explain/templates/*",
@@ -73,5 +75,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

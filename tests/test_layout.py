@@ -45,13 +45,13 @@ def imports(file: str, tree: ast.Module) -> Iterator[tuple[str, ...]]:
             yield from (tuple(a.name.split("."))[1:] for a in node.names if a.name.split(".")[0] == NAME)
 
 
-def exports(tree: ast.Module) -> dict[str, str]:
-    """Name -> module, of what an `__init__` loads lazily."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "_EXPORTS":
-            listed = ast.literal_eval(node.value)
-            return {name: module for module, names in listed.items() for name in names}
-    return {}
+@cache
+def exports(package: str) -> dict[str, str]:
+    """Name -> module, `.x` or `..x`, of what a package loads lazily: the stub beside its `__init__` lists it."""
+    stub = PACKAGE / f"{package}i"
+    lines = ast.parse(stub.read_text("utf-8")).body if stub.is_file() else []
+    froms = [line for line in lines if isinstance(line, ast.ImportFrom) and line.level and line.module]
+    return {alias.name: "." * line.level + line.module for line in froms for alias in line.names}
 
 
 def file_of(parts: tuple[str, ...], trees: dict[str, ast.Module]) -> str:
@@ -62,11 +62,11 @@ def file_of(parts: tuple[str, ...], trees: dict[str, ast.Module]) -> str:
             return f"{base}.py"
         package = f"{base}/__init__.py".removeprefix("/")
         if package in trees:
-            lazy = exports(trees[package]).get(parts[-1]) if length < len(parts) else None
+            lazy = exports(package).get(parts[-1]) if length < len(parts) else None
             if lazy is None:
                 return package
             up = len(lazy) - len(lazy.lstrip("."))  # as `from` counts: one dot is the package itself
-            start = parts[: length - max(0, up - 1)]
+            start = parts[: length - up + 1]
             return file_of((*start, *lazy.lstrip(".").split("."), parts[-1]), trees)
     raise AssertionError(f"{'.'.join(parts)} is imported but not there")
 
