@@ -73,7 +73,8 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
 
 def _names_of_stub(stub: Path) -> tuple[dict[str, str], list[str]]:
     """Of every public name the module that defines it, `.x` or `..x`, and the names of public submodules."""
-    module_of, modules = {}, []
+    module_of: dict[str, str] = {}
+    modules: list[str] = []
     for node in ast.parse(stub.read_text("utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             names = [alias.asname for alias in node.names if alias.asname]  # without `as` it is the stub's own

@@ -3,7 +3,7 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
@@ -207,7 +207,7 @@ def _steer(
     names = torch.tensor([item.feature for item in items], device=hidden_states.device)  # (num_interventions,)
     _, normalization = sae.normalize(hidden_states, modality_ids)
     activations = _feature_columns(sae, hidden_states, modality_ids, names)  # (batch, sequence, num_interventions)
-    deltas = []
+    deltas: list[torch.Tensor] = []
     for index, item in enumerate(items):
         selected = _selected_tokens(item, shape, attention_mask, modality_ids, hidden_states.device)
         before = activations[..., index]
@@ -236,7 +236,7 @@ def _feature_columns(
 
 def _selected_tokens(
     intervention: ConceptIntervention,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     attention_mask: torch.Tensor | None,
     modality_ids: torch.Tensor | None,
     device: torch.device,

@@ -17,6 +17,7 @@ from .interventions_segcompass import Interventions, apply_interventions
 from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import SparseConcepts, encode_concepts
 from .modeling_masks import MaskStage
+from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoderOutput
 from .prompt_copies_segcompass import PromptCopies
 
@@ -136,13 +137,19 @@ class SequenceStates:
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
-        rest = {"image_token_grids": image_token_grids, "prompt_copies": prompt_copies}
-        return cls(*states, sequences, attention_mask, completion_mask, **rest)
+        return cls(
+            *states,
+            sequences,
+            attention_mask,
+            completion_mask,
+            image_token_grids=image_token_grids,
+            prompt_copies=prompt_copies,
+        )
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""
-        values = [getattr(self, part.name) for part in fields(self)]
-        return SequenceStates(*(None if value is None else value[rows] for value in values))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 @dataclass
@@ -203,7 +210,7 @@ class ReadingMixin(ConceptGridsMixin):
     """
 
     config: SegCompassConfig
-    sae: nn.Module
+    sae: SegCompassSae
     codebook: nn.Module
     slot_encoder: nn.Module
     slot_mapper: nn.Module

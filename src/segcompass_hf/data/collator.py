@@ -84,7 +84,8 @@ class SegmentationCollator:
     @classmethod
     def for_evaluation(cls, processor: Any, **kwargs) -> SegmentationCollator:
         """Prompts for `model.segment`, and `references` with every object of every row."""
-        return cls(processor, **({"overflow": "merge", "with_reasoning": False, "with_masks": False} | kwargs))
+        settings: dict[str, Any] = {"overflow": "merge", "with_reasoning": False, "with_masks": False}
+        return cls(processor, **(settings | kwargs))
 
     @property
     def dropped_objects(self) -> int:
@@ -115,7 +116,7 @@ class SegmentationCollator:
         images = [_of_row(row, to_rgb_image, row["image"]) for row in rows]
         needs_masks = self.with_masks or not self.with_reasoning
         sizes = [(image.height, image.width) for image in images]
-        masks = None
+        masks: list[Any] = []
         if needs_masks:
             masks = [_of_row(row, decode_masks, row["masks"], size) for row, size in zip(rows, sizes, strict=True)]
         if self.with_masks:

@@ -100,7 +100,9 @@ class EmbeddingCache:
         self._extra = tuple(f"/{number}" for number in range(1, len(shapes)))  # ends of the names of extra parts
         self._bytes_per_image = sum(prod(shape) for shape in shapes) * DTYPES[dtype].itemsize
         self.num_encoded = 0  # images that went through the encoder
-        self._stores_new, self._state, self.shards = True, None, None
+        self._stores_new = True
+        self._state: tuple[Any, ...] | None = None  # of the encoder, when it was last looked at
+        self.shards: TensorShards | None = None  # until the encoder is looked at
         self._check_key()
 
     def refresh_key(self) -> str:

@@ -164,7 +164,7 @@ def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def _with_interval(values: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
+def _with_interval(values: Sequence[float], groups: Sequence[int]) -> dict[str, float | None]:
     if not values:
         return {"value": None, "low": None, "high": None, "num_samples": 0}
     value, low, high = bootstrap_interval(values, groups)

@@ -223,12 +223,13 @@ def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
     records = []
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            records.append(_parsed(line, needs_checksum=False))
-            if records[-1] is None:
+            record = _parsed(line, needs_checksum=False)
+            if record is None:
                 raise ValueError(
                     f"{path}, line {number} is damaged or no record; run the same evaluation again, which writes the "
                     "file anew from what is there."
                 )
+            records.append(record)
     return records
 
 

@@ -74,7 +74,8 @@ def breakdown(
         >>> {kind: figures[kind]["gIoU"]["value"] for kind in figures}
         {'colour': 1.0, 'place': 0.5}
     """
-    scores, members = list(scores), {}
+    scores = list(scores)
+    members: dict[Hashable, list[tuple[SampleScore, Hashable]]] = {}
     for score, group, image in zip(scores, groups, images_of(len(scores), images), strict=True):
         members.setdefault(group, []).append((score, image))
     found = {}

@@ -84,7 +84,7 @@ class BuildReport:
             text += ", " + ", ".join(f"{number} left out ({why})" for why, number in self.left_out.items())
         if not self.problems:
             return text + ", no problems."
-        first = {}
+        first: dict[str, dict[str, Any]] = {}
         for problem in self.problems:
             first.setdefault(problem["kind"], problem)
         kinds = [

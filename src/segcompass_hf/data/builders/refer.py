@@ -18,7 +18,7 @@ from .values import as_flag, as_whole
 
 UNC = ("train", "val", "testA", "testB")
 # Benchmark -> who split it -> splits.
-SPLITS = {
+SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {"unc": UNC, "google": ("train", "val", "test")},
     "refcoco+": {"unc": UNC},
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
@@ -178,7 +178,7 @@ class _Samples:
             if not ref["sentences"]:
                 self.report.add("empty_text", stem, "the ref has no sentence.", lost=False)
             try:
-                fields = self._fields(ref, stem)
+                fields: dict[str, Any] | RowProblem = self._fields(ref, stem)
             except RowProblem as problem:
                 fields = problem
             for position, sentence in enumerate(ref["sentences"]):

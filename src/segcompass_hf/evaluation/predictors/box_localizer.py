@@ -204,8 +204,8 @@ class BoxLocalizerPredictor:
     def _prompts(self, answer: str, image: Image.Image, seen: tuple[float, float]) -> list[SamPrompt]:
         locations = parse_answer(answer)
         scale, size = (image.width / seen[1], image.height / seen[0]), (image.height, image.width)
-        prompts = [location.to_prompt(scale, size) for location in locations or ()]
-        prompts = [prompt for prompt in prompts if prompt is not None]
+        inside = [location.to_prompt(scale, size) for location in locations or ()]
+        prompts = [prompt for prompt in inside if prompt is not None]
         self.num_malformed += locations is None or (bool(locations) and not prompts)
         return prompts
 
