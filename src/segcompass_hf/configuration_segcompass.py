@@ -50,7 +50,7 @@ class SegCompassSaeConfig(PretrainedConfig):
     l1_coefficient: float | int = 5.0
     initializer_range: float | int = 0.02
 
-    def validate_sae(self):
+    def validate_sae(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got d_in={self.d_in} and d_sae={self.d_sae}.")
         takes_top_k = self.architecture in ("topk", "batchtopk") or (
@@ -172,7 +172,7 @@ class SegCompassConfig(PretrainedConfig):
     tie_word_embeddings: bool = False  # the inner VLM ties (or not) by its own configuration
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs) -> None:
         self.vlm_config = _resolve_config(self.vlm_config, "llava")
         self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         text_config = self.vlm_config.get_text_config()
@@ -211,7 +211,7 @@ class SegCompassConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         return self.get_text_config().hidden_size
 
-    def validate_segcompass(self):
+    def validate_segcompass(self) -> None:
         segmenter_kind(self.sam_config)
         text_config = self.get_text_config()
         depth, width = text_config.num_hidden_layers, text_config.hidden_size

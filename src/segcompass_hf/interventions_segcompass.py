@@ -40,7 +40,7 @@ class ConceptIntervention:
     tokens: InterventionTokens = "all"
     where: InterventionPlace = "concepts"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             feature = operator.index(self.feature)
         except TypeError:

@@ -224,7 +224,7 @@ class MobileSamVisionEncoder(SamPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MobileSamVisionAttention):
             init.zeros_(module.relative_position_bias)

@@ -180,7 +180,7 @@ class SegCompassSae(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, SegCompassSae):
             return
         init.normal_(module.W_dec, mean=0.0, std=self.config.initializer_range)

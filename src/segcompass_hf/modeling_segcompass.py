@@ -51,7 +51,7 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
             if isinstance(module, nn.Embedding):
                 init.normal_(module.weight, std=self.config.initializer_range)

@@ -119,7 +119,7 @@ class SequenceStates:
     image_token_grids: torch.Tensor | None = None
     prompt_copies: PromptCopies | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.concept_ids = self.input_ids if self.concept_ids is None else self.concept_ids
         self.concept_mask = self.attention_mask if self.concept_mask is None else self.concept_mask
 

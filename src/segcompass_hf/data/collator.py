@@ -69,7 +69,7 @@ class SegmentationCollator:
     slot_cache: Any = None
     extra: Callable[[Sequence[dict], list, BatchFeature], dict[str, Any]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "overflow": ("drop", "merge", "error"),
             "missing_reasoning": ("format", "empty", "skip"),

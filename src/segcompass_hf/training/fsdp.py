@@ -86,7 +86,7 @@ def finish_sharding(model: nn.Module) -> nn.Module:
 class FinishShardingCallback(TrainerCallback):
     """Calls [`finish_sharding`] when training begins, after the model is sharded."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         finish_sharding(model)
 
 
@@ -99,10 +99,10 @@ def _gather_in_methods(root: nn.Module, core: nn.Module) -> dict[str, int]:
     """Let [`FORWARD_METHODS`] run the root's hooks around them, unless they are called from within one another."""
     inside = {"depth": 0}
 
-    def enter(*_):
+    def enter(*_) -> None:
         inside["depth"] += 1
 
-    def leave(*_):
+    def leave(*_) -> None:
         inside["depth"] -= 1
 
     root.register_forward_pre_hook(enter)

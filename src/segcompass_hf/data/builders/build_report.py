@@ -51,7 +51,7 @@ class BuildReport:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.problems: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()  # reason -> samples left out on purpose
         self.num_rows = 0

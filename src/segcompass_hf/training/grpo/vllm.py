@@ -69,7 +69,7 @@ class SegCompassVLLMGeneration(VLLMGeneration):
         generation_kwargs["logit_bias"] = {**bias, **(generation_kwargs.get("logit_bias") or {})}
         super().__init__(model, accelerator, processing_class, generation_kwargs=generation_kwargs, **kwargs)
 
-    def _init_vllm(self):
+    def _init_vllm(self) -> None:
         if self.mode == "colocate":
             export_for_vllm(self.model, self.processing_class, self.folder, accelerator=self.accelerator)
             self.accelerator.wait_for_everyone()

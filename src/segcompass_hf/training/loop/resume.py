@@ -56,7 +56,7 @@ class RobustTrainingArguments:
         default=None, metadata={"help": "Folder for what frozen image encoders make of images."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be 1 or more.")
         if self.unreadable_rows not in ("skip", "error"):
@@ -89,7 +89,7 @@ class ContinueCallback(TrainerCallback):
     def __init__(self, trainer: RobustTrainerMixin):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs) -> None:
         checkpoint = self.trainer.resumed_from
         if checkpoint is None:
             return
@@ -132,7 +132,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
 
     check_text: RowCheck | None = None
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, **kwargs) -> None:
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
         keep_stored_statistics(self.model)
@@ -141,7 +141,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self.add_callback(JudgeStepsCallback(self))
         self.add_callback(ContinueCallback(self))
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args, **kwargs) -> None:
         """Refused: see the message."""
         raise ValueError(f"push_to_hub of a trainer {_PUBLISH}")
 

@@ -91,7 +91,7 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     num_eval_segmentations: int = field(default=64, metadata={"help": "Rows segmented per evaluation; -1: all."})
     eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Of the answers in evaluation."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("slots_alone_share", "drop_references_share", "slots_first_share", "heads_only_share"):
             if not 0 <= getattr(self, name) <= 1:
