@@ -2,6 +2,7 @@
 """Configuration of MobileSAM: SAM's prompt encoder and mask decoder behind a TinyViT image encoder."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig
@@ -120,7 +121,7 @@ class MobileSamConfig(SamConfig):
     }
     sub_configs = dict(sub_configs_defaults)  # under the name that transformers 5.17 reads
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.vision_config, PretrainedConfig):
             self.vision_config = MobileSamVisionConfig(**(self.vision_config or {}))
         width = {"hidden_size": self.vision_config.output_channels}

@@ -172,7 +172,7 @@ class SegCompassConfig(PretrainedConfig):
     tie_word_embeddings: bool = False  # the inner VLM ties (or not) by its own configuration
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs) -> None:
+    def __post_init__(self, **kwargs: Any) -> None:
         self.vlm_config = _resolve_config(self.vlm_config, "llava")
         self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         text_config = self.vlm_config.get_text_config()
@@ -194,7 +194,7 @@ class SegCompassConfig(PretrainedConfig):
             for config, implementation in zip(nested, attention, strict=True):
                 config._attn_implementation = implementation
 
-    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 

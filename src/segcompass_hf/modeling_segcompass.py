@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -153,7 +154,7 @@ class SegCompassForReasoningSegmentation(
         output_slots: bool = False,
         targets: MaskTargets | None = None,
         slots_alone: bool = False,
-        **vlm_kwargs,
+        **vlm_kwargs: Any,
     ) -> SegCompassOutput:
         r"""Read a whole sequence (prompt and completion) once and segment.
 
@@ -310,13 +311,13 @@ class SegCompassForReasoningSegmentation(
 
         return HiddenStateCapture(self.vlm, self.config.sae_layer, edit, stop, prompt_length=input_ids.shape[1])
 
-    def vlm_inputs(self, input_ids: torch.Tensor, **inputs) -> dict:
+    def vlm_inputs(self, input_ids: torch.Tensor, **inputs: Any) -> dict:
         """Arguments of `self.vlm(...)` for whole sequences; see [`sequence_inputs`]."""
         return sequence_inputs(self.vlm, {"input_ids": input_ids, **inputs})
 
     @torch.no_grad()
     def with_concept_states(
-        self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs
+        self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs: Any
     ) -> SequenceStates:
         """The states with those that concepts are read from: the same, but with `concept_input="duplicated"`, where a
         second pass of the VLM (its other inputs: `vlm_inputs`) reads what the original code lets its SAE read.

@@ -48,7 +48,7 @@ class ReasoningSegmentationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __call__(self, inputs: Any, instruction: str | list[str] | None = None, **kwargs) -> Any:
+    def __call__(self, inputs: Any, instruction: str | list[str] | None = None, **kwargs: Any) -> Any:
         r"""Segment one image or several.
 
         Args:
@@ -84,7 +84,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             return []
         return super().__call__(samples, instruction=instruction, **kwargs)
 
-    def _sanitize_parameters(self, instruction=None, generate_kwargs=None, **parameters):
+    def _sanitize_parameters(self, instruction: Any = None, generate_kwargs: Any = None, **parameters: Any) -> Any:
         preprocess = {} if instruction is None else {"instruction": instruction}
         forward = dict(generate_kwargs or {})
         postprocess = {}
@@ -99,7 +99,15 @@ class ReasoningSegmentationPipeline(Pipeline):
                 )
         return preprocess, forward, postprocess
 
-    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: Any,
+        batch_size: Any,
+        preprocess_params: Any,
+        forward_params: Any,
+        postprocess_params: Any,
+    ) -> Any:
         """As in the parent, but whatever goes to worker processes can be sent there where they are spawned: a function
         that collates and one that loads images, without the model."""
         if isinstance(inputs, Sized):
@@ -136,7 +144,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             )
         return {"image": to_rgb_image(image), "instruction": instruction}
 
-    def _forward(self, samples: dict[str, Any], **generate_kwargs) -> dict[str, Any]:
+    def _forward(self, samples: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         batched = isinstance(samples["instruction"], list)
         images = samples["image"] if batched else [samples["image"]]
         instructions = samples["instruction"] if batched else [samples["instruction"]]
@@ -195,7 +203,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         held = {"guardrails": result["guardrails"]} if "guardrails" in result else {}
         return {"reasoning": result["reasoning"], "segments": segments} | held
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save model, processor and this file, loadable with `trust_remote_code=True` where the package is missing."""
         # The parts of the processor would be written on their own, and over the processor's files.
         parts = self.tokenizer, self.image_processor

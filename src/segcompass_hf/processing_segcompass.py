@@ -60,9 +60,9 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
 
     def __init__(
         self,
-        image_processor,
-        tokenizer,
-        sam_image_processor,
+        image_processor: Any,
+        tokenizer: Any,
+        sam_image_processor: Any,
         num_slots: int = 4,
         vlm_processor_class: str = "LlavaProcessor",
         vlm_processor_kwargs: dict | None = None,
@@ -115,7 +115,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
 
     @classmethod
     def from_parts(
-        cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs
+        cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs: Any
     ) -> "SegCompassProcessor":
         """Put a processor together from a VLM's and a segmenter's.
 
@@ -179,7 +179,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         masks: Any = None,
         overflow: Literal["error", "merge", "drop"] = "error",
         return_tensors: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Inputs for the model: one sample per image and instruction.
 

@@ -4,7 +4,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -114,7 +114,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         forbid: Concepts = None,
         require: Concepts = None,
         votes: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SegCompassSegmentationOutput:
         r"""Write the reasoning and segment, from the states seen while writing: no second pass.
 
@@ -228,7 +228,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         answer.concepts = answer.concepts if output_concepts else None
         return answer
 
-    def read_finite_masks(self, states: SequenceStates, *args, **kwargs) -> SegCompassOutput:
+    def read_finite_masks(self, states: SequenceStates, *args: Any, **kwargs: Any) -> SegCompassOutput:
         """`read_masks`, with an error where a stage's output is not a number, for masks that someone will look at.
 
         Args:
@@ -293,7 +293,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         own = {"do_sample": sampling, "use_cache": True, **keep, **cache}
         return {**own, **kwargs, "logits_processor": processors, **ends}
 
-    def _generation_setting(self, kwargs: dict, name: str):
+    def _generation_setting(self, kwargs: dict, name: str) -> Any:
         """A setting as `generate` finds it: an argument, the caller's configuration, the model's own."""
         configs = (kwargs.get("generation_config"), self.generation_config)
         given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]

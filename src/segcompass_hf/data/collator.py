@@ -82,7 +82,7 @@ class SegmentationCollator:
         self._dropped = torch.zeros(1 + MAX_WORKERS, 2, dtype=torch.long).share_memory_()
 
     @classmethod
-    def for_evaluation(cls, processor: Any, **kwargs) -> SegmentationCollator:
+    def for_evaluation(cls, processor: Any, **kwargs: Any) -> SegmentationCollator:
         """Prompts for `model.segment`, and `references` with every object of every row."""
         settings: dict[str, Any] = {"overflow": "merge", "with_reasoning": False, "with_masks": False}
         return cls(processor, **(settings | kwargs))
@@ -230,7 +230,7 @@ def _reference(row: dict[str, Any], masks: Any) -> dict[str, Any]:
     return {**reference, "masks": masks, "ignore": None if ignore is None else _of_row(row, decode_mask, ignore)}
 
 
-def _of_row(row: dict[str, Any], function: Callable, *args) -> Any:
+def _of_row(row: dict[str, Any], function: Callable, *args: Any) -> Any:
     """`function(*args)`, whose errors name the row."""
     try:
         return function(*args)

@@ -41,7 +41,7 @@ class Answer:
         image: Any,
         instruction: str,
         reasoning: Literal["full", "short", "none"] = "full",
-        **segment_kwargs,
+        **segment_kwargs: Any,
     ):
         if not isinstance(instruction, str):
             raise ValueError(

@@ -84,7 +84,7 @@ def compose_checkpoint(
     d_sae: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    **config_kwargs,
+    **config_kwargs: Any,
 ) -> Composition:
     """Compose a ready-to-train checkpoint and save it with its processor, whole or not at all.
 

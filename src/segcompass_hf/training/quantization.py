@@ -1,7 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """4-bit and 8-bit bases through bitsandbytes: the language model's decoder layers shrink, everything else stays."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def quantization_config(
     bits: Literal[4, 8] = 4,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> BitsAndBytesConfig:
     """What `from_pretrained(..., quantization_config=...)` takes: the decoder layers in NF4 or int8, and nothing else.
 

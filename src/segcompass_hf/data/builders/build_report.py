@@ -28,7 +28,7 @@ class RowProblem(ValueError):
         super().__init__(detail)
         self.kind = kind
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.kind, str(self))
 
 

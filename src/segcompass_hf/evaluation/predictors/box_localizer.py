@@ -73,7 +73,7 @@ class BoxLocalizerPredictor:
         prompt_template: str = PROMPT_TEMPLATE,
         max_new_tokens: int = 1024,
         name: str = "box-localizer",
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ):
         if coordinates not in _UNITS:
             raise ValueError(f"coordinates is {coordinates!r}; it must be one of {list(_UNITS)}.")
@@ -97,7 +97,7 @@ class BoxLocalizerPredictor:
 
     @classmethod
     def from_pretrained(
-        cls, vlm: str | os.PathLike, sam: str | os.PathLike, device: str | torch.device = "cpu", **kwargs
+        cls, vlm: str | os.PathLike, sam: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
     ) -> BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
         from transformers import AutoModelForImageTextToText

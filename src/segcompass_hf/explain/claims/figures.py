@@ -115,7 +115,9 @@ def _coverage(records: Sequence[ClaimRecord], options: dict) -> dict[str, Any] |
     return figures
 
 
-def _add_against_random(figures: dict[str, Any], rule: str, curves: np.ndarray, random: np.ndarray, options: dict) -> None:
+def _add_against_random(
+    figures: dict[str, Any], rule: str, curves: np.ndarray, random: np.ndarray, options: dict
+) -> None:
     """Add figures of curves `(samples, len(TOP_PERCENT))`: along the curve, against random, and the mean of that."""
     gains = curves - random
     for name, values in ((rule, curves), (f"{rule} - random", gains)):

@@ -55,7 +55,7 @@ class Interpreter:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike, device: str | torch.device = "cpu", **kwargs
+        cls, path_or_hub_id: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
     ) -> Interpreter:
         """Load a VLM; `kwargs` are those of `load_part`."""
         from transformers import AutoModelForImageTextToText
