@@ -162,6 +162,28 @@ def test_lazy_names_are_followed_to_their_files():
     assert file_of(("__version__",), trees) == "__init__.py"
 
 
+def defined(tree: ast.Module) -> set[str]:
+    """Names that a file defines at its top level."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def test_stubs_name_what_their_modules_define():
+    stubs = sorted(PACKAGE.rglob("*.pyi"))
+    assert {stub.parent.name for stub in stubs} >= {NAME, "data", "evaluation", "explain", "hub", "training"}
+    for stub in stubs:
+        package = stub.relative_to(PACKAGE).with_suffix(".py").as_posix()
+        for name in exports(package):
+            file = file_of((*Path(package).parent.parts, name), files())
+            assert name in defined(files()[file]), f"{package}i: {file} does not define {name}"
+
+
 def test_no_circle_between_files():
     found = circles(graph())
     assert not found, "\n\n".join(why(circle, lambda file: file) for circle in found)

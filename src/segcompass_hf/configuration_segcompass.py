@@ -196,7 +196,8 @@ class SegCompassConfig(PretrainedConfig):
 
     def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
-        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+        vlm_config: Any = self.vlm_config  # a dict no longer
+        return vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def video_token_id(self) -> int | None:
@@ -250,11 +251,11 @@ class SegCompassConfig(PretrainedConfig):
 def _check_calibration(calibration: dict[str, Any]) -> None:
     """Refuse a calibration that scores cannot be computed from."""
     features = calibration.get("features")
-    entries = list(features.values()) if isinstance(features, dict) else [None]
+    entries: list[Any] = list(features.values()) if isinstance(features, dict) else [None]
     is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
     numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
     is_number = all(type(number) in (int, float) and abs(number) < 1e38 for number in numbers)
-    if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
+    if not is_whole or not is_number or not set(features or ()) <= set(SCORE_FEATURES):
         raise ValueError(
             f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "
             f"'scale', 'weight'}}}}, 'bias'}} with NAME of {', '.join(SCORE_FEATURES)}. Fit it again with `segcompass "

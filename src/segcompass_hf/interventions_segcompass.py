@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -214,7 +214,8 @@ def _steer(
         for earlier in range(index):
             # An earlier one on the same feature has already moved this activation.
             before = before + deltas[earlier] if items[earlier].feature == item.feature else before
-        deltas.append(((item.scale - 1) * before + item.add) * selected)
+        scale, add = cast(float, item.scale), cast(float, item.add)  # set where they were left out
+        deltas.append(((scale - 1) * before + add) * selected)
     directions = sae.W_dec[names]  # (num_interventions, d_in)
     if sae.config.finetuning_scaling_factor:
         directions = directions * sae.finetuning_scaling_factor[names, None]

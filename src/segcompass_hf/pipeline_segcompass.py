@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice, zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,8 @@ class ReasoningSegmentationPipeline(Pipeline):
     one by one.
     """
 
+    tokenizer: Any
+    image_processor: Any
     _load_processor = True
     _load_image_processor = False
     _load_video_processor = False
@@ -269,7 +271,7 @@ def _several(inputs: Any) -> Any:
         return list(inputs)
     if isinstance(inputs, Sized):
         by_index = isinstance(inputs, (Sequence, Dataset)) or type(inputs).__module__.startswith("datasets.")
-        return inputs if by_index else list(inputs)
+        return inputs if by_index else list(cast(Iterable, inputs))
     return inputs if isinstance(inputs, Iterable) else None
 
 

@@ -16,7 +16,6 @@ from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
 from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import SparseConcepts, encode_concepts
-from .modeling_masks import MaskStage
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoderOutput
 from .prompt_copies_segcompass import PromptCopies
@@ -214,13 +213,7 @@ class ReadingMixin(ConceptGridsMixin):
     codebook: nn.Module
     slot_encoder: nn.Module
     slot_mapper: nn.Module
-    sam: nn.Module
     training: bool
-
-    @property
-    def mask_stage(self) -> MaskStage:
-        """The mask decoder's interface: image -> features; features and heatmaps -> masks."""
-        return MaskStage(self.sam)
 
     def encode_image(self, sam_pixel_values: torch.Tensor) -> torch.Tensor | ImageFeatures:
         """Features of `sam_pixel_values` `(batch_size, 3, canvas, canvas)`; see [`~MaskStage.encode_image`]."""
@@ -252,7 +245,7 @@ class ReadingMixin(ConceptGridsMixin):
             modality_ids,
             chunk_size=self.config.concept_chunk_size,
         )
-        return apply_interventions(concepts, interventions, attention_mask, modality_ids, self.config.sae_config.d_sae)
+        return apply_interventions(concepts, interventions, attention_mask, modality_ids, self.sae.config.d_sae)
 
     def read_concepts(self, states: SequenceStates, interventions: Interventions = None) -> SparseConcepts:
         """Active concepts of the states of sequences, interventions applied; no grad."""

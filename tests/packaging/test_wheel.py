@@ -67,11 +67,12 @@ def wheel(built):
 
 
 @pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory):
+def python(request, tmp_path_factory):
     """The interpreter of an environment that holds the wheel."""
     named = os.environ.get("SEGCOMPASS_WHEEL_PYTHON")
     if named:
         return Path(named).absolute()
+    wheel = request.getfixturevalue("wheel")
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     interpreter = folder / "bin" / "python"

@@ -205,7 +205,7 @@ def _num_equal(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def language_inputs(
-    processor: Any, images: list, instructions: list[str], reasonings: list[str] | None = None
+    processor: Any, images: list, instructions: list[Any], reasonings: list[str] | None = None
 ) -> BatchFeature:
     """The VLM's own inputs, with reference answers if given, without the work of SAM's image processor.
 

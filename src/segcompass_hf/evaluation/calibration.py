@@ -120,7 +120,7 @@ def calibrate(
     features = torch.cat(found) if found else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
     logits = torch.cat(confidences) if confidences else torch.zeros(0)  # (num_masks,)
     threshold = choose_threshold(answers) if with_threshold else None
-    lowest = threshold["slot_logit_threshold"] if threshold else -torch.inf
+    lowest: Any = threshold["slot_logit_threshold"] if threshold else -torch.inf
     kept = torch.tensor([iou is not None for iou in ious], dtype=torch.bool) & (logits > lowest)
     features, logits = features[kept], logits[kept]
     ious = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept]

@@ -27,7 +27,7 @@ SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data se
 RECORDS_FOLDER = "records"  # of a run under way: a file per process
 _COUNTS = SampleScore._fields
 CHECKSUM = "checksum"  # of a line's other values: a digit that has changed since makes no figure
-_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
 _SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
 
 

@@ -300,7 +300,7 @@ def _make_model(
     vlm, sam = parts.vlm, parts.sam
     with model_errors(parts.vlm):
         if parts.whole_config is not None:
-            load = {} if dtype is None else {"dtype": dtype}
+            load: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
             whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
             vlm, sam = whole.vlm, whole.sam if sam is None else sam
         if dtype is not None and sae is not None:

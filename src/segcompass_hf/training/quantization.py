@@ -40,7 +40,7 @@ def quantization_config(
     model = SegCompassForReasoningSegmentation.from_pretrained(path, quantization_config=quantization_config(config))
     ```
     """
-    config = getattr(model_or_config, "config", model_or_config)
+    config: Any = getattr(model_or_config, "config", model_or_config)
     skip = full_precision_modules(config, SegCompassForReasoningSegmentation)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip, **kwargs)

@@ -152,7 +152,7 @@ def _check_columns(columns: list[str] | None, where: Any) -> None:
         )
 
 
-def _tables(files: list[str] | list[Path]) -> Iterator[Any]:
+def _tables(files: Sequence[str | Path]) -> Iterator[Any]:
     """Tables of one row. A buffer keeps whole row groups, which may be whole files, out of memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq

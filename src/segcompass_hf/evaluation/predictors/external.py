@@ -158,18 +158,19 @@ class FolderPredictor:
         return as_file or as_line
 
     def _read(self, sample_id: str, size: tuple[int, int]) -> Prediction:
-        path = self._files.get(prediction_file_name(sample_id))
+        path, offset = self._files.get(prediction_file_name(sample_id)), None
+        if path is None and sample_id in self._lines:
+            path, offset = self._lines[sample_id]
+        if path is None:
+            return Prediction(np.zeros((0, *size), dtype=bool))
         try:
-            if path is not None:
+            if offset is None:
                 return _read_png(path, size)
-            if sample_id in self._lines:
-                path, offset = self._lines[sample_id]
-                with open(path, "rb") as file:
-                    file.seek(offset)
-                    return _read_record(json.loads(file.readline()), size)
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return _read_record(json.loads(file.readline()), size)
         except ValueError as error:
             raise ValueError(f"the prediction of {sample_id!r} in {os.fspath(path)!r}: {error}") from error
-        return Prediction(np.zeros((0, *size), dtype=bool))
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, int]], list[str]]:

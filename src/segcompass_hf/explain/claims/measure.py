@@ -166,7 +166,7 @@ class _Batch:
         """Share of each image token that the union of `masks` `(n, H, W)` covers: `(num_patches,)`."""
         if not masks.any() or not num_patches:
             return np.zeros(num_patches)
-        return self.coverage(masks.any(0)[None], num_patches)[0].double().numpy()
+        return self.coverage(np.any(masks, 0)[None], num_patches)[0].double().numpy()
 
     def _sae_errors(self, index: int, places: dict[str, list[int]]) -> dict[str, float]:
         text, image = (sum((places[name] for name in names), []) for names in (TEXT_PLACES, IMAGE_PLACES))
