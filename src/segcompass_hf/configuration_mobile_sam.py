@@ -122,14 +122,15 @@ class MobileSamConfig(SamConfig):
     sub_configs = dict(sub_configs_defaults)  # under the name that transformers 5.17 reads
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.vision_config, PretrainedConfig):
-            self.vision_config = MobileSamVisionConfig(**(self.vision_config or {}))
-        width = {"hidden_size": self.vision_config.output_channels}
-        if not isinstance(self.prompt_encoder_config, PretrainedConfig):
-            self.prompt_encoder_config = SamPromptEncoderConfig(**{**width, **(self.prompt_encoder_config or {})})
-        if not isinstance(self.mask_decoder_config, PretrainedConfig):
-            given = {**width, "layer_norm_eps": DECODER_NORM_EPS, **(self.mask_decoder_config or {})}
-            self.mask_decoder_config = SamMaskDecoderConfig(**given)
+        vision, prompt, decoder = self.vision_config, self.prompt_encoder_config, self.mask_decoder_config
+        if not isinstance(vision, PretrainedConfig):
+            vision = MobileSamVisionConfig(**(vision or {}))
+        width = {"hidden_size": vision.output_channels}
+        if not isinstance(prompt, PretrainedConfig):
+            prompt = SamPromptEncoderConfig(**{**width, **(prompt or {})})
+        if not isinstance(decoder, PretrainedConfig):
+            decoder = SamMaskDecoderConfig(**{**width, "layer_norm_eps": DECODER_NORM_EPS, **(decoder or {})})
+        self.vision_config, self.prompt_encoder_config, self.mask_decoder_config = vision, prompt, decoder
         self.share_canvas()
         super().__post_init__(**kwargs)
 

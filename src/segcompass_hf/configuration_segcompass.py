@@ -173,21 +173,19 @@ class SegCompassConfig(PretrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vlm_config = _resolve_config(self.vlm_config, "llava")
-        self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
-        text_config = self.vlm_config.get_text_config()
+        vlm_config = _resolve_config(self.vlm_config, "llava")
+        sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         if self.image_token_id is None:
-            self.image_token_id = getattr(self.vlm_config, "image_token_id", None)
-        if self.sae_config is None:
-            self.sae_config = {}
-        if isinstance(self.sae_config, dict):
-            self.sae_config = {"d_in": text_config.hidden_size, **self.sae_config}
-        self.sae_config = _resolve_config(self.sae_config, SegCompassSaeConfig)
+            self.image_token_id = getattr(vlm_config, "image_token_id", None)
+        given = {} if self.sae_config is None else self.sae_config
+        if isinstance(given, dict):
+            given = {"d_in": vlm_config.get_text_config().hidden_size, **given}
+        sae_config = _resolve_config(given, SegCompassSaeConfig)
         if self.sae_layer is None:
-            self.sae_layer = self.sae_config.layer
+            self.sae_layer = sae_config.layer
         if self.sae_layer is None:
-            self.sae_layer = default_sae_layer(self.vlm_config)
-        nested = (self.vlm_config, self.sam_config, self.sae_config)
+            self.sae_layer = default_sae_layer(vlm_config)
+        self.vlm_config, self.sam_config, self.sae_config = nested = (vlm_config, sam_config, sae_config)
         attention = [config._attn_implementation for config in nested]
         super().__post_init__(**kwargs)  # overwrites the nested attention implementations with ours
         if kwargs.get("attn_implementation") is None:
@@ -218,14 +216,15 @@ class SegCompassConfig(PretrainedConfig):
         depth, width = text_config.num_hidden_layers, text_config.hidden_size
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {self.num_slots}.")
-        if not 0 <= self.sae_layer < depth:
+        if self.sae_layer is None or not 0 <= self.sae_layer < depth:
             raise ValueError(
                 f"sae_layer is an index into hidden_states before the last layer: 0 (embeddings) to {depth - 1} for a "
                 f"VLM of {depth} layers, got {self.sae_layer}."
             )
-        if self.sae_config.d_in != width:
+        sae_config: Any = self.sae_config
+        if sae_config.d_in != width:
             raise ValueError(
-                f"the SAE reads states of width {self.sae_config.d_in} (d_in), the VLM's are {width} wide; "
+                f"the SAE reads states of width {sae_config.d_in} (d_in), the VLM's are {width} wide; "
                 "use an SAE trained on this VLM."
             )
         if self.d_slot % self.slot_encoder_heads:

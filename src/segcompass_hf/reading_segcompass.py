@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -341,7 +341,7 @@ class ReadingMixin(ConceptGridsMixin):
             targets.mask_labels,
             targets.num_objects,
             area,
-            assignments=targets.assignments,
+            assignments=cast(SlotAssignments | None, targets.assignments),  # `read_masks` calls a function before
             match_valid_area_only=self.config.valid_area_only,
             num_items=targets.num_items,
             num_samples=targets.num_samples,

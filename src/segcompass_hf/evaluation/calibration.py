@@ -113,9 +113,9 @@ def calibrate(
             own = output.slot_logits[index].float().cpu()[shown]  # (num_masks,)
             found.append(every[index, shown])
             confidences.append(own)
-            ious += best_ious(masks, row.targets, row.ignore)
+            ious += best_ious(masks, row.read_targets, row.ignore)
             if with_threshold:
-                answers.append(AnswersByThreshold.of(masks, own.numpy(), row.targets, row.ignore))
+                answers.append(AnswersByThreshold.of(masks, own.numpy(), row.read_targets, row.ignore))
         samples += len(batch)
     features = torch.cat(found) if found else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
     logits = torch.cat(confidences) if confidences else torch.zeros(0)  # (num_masks,)
@@ -123,10 +123,10 @@ def calibrate(
     lowest: Any = threshold["slot_logit_threshold"] if threshold else -torch.inf
     kept = torch.tensor([iou is not None for iou in ious], dtype=torch.bool) & (logits > lowest)
     features, logits = features[kept], logits[kept]
-    ious = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept]
-    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in ious])
+    fits = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept and iou is not None]
+    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in fits])
     scores = calibrated_scores(features, calibration).tolist()
-    before, after = (calibration_figures(each, ious) for each in (logits.sigmoid().tolist(), scores))
+    before, after = (calibration_figures(each, fits) for each in (logits.sigmoid().tolist(), scores))
     return calibration, {"before": before, "after": after, "samples": samples, "threshold": threshold}
 
 

@@ -60,7 +60,7 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         "masks": [encode_mask(mask) for mask in prediction.masks],
         "mask_ious": [
             None if iou is None else round(iou, _SCORE_DIGITS)
-            for iou in best_ious(prediction.masks, row.targets, row.ignore)
+            for iou in best_ious(prediction.masks, row.read_targets, row.ignore)
         ],
         "duplicates": count_duplicates(prediction.masks),
         "duplicates_dropped": prediction.duplicates_dropped,
@@ -106,7 +106,7 @@ def choice_score_of(record: dict[str, Any]) -> SampleScore | None:
 def _choice(masks: np.ndarray, row: EvaluationRow) -> dict[str, Any] | None:
     if row.others is None:
         return None
-    objects, score = choose_objects(masks, row.targets, row.others, row.ignore)
+    objects, score = choose_objects(masks, row.read_targets, row.others, row.ignore)
     return {"objects": objects, **score._asdict()}
 
 

@@ -91,7 +91,8 @@ class Answer:
         size = (self.image.height, self.image.width)
         kinds, patches = token_kinds(self.processor, captured, self.instruction, image_size=size)
         texts = [tokenizer.decode([token]) for token in captured.sequences[0].tolist()]
-        return [Token(i, text, *what) for i, (text, *what) in enumerate(zip(texts, kinds, patches, strict=True))]
+        described = enumerate(zip(texts, kinds, patches, strict=True))
+        return [Token(i, text, kind, patch) for i, (text, kind, patch) in described]
 
 
 def mask_iou(first: np.ndarray, second: np.ndarray) -> float:

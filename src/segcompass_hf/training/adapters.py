@@ -280,7 +280,7 @@ def load_adapter(
             raise ValueError(
                 f"{adapter} does not say which model it was trained on (that model was never saved); pass it as base."
             )
-        base = _base_on_this_machine(base, adapter)
+        base = _base_on_this_machine(str(base), adapter)
     if not isinstance(base, nn.Module):
         base = SegCompassForReasoningSegmentation.from_pretrained(base, **kwargs)
     elif kwargs:

@@ -106,7 +106,7 @@ class _Draft:
         return ", ".join(said) + "."
 
     def finish(
-        self, kind: str, phrase: str, form: tuple[str, ...], targets: Sequence[int], steps: Sequence[str | None]
+        self, kind: str, phrase: str, form: tuple[str, str, str], targets: Sequence[int], steps: Sequence[str | None]
     ) -> Instruction | None:
         if len(targets) > MAX_TARGETS:
             return None

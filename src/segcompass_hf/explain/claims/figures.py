@@ -125,7 +125,7 @@ def _add_against_random(
     figures["area"][rule] = bootstrap_statistic(_mean_of(gains.mean(1)), len(gains), **options)
 
 
-def _correlations(samples: Sequence[Sequence[tuple[float, float]]], options: dict) -> dict[str, Any]:
+def _correlations(samples: Sequence[Sequence[tuple[float, float | None]]], options: dict) -> dict[str, Any]:
     """Pearson and Spearman over the pairs of all samples, whole samples resampled."""
     from scipy.stats import rankdata
 

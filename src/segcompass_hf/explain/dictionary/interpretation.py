@@ -152,7 +152,7 @@ def _in_context(example: WordExample) -> str:
 
 def _pictures(dictionary: ConceptDictionary, examples: Iterable[PatchExample]) -> list[Image.Image]:
     """Pictures that were kept, the patch of each framed."""
-    found = []
+    found: list[Image.Image] = []
     for example in examples:
         if example.picture < 0 or example.box is None or len(found) == MAX_PICTURES:
             continue

@@ -89,7 +89,7 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
 
     def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default is True, which transformers refuses without a GPU
+            self.bf16: bool | None = False  # TRL's default is True, which transformers refuses without a GPU
         super().__post_init__()
         if self.segmentation_completions not in ("all", "at_least_mean"):
             raise ValueError(

@@ -97,7 +97,7 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
         if (self.slots_first_share or self.heads_only_share) and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # these stages leave most of the model alone
+            self.ddp_find_unused_parameters: bool | None = True  # these stages leave most of the model alone
         stages = [name for name in _OF_SLOTS if getattr(self, name)]
         if self.trainable == "masks" and (stages or self.codebook_init != "keep"):
             raise ValueError(
