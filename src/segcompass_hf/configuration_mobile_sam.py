@@ -130,7 +130,9 @@ class MobileSamConfig(SamConfig):
             prompt = SamPromptEncoderConfig(**{**width, **(prompt or {})})
         if not isinstance(decoder, PretrainedConfig):
             decoder = SamMaskDecoderConfig(**{**width, "layer_norm_eps": DECODER_NORM_EPS, **(decoder or {})})
-        self.vision_config, self.prompt_encoder_config, self.mask_decoder_config = vision, prompt, decoder
+        self.vision_config: PretrainedConfig = vision
+        self.prompt_encoder_config: PretrainedConfig = prompt
+        self.mask_decoder_config: PretrainedConfig = decoder
         self.share_canvas()
         super().__post_init__(**kwargs)
 
