@@ -23,8 +23,8 @@ from .controls.reasoning import reasoning_test as reasoning_test
 from .controls.running import run_controls as run_controls
 from .controls.seeds import match_features as match_features
 from .dictionary.dictionary import ConceptDictionary as ConceptDictionary
-from .dictionary.dictionary import ConceptEntry as ConceptEntry
 from .dictionary.effects import ConceptEffect as ConceptEffect
+from .dictionary.entries import ConceptEntry as ConceptEntry
 from .dictionary.families import ConceptFamily as ConceptFamily
 from .dictionary.families import group_concepts as group_concepts
 from .dictionary.interpretation import Interpreter as Interpreter
