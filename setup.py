@@ -39,6 +39,11 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "mypy>=2.4,<2.5",  # another one finds other faults
+    "build>=1.2",
+    "setuptools>=77",  # with `wheel` what the tests build by, without a network
+    "wheel",
+    "twine>=6",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
@@ -55,7 +60,9 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "": ["*.pyi"],
         "segcompass_hf": [
+            "py.typed",
             "checkpoints/**/*",
             "data/hosting/templates/*",
             "explain/templates/*",
@@ -74,5 +81,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -104,9 +104,9 @@ def measure_pass_at_k(
 def record_of(row: EvaluationRow, answers: Sequence[Prediction]) -> dict[str, Any]:
     """What is kept of a prompt: `index`, `sample_id`, `image_id`, `source`, `kind`, `right` (of each sample, 0 or 1),
     `iou` (of each, in [0, 1]), `right_reasoning` (of right samples, each wording once), `problem`."""
-    chosen = [chosen_objects(answer.masks, row.targets, row.others, row.ignore) for answer in answers]
+    chosen = [chosen_objects(answer.masks, row.read_targets, row.others, row.ignore) for answer in answers]
     scores = [score_sample(answer.masks, row.targets, row.ignore) for answer in answers]
-    right = [is_right_choice(objects, len(row.targets)) for objects in chosen]
+    right = [is_right_choice(objects, len(row.read_targets)) for objects in chosen]
     reasonings = [answer.reasoning for answer, is_right in zip(answers, right, strict=True) if is_right]
     return {
         **_described(row),
