@@ -8,7 +8,7 @@ OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow test-oldest test-breadth test-real backbones lint checkpoint clean
+.PHONY: help demo test slow test-oldest test-breadth test-real backbones docs lint checkpoint clean
 
 help:
 	@echo "make demo        environment, then photographs and scenes with reasoning, heatmaps and masks in $(OUT)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-breadth every VLM family against docs/reference/backbones.md, with torchvision and timm, in $(BREADTH)"
 	@echo "make backbones   the same, and renew docs/reference/backbones.md"
 	@echo "make test-real   tests on real pretrained weights out of package registries"
+	@echo "make docs        the documentation site, in out/docs; fails on a broken link"
 	@echo "make lint        ruff"
 	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
 
@@ -78,6 +79,14 @@ test-real: export OMP_NUM_THREADS ?= 1
 test-real: $(VENV)/.dev-stamp
 	$(PIP_INSTALL) onnx gguf || echo "test-real: onnx and gguf could not be installed"
 	$(BIN)/python -m pytest -m real tests/real
+
+# Where the packages of the extra cannot be installed nothing is built, and it says so.
+docs: export NO_MKDOCS_2_WARNING = 1
+
+docs: $(VENV)/.dev-stamp
+	$(PIP_INSTALL) -e ".[docs]" || echo "docs: the extra docs could not be installed"
+	if $(BIN)/python -c "import material, mkdocstrings_handlers.python"; then $(BIN)/mkdocs build; \
+		else echo "docs: skipped, there is no mkdocs"; fi
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .
