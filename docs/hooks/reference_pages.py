@@ -76,8 +76,8 @@ def commands_page() -> str:
     text = "# Command line\n\n`segcompass COMMAND --help` prints what stands here.\n"
     for name, summary, parser in commands(_parser()):
         parser.formatter_class = argparse.HelpFormatter
-        usage = re.sub(r"^usage: ", "", parser.format_usage())
-        text += f"\n## `{name}`\n\n{_cell(summary)}.\n\n```text\n{usage.rstrip()}\n```\n"
+        usage = parser.format_usage().replace("usage: ", "", 1).replace("\n       ", "\n")
+        text += f"\n## `{name}`\n\n{_cell(summary[:1].upper() + summary[1:])}.\n\n```text\n{usage.rstrip()}\n```\n"
         text += _table(["argument", "meaning"], _arguments(parser))
         for note in (parser.description, parser.epilog):
             text += f"\n```text\n{inspect.cleandoc(note)}\n```\n" if note else ""
@@ -138,7 +138,10 @@ def settings(described: type) -> tuple[list[list[str]], list[list[str]]]:
         meaning = meanings.get(field.name) or _first_sentence(field.metadata.get("help", ""))
         kind = inspect.get_annotations(annotated[field.name])[field.name]
         row = [f"`{field.name}`", f"<code>{_cell(_type(kind))}</code>", f"<code>{_cell(_default(field))}</code>"]
-        (own if _is_ours(annotated[field.name]) else inherited).append([*row, _cell(meaning)])
+        if _is_ours(annotated[field.name]):
+            own.append([*row, _cell(meaning)])
+        elif meaning:  # what every configuration of transformers has says nothing of itself
+            inherited.append([*row, _cell(meaning)])
     return own, inherited
 
 
