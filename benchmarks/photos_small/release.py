@@ -18,7 +18,8 @@ from pathlib import Path
 from segcompass_hf import SegCompassProcessor
 from segcompass_hf.evaluation import load_dataset_of
 from segcompass_hf.files import readable_size, staged_folder
-from segcompass_hf.hub.publishing.stage import KEPT, WEIGHTS
+from segcompass_hf.hub.conversion.files import open_weights, write_shards
+from segcompass_hf.hub.publishing.stage import INDEX, KEPT, SHARDS, WEIGHTS
 from segcompass_hf.training.recipe.running import write_checkpoint
 from segcompass_hf.training.recipe.settings import RecipeSettings
 
@@ -28,6 +29,7 @@ from cut_tokenizer import read_in_small_letters  # noqa: E402
 
 TARGET = ROOT / "checkpoints" / "photos-small"
 MOST_BYTES = 120_000_000  # of the folder
+SHARD_BYTES = 60_000_000  # hosts of repositories refuse files above 100 MB
 
 
 def release(trained: Path, instructions: Iterable[str], target: Path = TARGET, most_bytes: int = MOST_BYTES) -> int:
@@ -56,8 +58,11 @@ def release(trained: Path, instructions: Iterable[str], target: Path = TARGET, m
         read_in_small_letters(processor.tokenizer)  # trained before the example's own tokenizer did
         processor.add_trained_words(instructions)
         processor.save_pretrained(folder)
+        if (folder / WEIGHTS).stat().st_size > SHARD_BYTES:
+            write_shards(folder, open_weights(folder), SHARD_BYTES)
+            (folder / WEIGHTS).unlink()
         for path in folder.iterdir():
-            if path.name not in (*KEPT, WEIGHTS):
+            if path.name not in (*KEPT, WEIGHTS, INDEX) and not path.match(SHARDS):
                 path.unlink()
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > most_bytes:

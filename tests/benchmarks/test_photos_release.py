@@ -58,6 +58,15 @@ def test_it_loads_in_float32_and_knows_its_words(released):
     assert processor.unknown_words("The cat drinks") == ["drinks"], "capitals make no difference"
 
 
+def test_large_weights_come_in_several_files(trained, released, tmp_path, monkeypatch):
+    monkeypatch.setattr(releasing, "SHARD_BYTES", (released / "model.safetensors").stat().st_size // 2)
+    releasing.release(trained, ["a dog"], tmp_path / "sharded")
+    files = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(files) >= 2 and max(file.stat().st_size for file in files) <= releasing.SHARD_BYTES + 20_000
+    whole, shards = (load_checkpoint(str(folder))[0].state_dict() for folder in (released, tmp_path / "sharded"))
+    torch.testing.assert_close(shards, whole, rtol=0, atol=0)
+
+
 def test_it_takes_the_place_of_an_earlier_one_but_of_nothing_else(trained, released, tmp_path):
     target = tmp_path / "photos-small"
     shutil.copytree(released, target)
