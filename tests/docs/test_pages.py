@@ -12,6 +12,7 @@ from documents import PAGES, ROOT, blocks, command_lines, flags_in_prose, links,
 
 from segcompass_hf.cli import _parser
 from segcompass_hf.data import scenes
+from segcompass_hf.training import read_recipe
 
 MAX_LINES = 200
 NAMED_FILE = re.compile(r"(?<![\w/.-])(?:docs|examples|benchmarks|tests|model_cards|docker|src)(?:/[\w.-]+)+\.\w+\b")
@@ -73,6 +74,15 @@ def test_commands_are_ones(page, capsys):
                 except SystemExit as end:
                     if end.code:
                         pytest.fail(f"{page}, line {block.line}: {' '.join(words)}\n{capsys.readouterr().err}")
+
+
+def test_recipes_are_ones(tmp_path):
+    """Yaml that has an `output_dir` is a recipe."""
+    recipes = [block for page in SITE for block in blocks(page) if re.search("^output_dir:", block.code, re.M)]
+    assert recipes
+    for block in recipes:
+        (tmp_path / "recipe.yaml").write_text(block.code)
+        assert read_recipe(tmp_path / "recipe.yaml").stages
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
