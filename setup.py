@@ -31,6 +31,7 @@ EXTRAS = {
     "data": ["accelerate>=1.10", "datasets>=5", "evaluate>=0.4.6"],
     "demo": ["matplotlib>=3.8"],
     "explain": ["matplotlib>=3.8", "gradio>=6", "pyarrow>=15"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra}) + [
     "sae-lens>=6.54,<7",  # its SAEs must load here and ours there

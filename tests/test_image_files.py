@@ -178,6 +178,6 @@ def test_files_are_opened_in_one_place():
                 found.add(path.relative_to(package).as_posix())
     assert found == {
         "image_files_segcompass.py",
-        "hub/endpoint/handler.py",  # stands alone, with limits of its own
+        "hub/endpoint/handler_inputs.py",  # stands alone, with limits of its own
         "training/grpo/pictures.py",  # a picture that it has drawn itself
     }

@@ -14,6 +14,7 @@ _EXTRA_OF = {
     **dict.fromkeys(("trl", "peft", "accelerate", "bitsandbytes"), "train"),
     **dict.fromkeys(("datasets", "evaluate"), "data"),
     **dict.fromkeys(("gradio", "pyarrow"), "explain"),
+    **dict.fromkeys(("fastapi", "uvicorn", "prometheus_client"), "serve"),
     "matplotlib": "demo",
     "ray": "ray",
 }

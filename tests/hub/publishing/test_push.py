@@ -136,10 +136,12 @@ def test_a_handler_is_published_and_one_put_there_by_hand_stays(folder, hub, unc
     push_to_hub(folder, "me/mine", commit_message="again")
     there = hub.files("me/mine")
     assert all(there[name] == b"theirs" for name in ("handler.py", "train.py", "LICENSE", "extra.safetensors"))
-    (folder / "handler.py").write_text("ours")
+    for name in ("handler.py", "handler_inputs.py"):
+        (folder / name).write_text("ours")
     publication = push_to_hub(folder, "me/mine")
-    assert "handler.py" in publication.files and "handler.py" not in publication.left_behind
-    assert hub.files("me/mine")["handler.py"] == b"ours"
+    for name in ("handler.py", "handler_inputs.py"):
+        assert name in publication.files and name not in publication.left_behind
+        assert hub.files("me/mine")[name] == b"ours"
 
 
 def test_branches_private_repositories_and_refusals_of_the_hub(folder, hub, unchecked):  # noqa: F811

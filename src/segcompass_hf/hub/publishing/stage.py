@@ -68,6 +68,7 @@ KEPT = (
 # Published too where the folder has them; what somebody put into the repository by hand stays where it has none.
 GUESTS = (
     "handler.py",
+    "handler_inputs.py",
     *(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".txt", ".md")),
     ".eval_results/*.yaml",
 )
