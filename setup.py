@@ -39,6 +39,11 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "mypy>=2.4,<2.5",  # another one finds other faults
+    "build>=1.2",
+    "setuptools>=77",  # with `wheel` what the tests build by, without a network
+    "wheel",
+    "twine>=6",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
@@ -56,7 +61,9 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "": ["*.pyi"],
         "segcompass_hf": [
+            "py.typed",
             "checkpoints/**/*",
             "data/hosting/templates/*",
             "explain/templates/*",
@@ -75,5 +82,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -50,7 +50,7 @@ class SegCompassSaeConfig(PretrainedConfig):
     l1_coefficient: float | int = 5.0
     initializer_range: float | int = 0.02
 
-    def validate_sae(self):
+    def validate_sae(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got d_in={self.d_in} and d_sae={self.d_sae}.")
         takes_top_k = self.architecture in ("topk", "batchtopk") or (
@@ -193,31 +193,30 @@ class SegCompassConfig(PretrainedConfig):
     tie_word_embeddings: bool = False  # the inner VLM ties (or not) by its own configuration
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        self.vlm_config = _resolve_config(self.vlm_config, "llava")
-        self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
-        text_config = self.vlm_config.get_text_config()
+    def __post_init__(self, **kwargs: Any) -> None:
+        vlm_config = _resolve_config(self.vlm_config, "llava")
+        sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         if self.image_token_id is None:
-            self.image_token_id = getattr(self.vlm_config, "image_token_id", None)
-        if self.sae_config is None:
-            self.sae_config = {}
-        if isinstance(self.sae_config, dict):
-            self.sae_config = {"d_in": text_config.hidden_size, **self.sae_config}
-        self.sae_config = _resolve_config(self.sae_config, SegCompassSaeConfig)
+            self.image_token_id = getattr(vlm_config, "image_token_id", None)
+        given = {} if self.sae_config is None else self.sae_config
+        if isinstance(given, dict):
+            given = {"d_in": vlm_config.get_text_config().hidden_size, **given}
+        sae_config = _resolve_config(given, SegCompassSaeConfig)
         if self.sae_layer is None:
-            self.sae_layer = self.sae_config.layer
+            self.sae_layer = sae_config.layer
         if self.sae_layer is None:
-            self.sae_layer = default_sae_layer(self.vlm_config)
-        nested = (self.vlm_config, self.sam_config, self.sae_config)
+            self.sae_layer = default_sae_layer(vlm_config)
+        self.vlm_config, self.sam_config, self.sae_config = nested = (vlm_config, sam_config, sae_config)
         attention = [config._attn_implementation for config in nested]
         super().__post_init__(**kwargs)  # overwrites the nested attention implementations with ours
         if kwargs.get("attn_implementation") is None:
             for config, implementation in zip(nested, attention, strict=True):
                 config._attn_implementation = implementation
 
-    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
-        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+        vlm_config: Any = self.vlm_config  # a dict no longer
+        return vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def video_token_id(self) -> int | None:
@@ -232,20 +231,21 @@ class SegCompassConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         return self.get_text_config().hidden_size
 
-    def validate_segcompass(self):
+    def validate_segcompass(self) -> None:
         segmenter_kind(self.sam_config)
         text_config = self.get_text_config()
         depth, width = text_config.num_hidden_layers, text_config.hidden_size
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {self.num_slots}.")
-        if not 0 <= self.sae_layer < depth:
+        if self.sae_layer is None or not 0 <= self.sae_layer < depth:
             raise ValueError(
                 f"sae_layer is an index into hidden_states before the last layer: 0 (embeddings) to {depth - 1} for a "
                 f"VLM of {depth} layers, got {self.sae_layer}."
             )
-        if self.sae_config.d_in != width:
+        sae_config: Any = self.sae_config
+        if sae_config.d_in != width:
             raise ValueError(
-                f"the SAE reads states of width {self.sae_config.d_in} (d_in), the VLM's are {width} wide; "
+                f"the SAE reads states of width {sae_config.d_in} (d_in), the VLM's are {width} wide; "
                 "use an SAE trained on this VLM."
             )
         if self.d_slot % self.slot_encoder_heads:
@@ -271,11 +271,11 @@ class SegCompassConfig(PretrainedConfig):
 def _check_calibration(calibration: dict[str, Any]) -> None:
     """Refuse a calibration that scores cannot be computed from."""
     features = calibration.get("features")
-    entries = list(features.values()) if isinstance(features, dict) else [None]
+    entries: list[Any] = list(features.values()) if isinstance(features, dict) else [None]
     is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
     numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
     is_number = all(type(number) in (int, float) and abs(number) < 1e38 for number in numbers)
-    if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
+    if not is_whole or not is_number or not set(features or ()) <= set(SCORE_FEATURES):
         raise ValueError(
             f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "
             f"'scale', 'weight'}}}}, 'bias'}} with NAME of {', '.join(SCORE_FEATURES)}. Fit it again with `segcompass "

@@ -5,7 +5,7 @@ Parameter names and shapes are those of SAELens, so its weights load as they are
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,12 +74,12 @@ class _JumpRelu(torch.autograd.Function):
     """`z * H(z - threshold)` with the pseudo-derivative of Rajamanoharan et al. 2024 (arXiv 2407.14435, eq. 11)."""
 
     @staticmethod
-    def forward(ctx, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(pre_activations, threshold)
         return pre_activations.relu() * (pre_activations > threshold)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pre_activations, threshold = ctx.saved_tensors
         active = (pre_activations > threshold) & (pre_activations > 0)
         at_threshold = (pre_activations - threshold).abs() < JUMPRELU_BANDWIDTH / 2
@@ -91,12 +91,12 @@ class _Step(torch.autograd.Function):
     """`H(z - threshold)`, differentiable in the threshold only (arXiv 2407.14435, eq. 12)."""
 
     @staticmethod
-    def forward(ctx, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, pre_activations: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(pre_activations, threshold)
         return (pre_activations > threshold).to(pre_activations.dtype)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
         pre_activations, threshold = ctx.saved_tensors
         at_threshold = (pre_activations - threshold).abs() < JUMPRELU_BANDWIDTH / 2
         return None, -(at_threshold * grad).flatten(0, -2).sum(0) / JUMPRELU_BANDWIDTH
@@ -180,7 +180,7 @@ class SegCompassSae(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, SegCompassSae):
             return
         init.normal_(module.W_dec, mean=0.0, std=self.config.initializer_range)
@@ -195,7 +195,9 @@ class SegCompassSae(PreTrainedModel):
             init.constant_(module.threshold, 0.01)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load an SAE; see `PreTrainedModel.from_pretrained`.
 
         Raises:

@@ -47,7 +47,7 @@ class NamedDataset:
 
     def notes(self) -> dict[str, Any]:
         """What an evaluation's summary says about the data: type, split, and rows that were lost in building."""
-        notes = {"dataset_type": self.kind, "dataset_split": self.split}
+        notes: dict[str, Any] = {"dataset_type": self.kind, "dataset_split": self.split}
         if self.report is not None:
             built = self.report.to_dict()
             notes["build"] = built | {"problems": built["problems"][:MAX_LISTED_PROBLEMS]}

@@ -101,9 +101,9 @@ def measure_pass_at_k(
 def record_of(row: EvaluationRow, answers: Sequence[Prediction]) -> dict[str, Any]:
     """What is kept of a prompt: `index`, `sample_id`, `image_id`, `source`, `kind`, `right` (of each sample, 0 or 1),
     `iou` (of each, in [0, 1]), `right_reasoning` (of right samples, each wording once), `problem`."""
-    chosen = [chosen_objects(answer.masks, row.targets, row.others, row.ignore) for answer in answers]
+    chosen = [chosen_objects(answer.masks, row.read_targets, row.others, row.ignore) for answer in answers]
     scores = [score_sample(answer.masks, row.targets, row.ignore) for answer in answers]
-    right = [is_right_choice(objects, len(row.targets)) for objects in chosen]
+    right = [is_right_choice(objects, len(row.read_targets)) for objects in chosen]
     reasonings = [answer.reasoning for answer, is_right in zip(answers, right, strict=True) if is_right]
     return {
         **_described(row),
@@ -164,7 +164,7 @@ def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def _with_interval(values: Sequence[float], groups: Sequence[int]) -> dict[str, float]:
+def _with_interval(values: Sequence[float], groups: Sequence[int]) -> dict[str, float | None]:
     if not values:
         return {"value": None, "low": None, "high": None, "num_samples": 0}
     value, low, high = bootstrap_interval(values, groups)

@@ -75,7 +75,7 @@ def build_coco(
     instances = CocoInstances(annotations, report, Photographs(images_dir, allow_outside), renumber=True)
     rows = _CocoRows(instances, split, report)
     rows.choose(categories)
-    samples = usable_rows(rows.samples(num_absent, seed), lambda sample: rows.row(*sample, instruction), report)
+    samples = usable_rows(rows.samples(num_absent, seed), lambda sample: rows.row(sample, instruction), report)
     return dataset_from_rows(samples, f"coco-{split}", report)
 
 
@@ -109,7 +109,8 @@ class _CocoRows:
                 self.first[number] = of_name.setdefault(_same_name(name), number)
                 self.names.setdefault(self.first[number], name.strip())
         for category in (category for category in listed if isinstance(category, dict)):
-            number, above = self.first.get(as_id(category.get("id"))), category.get("supercategory")
+            stated, above = as_id(category.get("id")), category.get("supercategory")
+            number = None if stated is None else self.first.get(stated)
             if number is not None and isinstance(above, str) and _same_name(above) in of_name:
                 self.broader.setdefault(number, set()).add(of_name[_same_name(above)])
 
@@ -131,7 +132,7 @@ class _CocoRows:
         """Its category, by the first one of that name; what it says instead where there is none."""
         stated = annotation.get("category_id")
         number = as_id(stated)
-        return self.first.get(number, repr(stated) if number is None else number)
+        return repr(stated) if number is None else self.first.get(number, number)
 
     def samples(self, num_absent: int, seed: int) -> Iterator[tuple[str, tuple[int | str, Any, list[int]]]]:
         """Sample id, and image, category and annotations, of every image and category that is asked for."""
@@ -170,8 +171,9 @@ class _CocoRows:
         listed = self.instances.images[image_id].get(key)
         return {self._category({"category_id": number}) for number in listed} if isinstance(listed, list) else set()
 
-    def row(self, image_id: int | str, category: Any, numbers: list[int], instruction: str) -> dict[str, Any] | None:
-        """The row of an image and a category; `None` where there are crowd regions only."""
+    def row(self, sample: tuple[int | str, Any, list[int]], instruction: str) -> dict[str, Any] | None:
+        """The row of an image, a category and its annotations; `None` where there are crowd regions only."""
+        image_id, category, numbers = sample
         if category not in self.names:
             detail = f"annotation {numbers[0]} has the category {category}, which is not in categories."
             raise RowProblem("bad_annotation", detail)

@@ -119,7 +119,9 @@ class _Files:
             self.report.left_out["further texts"] += len(instructions) - 1
             instructions = instructions[:1]
         try:
-            fields = _fields(content, stem, self._photograph(stem, images, content), name, self.report)
+            fields: dict[str, Any] | RowProblem = _fields(
+                content, stem, self._photograph(stem, images, content), name, self.report
+            )
         except RowProblem as problem:
             fields = problem
         for position, text in enumerate(instructions):
