@@ -1,9 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""What mkdocstrings cannot read by itself: names that a package loads lazily, links in Hugging Face's form."""
+"""What mkdocstrings cannot read by itself: links in docstrings as Hugging Face writes them."""
 
 from __future__ import annotations
 
-import ast
 import re
 from collections.abc import Iterator
 
@@ -12,15 +11,11 @@ import griffe
 _LINK = re.compile(r"\[`~?([\w.]+)`\](?![\[(])")  # [`Name`] or [`~Name.method`], with no target of its own
 
 
-class LazyNames(griffe.Extension):
-    """Public names stand where users import them from; `[`Name`]` in a docstring links to such a name."""
+class HuggingFaceLinks(griffe.Extension):
+    """`[`Name`]` in a docstring links to the name where users import it from."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs) -> None:
-        public = {}
-        for module in _modules(pkg):
-            for name, target in _exports(module).items():
-                module.set_member(name, griffe.Alias(name, target, parent=module))
-                public[name] = f"{module.path}.{name}"
+        public = {name: f"{module.path}.{name}" for module in _modules(pkg) for name in _public_names(module)}
         for owner in _documented(pkg):
             owner.docstring.value = prepared(owner.docstring.value, public)
 
@@ -51,18 +46,16 @@ def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
             yield from _modules(member)
 
 
-def _exports(module: griffe.Module) -> dict[str, str]:
-    """Name -> full path of its definition, of what a package loads lazily; see `lazy_names` of `_lazy.py`."""
-    if "_EXPORTS" not in module.members:
-        return {}
-    listed = ast.literal_eval(str(module["_EXPORTS"].value))
-    return {name: f"{_absolute(module, path)}.{name}" for path, names in listed.items() for name in names}
-
-
-def _absolute(module: griffe.Module, relative: str) -> str:
-    dots = len(relative) - len(relative.lstrip("."))  # none or one is the package itself, two its parent
-    parts = module.path.split(".")
-    return ".".join([*parts[: len(parts) - max(dots - 1, 0)], relative.lstrip(".")])
+def _public_names(module: griffe.Module) -> list[str]:
+    """Those that a package takes from its files, as its `__init__` or the stub beside it says."""
+    if "__all__" not in module.members:
+        return []
+    inside = module.package.path + "."
+    return [
+        name
+        for name, member in module.members.items()
+        if member.is_alias and member.target_path.startswith(inside) and "._" not in member.target_path
+    ]
 
 
 def _documented(owner: griffe.Object) -> Iterator[griffe.Object]:
