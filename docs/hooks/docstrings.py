@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 
@@ -15,7 +16,11 @@ class HuggingFaceLinks(griffe.Extension):
     """`[`Name`]` in a docstring links to the name where users import it from."""
 
     def on_package(self, *, pkg: griffe.Module, loader: griffe.GriffeLoader, **kwargs) -> None:
-        public = {name: f"{module.path}.{name}" for module in _modules(pkg) for name in _public_names(module)}
+        public = {}
+        for module in (pkg, *pkg.modules.values()):
+            if module.is_init_module:
+                names = getattr(importlib.import_module(module.path), "__all__", ())
+                public |= {name: f"{module.path}.{name}" for name in names}
         for owner in _documented(pkg):
             owner.docstring.value = prepared(owner.docstring.value, public)
 
@@ -37,25 +42,6 @@ def prepared(text: str, public: dict[str, str]) -> str:
 
     text = re.sub(r"::$", ":", _LINK.sub(linked, text), flags=re.M)  # `::` announces a block in reStructuredText
     return re.sub(r"^( *)Example:$", r"\1Examples:", text, flags=re.M)  # the section's name, so that `>>>` is code
-
-
-def _modules(module: griffe.Module) -> Iterator[griffe.Module]:
-    yield module
-    for member in list(module.members.values()):
-        if not member.is_alias and member.is_module:
-            yield from _modules(member)
-
-
-def _public_names(module: griffe.Module) -> list[str]:
-    """Those that a package takes from its files, as its `__init__` or the stub beside it says."""
-    if "__all__" not in module.members:
-        return []
-    inside = module.package.path + "."
-    return [
-        name
-        for name, member in module.members.items()
-        if member.is_alias and member.target_path.startswith(inside) and "._" not in member.target_path
-    ]
 
 
 def _documented(owner: griffe.Object) -> Iterator[griffe.Object]:
