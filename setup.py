@@ -46,6 +46,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "twine>=6",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
 
 setup(

@@ -84,6 +84,15 @@ class SegCompassConfig(PretrainedConfig):
         concept_input (`str`, defaults to `"once"`): `"duplicated"` feeds the SAE prompt + completion + completion with
             padding counted, as the original code does (a second pass; for its checkpoints only).
         concept_chunk_size (`int`, defaults to 4096): Tokens encoded at a time; lowered where `d_sae` is large.
+        d_slot (`int`, defaults to 512): Width of the codebook's embeddings and of the slots.
+        slot_encoder_layers (`int`, defaults to 2): Transformer layers that mix slots and concepts.
+        slot_encoder_heads (`int`, defaults to 8): Their heads of attention.
+        slot_encoder_ff_mult (`int`, defaults to 4): Their feed-forward width, in multiples of `d_slot`.
+        slot_encoder_dropout (`float`, defaults to 0.0): Their dropout while training.
+        slot_init_std (`float`, defaults to 0.5): Standard deviation of fresh slot queries.
+        heatmap_heads (`int`, defaults to 4): Score maps per slot, fused to one heatmap.
+        heatmap_fuser (`str`, defaults to `"refine"`): How: by two 3x3 convolutions, or, `"plain"`, one of 1x1.
+        heatmap_bias_init (`float`, defaults to -1.8): Their last bias when fresh (logit).
         reference_search (`str`, defaults to `"completion"`): Where the last K `<REF_POS>` are looked for; `"sequence"`
             includes the prompt, as the original code does.
         reference_order (`str`, defaults to `"earliest_first"`): Which of them slot 0 gets.
@@ -94,16 +103,28 @@ class SegCompassConfig(PretrainedConfig):
         score_calibration (`dict`, *optional*): How the score of a kept slot follows from `features`, each with the
             `mean`, `scale` and `weight` of a logistic regression, and its `bias`; `segcompass calibrate` writes it.
             Without it scores are the plain confidences.
+        ref_token_id, think_start_token_id, think_end_token_id (`int`, *optional*): Ids of `<REF_POS>`, `<think>` and
+            `</think>`; composing takes them from the tokenizer.
         image_token_id (`int`, *optional*): Id that stands for image patches in `input_ids`: never written, and read as
             image. Composing takes what the processor was seen to write; left out, the VLM's configuration is asked.
         heatmap_concepts (`bool`, defaults to `False`): Let the slot mapper see more of an image than the segmenter's
             embedding, which hardly knows categories: the concepts of the VLM's image tokens, added to it where these
             lie in the image, by a projection that begins at zero. Needs a VLM whose image tokens lie on one grid, and
             `image_token_grids` of the processor.
+        short_reasoning_tokens (`int`, defaults to 32): Most tokens of the reasoning with `reasoning="short"`.
+        max_reasoning_tokens (`int`, defaults to 512): The same with `reasoning="full"`.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
+        seg_loss_weight, conf_loss_weight, lm_loss_weight (`float`): Weights in the loss of the segmentation losses
+            (lambda_s), of the confidences (lambda_c) and of the language loss.
+        heatmap_bce_weight, heatmap_dice_weight, mask_dice_weight, mask_focal_weight (`float`): Weights within the
+            segmentation losses.
+        match_confidence_weight (`float`, defaults to 0.3): How much matching slots to objects prefers confident ones.
+        valid_area_only (`bool`, defaults to `True`): Whether matching leaves the padding of the canvas out.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
             segmentation mean or add a zero to it.
+        tie_word_embeddings (`bool`, defaults to `False`): Unused here: the VLM's own configuration says it.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
 
     Example:
 

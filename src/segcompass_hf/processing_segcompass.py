@@ -48,7 +48,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         vlm_processor_class (`str`, *optional*, defaults to `"LlavaProcessor"`): The family's class in transformers.
         vlm_processor_kwargs (`dict`, *optional*): What that class takes besides image processor and tokenizer.
         instruction_template (`str`, *optional*): User turn after the image; holds `{instruction}`, may hold
-        `{num_slots}`.
+            `{num_slots}`.
         completion_template (`str`, *optional*): The reference answer; holds `{reasoning}` and `{references}`.
         chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
         think_tags (`str`, *optional*, defaults to `"tokens"`): `"text"` leaves `<think>` and `</think>` to be spelled

@@ -2,7 +2,7 @@
 """vLLM writes the completions of GRPO: the VLM inside a SegCompass model, under the names vLLM loads it by.
 
 Never run with vLLM itself: names, shapes, files and the exchange with TRL are tested against freshly loaded VLMs and a
-stand-in engine with vLLM's interface (`tests/training/grpo/test_vllm.py`). See `docs/multi_gpu.md`.
+stand-in engine with vLLM's interface (`tests/training/grpo/test_vllm.py`). See `docs/how-to/many-gpus.md`.
 """
 
 import copy
