@@ -245,28 +245,37 @@ def grpo(device: str, sizes: Sizes, emit: Emit) -> None:
         emit(attempt(setting, lambda size=size: whole_steps(size, 2, 120, device, sizes.micro_batch)))
 
 
+COMPILED = {  # what is compiled -> the module, and a call of it
+    "SAM's image encoder": lambda model, given: (model.sam.vision_encoder, lambda call: call(given["picture"])[0]),
+    "decoder layers": lambda model, given: (
+        model.base_model.language_model,
+        lambda call: call(inputs_embeds=given["states"], use_cache=False).last_hidden_state,
+    ),
+    "whole forward": lambda model, given: (model, lambda call: call(**given["training"]).loss),
+}
+
+
 def torch_compile(device: str, sizes: Sizes, emit: Emit) -> None:
-    for name in sizes.presets:
-        preset = preset_of(name, sizes.compiled_depth)
-        width, layers = sizes.sam
-        preset = replace(preset, sam_encoder_width=width, sam_encoder_depth=min(layers, sizes.compiled_depth))
-        model = build_model(preset, device, getattr(torch, sizes.dtype)).eval()
-        picture, training = prompt_inputs(model, preset, 1)["sam_pixel_values"], supervised_inputs(model, preset)
-        dtype, tokens = model.dtype, preset.prompt_tokens + preset.completion_tokens
-        states = torch.randn(1, tokens, preset.width, device=device, dtype=dtype)
-        targets = {
-            "SAM's image encoder": (model.sam.vision_encoder, lambda call, picture=picture: call(picture)[0]),
-            "decoder layers": (
-                model.base_model.language_model,
-                lambda call, states=states: call(inputs_embeds=states, use_cache=False).last_hidden_state,
-            ),
-            "whole forward": (model, lambda call, training=training: call(**training).loss),
-        }
-        for what, (module, call) in targets.items():
+    for what in sizes.compiled:
+        for name in sizes.presets:
             setting = {"target": what, "preset": name, "dtype": sizes.dtype}
             setting["layers"] = f"{sizes.compiled_depth} of {PRESETS[name].depth}"
-            emit(attempt(setting, lambda module=module, call=call: _compiled(module, call, device)))
+            emit(attempt(setting, lambda what=what, name=name: _torch_compile(what, name, device, sizes)))
             torch.compiler.reset()
+
+
+def _torch_compile(what: str, name: str, device: str, sizes: Sizes) -> Row:
+    width, layers = sizes.sam
+    preset = preset_of(name, sizes.compiled_depth)
+    preset = replace(preset, sam_encoder_width=width, sam_encoder_depth=min(layers, sizes.compiled_depth))
+    model = build_model(preset, device, getattr(torch, sizes.dtype)).eval()
+    tokens = preset.prompt_tokens + preset.completion_tokens
+    given = {
+        "picture": prompt_inputs(model, preset, 1)["sam_pixel_values"],
+        "states": torch.randn(1, tokens, preset.width, device=device, dtype=model.dtype),
+        "training": supervised_inputs(model, preset),
+    }
+    return _compiled(*COMPILED[what](model, given), device)
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ class Sizes:
         pictures (`tuple[int, ...]`): At once, at real layer shapes, of which `new_tokens` are written.
         sam (`tuple[int, int]`): Width and depth of SAM's image encoder.
         grpo (`tuple[str, ...]`): Prompts x completions of one step of joint training, `micro_batch` at a time.
+        compiled (`tuple[str, ...]`): What is compiled, keys of `gpu_parts.COMPILED`; a whole forward takes minutes.
         compiled_depth (`int`): Layers of the language model that are compiled.
     """
 
@@ -36,6 +37,7 @@ class Sizes:
     sam: tuple[int, int]
     grpo: tuple[str, ...]
     micro_batch: int
+    compiled: tuple[str, ...]
     compiled_depth: int
 
 
@@ -56,6 +58,7 @@ GPU = Sizes(
     sam=(1280, 32),
     grpo=("32x16", "64x16", "128x16"),
     micro_batch=128,
+    compiled=("SAM's image encoder", "decoder layers", "whole forward"),
     compiled_depth=4,
 )  # fmt: skip
 CPU = Sizes(
@@ -71,5 +74,6 @@ CPU = Sizes(
     sam=(32, 1),
     grpo=("2x2",),
     micro_batch=4,
+    compiled=("SAM's image encoder", "decoder layers"),
     compiled_depth=2,
 )

@@ -86,8 +86,9 @@ class TestSegmentation:
 
     def test_half_precision_is_kept_in_half_precision(self, tmp_path):
         segmentation_run(tmp_path / "a", str(tmp_path / "cache"), bf16=True)
-        (file,) = (tmp_path / "cache").rglob("encoder.json")
-        assert '"stored": "bfloat16"' in file.read_text()
+        files = list((tmp_path / "cache").rglob("encoder.json"))
+        assert len(files) == 2, "of the segmenter's encoder and of the VLM's"
+        assert sum('"stored": "bfloat16"' in file.read_text() for file in files) == 1, "the VLM's as they come"
 
     def test_a_collator_that_does_not_read_it(self, tmp_path):
         with pytest.raises(ValueError, match="data_collator is a function; use a SegmentationCollator"):

@@ -65,7 +65,7 @@ def test_a_visitor_who_leaves_stops_the_model_and_frees_it(live):
     assert live.lock.locked()
     answering.close()
     assert not live.lock.locked()
-    assert not any(thread.is_alive() for thread in threading.enumerate() if thread.name.startswith("segcompass"))
+    assert not any(thread.is_alive() for thread in threading.enumerate() if thread.name == "segcompass answer")
 
 
 def test_bad_input_is_raised_and_frees_the_model(live):

@@ -201,6 +201,7 @@ def test_faults_are_told_to_the_log_by_the_requests_id(caplog, pool):
         texts = ["red", "poison", "blue", "refuse"]
         headers = [JSON | {"X-Request-ID": f"the-{text}-one"} for text in texts]
         answers = list(pool.map(lambda text, more: running.send(asking(text), headers=more), texts, headers))
+        until(lambda: caplog.text.count(": POST '/', status") == len(texts))  # an answer is sent before it is logged
     assert [status for status, _, _ in answers] == [200, 500, 200, 422]
     assert [answers[place][1]["text"] for place in (0, 2)] == ["red", "blue"]
     assert "secret" not in answers[1][1]["error"]["message"]

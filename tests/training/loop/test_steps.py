@@ -321,13 +321,16 @@ def test_private_methods_of_the_trainer_that_are_overridden():
         "_get_output_dir",
         "_get_train_sampler",
         "_load_best_model",
+        "_prepare_inputs",  # of TRL's trainer, whose name it is too
         "_push_from_checkpoint",
         "_save_checkpoint",
     }
     of_trl = {
         "_calculate_rewards",
+        "_generate",
         "_generate_and_score_completions",
         "_generate_single_turn",
         "_get_per_token_logps_and_entropies",
+        "_tokenize_prompts",
     }
     assert own & set(dir(GRPOTrainer)) - set(dir(Trainer)) == of_trl

@@ -345,9 +345,11 @@ class TestTraining:
         means = []
 
         class Look(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                block = trainer.buffer.block().states
+            def on_train_begin(self, args, state, control, **kwargs):
+                block = trainer.buffer.block().states  # before others stand in the place of what was served
                 means.append((block / block.norm(dim=-1, keepdim=True) * math.sqrt(32)).mean(0))
+
+            def on_step_begin(self, args, state, control, **kwargs):
                 means.append(trainer.model.b_dec.detach().clone())
                 control.should_training_stop = True
 

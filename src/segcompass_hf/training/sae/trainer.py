@@ -193,9 +193,9 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     # Training
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super()._inner_training_loop(*args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:  # whatever ended it: no thread goes on with the VLM
             if self.buffer is not None:
                 self.buffer.close()
