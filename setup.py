@@ -71,7 +71,7 @@ setup(
             "hub/space/*.md",
             "hub/publishing/templates/*",
             "metrics/evaluate_modules/*/*.py",
-        ]
+        ],
     },
     python_requires=">=3.10",
     install_requires=CORE,

@@ -165,7 +165,7 @@ def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) -> dict[Any, dict[str, float]]:
+def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) -> dict[Any, dict[str, Any]]:
     """Means over the prompts, whose images are drawn again for the intervals: the same ones for every figure."""
     if not images:
         return dict.fromkeys(values, {"value": None, "low": None, "high": None, "num_samples": 0})
@@ -173,10 +173,11 @@ def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) 
     *sums, counts = sums_by_image(columns, images).T  # (num_images,) each
     terms = {name: (part, counts) for name, part in zip(values, sums, strict=True)}
     bounds = bootstrap_ratios(terms, len(counts))
-    return {
-        name: {"value": float(np.mean(its)), "low": bounds[name][0], "high": bounds[name][1], "num_samples": len(its)}
-        for name, its in values.items()
-    }
+    found = {}
+    for name, its in values.items():
+        low, high = bounds[name] or (None, None)
+        found[name] = {"value": float(np.mean(its)), "low": low, "high": high, "num_samples": len(its)}
+    return found
 
 
 def prediction_markdown(figures: dict[str, Any]) -> str:
