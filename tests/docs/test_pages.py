@@ -37,9 +37,21 @@ def python_blocks(page):
     return [block for block in blocks(page) if block.language == "python"]
 
 
+def labelled_files(root, image):
+    """One picture and object as LabelMe and YOLO write them."""
+    for folder in ("my_drawings", "my_yolo/images", "my_yolo/labels"):
+        (root / folder).mkdir(parents=True)
+    shape = {"label": "dog", "points": [[10, 10], [60, 10], [60, 60]]}
+    image.save(root / "my_drawings" / "0.png")
+    (root / "my_drawings" / "0.json").write_text(json.dumps({"imagePath": "0.png", "shapes": [shape]}))
+    image.save(root / "my_yolo" / "images" / "0.png")
+    (root / "my_yolo" / "labels" / "0.txt").write_text("0 0.1 0.1 0.6 0.1 0.6 0.6\n")
+    (root / "my_yolo" / "data.yaml").write_text("train: images\nnames: [dog, cat]\n")
+
+
 @pytest.fixture
 def newcomers_folder(tmp_path, monkeypatch):
-    """A folder with what pages speak of: `photo.png` (a scene), and `my_pictures` with two annotated pictures."""
+    """What pages speak of: `photo.png` (a scene), two annotated pictures in `my_pictures`, LabelMe's and YOLO's files."""
     (tmp_path / "my_pictures").mkdir()
     rows = list(scenes.iterate("val", 2, seed=5))
     rows[0]["image"].save(tmp_path / "photo.png")
@@ -47,6 +59,7 @@ def newcomers_folder(tmp_path, monkeypatch):
     for number, row in enumerate(rows):
         row["image"].save(tmp_path / "my_pictures" / f"{number}.png")
         lines.append({"image": f"{number}.png", "instruction": row["instruction"], "masks": row["masks"]})
+    labelled_files(tmp_path, rows[0]["image"])
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "my_pictures" / "annotations.jsonl").write_text(text)
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ from .builders.build_report import BuildReport as BuildReport
 from .builders.coco import build_coco as build_coco
 from .builders.folder import build_folder as build_folder
 from .builders.hosted import from_hosted_reasonseg as from_hosted_reasonseg
+from .builders.labelme import build_labelme as build_labelme
 from .builders.leakage import eval_image_ids as eval_image_ids
 from .builders.leakage import same_pictures as same_pictures
 from .builders.reasonseg import build_reasonseg as build_reasonseg
@@ -11,6 +12,7 @@ from .builders.refer import build_grefcoco as build_grefcoco
 from .builders.refer import build_refcoco as build_refcoco
 from .builders.splitting import build_folder_splits as build_folder_splits
 from .builders.splitting import split_by_image as split_by_image
+from .builders.yolo import build_yolo as build_yolo
 from .collator import SegmentationCollator as SegmentationCollator
 from .embedding_cache import EmbeddingCache as EmbeddingCache
 from .hosting.publish import push_dataset as push_dataset
