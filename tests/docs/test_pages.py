@@ -51,7 +51,7 @@ def labelled_files(root, image):
 
 @pytest.fixture
 def newcomers_folder(tmp_path, monkeypatch):
-    """What pages speak of: `photo.png` (a scene), two annotated pictures in `my_pictures`, LabelMe's and YOLO's files."""
+    """What pages speak of: `photo.png` (a scene), two annotated pictures in `my_pictures`, and `labelled_files`."""
     (tmp_path / "my_pictures").mkdir()
     rows = list(scenes.iterate("val", 2, seed=5))
     rows[0]["image"].save(tmp_path / "photo.png")
