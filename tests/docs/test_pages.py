@@ -8,7 +8,17 @@ import re
 from functools import cache
 
 import pytest
-from documents import PAGES, ROOT, blocks, command_lines, flags_in_prose, links, segcompass_arguments
+from documents import (
+    PAGES,
+    README,
+    ROOT,
+    blocks,
+    command_lines,
+    flags_in_prose,
+    links,
+    segcompass_arguments,
+    sentences,
+)
 
 from segcompass_hf.cli import _parser
 from segcompass_hf.data import scenes
@@ -65,7 +75,7 @@ def newcomers_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", [page for page in SITE if python_blocks(page)], ids=name)
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name)
 def test_python_runs(page, newcomers_folder):
     """Blocks of a page run one after the other, as a reader would type them."""
     names = {"__name__": "__main__"}
@@ -132,6 +142,21 @@ def test_files_that_it_names_are_there(page):
 @pytest.mark.parametrize("page", [page for page in SITE if page.name != "backbones.md"], ids=name)
 def test_a_page_is_read_in_one_sitting(page):
     assert len(page.read_text("utf-8").splitlines()) <= MAX_LINES
+
+
+def test_the_readme_is_read_in_a_minute():
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 120
+    too_long = [sentence for sentence in sentences(text) if len(sentence.split()) > 30]
+    assert not too_long
+
+
+def test_sentences():
+    text = (
+        "# Title\n\nOne [two](a.b.c) three\n`a.b --c d`. Four?\n\n- five 0.89 [0.8, 0.9]: six\n- seven\n\n| eight. |\n"
+    )
+    assert sentences(text) == ["Title", "One two three code.", "Four?", "five 0.89 [0.8, 0.9]: six", "seven"]
+    assert sentences("a\n\n```bash\nb. c\n```\n\n![d](e)") == ["a", "d"]
 
 
 def test_pages_that_code_names_are_there():

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+README = ROOT / "README.md"
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), README]
 _FENCE = re.compile(
     r"^(?:<!-- not run: (?P<why>[^>]+) -->\n+)?^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^ *```$",
     re.M | re.S,
@@ -79,3 +80,14 @@ def flags_in_prose(page: Path) -> Iterator[tuple[str, set[str]]]:
         command = " ".join(words[:2] if words[:1] == ["data"] else words[:1])
         if command not in ("", "COMMAND"):
             yield command, {word for word in words if word.startswith("--")}
+
+
+def sentences(text: str) -> list[str]:
+    """What a reader reads aloud: sentences of paragraphs, headings and list items, without code blocks and tables."""
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`\n]+`", "code", _FENCE.sub("\n", text)))
+    found = []
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-#|])", text):
+        line = re.sub(r"^[-#*\s]+", "", " ".join(paragraph.split()))
+        if line and not line.startswith("|"):
+            found += re.split(r"(?<=[.!?])\s+(?=[A-Z])", line)
+    return found
