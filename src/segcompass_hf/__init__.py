@@ -43,7 +43,7 @@ from pathlib import Path
 from ._lazy import lazy_names
 from ._registration import register_when_needed
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def bundled_checkpoint(name: str = "scenes-tiny") -> Path:
