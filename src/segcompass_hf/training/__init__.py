@@ -24,7 +24,7 @@ _EXPORTS = {
     "adapters": ("lora_config", "check_peft_config", "load_adapter"),
     "quantization": ("quantization_config",),
     "sae.sae_lens": ("load_sae_lens", "save_sae_lens"),
-    "grpo.vllm": ("export_for_vllm",),
+    "vllm_folder": ("export_for_vllm",),
     "fsdp": ("prepare_fsdp2",),
     "memory.estimate": ("estimate_memory",),
     "recipe.settings": ("read_recipe",),
