@@ -9,13 +9,21 @@ import sys
 
 import pytest
 import stand_in_vllm
+import tiny
 import torch
+import vlm_families
 from sae import harvester, rows, seeded, settings
 from safetensors.torch import save_file
 from tiny import tiny_model, tiny_processor
 
 from segcompass_hf.data.sequence_states import TransformersStates, states_for_masks
-from segcompass_hf.data.vllm_states import VllmStates, check_layers, extraction_settings, read_states_file
+from segcompass_hf.data.vllm_states import (
+    VllmStates,
+    check_layers,
+    extraction_settings,
+    read_states_file,
+    unexpand_image_tokens,
+)
 from segcompass_hf.training.sae.activations import HarvestedTokens
 from segcompass_hf.training.sae.cache import ActivationCache
 from segcompass_hf.training.sae.cache_filling import cache_key
@@ -225,3 +233,23 @@ class TestChecks:
             fcntl.flock(lock, fcntl.LOCK_EX)
             with pytest.raises(TimeoutError, match="0.safetensors within 0 s"):
                 read_states_file(path, timeout=0.02)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_one_placeholder_per_image(family):
+    processor = tiny.tiny_processor(family)
+    prompt = processor.build_prompt("the red square")
+    short = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    expanded = processor(images=[tiny.tiny_image()], text=[prompt], add_special_tokens=False)["input_ids"][0]
+    assert len(expanded) > len(short)
+    assert unexpand_image_tokens(expanded, processor) == short
+    with pytest.raises(ValueError, match="2 images go with it"):
+        unexpand_image_tokens(expanded, processor, num_images=2)
+
+
+def test_families_whose_text_and_ids_name_an_image_differently_are_refused():
+    processor = vlm_families.processor_of("Ovis2Processor")  # `<image>` in the text, `<IMG_ATOM>` in the ids
+    prompt = processor.build_prompt("the red square")
+    ids = processor(images=[[tiny.tiny_image()]], text=[prompt], return_tensors="pt")["input_ids"][0].tolist()
+    with pytest.raises(ValueError, match=r"Ovis2Processor writes other tokens .*'<image>'\); use use_vllm=False"):
+        unexpand_image_tokens(ids, processor)

@@ -86,13 +86,7 @@ class LLM:
 
     @torch.no_grad()
     def _generate(self, prompt: dict, params: SamplingParams) -> SimpleNamespace:
-        images = prompt.get("multi_modal_data", {}).get("image", [])
-        images = images if isinstance(images, list) else [images]
-        tokenizer = self.processor.tokenizer
-        text = tokenizer.decode(prompt["prompt_token_ids"], skip_special_tokens=False)
-        inputs = self.processor.vlm_processor(
-            images=images or None, text=[text], add_special_tokens=False, return_tensors="pt"
-        )
+        inputs, tokenizer = self._inputs(prompt), self.processor.tokenizer
         forbidden = [token for token, bias in (params.logit_bias or {}).items() if bias <= -100]
         ends = getattr(params, "stop_token_ids", None) or []
         sampling = {"temperature": params.temperature, "top_k": params.top_k or None} if params.temperature else {}
@@ -122,6 +116,26 @@ class LLM:
         transferred = {"hidden_states_path": self._write_states(inputs)} if self.layers else None
         written = SimpleNamespace(token_ids=ids, logprobs=logprobs)
         return SimpleNamespace(prompt_token_ids=expanded, outputs=[written], kv_transfer_params=transferred)
+
+    def _inputs(self, prompt: dict) -> dict[str, torch.Tensor]:
+        """The model's inputs: the ids as they are, but each placeholder made the tokens of its image."""
+        images = prompt.get("multi_modal_data", {}).get("image", [])
+        images = images if isinstance(images, list) else [images]
+        name, process = self.processor.image_token, self.processor.vlm_processor
+        placeholder, left = self.processor.tokenizer.convert_tokens_to_ids(name), iter(images)
+        ids = []
+        for token in prompt["prompt_token_ids"]:
+            of_image = {"images": [next(left)], "text": [name]} if token == placeholder else None
+            ids += process(**of_image, add_special_tokens=False)["input_ids"][0] if of_image else [token]
+        assert next(left, None) is None, "more images than placeholders"
+        inputs = {}
+        if images:
+            inputs = dict(process(images=images, text=[name * len(images)], return_tensors="pt"))
+        inputs["input_ids"] = torch.tensor([ids])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.processor.image_token_id).long()
+        return inputs
 
     def _write_states(self, inputs) -> str:
         """Name a file for the states of a prompt, `(tokens, layers, hidden_size)`, and write it a little later."""
