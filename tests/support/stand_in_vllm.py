@@ -24,7 +24,8 @@ class SamplingParams(SimpleNamespace):
     """Holds what it is given, like vLLM's."""
 
     def __init__(self, **given):
-        super().__init__(**{"temperature": 1.0, "top_k": 0, "max_tokens": 16, "logit_bias": None, **given})
+        defaults = {"temperature": 1.0, "top_k": 0, "max_tokens": 16, "logit_bias": None, "bad_words": None}
+        super().__init__(**defaults | given)
 
 
 class LLM:
@@ -87,7 +88,9 @@ class LLM:
     @torch.no_grad()
     def _generate(self, prompt: dict, params: SamplingParams) -> SimpleNamespace:
         inputs, tokenizer = self._inputs(prompt), self.processor.tokenizer
+        assert not (self.layers and params.logit_bias), "no logit_bias with speculative decoding"
         forbidden = [token for token, bias in (params.logit_bias or {}).items() if bias <= -100]
+        forbidden += tokenizer.convert_tokens_to_ids(params.bad_words or [])
         ends = getattr(params, "stop_token_ids", None) or []
         sampling = {"temperature": params.temperature, "top_k": params.top_k or None} if params.temperature else {}
         output = self.model.generate(

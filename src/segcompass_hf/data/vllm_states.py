@@ -112,7 +112,7 @@ class VllmStates:
 
         Returns:
             `list`: a completion per row, with `token_ids` (the end token among them) and `logprobs`, of each token
-            `{id: entry}` with `entry.logprob` in nats, before `logit_bias`.
+            `{id: entry}` with `entry.logprob` in nats, as the VLM has it before `bad_words`.
         """
         outputs = self._generate(_tokens(inputs), images, temperature=0.0, logprobs=0, **sampling)
         _delete_files(outputs)

@@ -16,7 +16,6 @@ from .model import ModelPredictor
 
 KNOWN_SETTINGS = ("max_new_tokens", "output_concepts")
 _NOTHING = -1  # no token
-NEVER = -100.0  # vLLM clamps its logit bias here; a probability of e^-100
 
 
 class VllmPredictor(ModelPredictor):
@@ -79,7 +78,8 @@ class VllmPredictor(ModelPredictor):
             images,
             max_tokens=model._max_new_tokens(self.segment_kwargs.get("max_new_tokens"), {}),
             stop_token_ids=model._end_token_ids({}),
-            logit_bias=dict.fromkeys(model.vision_token_ids, NEVER),
+            # vLLM knows no logit_bias beside the extraction of states.
+            bad_words=self.processor.tokenizer.convert_ids_to_tokens(model.vision_token_ids),
         )
         length = max(len(output.token_ids) for output in outputs)
         completions = torch.full((len(outputs), length), _NOTHING, device=device)
