@@ -42,6 +42,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
+EXTRAS["vllm"] = ["vllm>=0.31,<0.32"]  # not of `dev`: it asks for an older transformers than `train`; docs/vllm.md
 
 setup(
     name="segcompass_hf",

@@ -1,8 +1,8 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """vLLM writes the completions of GRPO: the VLM inside a SegCompass model, under the names vLLM loads it by.
 
-Never run with vLLM itself: names, shapes, files and the exchange with TRL are tested against freshly loaded VLMs and a
-stand-in engine with vLLM's interface (`tests/training/grpo/test_vllm.py`). See `docs/multi_gpu.md`.
+Never run with vLLM itself: the exchange with TRL is tested with a stand-in engine that has vLLM's interface
+(`tests/training/grpo/test_vllm.py`); the folder was loaded by vLLM 0.31 on a CPU. See `docs/multi_gpu.md`.
 """
 
 from collections.abc import Iterator
