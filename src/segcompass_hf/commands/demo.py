@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from ..explain.report.answers_page import answers_page
+    from ..explain.answers_page import answers_page
     from ..files import write_whole
 
     need_figures()
@@ -69,7 +69,7 @@ class _DemoAnswer:
 def _answer(model: Any, processor: Any, image: Any, instruction: str, grid: int) -> _DemoAnswer:
     from ..explain.answer import Answer
     from ..explain.explaining import explain_answer
-    from ..explain.report.answers_page import ShownAnswer
+    from ..explain.answers_page import ShownAnswer
 
     with user_errors():
         answered = Answer(model, processor, image, instruction)

@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import follow_concepts, tiny_model, tiny_processor
 
 from segcompass_hf.explain.causal import steer
-from segcompass_hf.explain.live.model import NUM_SHOWN, LiveAnswer, LiveModel, paint
+from segcompass_hf.explain.live.model import NUM_SHOWN, LiveAnswer, LiveModel
+from segcompass_hf.explain.report.picture import paint
 from segcompass_hf.figure import tidy
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from ...figure import slot_colour
-from ...pages import fill_page, picture_address
-from ..dictionary.families import group_concepts
-from ..live.model import paint
+from ..figure import slot_colour
+from ..pages import fill_page, picture_address
+from .dictionary.families import group_concepts
+from .report.picture import paint
 
 if TYPE_CHECKING:
-    from ..explanation import Explanation
+    from .explanation import Explanation
 
 NUM_CONCEPTS = 6  # of a mask, those of one name as one
 MAX_SIDE = 640  # pixels of a picture
@@ -48,7 +48,7 @@ def answers_page(title: str, sections: Sequence[tuple[str, Sequence[ShownAnswer]
     Returns:
         `str`: HTML that needs no other file, but for the explanations that it links to.
     """
-    from ... import __version__
+    from .. import __version__
 
     parts = [
         f"<section><p>{escape(about)}</p>{''.join(map(_answer, answers))}</section>" for about, answers in sections

@@ -4,7 +4,7 @@ import re
 
 from explanations import made_explanation
 
-from segcompass_hf.explain.report.answers_page import NUM_CONCEPTS, ShownAnswer, answers_page
+from segcompass_hf.explain.answers_page import NUM_CONCEPTS, ShownAnswer, answers_page
 
 INJECTED = "<script>document.title='taken'</script>"
 
