@@ -4,7 +4,7 @@
 
 Needs chromium, chromium-driver and selenium. On the explanation's page the first concept of the first mask is chosen;
 the scene is one of `val`, picked because that concept shows well what taking one away does (`--sample`). On the live
-page a scene of its own is answered and the first concept turned down to nothing.
+page, which opens with its first example answered, the first concepts are switched off.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from segcompass_hf.data import scenes
 from segcompass_hf.explain import explain
 
 PATIENCE = 180  # seconds
+NUM_OFF = 2  # concepts switched off on the live page
 
 
 def explanation_page(window, folder: Path, model, processor, name: str, sample: int, output: Path) -> None:
@@ -40,31 +41,27 @@ def explanation_page(window, folder: Path, model, processor, name: str, sample: 
 
 
 def live_page(window, model, processor, name: str, output: Path) -> None:
-    """The page of `segcompass serve`, a concept turned down."""
+    """The page of `segcompass serve` as it opens, the first concepts switched off."""
     from segcompass_hf.explain.live.app import build_app, launch_options
+    from segcompass_hf.explain.live.examples import card_examples
     from segcompass_hf.explain.live.model import LiveModel
 
-    app = build_app(LiveModel(model, processor, name), scenes=True)
+    app = build_app(LiveModel(model, processor, name), scenes=True, examples=card_examples(name))
     _, address, _ = app.launch(prevent_thread_lock=True, **launch_options())
 
-    def shown(selector: str):
-        found = [one for one in window.find_elements("css selector", selector) if one.is_displayed()]
-        return found[0] if found else None
+    def switches():
+        return [one for one in window.find_elements("css selector", "#switches label") if one.is_displayed()]
 
     def until(condition):
         return WebDriverWait(window, PATIENCE).until(lambda _: condition())
 
-    set_screen(window, 1280, 1180)
+    set_screen(window, 1280, 1320)
     window.get(address)
-    until(lambda: shown("#another")).click()
-    words = "return document.querySelector('#instruction textarea')?.value"
-    until(lambda: window.execute_script(words))
-    shown("#find").click()
-    slider = until(lambda: shown("#concept-0 input[type=range]"))
-    until(lambda: "confidence" in shown("#summary").text)
-    before = shown("#summary").text
-    slider.send_keys("\ue011")  # Home: nothing of it
-    until(lambda: shown("#summary").text != before)
+    until(switches)
+    for index in range(NUM_OFF):
+        before = window.find_element("id", "summary").text
+        switches()[index].click()
+        until(lambda before=before: window.find_element("id", "summary").text != before)
     window.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
     _save(window, output)
     app.close()
