@@ -219,7 +219,12 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         return answer
 
     def answers_of(
-        self, states: SequenceStates, output: SegCompassOutput, reasoning_surprisal: torch.Tensor, sizes: Any, **fields: Any
+        self,
+        states: SequenceStates,
+        output: SegCompassOutput,
+        reasoning_surprisal: torch.Tensor,
+        sizes: Any,
+        **fields: Any,
     ) -> SegCompassSegmentationOutput:
         """What `segment` returns, of sequences that are written and of what was read of them (`output`).
 
