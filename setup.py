@@ -39,6 +39,9 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "nbclient>=0.10",  # runs the notebooks, with ipykernel
+    "ipykernel>=6.29",
+    "ipywidgets>=8.1",  # without it tqdm warns in every notebook
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there

@@ -55,7 +55,6 @@ class SegmentationRow:
     caption: str = ""
     grid: int | None = None
 
-
     @classmethod
     def from_answer(
         cls, image: Image.Image, instruction: str, answer: dict[str, Any], slots: dict[str, Any], **fields: Any

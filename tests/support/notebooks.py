@@ -47,12 +47,21 @@ def execute(name: str, folder: Path) -> Any:
 
 
 def shrink_pictures(notebook: Any) -> None:
-    """Keep the pictures of the outputs in 256 colours, a third of their size."""
+    """Keep one form of every picture in the outputs: a PNG of 256 colours or a JPEG, whichever is smaller."""
     for cell in notebook.cells:
         for data in (output["data"] for output in cell.get("outputs", ()) if "image/png" in output.get("data", ())):
-            picture, small = Image.open(io.BytesIO(b64decode(data["image/png"]))), io.BytesIO()
-            picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
-            data["image/png"] = b64encode(small.getvalue()).decode()
+            picture = Image.open(io.BytesIO(b64decode(data.pop("image/png")))).convert("RGB")
+            forms = {"image/png": picture.quantize(256), "image/jpeg": picture}
+            written = {form: _encoded(shown, form) for form, shown in forms.items()}
+            smallest = min(written, key=lambda form: len(written[form]))
+            data.pop("image/jpeg", None)
+            data[smallest] = b64encode(written[smallest]).decode()
+
+
+def _encoded(picture: Image.Image, form: str) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, form.removeprefix("image/"), optimize=True, quality=85)
+    return file.getvalue()
 
 
 def main() -> None:
@@ -64,7 +73,7 @@ def main() -> None:
             notebook = execute(name, Path(folder))
         shrink_pictures(notebook)
         nbformat.write(notebook, FOLDER / f"{name}.ipynb")
-        print(f"{name}: {time.perf_counter() - start:.0f} s, {_cpu_seconds() - used:.0f} CPU seconds")
+        sys.stdout.write(f"{name}: {time.perf_counter() - start:.0f} s, {_cpu_seconds() - used:.0f} CPU seconds\n")
 
 
 def _cpu_seconds() -> float:
