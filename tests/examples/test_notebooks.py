@@ -86,12 +86,13 @@ class TestCommitted:
         assert first.startswith("# ") and all(f"**{what}**" in first for what in ("You will", "You need", "It takes"))
         assert "What to try next" in "".join(cells[-1]["source"])
 
-    def test_it_imports_public_names_only(self, name):
+    def test_it_imports_what_the_package_and_its_rooms_export(self, name):
         for cell in code_cells(read(name)):
             for node in ast.walk(ast.parse("".join(cell["source"]))):
                 if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "segcompass_hf":
-                    public = set(importlib.import_module(node.module).__all__)
-                    assert {alias.name for alias in node.names} <= public, node.module
+                    room = importlib.import_module(node.module)
+                    assert hasattr(room, "__path__") and node.module.count(".") <= 1, node.module
+                    assert {alias.name for alias in node.names} <= set(room.__all__), node.module
                 if isinstance(node, ast.Import):
                     assert not any(alias.name.startswith("segcompass_hf.") for alias in node.names)
 
