@@ -42,8 +42,14 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "nbclient>=0.10",  # runs the notebooks, with ipykernel
     "ipykernel>=6.29",
     "ipywidgets>=8.1",  # without it tqdm warns in every notebook
+    "mypy>=2.4,<2.5",  # another one finds other faults
+    "build>=1.2",
+    "setuptools>=77",  # with `wheel` what the tests build by, without a network
+    "wheel",
+    "twine>=6",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
 
 setup(
@@ -58,7 +64,9 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "": ["*.pyi"],
         "segcompass_hf": [
+            "py.typed",
             "checkpoints/**/*",
             "data/hosting/templates/*",
             "explain/templates/*",
@@ -66,7 +74,7 @@ setup(
             "hub/space/*.md",
             "hub/publishing/templates/*",
             "metrics/evaluate_modules/*/*.py",
-        ]
+        ],
     },
     python_requires=">=3.10",
     install_requires=CORE,
@@ -77,5 +85,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -38,7 +38,7 @@ class ModelPredictor:
         name: str = "model",
         slot_logit_threshold: float | None = None,
         mask_logit_threshold: float | None = None,
-        **segment_kwargs,
+        **segment_kwargs: Any,
     ):
         if segment_kwargs.get("do_sample"):
             raise ValueError("evaluation decodes greedily: what is sampled cannot be repeated; leave do_sample out.")

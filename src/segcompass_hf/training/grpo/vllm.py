@@ -2,7 +2,7 @@
 """vLLM writes the completions of GRPO: the VLM inside a SegCompass model, under the names vLLM loads it by.
 
 Never run with vLLM itself: names, shapes, files and the exchange with TRL are tested against freshly loaded VLMs and a
-stand-in engine with vLLM's interface (`tests/training/grpo/test_vllm.py`). See `docs/multi_gpu.md`.
+stand-in engine with vLLM's interface (`tests/training/grpo/test_vllm.py`). See `docs/how-to/many-gpus.md`.
 """
 
 import copy
@@ -59,7 +59,7 @@ class SegCompassVLLMGeneration(VLLMGeneration):
         *,
         folder: str | Path,
         generation_kwargs: dict | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if getattr(getattr(accelerator.state, "fsdp_plugin", None), "fsdp_version", 2) == 1:
             raise ValueError("vLLM rollouts read FSDP2 parameters, got FSDP1; set fsdp_version: 2 in the config.")
@@ -69,7 +69,7 @@ class SegCompassVLLMGeneration(VLLMGeneration):
         generation_kwargs["logit_bias"] = {**bias, **(generation_kwargs.get("logit_bias") or {})}
         super().__init__(model, accelerator, processing_class, generation_kwargs=generation_kwargs, **kwargs)
 
-    def _init_vllm(self):
+    def _init_vllm(self) -> None:
         if self.mode == "colocate":
             export_for_vllm(self.model, self.processing_class, self.folder, accelerator=self.accelerator)
             self.accelerator.wait_for_everyone()
@@ -84,7 +84,9 @@ class SegCompassVLLMGeneration(VLLMGeneration):
     def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
         return vllm_weights(self.model, gather=self._dist.gather_params, device=self.accelerator.device)
 
-    def generate(self, prompts: list[list[int]], images: list | None, num_generations: int, profiler=None) -> tuple:
+    def generate(
+        self, prompts: list[list[int]], images: list | None, num_generations: int, profiler: Any = None
+    ) -> tuple:
         """As the parent's; the prompt ids returned are those given."""
         sent = prompts
         if self.mode == "colocate" and images is not None:  # server mode pairs expanded prompts with features itself
