@@ -51,6 +51,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
 ]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
+EXTRAS["vllm"] = ["vllm>=0.31,<0.32"]  # not of `dev`: it asks for an older transformers than `train`; docs/how-to/vllm.md
 
 setup(
     name="segcompass_hf",

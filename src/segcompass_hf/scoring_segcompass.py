@@ -43,10 +43,14 @@ class TokenSurprisal(LogitsProcessor):
         self._note(sequences)
         if len(self._surprisals) != is_reasoning.shape[1]:
             return torch.full((len(sequences),), torch.nan, device=sequences.device)
-        surprisals = torch.cat(self._surprisals, dim=1)  # (rows, completion_length)
-        is_reasoning = is_reasoning.to(surprisals.device).bool()
-        weights = is_reasoning.cumsum(1) * is_reasoning
-        return (surprisals.masked_fill(~is_reasoning, 0.0) * weights).sum(1) / weights.sum(1)
+        return mean_surprisal(torch.cat(self._surprisals, dim=1), is_reasoning)
+
+
+def mean_surprisal(surprisals: torch.Tensor, is_reasoning: torch.Tensor) -> torch.Tensor:
+    """As [`~TokenSurprisal.of_reasoning`], of the surprisals of all tokens, both `(rows, completion_length)`."""
+    is_reasoning = is_reasoning.to(surprisals.device).bool()
+    weights = is_reasoning.cumsum(1) * is_reasoning
+    return (surprisals.masked_fill(~is_reasoning, 0.0) * weights).sum(1) / weights.sum(1)
 
 
 def mask_certainty(

@@ -207,29 +207,37 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         finally:
             for module in training:
                 module.training = True
-        shared = set(SegCompassSegmentationOutput.__dataclass_fields__) & set(output)
-        fields = {name: output[name] for name in shared}
+        fields = {"guardrails": rules or None, "guardrail_firing": firing}
         if output_image_embeddings:
             fields["image_embeddings"] = image_embeddings.repeat_interleave(copies, 0)
-        answer = SegCompassSegmentationOutput(
-            sequences=sequences,
-            attention_mask=states.attention_mask,
-            completion_mask=states.completion_mask,
-            slot_logit_threshold=float(self.config.slot_logit_threshold),
-            mask_logit_threshold=float(self.config.mask_logit_threshold),
-            duplicate_iou_threshold=float(self.config.duplicate_iou_threshold),
-            slot_scores=self.score_slots(output.slot_logits, output.pred_masks, reasoning_surprisal, sizes),
-            reasoning_surprisal=reasoning_surprisal,
-            guardrails=rules or None,
-            guardrail_firing=firing,
-            **fields,
-        )
+        answer = self.answers_of(states, output, reasoning_surprisal, sizes, **fields)
         if votes is None:
             return answer
         area = None if sizes is None else self.mask_stage.valid_area(sizes.to(output["pred_masks"].device))
         answer = vote(answer, votes, self.config.sae_config.d_sae, area)
         answer.concepts = answer.concepts if output_concepts else None
         return answer
+
+    def answers_of(
+        self, states: SequenceStates, output: SegCompassOutput, reasoning_surprisal: torch.Tensor, sizes: Any, **fields: Any
+    ) -> SegCompassSegmentationOutput:
+        """What `segment` returns, of sequences that are written and of what was read of them (`output`).
+
+        `sizes` are `reshaped_input_sizes`; `fields` are further ones of the answer.
+        """
+        scored = output.slot_logits, output.pred_masks, reasoning_surprisal, sizes
+        shared = set(SegCompassSegmentationOutput.__dataclass_fields__) & set(output)
+        return SegCompassSegmentationOutput(
+            sequences=states.input_ids,
+            attention_mask=states.attention_mask,
+            completion_mask=states.completion_mask,
+            slot_logit_threshold=float(self.config.slot_logit_threshold),
+            mask_logit_threshold=float(self.config.mask_logit_threshold),
+            duplicate_iou_threshold=float(self.config.duplicate_iou_threshold),
+            slot_scores=self.score_slots(*scored),
+            reasoning_surprisal=reasoning_surprisal,
+            **{name: output[name] for name in shared} | fields,
+        )
 
     def read_finite_masks(self, states: SequenceStates, *args: Any, **kwargs: Any) -> SegCompassOutput:
         """`read_masks`, with an error where a stage's output is not a number, for masks that someone will look at.

@@ -5,7 +5,6 @@ from .adapters import lora_config as lora_config
 from .fsdp import prepare_fsdp2 as prepare_fsdp2
 from .grpo.config import SegCompassGRPOConfig as SegCompassGRPOConfig
 from .grpo.trainer import SegCompassGRPOTrainer as SegCompassGRPOTrainer
-from .grpo.vllm import export_for_vllm as export_for_vllm
 from .loop.resume import RobustTrainerMixin as RobustTrainerMixin
 from .loop.resume import RobustTrainingArguments as RobustTrainingArguments
 from .memory.estimate import estimate_memory as estimate_memory
@@ -26,5 +25,6 @@ from .segmentation.config import SegmentationConfig as SegmentationConfig
 from .segmentation.own_reasoning import with_own_reasoning as with_own_reasoning
 from .segmentation.own_reasoning import with_right_samples as with_right_samples
 from .segmentation.trainer import SegmentationTrainer as SegmentationTrainer
+from .vllm_folder import export_for_vllm as export_for_vllm
 from .warmup.config import WarmupConfig as WarmupConfig
 from .warmup.trainer import WarmupTrainer as WarmupTrainer

@@ -89,14 +89,16 @@ class ModelPredictor:
         """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
-        return self.segment_inputs(batch)
+        return self.segment_inputs(batch, [[row["image"]] for row in rows])
 
     @torch.no_grad()
-    def segment_inputs(self, batch: Mapping[str, Any]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
-        """As [`~ModelPredictor.segment`], of inputs as the processor makes them; `image_embeddings` may stand in
-        place of `sam_pixel_values`."""
+    def segment_inputs(
+        self, batch: Mapping[str, Any], images: Sequence[list]
+    ) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
+        """As [`~ModelPredictor.segment`], of inputs as the processor makes them, and of the images of each row;
+        `image_embeddings` may stand in place of `sam_pixel_values`."""
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        output = self.model.segment(**{"do_sample": False, **inputs, **self.segment_kwargs})
+        output = self._answers(inputs, images)
         results = self.processor.post_process_segmentation(
             output,
             batch["original_sizes"],
@@ -106,6 +108,10 @@ class ModelPredictor:
             output_heatmaps=False,
         )
         return output, inputs["reshaped_input_sizes"], results
+
+    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list]) -> Any:
+        """The model's output; the images are for heirs whose VLM is elsewhere."""
+        return self.model.segment(**{"do_sample": False, **inputs, **self.segment_kwargs})
 
 
 def _digest_of_configs(*configs: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
+from ...data.sequence_states import StateSource
 from ...files import write_whole
 from ...modeling_sae import SegCompassSae
 from ...token_places import Name, target_names
@@ -59,6 +60,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             model comes from when left out.
         sae ([`SegCompassSae`], *optional*): To go on from; a new one by `args` when left out.
         names (`Callable`, defaults to [`target_names`]): Row -> its names, for `args.pair_loss`.
+        state_source ([`StateSource`], *optional*): Gives the states to train on in place of the VLM, which still
+            answers where its words are measured (evaluation) and for `args.pair_loss`. Experimental.
         kwargs: Further arguments of [`~transformers.Trainer`], such as `callbacks`.
     """
 
@@ -71,6 +74,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         processing_class: Any = None,
         sae: SegCompassSae | None = None,
         names: Callable[[dict], list[Name]] = target_names,
+        state_source: StateSource | None = None,
         **kwargs: Any,
     ):
         if "vlm" in kwargs:  # by the name that this trainer once gave it, when `model` was the SAE
@@ -111,7 +115,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         log = UnreadableLog(self._unreadable_file(), "rows")
         encoder = RowEncoder(processing_class, args.max_length, args.unreadable_rows, log)
         lock = getattr(model, "call_lock", None)
-        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token, lock)
+        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token, lock, state_source)
         self._make_streams(train_dataset, eval_dataset)
         self.buffer: ActivationBuffer | None = None  # made when training begins
         self.pairs = self._pair_buffer(names) if args.pair_loss != "none" else None
