@@ -40,11 +40,13 @@ class TokenSurprisal(LogitsProcessor):
             `torch.Tensor` of shape `(rows,)`: float32; NaN where there is no reasoning, and where `generate` was
             replaced by something that does not call its processors.
         """
-        self._note(sequences)
-        if len(self._surprisals) != is_reasoning.shape[1]:
+        prompt_length = sequences.shape[1] - is_reasoning.shape[1]
+        self._note(sequences[:, : prompt_length + len(self._surprisals) + 1])
+        chosen = len(self._surprisals)  # tokens; the format may have had the others follow at once
+        if not 0 < chosen <= is_reasoning.shape[1] or is_reasoning[:, chosen:].any():
             return torch.full((len(sequences),), torch.nan, device=sequences.device)
-        surprisals = torch.cat(self._surprisals, dim=1)  # (rows, completion_length)
-        is_reasoning = is_reasoning.to(surprisals.device).bool()
+        surprisals = torch.cat(self._surprisals, dim=1)  # (rows, chosen)
+        is_reasoning = is_reasoning[:, :chosen].to(surprisals.device).bool()
         weights = is_reasoning.cumsum(1) * is_reasoning
         return (surprisals.masked_fill(~is_reasoning, 0.0) * weights).sum(1) / weights.sum(1)
 
