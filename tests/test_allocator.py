@@ -11,7 +11,7 @@ import pytest
 
 from segcompass_hf import allocator
 
-# Page faults of the tenth block of 64 MiB that is filled and freed: 16,384 pages of 4 KiB where it came from the system.
+# Page faults of the tenth block of 64 MiB that is filled and freed: 16,384, of 4 KiB, where it came from the system.
 _FAULTS = """
 import json, resource, sys
 import torch

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -33,6 +33,34 @@ def answers_to_sample(vlm: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int
     return number, one | {"generation_config": config}
 
 
+class OneStepLater(StoppingCriteria):
+    """The verdict of other criteria, but the step in which the last row ends is followed by one more.
+
+    Rows that ended before stay ended, so that all but the last column is as it were without. Likewise with the step
+    from which on the rest of every row is known, `rest` `(rows, number)`.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.criteria = criteria
+        self.rest_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda ids: None
+        self.rest: torch.Tensor | None = None
+        self.ended: torch.Tensor | None = None  # (rows,)
+        self.over = False  # all rows have ended; the step that runs is the one more
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self.eos_token_id = None  # by this `generate` knows that rows which ended are padded
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.over:
+            return torch.ones_like(self.ended)
+        ended = self.criteria(input_ids, scores, **kwargs)
+        self.ended = ended if self.ended is None else self.ended | ended
+        self.over = bool(self.ended.all())
+        if not self.over:
+            self.rest = self.rest_of(input_ids)
+            self.over = self.rest is not None
+        return torch.zeros_like(ended) if self.over else ended
+
+
 def can_rearrange(cache: Any) -> bool:
     """Whether it is a cache whose rows can be put in another order; the quantized ones learned it after 5.17."""
     if not hasattr(cache, "reorder_cache"):
@@ -42,8 +70,11 @@ def can_rearrange(cache: Any) -> bool:
 
 
 def takes_several_tokens(caches: list[Any], inputs: dict[str, Any]) -> bool:
-    """Whether a pass behind the prompt may be of several tokens: attention alone looks back, and its inputs that have
-    an entry per token are known to [`with_rest`]. Recurrent layers have another rule for one token than for several."""
+    """Whether a pass behind the prompt may be of several tokens.
+
+    Attention alone has to look back (recurrent layers have another rule for one token than for several), and what has
+    an entry per token has to be known to [`with_rest`].
+    """
     states = [linear for cache in caches for linear in getattr(cache, "is_linear", [True])]
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not caches or any(states) or not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
@@ -199,4 +230,4 @@ def _change(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor
     return change(value) if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
 
-__all__ = ["AnswerWriter", "answers_to_sample"]
+__all__ = ["AnswerWriter", "OneStepLater", "answers_to_sample"]

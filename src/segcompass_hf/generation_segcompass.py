@@ -13,13 +13,12 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .answers_segcompass import AnswerWriter, answers_to_sample
+from .answers_segcompass import AnswerWriter, OneStepLater, answers_to_sample
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -64,7 +63,7 @@ def generate_and_feed_last(
                 "states would belong to other beams; use greedy decoding or sampling."
             )
         check_growing_cache(generation_config.cache_implementation)
-        stop = _OneStepLater(stopping_criteria)
+        stop = OneStepLater(stopping_criteria)
         form = _deciding_format(asked, stopping_criteria, generation_config, mode)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
@@ -138,34 +137,6 @@ def check_growing_cache(implementation: str | None) -> None:
             f"cache_implementation={implementation!r} has no room for the step that completes the last token's "
             f"states; use one of {', '.join(GROWING_CACHES)}."
         )
-
-
-class _OneStepLater(StoppingCriteria):
-    """The verdict of other criteria, but the step in which the last row ends is followed by one more.
-
-    Rows that ended before stay ended, so that all but the last column is as it were without. Likewise with the step
-    from which on the rest of every row is known, `rest` `(rows, number)`.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList):
-        self.criteria = criteria
-        self.rest_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda ids: None
-        self.rest: torch.Tensor | None = None
-        self.ended: torch.Tensor | None = None  # (rows,)
-        self.over = False  # all rows have ended; the step that runs is the one more
-        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-            self.eos_token_id = None  # by this `generate` knows that rows which ended are padded
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        if self.over:
-            return torch.ones_like(self.ended)
-        ended = self.criteria(input_ids, scores, **kwargs)
-        self.ended = ended if self.ended is None else self.ended | ended
-        self.over = bool(self.ended.all())
-        if not self.over:
-            self.rest = self.rest_of(input_ids)
-            self.over = self.rest is not None
-        return torch.zeros_like(ended) if self.over else ended
 
 
 def _deciding_format(
