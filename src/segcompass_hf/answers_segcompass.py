@@ -129,7 +129,7 @@ class AnswerWriter:
             while that is not known. Behind their pass there is none: what it gave is given again.
 
     Attributes:
-        takes_several (`bool`): Whether a pass may be of several tokens; known after the first of one.
+        takes_several (`bool`, *optional*): Whether a pass may be of several tokens; known after the first of one.
         all_ids (`torch.LongTensor` of shape `(num_prompts * copies, prompt_length)`): The prompt of every answer.
         all_kwargs (`dict[str, Any]`): `model_kwargs` for these.
     """
@@ -145,7 +145,7 @@ class AnswerWriter:
         rest: Callable[[], torch.Tensor | None] | None = None,
     ):
         self.vlm, self.output, self.ended, self.rest = vlm, None, ended, rest
-        self.takes_several, self.last_output = False, None
+        self.takes_several, self.last_output = None, None
         self.caches = [value for value in model_kwargs.values() if can_rearrange(value)]
         if not self.caches or generation_config.output_hidden_states or generation_config.output_attentions:
             self.ended = None
@@ -183,7 +183,8 @@ class AnswerWriter:
         if self.ended is None or "position_ids" not in inputs:
             return self.vlm(**inputs)
         self._leave_out_ended()
-        self.takes_several = takes_several_tokens(self.caches, inputs)
+        if self.takes_several is None:
+            self.takes_several = takes_several_tokens(self.caches, inputs)
         rest = None if self.rest is None else self.rest()
         if rest is None:
             return self._pass(inputs)
