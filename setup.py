@@ -39,9 +39,16 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "mypy>=2.4,<2.5",  # another one finds other faults
+    "build>=1.2",
+    "setuptools>=77",  # with `wheel` what the tests build by, without a network
+    "wheel",
+    "twine>=6",
     "selenium>=4.30",  # with Chromium and its driver; the browser tests are skipped without
 ]
+EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
+EXTRAS["vllm"] = ["vllm>=0.31,<0.32"]  # not of `dev`: it asks for an older transformers than `train`; docs/how-to/vllm.md
 
 setup(
     name="segcompass_hf",
@@ -55,7 +62,9 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
+        "": ["*.pyi"],
         "segcompass_hf": [
+            "py.typed",
             "checkpoints/**/*",
             "data/hosting/templates/*",
             "explain/templates/*",
@@ -63,7 +72,7 @@ setup(
             "hub/space/*.md",
             "hub/publishing/templates/*",
             "metrics/evaluate_modules/*/*.py",
-        ]
+        ],
     },
     python_requires=">=3.10",
     install_requires=CORE,
@@ -74,5 +83,6 @@ setup(
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -3,7 +3,7 @@
     python benchmarks/memory_estimate.py --config examples/configs/qwen2_5_vl_7b_lora_4bit.yaml
 
 What memory depends on but a configuration does not say (backbone of a checkpoint that is not there, GPUs, tokens of a
-prompt) is given by flags. `docs/training.md` says how far the figures were checked.
+prompt) is given by flags. `docs/how-to/one-24-gb-gpu.md` says how far the figures were checked.
 """
 
 import argparse

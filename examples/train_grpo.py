@@ -1,4 +1,4 @@
-"""Joint training (GRPO on the reasoning, segmentation losses on the masks), last of the stages in docs/training.md:
+"""Joint training (GRPO on the reasoning, segmentation losses on the masks), the last stage of a training:
 
     python examples/train_grpo.py --config examples/configs/scenes_tiny_grpo.yaml
 

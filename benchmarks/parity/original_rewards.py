@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The rewards as the original code computes them, for comparison; CHANGELOG.md says why ours differ."""
+"""The rewards as the original code computes them, for comparison; docs/differences.md says where ours differ."""
 
 import re
 from collections.abc import Sequence

@@ -43,26 +43,7 @@ from pathlib import Path
 from ._lazy import lazy_names
 from ._registration import register_when_needed
 
-__version__ = "0.1.0"
-
-# Submodule -> public names that it defines.
-_EXPORTS = {
-    "configuration_segcompass": ("SegCompassConfig", "SegCompassSaeConfig"),
-    "configuration_mobile_sam": ("MobileSamConfig",),
-    "processing_segcompass": ("SegCompassProcessor",),
-    "modeling_sae": ("SegCompassSae", "SegCompassSaeOutput"),
-    "modeling_mobile_sam": ("MobileSamModel",),
-    "image_features_segcompass": ("ImageFeatures",),
-    "interventions_segcompass": ("ConceptIntervention",),
-    "modeling_concepts": ("SparseConcepts",),
-    "reading_segcompass": ("MaskTargets", "SegCompassOutput", "SequenceStates"),
-    "segmenting_segcompass": ("SegCompassSegmentationOutput",),
-    "modeling_segcompass": ("SegCompassForReasoningSegmentation",),
-    "pipeline_segcompass": ("ReasoningSegmentationPipeline",),
-}
-_SUBPACKAGES = ("data", "evaluation", "explain", "metrics", "training")
-
-__all__ = ["bundled_checkpoint", *(name for names in _EXPORTS.values() for name in names)]
+__version__ = "0.2.0"
 
 
 def bundled_checkpoint(name: str = "scenes-tiny") -> Path:
@@ -100,7 +81,8 @@ def bundled_checkpoint(name: str = "scenes-tiny") -> Path:
     return path
 
 
-__getattr__, __dir__ = lazy_names(__name__, _EXPORTS, _SUBPACKAGES)
+__getattr__, __dir__, __all__ = lazy_names(__name__)
+__all__ += ["bundled_checkpoint"]
 
 
 register_when_needed()

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # What only an extra of setup.py installs -> the extra.
@@ -41,25 +43,23 @@ def named_extras() -> Iterator[None]:
         raise MissingExtraError(message, name=error.name, path=error.path) from error
 
 
-def lazy_names(
-    package: str, exports: Mapping[str, Collection[str]], modules: Collection[str] = ()
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The `__getattr__` and `__dir__` of a package.
+def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """The `__getattr__`, `__dir__` and `__all__` of a package whose public names stand in the stub beside it.
+
+    The stub, `__init__.pyi`, says `from .module import Name as Name` of every name, and `from . import module as
+    module` of submodules that are public by themselves, which `__all__` leaves out. Type checkers and editors read
+    the same file.
 
     Args:
         package (`str`): Its `__name__`.
-        exports (`Mapping[str, Collection[str]]`): Module, relative to the package -> public names that it defines.
-        modules (`Collection[str]`): Submodules that are public by themselves.
     """
     namespace = vars(sys.modules[package])
-    module_of = {name: module for module, names in exports.items() for name in names}
+    module_of, modules = _names_of_stub(Path(namespace["__file__"]).with_suffix(".pyi"))
 
     def __getattr__(name: str) -> Any:
         if name in module_of:
-            module = module_of[name]
-            relative = module if module.startswith(".") else f".{module}"
             with named_extras():
-                value = getattr(importlib.import_module(relative, package), name)
+                value = getattr(importlib.import_module(module_of[name], package), name)
             namespace[name] = value  # the next access does not come here
             return value
         if name in modules:
@@ -69,4 +69,18 @@ def lazy_names(
     def __dir__() -> list[str]:
         return sorted({*namespace, *module_of, *modules})
 
-    return __getattr__, __dir__
+    return __getattr__, __dir__, list(module_of)
+
+
+def _names_of_stub(stub: Path) -> tuple[dict[str, str], list[str]]:
+    """Of every public name the module that defines it, `.x` or `..x`, and the names of public submodules."""
+    module_of: dict[str, str] = {}
+    modules: list[str] = []
+    for node in ast.parse(stub.read_text("utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [alias.asname for alias in node.names if alias.asname]  # without `as` it is the stub's own
+            if node.module is None:
+                modules += names
+            else:
+                module_of |= dict.fromkeys(names, "." * node.level + node.module)
+    return module_of, modules

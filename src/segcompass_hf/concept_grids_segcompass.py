@@ -4,6 +4,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedModel
 
 from .configuration_segcompass import SegCompassConfig
 from .image_features_segcompass import ImageFeatures
@@ -121,11 +122,16 @@ def cell_weights(
 class ConceptGridsMixin:
     """Concept grids for the slot mapper, of whole sequences or of what was read of them before.
 
-    Its heir has the configuration and the segmenter's stage.
+    Its heir has the configuration and the segmenter.
     """
 
     config: SegCompassConfig
-    mask_stage: MaskStage
+    sam: PreTrainedModel
+
+    @property
+    def mask_stage(self) -> MaskStage:
+        """The mask decoder's interface: image -> features; features and heatmaps -> masks."""
+        return MaskStage(self.sam)
 
     def concept_grid(
         self,

@@ -40,7 +40,7 @@ class NamedConcept:
     features: tuple[int, ...]
     thresholds: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.features or len(self.features) != len(self.thresholds):
             raise ValueError(
                 f"the concept {self.name!r} has {len(self.features)} features and {len(self.thresholds)} thresholds; "

@@ -2,6 +2,7 @@
 """Configuration of MobileSAM: SAM's prompt encoder and mask decoder behind a TinyViT image encoder."""
 
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig, SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig
@@ -74,7 +75,7 @@ class MobileSamVisionConfig(PretrainedConfig):
         """Standard deviation of those frequencies in a new model."""
         return 1.0
 
-    def validate_stages(self):
+    def validate_stages(self) -> None:
         lengths = [len(each) for each in (self.embed_dims, self.depths, self.num_heads, self.window_sizes)]
         if len(set(lengths)) > 1 or len(self.strides) != lengths[0] - 1:
             raise ValueError(
@@ -85,7 +86,7 @@ class MobileSamVisionConfig(PretrainedConfig):
             if stage and dim % heads:
                 raise ValueError(f"stage {stage} has {dim} channels, no multiple of its {heads} heads.")
 
-    def validate_canvas(self):
+    def validate_canvas(self) -> None:
         if self.image_size < 1 or self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size is {self.image_size} pixels; expected a multiple of the {self.patch_size} pixels that a "
@@ -120,15 +121,18 @@ class MobileSamConfig(SamConfig):
     }
     sub_configs = dict(sub_configs_defaults)  # under the name that transformers 5.17 reads
 
-    def __post_init__(self, **kwargs):
-        if not isinstance(self.vision_config, PretrainedConfig):
-            self.vision_config = MobileSamVisionConfig(**(self.vision_config or {}))
-        width = {"hidden_size": self.vision_config.output_channels}
-        if not isinstance(self.prompt_encoder_config, PretrainedConfig):
-            self.prompt_encoder_config = SamPromptEncoderConfig(**{**width, **(self.prompt_encoder_config or {})})
-        if not isinstance(self.mask_decoder_config, PretrainedConfig):
-            given = {**width, "layer_norm_eps": DECODER_NORM_EPS, **(self.mask_decoder_config or {})}
-            self.mask_decoder_config = SamMaskDecoderConfig(**given)
+    def __post_init__(self, **kwargs: Any) -> None:
+        vision, prompt, decoder = self.vision_config, self.prompt_encoder_config, self.mask_decoder_config
+        if not isinstance(vision, PretrainedConfig):
+            vision = MobileSamVisionConfig(**(vision or {}))
+        width = {"hidden_size": vision.output_channels}
+        if not isinstance(prompt, PretrainedConfig):
+            prompt = SamPromptEncoderConfig(**{**width, **(prompt or {})})
+        if not isinstance(decoder, PretrainedConfig):
+            decoder = SamMaskDecoderConfig(**{**width, "layer_norm_eps": DECODER_NORM_EPS, **(decoder or {})})
+        self.vision_config: PretrainedConfig = vision
+        self.prompt_encoder_config: PretrainedConfig = prompt
+        self.mask_decoder_config: PretrainedConfig = decoder
         self.share_canvas()
         super().__post_init__(**kwargs)
 
@@ -139,7 +143,7 @@ class MobileSamConfig(SamConfig):
         prompt.image_size, prompt.patch_size = vision.image_size, vision.patch_size
         prompt.image_embedding_size = vision.image_size // vision.patch_size
 
-    def validate_widths(self):
+    def validate_widths(self) -> None:
         widths = {
             "image embeddings": self.vision_config.output_channels,
             "the prompt encoder": self.prompt_encoder_config.hidden_size,

@@ -50,7 +50,7 @@ class SegCompassSaeConfig(PretrainedConfig):
     l1_coefficient: float | int = 5.0
     initializer_range: float | int = 0.02
 
-    def validate_sae(self):
+    def validate_sae(self) -> None:
         if self.d_in < 1 or self.d_sae < 1:
             raise ValueError(f"d_in and d_sae must be positive, got d_in={self.d_in} and d_sae={self.d_sae}.")
         takes_top_k = self.architecture in ("topk", "batchtopk") or (
@@ -84,6 +84,15 @@ class SegCompassConfig(PretrainedConfig):
         concept_input (`str`, defaults to `"once"`): `"duplicated"` feeds the SAE prompt + completion + completion with
             padding counted, as the original code does (a second pass; for its checkpoints only).
         concept_chunk_size (`int`, defaults to 4096): Tokens encoded at a time; lowered where `d_sae` is large.
+        d_slot (`int`, defaults to 512): Width of the codebook's embeddings and of the slots.
+        slot_encoder_layers (`int`, defaults to 2): Transformer layers that mix slots and concepts.
+        slot_encoder_heads (`int`, defaults to 8): Their heads of attention.
+        slot_encoder_ff_mult (`int`, defaults to 4): Their feed-forward width, in multiples of `d_slot`.
+        slot_encoder_dropout (`float`, defaults to 0.0): Their dropout while training.
+        slot_init_std (`float`, defaults to 0.5): Standard deviation of fresh slot queries.
+        heatmap_heads (`int`, defaults to 4): Score maps per slot, fused to one heatmap.
+        heatmap_fuser (`str`, defaults to `"refine"`): How: by two 3x3 convolutions, or, `"plain"`, one of 1x1.
+        heatmap_bias_init (`float`, defaults to -1.8): Their last bias when fresh (logit).
         reference_search (`str`, defaults to `"completion"`): Where the last K `<REF_POS>` are looked for; `"sequence"`
             includes the prompt, as the original code does.
         reference_order (`str`, defaults to `"earliest_first"`): Which of them slot 0 gets.
@@ -94,16 +103,28 @@ class SegCompassConfig(PretrainedConfig):
         score_calibration (`dict`, *optional*): How the score of a kept slot follows from `features`, each with the
             `mean`, `scale` and `weight` of a logistic regression, and its `bias`; `segcompass calibrate` writes it.
             Without it scores are the plain confidences.
+        ref_token_id, think_start_token_id, think_end_token_id (`int`, *optional*): Ids of `<REF_POS>`, `<think>` and
+            `</think>`; composing takes them from the tokenizer.
         image_token_id (`int`, *optional*): Id that stands for image patches in `input_ids`: never written, and read as
             image. Composing takes what the processor was seen to write; left out, the VLM's configuration is asked.
         heatmap_concepts (`bool`, defaults to `False`): Let the slot mapper see more of an image than the segmenter's
             embedding, which hardly knows categories: the concepts of the VLM's image tokens, added to it where these
             lie in the image, by a projection that begins at zero. Needs a VLM whose image tokens lie on one grid, and
             `image_token_grids` of the processor.
+        short_reasoning_tokens (`int`, defaults to 32): Most tokens of the reasoning with `reasoning="short"`.
+        max_reasoning_tokens (`int`, defaults to 512): The same with `reasoning="full"`.
         train_token_rows (`str`, defaults to `"head"`): Which rows of the added tokens train: those of the output
             embedding, none, or both input and output rows.
+        seg_loss_weight, conf_loss_weight, lm_loss_weight (`float`): Weights in the loss of the segmentation losses
+            (lambda_s), of the confidences (lambda_c) and of the language loss.
+        heatmap_bce_weight, heatmap_dice_weight, mask_dice_weight, mask_focal_weight (`float`): Weights within the
+            segmentation losses.
+        match_confidence_weight (`float`, defaults to 0.3): How much matching slots to objects prefers confident ones.
+        valid_area_only (`bool`, defaults to `True`): Whether matching leaves the padding of the canvas out.
         empty_samples (`str`, defaults to `"exclude"`): Whether samples without objects are left out of the
             segmentation mean or add a zero to it.
+        tie_word_embeddings (`bool`, defaults to `False`): Unused here: the VLM's own configuration says it.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of fresh weights.
 
     Example:
 
@@ -172,31 +193,30 @@ class SegCompassConfig(PretrainedConfig):
     tie_word_embeddings: bool = False  # the inner VLM ties (or not) by its own configuration
     initializer_range: float | int = 0.02
 
-    def __post_init__(self, **kwargs):
-        self.vlm_config = _resolve_config(self.vlm_config, "llava")
-        self.sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
-        text_config = self.vlm_config.get_text_config()
+    def __post_init__(self, **kwargs: Any) -> None:
+        vlm_config = _resolve_config(self.vlm_config, "llava")
+        sam_config = segmenter_config(_resolve_config(self.sam_config, "sam"))
         if self.image_token_id is None:
-            self.image_token_id = getattr(self.vlm_config, "image_token_id", None)
-        if self.sae_config is None:
-            self.sae_config = {}
-        if isinstance(self.sae_config, dict):
-            self.sae_config = {"d_in": text_config.hidden_size, **self.sae_config}
-        self.sae_config = _resolve_config(self.sae_config, SegCompassSaeConfig)
+            self.image_token_id = getattr(vlm_config, "image_token_id", None)
+        given = {} if self.sae_config is None else self.sae_config
+        if isinstance(given, dict):
+            given = {"d_in": vlm_config.get_text_config().hidden_size, **given}
+        sae_config = _resolve_config(given, SegCompassSaeConfig)
         if self.sae_layer is None:
-            self.sae_layer = self.sae_config.layer
+            self.sae_layer = sae_config.layer
         if self.sae_layer is None:
-            self.sae_layer = default_sae_layer(self.vlm_config)
-        nested = (self.vlm_config, self.sam_config, self.sae_config)
+            self.sae_layer = default_sae_layer(vlm_config)
+        self.vlm_config, self.sam_config, self.sae_config = nested = (vlm_config, sam_config, sae_config)
         attention = [config._attn_implementation for config in nested]
         super().__post_init__(**kwargs)  # overwrites the nested attention implementations with ours
         if kwargs.get("attn_implementation") is None:
             for config, implementation in zip(nested, attention, strict=True):
                 config._attn_implementation = implementation
 
-    def get_text_config(self, decoder=None, encoder=None) -> PretrainedConfig:
+    def get_text_config(self, decoder: Any = None, encoder: Any = None) -> PretrainedConfig:
         """The VLM's text configuration (generation and TRL read sizes from it)."""
-        return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+        vlm_config: Any = self.vlm_config  # a dict no longer
+        return vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
     @property
     def video_token_id(self) -> int | None:
@@ -211,20 +231,21 @@ class SegCompassConfig(PretrainedConfig):
     def hidden_size(self) -> int:
         return self.get_text_config().hidden_size
 
-    def validate_segcompass(self):
+    def validate_segcompass(self) -> None:
         segmenter_kind(self.sam_config)
         text_config = self.get_text_config()
         depth, width = text_config.num_hidden_layers, text_config.hidden_size
         if self.num_slots < 1:
             raise ValueError(f"num_slots must be at least 1, got {self.num_slots}.")
-        if not 0 <= self.sae_layer < depth:
+        if self.sae_layer is None or not 0 <= self.sae_layer < depth:
             raise ValueError(
                 f"sae_layer is an index into hidden_states before the last layer: 0 (embeddings) to {depth - 1} for a "
                 f"VLM of {depth} layers, got {self.sae_layer}."
             )
-        if self.sae_config.d_in != width:
+        sae_config: Any = self.sae_config
+        if sae_config.d_in != width:
             raise ValueError(
-                f"the SAE reads states of width {self.sae_config.d_in} (d_in), the VLM's are {width} wide; "
+                f"the SAE reads states of width {sae_config.d_in} (d_in), the VLM's are {width} wide; "
                 "use an SAE trained on this VLM."
             )
         if self.d_slot % self.slot_encoder_heads:
@@ -250,11 +271,11 @@ class SegCompassConfig(PretrainedConfig):
 def _check_calibration(calibration: dict[str, Any]) -> None:
     """Refuse a calibration that scores cannot be computed from."""
     features = calibration.get("features")
-    entries = list(features.values()) if isinstance(features, dict) else [None]
+    entries: list[Any] = list(features.values()) if isinstance(features, dict) else [None]
     is_whole = all(isinstance(entry, dict) and {"mean", "scale", "weight"} <= entry.keys() for entry in entries)
     numbers = [calibration.get("bias"), *(entry[name] for entry in entries if is_whole for name in entry)]
     is_number = all(type(number) in (int, float) and abs(number) < 1e38 for number in numbers)
-    if not is_whole or not is_number or not set(features) <= set(SCORE_FEATURES):
+    if not is_whole or not is_number or not set(features or ()) <= set(SCORE_FEATURES):
         raise ValueError(
             f"score_calibration is {calibration!r:.200}; expected finite numbers {{'features': {{NAME: {{'mean', "
             f"'scale', 'weight'}}}}, 'bias'}} with NAME of {', '.join(SCORE_FEATURES)}. Fit it again with `segcompass "

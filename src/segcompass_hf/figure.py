@@ -126,8 +126,9 @@ def draw_row(strip: Any, row: SegmentationRow, height: float) -> None:
     pixels = np.asarray(row.image.convert("RGB"))
     axes = strip.add_subplot(grid[0])
     draw_picture(axes, pixels, "image")
-    for cell in range(row.grid or 0):
-        centre = (cell + 0.5) / row.grid
+    grid_cells = row.grid or 0
+    for cell in range(grid_cells):
+        centre = (cell + 0.5) / grid_cells
         style = {"transform": axes.transAxes, "color": "white", "alpha": 0.7, "fontsize": 6.5}
         axes.text(centre, 0.01, chr(ord("a") + cell), ha="center", va="bottom", **style)
         axes.text(0.01, 1 - centre, str(cell + 1), ha="left", va="center", **style)

@@ -23,7 +23,7 @@ class ImageFeatures(ModelOutput):
             features after the first global attention, `(batch_size, h, w, vision_hidden_size)`.
     """
 
-    embeddings: torch.Tensor | None = None
+    embeddings: torch.Tensor
     extra: tuple[torch.Tensor, ...] | None = None
 
     @property
@@ -58,7 +58,7 @@ class ImageFeatures(ModelOutput):
     def clone(self) -> "ImageFeatures":
         return self.map(torch.clone)
 
-    def to(self, *args, **kwargs) -> "ImageFeatures":
+    def to(self, *args: Any, **kwargs: Any) -> "ImageFeatures":
         return self.map(lambda part: part.to(*args, **kwargs))
 
     def update(self, parts: Mapping[str, Any]) -> None:

@@ -3,9 +3,9 @@
 
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -40,7 +40,7 @@ class ConceptIntervention:
     tokens: InterventionTokens = "all"
     where: InterventionPlace = "concepts"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         try:
             feature = operator.index(self.feature)
         except TypeError:
@@ -207,14 +207,15 @@ def _steer(
     names = torch.tensor([item.feature for item in items], device=hidden_states.device)  # (num_interventions,)
     _, normalization = sae.normalize(hidden_states, modality_ids)
     activations = _feature_columns(sae, hidden_states, modality_ids, names)  # (batch, sequence, num_interventions)
-    deltas = []
+    deltas: list[torch.Tensor] = []
     for index, item in enumerate(items):
         selected = _selected_tokens(item, shape, attention_mask, modality_ids, hidden_states.device)
         before = activations[..., index]
         for earlier in range(index):
             # An earlier one on the same feature has already moved this activation.
             before = before + deltas[earlier] if items[earlier].feature == item.feature else before
-        deltas.append(((item.scale - 1) * before + item.add) * selected)
+        scale, add = cast(float, item.scale), cast(float, item.add)  # set where they were left out
+        deltas.append(((scale - 1) * before + add) * selected)
     directions = sae.W_dec[names]  # (num_interventions, d_in)
     if sae.config.finetuning_scaling_factor:
         directions = directions * sae.finetuning_scaling_factor[names, None]
@@ -236,7 +237,7 @@ def _feature_columns(
 
 def _selected_tokens(
     intervention: ConceptIntervention,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     attention_mask: torch.Tensor | None,
     modality_ids: torch.Tensor | None,
     device: torch.device,

@@ -28,11 +28,11 @@ class SparseConcepts:
         sequence_length (`int`): Tokens T per row, padding included (it has no concepts).
     """
 
-    features: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    token_index: torch.Tensor | None = None
-    batch_size: int | None = None
-    sequence_length: int | None = None
+    features: torch.Tensor
+    values: torch.Tensor
+    token_index: torch.Tensor
+    batch_size: int
+    sequence_length: int
 
     def counts(self) -> torch.Tensor:
         """Active concepts per token (L0): `torch.LongTensor` of shape `(batch_size, sequence_length)`."""
@@ -115,17 +115,17 @@ def encode_concepts(
     tokens = torch.arange(batch_size * sequence_length, device=hidden_states.device)
     if attention_mask is not None:
         tokens = tokens[attention_mask.bool().flatten()]
-    features, values, token_index = [], [], []
+    features, found, token_index = [], [], []
     with weights_at_hand(sae):
         for chunk in tokens.split(max(1, min(chunk_size, MAX_CHUNK_ELEMENTS // sae.config.d_sae))):
             modalities = None if modality_ids is None else modality_ids.flatten()[chunk]
             feature_acts = sae.encode(flat_states[chunk], modalities)  # (chunk, d_sae)
             position, feature = _reaches(feature_acts, threshold).nonzero(as_tuple=True)
             features.append(feature)
-            values.append(feature_acts[position, feature])
+            found.append(feature_acts[position, feature])
             token_index.append(chunk[position])
             del feature_acts  # before the next chunk is encoded, so that one is alive at a time
-    values = torch.cat(values)
+    values = torch.cat(found)
     if not values.isfinite().all():
         raise ValueError(
             f"{int((~values.isfinite()).sum())} of {values.numel()} concept activations are not finite, and so are "
@@ -177,7 +177,7 @@ class ConceptCodebook(nn.Embedding):
         return feature_acts.to(self.weight.dtype) @ self.weight
 
 
-def check_token_shape(name: str, ids: torch.Tensor | None, batch_size: int, sequence_length: int):
+def check_token_shape(name: str, ids: torch.Tensor | None, batch_size: int, sequence_length: int) -> None:
     if ids is not None and tuple(ids.shape) != (batch_size, sequence_length):
         raise ValueError(
             f"{name} must have one entry per token, shape {(batch_size, sequence_length)}, got {tuple(ids.shape)}."

@@ -96,7 +96,7 @@ class SlotMapper(nn.Module):
         self.concept_proj = ConceptProjection(config.d_slot, sam_dim) if config.heatmap_concepts else None
         heads, bias = config.heatmap_heads, config.heatmap_bias_init
         if config.heatmap_fuser == "refine":
-            self.head_fuser = nn.Sequential(
+            self.head_fuser: nn.Module = nn.Sequential(
                 HeatmapConv(heads, heads, kernel_size=3, padding=1),
                 nn.SiLU(),
                 HeatmapBiasConv(heads, 1, kernel_size=3, padding=1, bias_init=bias),

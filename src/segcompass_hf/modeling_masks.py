@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers import MODEL_FOR_MASK_GENERATION_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_MASK_GENERATION_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .image_features_segcompass import ImageFeatures, parts_of
 from .modeling_mobile_sam import MobileSamModel
@@ -21,7 +21,7 @@ _OUR_CLASSES = {MobileSamModel.config_class.model_type: MobileSamModel}
 PADDING_LOGIT = -50.0  # heatmap logit on the padded area, as the original feeds its prompt encoder
 
 
-def segmenter_class(config: PretrainedConfig) -> type:
+def segmenter_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The model class of a segmenter's configuration: ours, or the one that `AutoModelForMaskGeneration` knows.
 
     Raises:

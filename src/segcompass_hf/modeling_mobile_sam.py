@@ -6,6 +6,7 @@ training can move their statistics.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ def eager_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `(n, heads, length, head_dim)` spelled out, which can return its weights."""
     scores = query @ key.transpose(-1, -2) * scaling + attention_mask
@@ -224,7 +225,7 @@ class MobileSamVisionEncoder(SamPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, MobileSamVisionAttention):
             init.zeros_(module.relative_position_bias)
@@ -234,7 +235,7 @@ class MobileSamVisionEncoder(SamPreTrainedModel):
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs) -> tuple | SamVisionEncoderOutput:
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple | SamVisionEncoderOutput:
         """Embed images.
 
         Args:

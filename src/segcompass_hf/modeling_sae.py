@@ -5,7 +5,7 @@ Parameter names and shapes are those of SAELens, so its weights load as they are
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +124,7 @@ class SegCompassSae(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, SegCompassSae):
             return
         init.normal_(module.W_dec, mean=0.0, std=self.config.initializer_range)
@@ -139,7 +139,9 @@ class SegCompassSae(PreTrainedModel):
             init.constant_(module.threshold, 0.01)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """Load an SAE; see `PreTrainedModel.from_pretrained`.
 
         Raises:

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,10 +49,10 @@ class SegCompassPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["shared_image_embedding", "shared_embedding"]
     # Units of sharding beside the layers of VLM and segmenter: what is called as a module, so that its weights are
     # gathered. The segmenter's image encoder and mask decoder are two more.
-    _no_split_modules = ["ConceptCodebook", "SlotEncoder", "SlotMapper"]
+    _no_split_modules: list[str] | set[str] = ["ConceptCodebook", "SlotEncoder", "SlotMapper"]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if type(module).__module__ in _OWN_MODULES and hasattr(module, "reset_parameters"):
             if isinstance(module, nn.Embedding):
                 init.normal_(module.weight, std=self.config.initializer_range)
@@ -97,10 +98,11 @@ class SegCompassForReasoningSegmentation(
         self.vlm = vlm if vlm is not None else AutoModelForImageTextToText.from_config(config.vlm_config)
         check_decoder_only(self.vlm)
         if sam is None:
-            asked, sam_class = config.sam_config._attn_implementation, segmenter_class(config.sam_config)
+            sam_config: Any = config.sam_config
+            asked, sam_class = sam_config._attn_implementation, segmenter_class(sam_config)
             if (attention := supported_attention(sam_class, asked)) != asked:
-                config.sam_config._attn_implementation = attention
-            sam = sam_class._from_config(config.sam_config)
+                sam_config._attn_implementation = attention
+            sam = sam_class._from_config(sam_config)
         check_segmenter(sam)
         sam.config = segmenter_config(sam.config)
         self.sam = sam
@@ -111,9 +113,9 @@ class SegCompassForReasoningSegmentation(
         # The VLM ties its rows itself; PEFT asks the whole model, and would train two sets of rows where it says no.
         config.tie_word_embeddings = bool(getattr(self.vlm.config, "tie_word_embeddings", False))
         self._tied_weights_keys = {f"vlm.{key}": f"vlm.{of}" for key, of in self.vlm.all_tied_weights_keys.items()}
-        self.codebook = ConceptCodebook(config.sae_config.d_sae, config.d_slot)
+        self.codebook = ConceptCodebook(self.sae.config.d_sae, config.d_slot)
         self.slot_encoder = SlotEncoder(config)
-        sam_dim = config.sam_config.mask_decoder_config.hidden_size
+        sam_dim = self.sam.config.mask_decoder_config.hidden_size
         self.slot_mapper = SlotMapper(config, hidden_size=config.hidden_size, sam_dim=sam_dim)
         self.post_init()
         # accelerate's FSDP refuses names of which there is no module, and VLMs name some (CLIP's text tower).
@@ -153,7 +155,7 @@ class SegCompassForReasoningSegmentation(
         output_slots: bool = False,
         targets: MaskTargets | None = None,
         slots_alone: bool = False,
-        **vlm_kwargs,
+        **vlm_kwargs: Any,
     ) -> SegCompassOutput:
         r"""Read a whole sequence (prompt and completion) once and segment.
 
@@ -207,9 +209,10 @@ class SegCompassForReasoningSegmentation(
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if completion_mask is None and labels is not None:
             completion_mask = labels != -100
-        interventions = normalize_interventions(interventions, self.config.sae_config.d_sae)
+        interventions = normalize_interventions(interventions, self.sae.config.d_sae)
         vlm_inputs = {"attention_mask": attention_mask, "pixel_values": pixel_values, **vlm_kwargs}
-        vlm_output, language_loss, loss = {}, None, None
+        vlm_output: Any = {}
+        language_loss = loss = None
         if slots_alone:
             capture = self._pass_to_sae(input_ids, vlm_inputs, interventions)
         else:
@@ -226,9 +229,14 @@ class SegCompassForReasoningSegmentation(
         output = SegCompassOutput()
         reads_slots = image_embeddings is not None or slots_alone or output_slots
         if reads_slots or output_concepts:
-            layer_and_last = (capture.layer_states[0], None) if slots_alone else capture.states()
+            layer_states, last_states = (capture.layer_states[0], None) if slots_alone else capture.states()
             states = SequenceStates(
-                *layer_and_last, input_ids, attention_mask, completion_mask, image_token_grids=image_token_grids
+                layer_states,
+                last_states,
+                input_ids,
+                attention_mask,
+                completion_mask,
+                image_token_grids=image_token_grids,
             )
             states = self.with_concept_states(states, interventions, **vlm_inputs)
         if reads_slots:
@@ -308,15 +316,16 @@ class SegCompassForReasoningSegmentation(
                 mask, modality = (x[:, span].repeat_interleave(copies, 0) for x in (attention_mask, modality_ids))
                 return steer_hidden_states(self.sae, states, interventions, mask, modality)
 
-        return HiddenStateCapture(self.vlm, self.config.sae_layer, edit, stop, prompt_length=input_ids.shape[1])
+        layer = cast(int, self.config.sae_layer)  # set by the configuration where it was left out
+        return HiddenStateCapture(self.vlm, layer, edit, stop, prompt_length=input_ids.shape[1])
 
-    def vlm_inputs(self, input_ids: torch.Tensor, **inputs) -> dict:
+    def vlm_inputs(self, input_ids: torch.Tensor, **inputs: Any) -> dict:
         """Arguments of `self.vlm(...)` for whole sequences; see [`sequence_inputs`]."""
         return sequence_inputs(self.vlm, {"input_ids": input_ids, **inputs})
 
     @torch.no_grad()
     def with_concept_states(
-        self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs
+        self, states: SequenceStates, interventions: Interventions = None, **vlm_inputs: Any
     ) -> SequenceStates:
         """The states with those that concepts are read from: the same, but with `concept_input="duplicated"`, where a
         second pass of the VLM (its other inputs: `vlm_inputs`) reads what the original code lets its SAE read.

@@ -171,7 +171,7 @@ class SlotEncoder(nn.Module):
         key_mask = torch.cat([slots_mask, token_mask], dim=1)[:, None, None]  # (batch_size, 1, 1, K + tokens)
         hidden_states = torch.cat([queries, concept_embeddings.to(queries.dtype)], dim=1)
 
-        attentions = ()
+        attentions: tuple[torch.Tensor, ...] = ()
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             hidden_states, weights = layer(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import islice, zip_longest
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,13 +42,15 @@ class ReasoningSegmentationPipeline(Pipeline):
     one by one.
     """
 
+    tokenizer: Any
+    image_processor: Any
     _load_processor = True
     _load_image_processor = False
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
 
-    def __call__(self, inputs: Any, instruction: str | list[str] | None = None, **kwargs) -> Any:
+    def __call__(self, inputs: Any, instruction: str | list[str] | None = None, **kwargs: Any) -> Any:
         r"""Segment one image or several.
 
         Args:
@@ -84,7 +86,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             return []
         return super().__call__(samples, instruction=instruction, **kwargs)
 
-    def _sanitize_parameters(self, instruction=None, generate_kwargs=None, **parameters):
+    def _sanitize_parameters(self, instruction: Any = None, generate_kwargs: Any = None, **parameters: Any) -> Any:
         preprocess = {} if instruction is None else {"instruction": instruction}
         forward = dict(generate_kwargs or {})
         postprocess = {}
@@ -99,7 +101,15 @@ class ReasoningSegmentationPipeline(Pipeline):
                 )
         return preprocess, forward, postprocess
 
-    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: Any,
+        batch_size: Any,
+        preprocess_params: Any,
+        forward_params: Any,
+        postprocess_params: Any,
+    ) -> Any:
         """As in the parent, but whatever goes to worker processes can be sent there where they are spawned: a function
         that collates and one that loads images, without the model."""
         if isinstance(inputs, Sized):
@@ -136,7 +146,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             )
         return {"image": to_rgb_image(image), "instruction": instruction}
 
-    def _forward(self, samples: dict[str, Any], **generate_kwargs) -> dict[str, Any]:
+    def _forward(self, samples: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         batched = isinstance(samples["instruction"], list)
         images = samples["image"] if batched else [samples["image"]]
         instructions = samples["instruction"] if batched else [samples["instruction"]]
@@ -195,7 +205,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         held = {"guardrails": result["guardrails"]} if "guardrails" in result else {}
         return {"reasoning": result["reasoning"], "segments": segments} | held
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save model, processor and this file, loadable with `trust_remote_code=True` where the package is missing."""
         # The parts of the processor would be written on their own, and over the processor's files.
         parts = self.tokenizer, self.image_processor
@@ -261,7 +271,7 @@ def _several(inputs: Any) -> Any:
         return list(inputs)
     if isinstance(inputs, Sized):
         by_index = isinstance(inputs, (Sequence, Dataset)) or type(inputs).__module__.startswith("datasets.")
-        return inputs if by_index else list(inputs)
+        return inputs if by_index else list(cast(Iterable, inputs))
     return inputs if isinstance(inputs, Iterable) else None
 
 

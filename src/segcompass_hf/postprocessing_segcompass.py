@@ -2,7 +2,7 @@
 """The model's maps -> the masks of an answer at the image's size, without empty and double ones, and its text."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,18 @@ class PostProcessingMixin:
     """Outputs of [`SegCompassProcessor`]; needs of its heir the tokenizer, a token id and the canvas."""
 
     tokenizer: PreTrainedTokenizerBase
-    image_token_id: int
     _coverage: PatchCoverage | None
-    think_start_token_id: int
-    canvas_size: int  # side of SAM's input, in pixels
+
+    if TYPE_CHECKING:  # properties of its heir
+
+        @property
+        def image_token_id(self) -> int | None: ...
+
+        @property
+        def think_start_token_id(self) -> int: ...
+
+        @property
+        def canvas_size(self) -> int: ...
 
     def post_process_segmentation(
         self,

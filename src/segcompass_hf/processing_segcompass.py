@@ -48,7 +48,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         vlm_processor_class (`str`, *optional*, defaults to `"LlavaProcessor"`): The family's class in transformers.
         vlm_processor_kwargs (`dict`, *optional*): What that class takes besides image processor and tokenizer.
         instruction_template (`str`, *optional*): User turn after the image; holds `{instruction}`, may hold
-        `{num_slots}`.
+            `{num_slots}`.
         completion_template (`str`, *optional*): The reference answer; holds `{reasoning}` and `{references}`.
         chat_template (`str`, *optional*): Jinja template; the tokenizer's own, or a minimal one, where not given.
         think_tags (`str`, *optional*, defaults to `"tokens"`): `"text"` leaves `<think>` and `</think>` to be spelled
@@ -60,9 +60,9 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
 
     def __init__(
         self,
-        image_processor,
-        tokenizer,
-        sam_image_processor,
+        image_processor: Any,
+        tokenizer: Any,
+        sam_image_processor: Any,
         num_slots: int = 4,
         vlm_processor_class: str = "LlavaProcessor",
         vlm_processor_kwargs: dict | None = None,
@@ -115,7 +115,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
 
     @classmethod
     def from_parts(
-        cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs
+        cls, vlm_processor: Any, sam_processor: Any = 1024, num_slots: int = 4, **kwargs: Any
     ) -> "SegCompassProcessor":
         """Put a processor together from a VLM's and a segmenter's.
 
@@ -133,8 +133,8 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         if isinstance(vlm_processor, (str, os.PathLike)) and is_own_folder(vlm_processor):
             vlm_processor = cls.from_pretrained(vlm_processor)
         if hasattr(vlm_processor, "vlm_processor_class"):  # one of ours, as the warm-up saves with a VLM
-            names = ("instruction_template", "completion_template", "image_token_grids", "trained_words")
-            own = {name: getattr(vlm_processor, name) for name in names}
+            ours = ("instruction_template", "completion_template", "image_token_grids", "trained_words")
+            own = {name: getattr(vlm_processor, name) for name in ours}
             vlm_processor = vlm_processor.vlm_processor
         if isinstance(vlm_processor, (str, os.PathLike)):
             image_processor, tokenizer, class_name, class_kwargs, template = load_vlm_parts(str(vlm_processor))
@@ -179,7 +179,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         masks: Any = None,
         overflow: Literal["error", "merge", "drop"] = "error",
         return_tensors: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchFeature:
         """Inputs for the model: one sample per image and instruction.
 
@@ -276,7 +276,7 @@ class SegCompassProcessor(VlmCallsMixin, PromptsMixin, TrainedWordsMixin, PostPr
         pixels = self.sam_image_processor(images, return_tensors="pt")["pixel_values"]
         return {"sam_pixel_values": pixels, **places}
 
-    def _mask_targets(self, masks: Any, images: list, overflow: str) -> dict:
+    def _mask_targets(self, masks: Any, images: list, overflow: Literal["error", "merge", "drop"]) -> dict:
         if len(images) == 1 and (_depth(masks) in (2, 3) or len(masks) == 0):
             masks = [masks]  # one image's objects, not in a list of one
         if len(masks) != len(images):

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -41,9 +41,13 @@ class PromptsMixin:
     instruction_template: str
     completion_template: str
     num_slots: int
-    image_token: str | None
     apply_chat_template: Callable[..., Any]
     _control: dict | None
+
+    if TYPE_CHECKING:  # properties of its heir
+
+        @property
+        def image_token(self) -> str | None: ...
 
     @property
     def ref_token_id(self) -> int:

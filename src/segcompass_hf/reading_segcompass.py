@@ -4,7 +4,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -16,7 +16,8 @@ from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
 from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import SparseConcepts, encode_concepts
-from .modeling_masks import PADDING_LOGIT, MaskStage
+from .modeling_masks import PADDING_LOGIT
+from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoderOutput
 from .prompt_copies_segcompass import PromptCopies
 
@@ -118,7 +119,7 @@ class SequenceStates:
     image_token_grids: torch.Tensor | None = None
     prompt_copies: PromptCopies | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.concept_ids = self.input_ids if self.concept_ids is None else self.concept_ids
         self.concept_mask = self.attention_mask if self.concept_mask is None else self.concept_mask
 
@@ -136,13 +137,19 @@ class SequenceStates:
         written = written.to(prompt_mask.dtype)
         attention_mask = torch.cat([prompt_mask, written], dim=1)
         completion_mask = torch.cat([torch.zeros_like(prompt_mask), written], dim=1)
-        rest = {"image_token_grids": image_token_grids, "prompt_copies": prompt_copies}
-        return cls(*states, sequences, attention_mask, completion_mask, **rest)
+        return cls(
+            *states,
+            sequences,
+            attention_mask,
+            completion_mask,
+            image_token_grids=image_token_grids,
+            prompt_copies=prompt_copies,
+        )
 
     def __getitem__(self, rows: slice) -> "SequenceStates":
         """Some rows of the batch."""
-        values = [getattr(self, part.name) for part in fields(self)]
-        return SequenceStates(*(None if value is None else value[rows] for value in values))
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        return replace(self, **{name: value[rows] for name, value in values.items() if value is not None})
 
 
 @dataclass
@@ -203,17 +210,11 @@ class ReadingMixin(ConceptGridsMixin):
     """
 
     config: SegCompassConfig
-    sae: nn.Module
+    sae: SegCompassSae
     codebook: nn.Module
     slot_encoder: nn.Module
     slot_mapper: nn.Module
-    sam: nn.Module
     training: bool
-
-    @property
-    def mask_stage(self) -> MaskStage:
-        """The mask decoder's interface: image -> features; features and heatmaps -> masks."""
-        return MaskStage(self.sam)
 
     def encode_image(self, sam_pixel_values: torch.Tensor) -> torch.Tensor | ImageFeatures:
         """Features of `sam_pixel_values` `(batch_size, 3, canvas, canvas)`; see [`~MaskStage.encode_image`]."""
@@ -245,7 +246,7 @@ class ReadingMixin(ConceptGridsMixin):
             modality_ids,
             chunk_size=self.config.concept_chunk_size,
         )
-        return apply_interventions(concepts, interventions, attention_mask, modality_ids, self.config.sae_config.d_sae)
+        return apply_interventions(concepts, interventions, attention_mask, modality_ids, self.sae.config.d_sae)
 
     def read_concepts(self, states: SequenceStates, interventions: Interventions = None) -> SparseConcepts:
         """Active concepts of the states of sequences, interventions applied; no grad."""
@@ -349,7 +350,7 @@ class ReadingMixin(ConceptGridsMixin):
             targets.mask_labels,
             targets.num_objects,
             area,
-            assignments=targets.assignments,
+            assignments=cast(SlotAssignments | None, targets.assignments),  # `read_masks` calls a function before
             match_valid_area_only=self.config.valid_area_only,
             num_items=targets.num_items,
             num_samples=targets.num_samples,

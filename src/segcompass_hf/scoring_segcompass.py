@@ -45,10 +45,14 @@ class TokenSurprisal(LogitsProcessor):
         chosen = len(self._surprisals)  # tokens; the format may have had the others follow at once
         if not 0 < chosen <= is_reasoning.shape[1] or is_reasoning[:, chosen:].any():
             return torch.full((len(sequences),), torch.nan, device=sequences.device)
-        surprisals = torch.cat(self._surprisals, dim=1)  # (rows, chosen)
-        is_reasoning = is_reasoning[:, :chosen].to(surprisals.device).bool()
-        weights = is_reasoning.cumsum(1) * is_reasoning
-        return (surprisals.masked_fill(~is_reasoning, 0.0) * weights).sum(1) / weights.sum(1)
+        return mean_surprisal(torch.cat(self._surprisals, dim=1), is_reasoning[:, :chosen])
+
+
+def mean_surprisal(surprisals: torch.Tensor, is_reasoning: torch.Tensor) -> torch.Tensor:
+    """As [`~TokenSurprisal.of_reasoning`], of the surprisals of all tokens, both `(rows, completion_length)`."""
+    is_reasoning = is_reasoning.to(surprisals.device).bool()
+    weights = is_reasoning.cumsum(1) * is_reasoning
+    return (surprisals.masked_fill(~is_reasoning, 0.0) * weights).sum(1) / weights.sum(1)
 
 
 def mask_certainty(

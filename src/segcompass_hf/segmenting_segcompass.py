@@ -1,12 +1,13 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """`segment`: write the reasoning and segment from the states seen while writing, without a second pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -90,6 +91,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     image_embeddings_of: Callable[..., torch.Tensor | ImageFeatures | None]
     capture_states: Callable[..., HiddenStateCapture]
     with_concept_states: Callable[..., SequenceStates]
+    modules: Callable[[], Iterator[nn.Module]]
+    eval: Callable[[], Any]
 
     guardrails = guardrails_of  # takes the model first
 
@@ -115,7 +118,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         require: Concepts = None,
         votes: int | None = None,
         decode_above: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> SegCompassSegmentationOutput:
         r"""Write the reasoning and segment, from the states seen while writing: no second pass.
 
@@ -208,31 +211,39 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         finally:
             for module in training:
                 module.training = True
-        shared = set(SegCompassSegmentationOutput.__dataclass_fields__) & set(output)
-        fields = {name: output[name] for name in shared}
+        fields = {"guardrails": rules or None, "guardrail_firing": firing}
         if output_image_embeddings:
             fields["image_embeddings"] = image_embeddings.repeat_interleave(copies, 0)
-        answer = SegCompassSegmentationOutput(
-            sequences=sequences,
+        answer = self.answers_of(states, output, reasoning_surprisal, sizes, **fields)
+        if votes is None:
+            return answer
+        area = None if sizes is None else self.mask_stage.valid_area(sizes.to(output["pred_masks"].device))
+        answer = vote(answer, votes, self.config.sae_config.d_sae, area)
+        answer.concepts = answer.concepts if output_concepts else None
+        return answer
+
+    def answers_of(
+        self, states: SequenceStates, output: SegCompassOutput, reasoning_surprisal: torch.Tensor, sizes: Any, **fields: Any
+    ) -> SegCompassSegmentationOutput:
+        """What `segment` returns, of sequences that are written and of what was read of them (`output`).
+
+        `sizes` are `reshaped_input_sizes`; `fields` are further ones of the answer.
+        """
+        scored = output.slot_logits, output.pred_masks, reasoning_surprisal, sizes
+        shared = set(SegCompassSegmentationOutput.__dataclass_fields__) & set(output)
+        return SegCompassSegmentationOutput(
+            sequences=states.input_ids,
             attention_mask=states.attention_mask,
             completion_mask=states.completion_mask,
             slot_logit_threshold=float(self.config.slot_logit_threshold),
             mask_logit_threshold=float(self.config.mask_logit_threshold),
             duplicate_iou_threshold=float(self.config.duplicate_iou_threshold),
-            slot_scores=self.score_slots(output.slot_logits, output.pred_masks, reasoning_surprisal, sizes),
+            slot_scores=self.score_slots(*scored),
             reasoning_surprisal=reasoning_surprisal,
-            guardrails=rules or None,
-            guardrail_firing=firing,
-            **fields,
+            **{name: output[name] for name in shared} | fields,
         )
-        if votes is None:
-            return answer
-        area = None if sizes is None else self.mask_stage.valid_area(sizes.to(output.pred_masks.device))
-        answer = vote(answer, votes, self.config.sae_config.d_sae, area)
-        answer.concepts = answer.concepts if output_concepts else None
-        return answer
 
-    def read_finite_masks(self, states: SequenceStates, *args, **kwargs) -> SegCompassOutput:
+    def read_finite_masks(self, states: SequenceStates, *args: Any, **kwargs: Any) -> SegCompassOutput:
         """`read_masks`, with an error where a stage's output is not a number, for masks that someone will look at.
 
         Args:
@@ -241,8 +252,9 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         Raises:
             ValueError: NaN or infinities; the message names the stage, and the weights that hold them.
         """
-        layer_states = states.layer_states[states.concept_mask.bool()]
-        check_finite(self, "vlm", layer_states, states.last_states[states.attention_mask.bool()])
+        layer_states, last_states = states.layer_states, states.last_states
+        written = [] if last_states is None else [last_states[states.attention_mask.bool()]]
+        check_finite(self, "vlm", layer_states[cast(torch.Tensor, states.concept_mask).bool()], *written)
         output = self.read_masks(states, *args, **kwargs)
         check_finite(self, "slot_encoder", output.slots)
         check_finite(self, "slot_mapper", output.heatmap_logits, output.slot_logits)
@@ -272,8 +284,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                 "use_cache=False passes the whole sequence again for every token, so captured states would belong to "
                 "many passes; leave it out."
             )
-        given = kwargs.get("cache_implementation")
-        check_growing_cache(given or getattr(kwargs.get("generation_config"), "cache_implementation", None))
+        cache = kwargs.get("cache_implementation")
+        check_growing_cache(cache or getattr(kwargs.get("generation_config"), "cache_implementation", None))
 
     def _is_format(self, completion: torch.Tensor, end_ids: list[int]) -> torch.Tensor:
         """True on the tokens of the format, which are no reasoning; `(rows, completion_length)`."""
@@ -297,7 +309,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         own = {"do_sample": sampling, "use_cache": True, **keep, **cache}
         return {**own, **kwargs, "logits_processor": processors, **ends}
 
-    def _generation_setting(self, kwargs: dict, name: str):
+    def _generation_setting(self, kwargs: dict, name: str) -> Any:
         """A setting as `generate` finds it: an argument, the caller's configuration, the model's own."""
         configs = (kwargs.get("generation_config"), self.generation_config)
         given = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
@@ -316,7 +328,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
     def _logits_processors(
         self,
         prompt_length: int,
-        reasoning: str,
+        reasoning: Literal["full", "short", "none"],
         constrain_format: bool | None,
         max_new_tokens: int,
         end_ids: list[int],

@@ -11,7 +11,7 @@ _POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 
 
-def check_weight_files(source: Any, subfolder: str = "") -> None:
+def check_weight_files(source: Any, subfolder: str | None = "") -> None:
     """Look at the files of a local checkpoint before they are read.
 
     Args:

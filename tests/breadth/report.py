@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Try VLM families and renew `record.json` and docs/backbones.md: all that can be built here, or those named.
+"""Try VLM families, all that can be built here or those named; renew `record.json` and docs/reference/backbones.md.
 
 python tests/breadth/report.py [FAMILY ...]
 """

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Every VLM family does what docs/backbones.md says of it; one that works today never breaks unseen."""
+"""Every VLM family does what docs/reference/backbones.md says of it; one that works today never breaks unseen."""
 
 import pytest
 import transformers
@@ -29,7 +29,8 @@ def test_family(name):
 
 
 def test_the_page_is_made_of_the_record():
-    assert DOCS.read_text("utf-8") == page(load()), "renew docs/backbones.md: python tests/breadth/report.py llava"
+    renew = "renew docs/reference/backbones.md: python tests/breadth/report.py llava"
+    assert DOCS.read_text("utf-8") == page(load()), renew
 
 
 def test_the_record_knows_every_family():

@@ -190,7 +190,19 @@ def test_folder_specification(tmp_path):
 
 
 def test_known_data_sets_are_described():
-    for kind in ("scenes", "refcoco", "refcoco+", "refcocog", "grefcoco", "reasonseg", "hosted", "folder", "coco"):
+    for kind in (
+        "scenes",
+        "refcoco",
+        "refcoco+",
+        "refcocog",
+        "grefcoco",
+        "reasonseg",
+        "hosted",
+        "folder",
+        "coco",
+        "labelme",
+        "yolo",
+    ):
         assert kind in describe_known()
     done = subprocess.run(
         [sys.executable, "-m", "segcompass_hf.cli", "evaluate", "--help"], capture_output=True, text=True

@@ -9,12 +9,4 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Submodule -> public names that it defines.
-_EXPORTS = {
-    "running": ("PredictionSummary", "predict_dataset"),
-    "job": ("PredictionJob",),
-    "ray_engine": ("predict_dataset_with_ray",),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

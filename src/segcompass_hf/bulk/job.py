@@ -47,7 +47,7 @@ class PredictionJob:
     concepts: int = 0
     allow_outside: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.instructions, str) or not all(words.strip() for words in self.instructions):
             raise ValueError(
                 f"instructions are {self.instructions!r:.80}; expected a tuple of texts, each saying what to find."

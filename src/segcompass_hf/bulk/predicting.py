@@ -87,7 +87,9 @@ class ShardPredictor:
             features = model.encode_image(pixels.to(model.device))
             self._held |= {key: features[index : index + 1] for index, key in enumerate(new)}
         features = join_rows([self._held[question.key] for question in questions], torch.cat)
-        output, _, results = self.predictor.segment_inputs(inputs | {"image_embeddings": features}, all_slots=False)
+        images = [[question.image] for question in questions]
+        inputs = inputs | {"image_embeddings": features}
+        output, _, results = self.predictor.segment_inputs(inputs, images, all_slots=False)
         concepts: list = [None] * len(questions)
         if self.concepts:
             concepts = strongest_concepts(output.concepts, self.concepts)

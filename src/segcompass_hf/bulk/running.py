@@ -64,6 +64,7 @@ def predict_dataset(
     share: tuple[int, int] = (0, 1),
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
+    predictor: Any = None,
 ) -> PredictionSummary:
     """Answer a data set into Parquet files, one per shard.
 
@@ -79,6 +80,8 @@ def predict_dataset(
         resume (`bool`, *optional*, defaults to `True`): `False` drops the results that the output holds.
         on_progress (`Callable`, *optional*): Called with a [`Progress`] after each batch, in the main process, whose
             own rows it counts.
+        predictor ([`ModelPredictor`], *optional*): Answers in place of what `job.load_predictor` loads, such as a
+            [`VllmPredictor`].
 
     Returns:
         [`PredictionSummary`]: the same in every process.
@@ -93,7 +96,7 @@ def predict_dataset(
     with output.alone(share) if processes.is_main else nullcontext():
         with processes.main_first():
             source = job.open_source()
-        predictor = job.load_predictor(processes.device)
+        predictor = job.load_predictor(processes.device) if predictor is None else predictor
         left = None
         if processes.is_main:
             left = begin(job.settings(predictor, source), source, output, share, resume)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..data.builders.found_files import PICTURES
 from ..files import json_digest
 from .columns import ParquetSource
 from .pictures import LinesSource, PicturesSource
@@ -14,9 +15,6 @@ from .places import find_files
 from .shards import Source, SourceRow, numbered, ranges
 from .tars import TarSource
 
-# The formats that images are read in, by the suffixes of their files.
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2")
-PICTURES += (".ppm",)
 _KINDS = {".parquet": "Parquet files", ".tar": "tar files", **dict.fromkeys(PICTURES, "pictures")}
 KNOWN = "a folder, pattern or URL of .parquet files, .tar files or pictures"
 

@@ -17,7 +17,7 @@ examples:
   segcompass convert mobile_sam.pt --output runs/mobile_sam
   segcompass convert mobile_sam.pt --output runs/mobile_sam_512 --config '{"vision_config": {"image_size": 512}}'
 
-docs/conversion.md says what the original's files are called and what the result computes.
+docs/how-to/convert.md says what the original's files are called and what the result computes.
 """
 
 

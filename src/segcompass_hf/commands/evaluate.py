@@ -24,6 +24,8 @@ data sets:
   hosted:PARQUET_OR_ID[:SPLIT]              a mirror with image, text, mask, image_id, ann_id
   folder:ROOT[:ANNOTATIONS[:SPLIT]]         images and a JSONL or CSV of your own
   coco:ANNOTATIONS:IMAGES
+  labelme:ROOT                              a json of labelled shapes for each image
+  yolo:DATA.yaml:SPLIT                      YOLO's label files with corners
   FILE.parquet, FOLDER[:SPLIT], OWNER/NAME[:SPLIT]   in the row schema
 """
 

@@ -118,7 +118,7 @@ def _print(made: Any, next_steps: list[str]) -> None:
         print(f"added to the tokenizer: {' '.join(made.added_tokens)}")
     for note in made.notes:
         print(f"note: {note}", file=sys.stderr)
-    print("\nnext (docs/training.md says more, --help lists all settings):")
+    print("\nnext (docs/tutorials/train-every-stage.md says more, --help lists all settings):")
     for number, step in enumerate(next_steps, start=1):
         print(f"  {number}. {step}")
 

@@ -17,7 +17,7 @@ EPILOG = """\
 A data set is a folder, pattern or URL (hf://datasets/OWNER/NAME, s3://...) of .parquet files, webdataset .tar files or
 pictures, or one that `segcompass evaluate` knows by name. --output gets data/part-*.parquet; errors are rows too. The
 same command goes on where a kill has stopped it. Many processes: torchrun --nproc_per_node N -m segcompass_hf.cli
-predict ...; many machines: --engine ray, or --shard, see docs/predict_many.md.
+predict ...; many machines: --engine ray, or --shard, see docs/how-to/million-images.md.
 """
 _DEFAULTS = {"batch_size": 8, "rows_per_shard": 500, "concepts": 0, "engine": "local"}
 # Arguments that mean something with --dataset alone, as argparse calls them.

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     )
     api = parser.add_argument_group("the server for programs")
     api.add_argument(
-        "--api", action="store_true", help="serve JSON over HTTP instead of the page; see docs/endpoint.md"
+        "--api", action="store_true", help="serve JSON over HTTP instead of the page; see docs/how-to/endpoint.md"
     )
     api.add_argument("--batch-size", type=positive, metavar="N", help="questions answered together (8)")
     api.add_argument(

@@ -69,7 +69,7 @@ class SegmentationCollator:
     slot_cache: Any = None
     extra: Callable[[Sequence[dict], list, BatchFeature], dict[str, Any]] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         choices = {
             "overflow": ("drop", "merge", "error"),
             "missing_reasoning": ("format", "empty", "skip"),
@@ -82,9 +82,10 @@ class SegmentationCollator:
         self._dropped = torch.zeros(1 + MAX_WORKERS, 2, dtype=torch.long).share_memory_()
 
     @classmethod
-    def for_evaluation(cls, processor: Any, **kwargs) -> SegmentationCollator:
+    def for_evaluation(cls, processor: Any, **kwargs: Any) -> SegmentationCollator:
         """Prompts for `model.segment`, and `references` with every object of every row."""
-        return cls(processor, **({"overflow": "merge", "with_reasoning": False, "with_masks": False} | kwargs))
+        settings: dict[str, Any] = {"overflow": "merge", "with_reasoning": False, "with_masks": False}
+        return cls(processor, **(settings | kwargs))
 
     @property
     def dropped_objects(self) -> int:
@@ -115,7 +116,7 @@ class SegmentationCollator:
         images = [_of_row(row, to_rgb_image, row["image"]) for row in rows]
         needs_masks = self.with_masks or not self.with_reasoning
         sizes = [(image.height, image.width) for image in images]
-        masks = None
+        masks: list[Any] = []
         if needs_masks:
             masks = [_of_row(row, decode_masks, row["masks"], size) for row, size in zip(rows, sizes, strict=True)]
         if self.with_masks:
@@ -204,7 +205,7 @@ def _num_equal(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def language_inputs(
-    processor: Any, images: list, instructions: list[str], reasonings: list[str] | None = None
+    processor: Any, images: list, instructions: list[Any], reasonings: list[str] | None = None
 ) -> BatchFeature:
     """The VLM's own inputs, with reference answers if given, without the work of SAM's image processor.
 
@@ -229,7 +230,7 @@ def _reference(row: dict[str, Any], masks: Any) -> dict[str, Any]:
     return {**reference, "masks": masks, "ignore": None if ignore is None else _of_row(row, decode_mask, ignore)}
 
 
-def _of_row(row: dict[str, Any], function: Callable, *args) -> Any:
+def _of_row(row: dict[str, Any], function: Callable, *args: Any) -> Any:
     """`function(*args)`, whose errors name the row."""
     try:
         return function(*args)

@@ -100,7 +100,9 @@ class EmbeddingCache:
         self._extra = tuple(f"/{number}" for number in range(1, len(shapes)))  # ends of the names of extra parts
         self._bytes_per_image = sum(prod(shape) for shape in shapes) * DTYPES[dtype].itemsize
         self.num_encoded = 0  # images that went through the encoder
-        self._stores_new, self._state, self.shards = True, None, None
+        self._stores_new = True
+        self._state: tuple[Any, ...] | None = None  # of the encoder, when it was last looked at
+        self.encoder_key = ""
         self._check_key()
 
     def refresh_key(self) -> str:
@@ -118,10 +120,10 @@ class EmbeddingCache:
             return
         description = describe_encoding(self.model, self.processor) | {"stored": self.dtype}
         key = json_digest(description)[:32]
-        if self.shards is not None and key != self.encoder_key:
+        if self.encoder_key and key != self.encoder_key:
             logger.warning("embedding cache: SAM's image encoder or its input changed; earlier entries do not fit.")
             self.flush()
-        if self.shards is None or key != self.encoder_key:
+        if key != self.encoder_key:
             self.encoder_key = key
             self.shards = TensorShards(self.folder / key, identity=key, **self._limits)
             weakref.finalize(self, _flush_at_exit, self.shards, os.getpid())

@@ -11,7 +11,7 @@ from ..image_files_segcompass import PIXELS_SETTING, max_image_pixels
 MASKS_IN_MEMORY = 20  # of the largest size; smaller ones as many more
 
 
-def _pycocotools():
+def _pycocotools() -> Any:
     try:
         from pycocotools import mask as coco_mask
     except ImportError as error:
@@ -191,7 +191,7 @@ def check_mask_pixels(count: int, height: int, width: int) -> None:
         )
 
 
-def row_features():
+def row_features() -> Any:
     """`datasets.Features` of a row; every builder returns exactly these columns."""
     from datasets import Features, Image, List, Value
 

@@ -124,7 +124,7 @@ class SlotCache:
         slots, references = torch.stack(states).split(self._widths, dim=-1)
         inputs = {"slots": slots, "reference_states": references}
         if patches:
-            inputs["image_concept_embeddings"] = pad_sequence(patches[0], batch_first=True)
+            inputs["image_concept_embeddings"] = pad_sequence(list(patches[0]), batch_first=True)
         return inputs
 
     def fill(self, rows: Any, batch_size: int = 8, process_index: int = 0, num_processes: int = 1) -> int:

@@ -9,21 +9,4 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Submodule -> public names that it defines.
-_EXPORTS = {
-    "predictors.baselines": ("BASELINES", "make_baseline"),
-    "predictors.box_localizer": ("BoxLocalizerPredictor", "is_malformed"),
-    "runner": ("EvaluationSummary", "evaluate_dataset"),
-    "predictors.external": ("FolderPredictor", "prediction_file_name"),
-    "prediction": ("Prediction", "Predictor"),
-    "predictors.model": ("ModelPredictor",),
-    "predictors.sampling": ("SamplingPredictor",),
-    "pass_at_k": ("measure_pass_at_k", "read_pass_rates"),
-    "calibration": ("calibrate", "fit_calibration"),
-    "comparison": ("compare_runs",),
-    "datasets_spec": ("load_dataset_of",),
-    "records": ("read_samples",),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

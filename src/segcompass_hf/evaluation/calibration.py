@@ -37,8 +37,8 @@ def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str,
     Raises:
         ValueError: There are fewer than 10 right or fewer than 10 wrong masks.
     """
-    features, is_right = np.asarray(features, dtype=float), np.asarray(is_right, dtype=bool)
-    right, wrong = int(is_right.sum()), int((~is_right).sum())
+    features, truth = np.asarray(features, dtype=float), np.asarray(is_right, dtype=bool)
+    right, wrong = int(truth.sum()), int((~truth).sum())
     if min(right, wrong) < MIN_MASKS:
         raise ValueError(
             f"{right} masks are right and {wrong} wrong; fitting needs at least {MIN_MASKS} of each. Take more rows "
@@ -52,7 +52,7 @@ def fit_calibration(features: np.ndarray, is_right: Sequence[bool]) -> dict[str,
     used = [i for i, scale in enumerate(scales) if scale > 1e-9]
     while True:
         columns = np.column_stack([centred[:, used] / scales[used], np.ones(len(features))])
-        *weights, bias = _logistic_regression(columns, is_right).tolist()
+        *weights, bias = _logistic_regression(columns, truth).tolist()
         signed = [weight * _SIGNS[SCORE_FEATURES[i]] for i, weight in zip(used, weights, strict=True)]
         if min(signed, default=0.0) >= 0:
             break
@@ -102,7 +102,7 @@ def calibrate(
     Raises:
         ValueError: see [`fit_calibration`] and [`choose_threshold`].
     """
-    features, logits, ious, answers, samples = [], [], [], [], 0
+    found, confidences, ious, answers, samples = [], [], [], [], 0
     readable = (row for row in rows if row.problem is None)
     while batch := list(islice(readable, batch_size)):
         output, sizes, results = predictor.segment([row.columns for row in batch])
@@ -111,22 +111,22 @@ def calibrate(
         for index, (row, result) in enumerate(zip(batch, results, strict=True)):
             masks, shown = result["masks"].numpy(), result["slots"]
             own = output.slot_logits[index].float().cpu()[shown]  # (num_masks,)
-            features.append(every[index, shown])
-            logits.append(own)
-            ious += best_ious(masks, row.targets, row.ignore)
+            found.append(every[index, shown])
+            confidences.append(own)
+            ious += best_ious(masks, row.read_targets, row.ignore)
             if with_threshold:
-                answers.append(AnswersByThreshold.of(masks, own.numpy(), row.targets, row.ignore))
+                answers.append(AnswersByThreshold.of(masks, own.numpy(), row.read_targets, row.ignore))
         samples += len(batch)
-    features = torch.cat(features) if features else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
-    logits = torch.cat(logits) if logits else torch.zeros(0)  # (num_masks,)
+    features = torch.cat(found) if found else torch.zeros(0, len(SCORE_FEATURES))  # (num_masks, 3)
+    logits = torch.cat(confidences) if confidences else torch.zeros(0)  # (num_masks,)
     threshold = choose_threshold(answers) if with_threshold else None
-    lowest = threshold["slot_logit_threshold"] if threshold else -torch.inf
+    lowest: Any = threshold["slot_logit_threshold"] if threshold else -torch.inf
     kept = torch.tensor([iou is not None for iou in ious], dtype=torch.bool) & (logits > lowest)
     features, logits = features[kept], logits[kept]
-    ious = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept]
-    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in ious])
+    fits = [iou for iou, is_kept in zip(ious, kept.tolist(), strict=True) if is_kept and iou is not None]
+    calibration = fit_calibration(features.numpy(), [iou >= RIGHT_IOU for iou in fits])
     scores = calibrated_scores(features, calibration).tolist()
-    before, after = (calibration_figures(each, ious) for each in (logits.sigmoid().tolist(), scores))
+    before, after = (calibration_figures(each, fits) for each in (logits.sigmoid().tolist(), scores))
     return calibration, {"before": before, "after": after, "samples": samples, "threshold": threshold}
 
 

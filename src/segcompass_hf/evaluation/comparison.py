@@ -89,7 +89,8 @@ def compare_runs(folder: str | os.PathLike, other: str | os.PathLike) -> RunComp
     differences = []
     for record, old in zip(records, others, strict=True):
         differs = [name for name in ("masks", "text", "problem") if record[name] != old[name]]
-        if not np.allclose(*_same_length(record["scores"], old["scores"]), rtol=0, atol=SCORE_TOLERANCE):
+        scores, old_scores = _same_length(record["scores"], old["scores"])
+        if not np.allclose(scores, old_scores, rtol=0, atol=SCORE_TOLERANCE):
             differs.append("scores")
         if differs:
             iou, other_iou = score_of(record).iou, score_of(old).iou

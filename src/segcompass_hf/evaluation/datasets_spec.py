@@ -47,7 +47,7 @@ class NamedDataset:
 
     def notes(self) -> dict[str, Any]:
         """What an evaluation's summary says about the data: type, split, and rows that were lost in building."""
-        notes = {"dataset_type": self.kind, "dataset_split": self.split}
+        notes: dict[str, Any] = {"dataset_type": self.kind, "dataset_split": self.split}
         if self.report is not None:
             built = self.report.to_dict()
             notes["build"] = built | {"problems": built["problems"][:MAX_LISTED_PROBLEMS]}
@@ -150,6 +150,22 @@ def _coco(kind: str, _: int | None, out: bool, annotations: str, images: str) ->
     return NamedDataset(dataset, Path(annotations).stem, kind, None, report)
 
 
+def _labelme(kind: str, _: int | None, out: bool, root: str) -> NamedDataset:
+    from ..data.builders.labelme import build_labelme
+
+    report = BuildReport()
+    dataset = build_labelme(root, report=report, allow_outside=out)
+    return NamedDataset(dataset, Path(os.path.realpath(root)).name, kind, None, report)
+
+
+def _yolo(kind: str, _: int | None, out: bool, data: str, split: str) -> NamedDataset:
+    from ..data.builders.yolo import build_yolo
+
+    report = BuildReport()
+    dataset = build_yolo(data, split=split, report=report, allow_outside=out)
+    return NamedDataset(dataset, f"{Path(os.path.realpath(data)).parent.name} {split}", kind, split, report)
+
+
 _REFER_USAGE = "refcoco|refcoco+|refcocog|grefcoco:ROOT:IMAGES:SPLIT[:SPLIT_BY]"
 _KINDS: dict[str, tuple[Callable[..., NamedDataset], str]] = {
     "scenes": (_scenes, "scenes:SPLIT[:SEED]"),
@@ -161,6 +177,8 @@ _KINDS: dict[str, tuple[Callable[..., NamedDataset], str]] = {
     "hosted": (_hosted, "hosted:PARQUET_OR_ID[:SPLIT]"),
     "folder": (_folder, "folder:ROOT[:ANNOTATIONS[:SPLIT]]"),
     "coco": (_coco, "coco:ANNOTATIONS:IMAGES"),
+    "labelme": (_labelme, "labelme:ROOT"),
+    "yolo": (_yolo, "yolo:DATA.yaml:SPLIT"),
 }
 _STORED_USAGES = ("FILE.parquet", "FOLDER[:SPLIT]", "OWNER/NAME[:SPLIT]")
 

@@ -104,9 +104,9 @@ def measure_pass_at_k(
 def record_of(row: EvaluationRow, answers: Sequence[Prediction]) -> dict[str, Any]:
     """What is kept of a prompt: `index`, `sample_id`, `image_id`, `source`, `kind`, `right` (of each sample, 0 or 1),
     `iou` (of each, in [0, 1]), `right_reasoning` (of right samples, each wording once), `problem`."""
-    chosen = [chosen_objects(answer.masks, row.targets, row.others, row.ignore) for answer in answers]
+    chosen = [chosen_objects(answer.masks, row.read_targets, row.others, row.ignore) for answer in answers]
     scores = [score_sample(answer.masks, row.targets, row.ignore) for answer in answers]
-    right = [is_right_choice(objects, len(row.targets)) for objects in chosen]
+    right = [is_right_choice(objects, len(row.read_targets)) for objects in chosen]
     reasonings = [answer.reasoning for answer, is_right in zip(answers, right, strict=True) if is_right]
     return {
         **_described(row),
@@ -165,7 +165,7 @@ def _group(records: Sequence[dict[str, Any]], ks: Sequence[int]) -> dict[str, An
     }
 
 
-def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) -> dict[Any, dict[str, float]]:
+def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) -> dict[Any, dict[str, Any]]:
     """Means over the prompts, whose images are drawn again for the intervals: the same ones for every figure."""
     if not images:
         return dict.fromkeys(values, {"value": None, "low": None, "high": None, "num_samples": 0})
@@ -173,10 +173,11 @@ def _with_intervals(values: dict[Any, list[float]], images: Sequence[Hashable]) 
     *sums, counts = sums_by_image(columns, images).T  # (num_images,) each
     terms = {name: (part, counts) for name, part in zip(values, sums, strict=True)}
     bounds = bootstrap_ratios(terms, len(counts))
-    return {
-        name: {"value": float(np.mean(its)), "low": bounds[name][0], "high": bounds[name][1], "num_samples": len(its)}
-        for name, its in values.items()
-    }
+    found = {}
+    for name, its in values.items():
+        low, high = bounds[name] or (None, None)
+        found[name] = {"value": float(np.mean(its)), "low": low, "high": high, "num_samples": len(its)}
+    return found
 
 
 def prediction_markdown(figures: dict[str, Any]) -> str:

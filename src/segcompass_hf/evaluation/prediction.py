@@ -29,7 +29,7 @@ class Prediction:
     text: str | None = None
     duplicates_dropped: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.masks = np.asarray(self.masks)
         if self.masks.ndim != 3 or self.masks.dtype != bool:
             raise ValueError(

@@ -27,7 +27,7 @@ SAMPLES_FILE = "samples.jsonl"  # of a finished run, in the order of the data se
 RECORDS_FOLDER = "records"  # of a run under way: a file per process
 _COUNTS = SampleScore._fields
 CHECKSUM = "checksum"  # of a line's other values: a digit that has changed since makes no figure
-_TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "backslashreplace"}  # half a character has no UTF-8
 _SCORE_DIGITS = 6  # beyond these, the number of threads of a CPU shows
 
 
@@ -60,7 +60,7 @@ def record_of(row: EvaluationRow, prediction: Prediction) -> dict[str, Any]:
         "masks": [encode_mask(mask) for mask in prediction.masks],
         "mask_ious": [
             None if iou is None else round(iou, _SCORE_DIGITS)
-            for iou in best_ious(prediction.masks, row.targets, row.ignore)
+            for iou in best_ious(prediction.masks, row.read_targets, row.ignore)
         ],
         "duplicates": count_duplicates(prediction.masks),
         "duplicates_dropped": prediction.duplicates_dropped,
@@ -106,7 +106,7 @@ def choice_score_of(record: dict[str, Any]) -> SampleScore | None:
 def _choice(masks: np.ndarray, row: EvaluationRow) -> dict[str, Any] | None:
     if row.others is None:
         return None
-    objects, score = choose_objects(masks, row.targets, row.others, row.ignore)
+    objects, score = choose_objects(masks, row.read_targets, row.others, row.ignore)
     return {"objects": objects, **score._asdict()}
 
 
@@ -146,7 +146,7 @@ class RecordWriter:
     def __enter__(self) -> RecordWriter:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._file.close()
 
 
@@ -223,12 +223,13 @@ def read_samples(output_dir: str | os.PathLike) -> list[dict[str, Any]]:
     records = []
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            records.append(_parsed(line, needs_checksum=False))
-            if records[-1] is None:
+            record = _parsed(line, needs_checksum=False)
+            if record is None:
                 raise ValueError(
                     f"{path}, line {number} is damaged or no record; run the same evaluation again, which writes the "
                     "file anew from what is there."
                 )
+            records.append(record)
     return records
 
 

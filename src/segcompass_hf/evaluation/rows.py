@@ -49,6 +49,17 @@ class EvaluationRow:
     def sample_id(self) -> str | None:
         return self.columns.get("sample_id")
 
+    @property
+    def read_targets(self) -> np.ndarray:
+        """`targets` of a row that was read.
+
+        Raises:
+            ValueError: It could not be read.
+        """
+        if self.targets is None:
+            raise ValueError(f"row {self.index} has no targets: it could not be read ({self.problem}).")
+        return self.targets
+
 
 class EvaluationRows:
     """The first rows of a data set, read one at a time.

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 
 from ..images_segcompass import restore_map, to_rgb_image
-from ..token_kinds import token_kinds
+from ..token_kinds import TokenKind, token_kinds
 from .explanation import Token
 from .replay import Replay, capture
 
@@ -41,7 +41,7 @@ class Answer:
         image: Any,
         instruction: str,
         reasoning: Literal["full", "short", "none"] = "full",
-        **segment_kwargs,
+        **segment_kwargs: Any,
     ):
         if not isinstance(instruction, str):
             raise ValueError(
@@ -91,7 +91,8 @@ class Answer:
         size = (self.image.height, self.image.width)
         kinds, patches = token_kinds(self.processor, captured, self.instruction, image_size=size)
         texts = [tokenizer.decode([token]) for token in captured.sequences[0].tolist()]
-        return [Token(i, text, *what) for i, (text, *what) in enumerate(zip(texts, kinds, patches, strict=True))]
+        described = enumerate(zip(texts, kinds, patches, strict=True))
+        return [Token(i, text, cast(TokenKind, kind), patch) for i, (text, kind, patch) in described]  # no padding
 
 
 def mask_iou(first: np.ndarray, second: np.ndarray) -> float:

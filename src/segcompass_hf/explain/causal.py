@@ -51,10 +51,11 @@ def ablate(
     >>> ablate(answer, [17, 230]).iou  # of each mask to what it was
     ```
     """
+    given: Any = features
     try:
-        ids = [operator.index(features)]  # an int of Python, numpy or torch
+        ids = [operator.index(given)]  # an int of Python, numpy or torch
     except TypeError:
-        ids = list(features)
+        ids = list(given)
     return steer(answer, [ConceptIntervention(i, tokens=tokens, where=where) for i in ids], true_masks=true_masks)
 
 

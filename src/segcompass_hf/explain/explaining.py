@@ -28,7 +28,7 @@ def explain(
     true_masks: Any = None,
     reasoning: Literal["full", "short", "none"] = "full",
     max_concepts: int = 50,
-    **segment_kwargs,
+    **segment_kwargs: Any,
 ) -> Explanation:
     """Say which concepts, read from which words and image patches, made which mask, and test the largest causally.
 

@@ -76,7 +76,7 @@ class CapturedSegmentation:
 
 
 @torch.inference_mode(False)  # gradients go through what is captured, wherever it is called
-def capture(model: Any, inputs: Any, **segment_kwargs) -> list[CapturedSegmentation]:
+def capture(model: Any, inputs: Any, **segment_kwargs: Any) -> list[CapturedSegmentation]:
     """Segment a batch and keep what leads from concepts to masks.
 
     Args:

@@ -84,7 +84,7 @@ def compose_checkpoint(
     d_sae: int | None = None,
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
-    **config_kwargs,
+    **config_kwargs: Any,
 ) -> Composition:
     """Compose a ready-to-train checkpoint and save it with its processor, whole or not at all.
 
@@ -300,7 +300,7 @@ def _make_model(
     vlm, sam = parts.vlm, parts.sam
     with model_errors(parts.vlm):
         if parts.whole_config is not None:
-            load = {} if dtype is None else {"dtype": dtype}
+            load: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
             whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
             vlm, sam = whole.vlm, whole.sam if sam is None else sam
         if dtype is not None and sae is not None:

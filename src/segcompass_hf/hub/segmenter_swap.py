@@ -86,7 +86,7 @@ def _with_segmenter(parts: Any, dtype: str | None) -> tuple[nn.Module, list[str]
     from ..modeling_segcompass import SegCompassForReasoningSegmentation
 
     with model_errors(parts.vlm):
-        load = {} if dtype is None else {"dtype": dtype}
+        load: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         whole = SegCompassForReasoningSegmentation.from_pretrained(parts.vlm, **load)
         config = whole.config
         fields = own_settings(config) | {name: getattr(config, name) for name in _KEPT}

@@ -2,6 +2,7 @@
 """Metrics with their intervals, over everything and by source, kind or whatever samples are told apart by."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 from .intervals import images_of
 from .segmentation import (
@@ -52,7 +53,7 @@ def breakdown(
     scores: Iterable[SampleScore],
     groups: Iterable[Hashable],
     images: Sequence[Hashable] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> dict[Hashable, dict[str, dict[str, float]]]:
     """`metrics_with_intervals` of each group of samples.
 
@@ -74,7 +75,8 @@ def breakdown(
         >>> {kind: figures[kind]["gIoU"]["value"] for kind in figures}
         {'colour': 1.0, 'place': 0.5}
     """
-    scores, members = list(scores), {}
+    scores = list(scores)
+    members: dict[Hashable, list[tuple[SampleScore, Hashable]]] = {}
     for score, group, image in zip(scores, groups, images_of(len(scores), images), strict=True):
         members.setdefault(group, []).append((score, image))
     found = {}

@@ -59,12 +59,12 @@ def expected_calibration_error(scores: Sequence[float], is_right: Sequence[bool]
     >>> expected_calibration_error([1.0, 1.0, 0.5, 0.5], [True, False, True, False])
     0.25
     """
-    scores, is_right = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=float)
-    if not len(scores):
+    shown, right = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=float)
+    if not len(shown):
         return float("nan")
-    bins = np.clip((scores * num_bins).astype(int), 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=is_right - scores, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(scores))
+    bins = np.clip((shown * num_bins).astype(int), 0, num_bins - 1)
+    gaps = np.bincount(bins, weights=right - shown, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(shown))
 
 
 def ranking(scores: Sequence[float], is_right: Sequence[bool]) -> float:
@@ -78,8 +78,8 @@ def ranking(scores: Sequence[float], is_right: Sequence[bool]) -> float:
     >>> ranking([0.9, 0.5, 0.5], [True, True, False])
     0.75
     """
-    scores, is_right = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=bool)
-    right, wrong = scores[is_right], np.sort(scores[~is_right])
+    shown, chosen = np.asarray(scores, dtype=float), np.asarray(is_right, dtype=bool)
+    right, wrong = shown[chosen], np.sort(shown[~chosen])
     if not len(right) or not len(wrong):
         return float("nan")
     below, up_to = np.searchsorted(wrong, right, "left"), np.searchsorted(wrong, right, "right")

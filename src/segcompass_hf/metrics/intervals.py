@@ -30,16 +30,15 @@ def bootstrap_interval(
     Returns:
         `tuple[float, float, float]`: mean, low, high; NaN where there are no values.
     """
-    values = np.asarray(values, dtype=float)
-    if not len(values):
+    measured = np.asarray(values, dtype=float)
+    if not len(measured):
         return (float("nan"),) * 3
-    groups = np.arange(len(values)) if groups is None else np.asarray(groups)
-    _, index = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(index, weights=values), np.bincount(index)
+    _, index = np.unique(np.arange(len(measured)) if groups is None else np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(index, weights=measured), np.bincount(index)
     figure = bootstrap_statistic(
         lambda draw: sums[draw].sum() / counts[draw].sum(), len(sums), confidence, num_resamples, seed
     )
-    return float(values.mean()), figure["low"], figure["high"]
+    return float(measured.mean()), figure["low"], figure["high"]
 
 
 def bootstrap_statistic(

@@ -27,7 +27,10 @@ class SampleScore(NamedTuple):
     predicted_pixels: int
     target_pixels: int
 
-    left_out = False  # whether no metric counts it
+    @property
+    def left_out(self) -> bool:
+        """Whether no metric counts it."""
+        return False
 
     @property
     def iou(self) -> float:
@@ -38,7 +41,9 @@ class SampleScore(NamedTuple):
 class LeftOutScore(SampleScore):
     """Of a sample with a target all of which is ignored: no answer is right or wrong, and no metric counts it."""
 
-    left_out = True
+    @property
+    def left_out(self) -> bool:
+        return True
 
 
 def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleScore:
@@ -75,7 +80,7 @@ def score_sample(prediction: Any, reference: Any, ignore: Any = None) -> SampleS
     empty = np.zeros(next(iter(shapes.values())), dtype=bool)
     prediction = empty if prediction is None else prediction
     reference = empty if reference is None else reference
-    kind = SampleScore
+    kind: type[SampleScore] = SampleScore
     if ignore is not None:
         is_meant = reference.any()
         prediction, reference = prediction & ~ignore, reference & ~ignore

@@ -9,6 +9,7 @@ add to the prediction was lost to the drawing. The two add up: `1 = IoU + lost t
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def shown_objects(mask: np.ndarray, objects: np.ndarray) -> list[int]:
     best = 0.0
     while True:
         changes = [sorted({*shown} ^ {index}) for index in candidates]
-        fits = [_iou(mask, objects[change].any(axis=0)) for change in changes]
+        fits = [_iou(mask, np.any(objects[change], axis=0)) for change in changes]
         if max(fits, default=0.0) <= best:
             return shown
         best = max(fits)
@@ -114,15 +115,11 @@ def selection_figures(
     sums = sums_by_image(counted, images_of(len(ious), images)).T  # (num_columns, num_images)
     terms = {name: (column, sums[-3]) for name, column in zip(columns, sums, strict=False)}
     intervals = bootstrap_ratios(terms, sums.shape[1], confidence, num_resamples, seed)
-    return {
-        name: {
-            "value": float(column.mean()),
-            "low": intervals[name][0],
-            "high": intervals[name][1],
-            "num_samples": len(ious),
-        }
-        for name, column in columns.items()
-    }
+    figures = {}
+    for name, column in columns.items():
+        low, high = cast(tuple[float, float], intervals[name])  # never None: every sample bears on every figure
+        figures[name] = {"value": float(column.mean()), "low": low, "high": high, "num_samples": len(ious)}
+    return figures
 
 
 def selection_by_group(
@@ -138,7 +135,8 @@ def selection_by_group(
         places.setdefault(group, []).append(place)
     return {
         group: selection_figures(
-            *([each[place] for place in places[group]] for each in (scores, oracle_scores)),
+            [scores[place] for place in places[group]],
+            [oracle_scores[place] for place in places[group]],
             images=[images[place] for place in places[group]],
         )
         for group in sorted(places, key=str)

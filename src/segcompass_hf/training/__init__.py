@@ -9,30 +9,4 @@ from __future__ import annotations
 
 from .._lazy import lazy_names
 
-# Submodule -> public names that it defines.
-_EXPORTS = {
-    "grpo.config": ("SegCompassGRPOConfig",),
-    "grpo.trainer": ("SegCompassGRPOTrainer",),
-    "sae.trainer": ("SaeTrainer",),
-    "sae.config": ("SaeTrainingConfig",),
-    "warmup.config": ("WarmupConfig",),
-    "warmup.trainer": ("WarmupTrainer",),
-    "segmentation.config": ("SegmentationConfig",),
-    "segmentation.trainer": ("SegmentationTrainer",),
-    "rewards.object_reward": ("object_reward",),
-    "rewards.rewards": ("format_reward", "mask_reward", "is_well_formed", "format_problem"),
-    "adapters": ("lora_config", "check_peft_config", "load_adapter"),
-    "quantization": ("quantization_config",),
-    "sae.sae_lens": ("load_sae_lens", "save_sae_lens"),
-    "grpo.vllm": ("export_for_vllm",),
-    "fsdp": ("prepare_fsdp2",),
-    "memory.estimate": ("estimate_memory",),
-    "recipe.settings": ("read_recipe",),
-    "recipe.check": ("check_recipe",),
-    "recipe.running": ("run_recipe",),
-    "segmentation.own_reasoning": ("with_own_reasoning", "with_right_samples"),
-    "loop.resume": ("RobustTrainerMixin", "RobustTrainingArguments"),
-}
-__all__ = [name for names in _EXPORTS.values() for name in names]
-
-__getattr__, __dir__ = lazy_names(__name__, _EXPORTS)
+__getattr__, __dir__, __all__ = lazy_names(__name__)

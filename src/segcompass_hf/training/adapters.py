@@ -5,7 +5,7 @@ import copy
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -32,7 +32,7 @@ def lora_config(
     targets: Sequence[str] = LORA_TARGETS,
     heads: Literal["full", "none"] = "full",
     train_token_rows: Literal["head", "none", "both"] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> LoraConfig:
     """LoRA on the decoder layers with index >= `sae_layer`; the heads and SAM's mask path trained whole.
 
@@ -255,7 +255,7 @@ def _foreign_rows(model: PreTrainedModel, config: PeftConfig) -> list[str]:
 
 
 def load_adapter(
-    base: str | Path | PreTrainedModel | None, adapter: str | Path, is_trainable: bool = False, **kwargs
+    base: str | Path | PreTrainedModel | None, adapter: str | Path, is_trainable: bool = False, **kwargs: Any
 ) -> PeftModel:
     """Put a saved adapter onto its base model.
 
@@ -280,7 +280,7 @@ def load_adapter(
             raise ValueError(
                 f"{adapter} does not say which model it was trained on (that model was never saved); pass it as base."
             )
-        base = _base_on_this_machine(base, adapter)
+        base = _base_on_this_machine(str(base), adapter)
     if not isinstance(base, nn.Module):
         base = SegCompassForReasoningSegmentation.from_pretrained(base, **kwargs)
     elif kwargs:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,7 @@ FORWARD_METHODS = (
 )
 
 
-def prepare_fsdp2(model: nn.Module, **fsdp_kwargs) -> nn.Module:
+def prepare_fsdp2(model: nn.Module, **fsdp_kwargs: Any) -> nn.Module:
     """Shard a SegCompass model with FSDP2, in place, into the units that accelerate makes of it.
 
     Units: what `_no_split_modules` names (decoder layers, vision blocks, the segmenter's image encoder and mask
@@ -86,7 +87,7 @@ def finish_sharding(model: nn.Module) -> nn.Module:
 class FinishShardingCallback(TrainerCallback):
     """Calls [`finish_sharding`] when training begins, after the model is sharded."""
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         finish_sharding(model)
 
 
@@ -99,10 +100,10 @@ def _gather_in_methods(root: nn.Module, core: nn.Module) -> dict[str, int]:
     """Let [`FORWARD_METHODS`] run the root's hooks around them, unless they are called from within one another."""
     inside = {"depth": 0}
 
-    def enter(*_):
+    def enter(*_: Any) -> None:
         inside["depth"] += 1
 
-    def leave(*_):
+    def leave(*_: Any) -> None:
         inside["depth"] -= 1
 
     root.register_forward_pre_hook(enter)
@@ -113,7 +114,7 @@ def _gather_in_methods(root: nn.Module, core: nn.Module) -> dict[str, int]:
         gathered = getattr(root, name)
 
         @functools.wraps(plain)
-        def method(*args, plain=plain, gathered=gathered, **kwargs):
+        def method(*args: Any, plain: Any = plain, gathered: Any = gathered, **kwargs: Any) -> Any:
             if inside["depth"]:
                 return plain(*args, **kwargs)
             enter()
@@ -136,7 +137,7 @@ def _gather_for_zero3(core: nn.Module) -> None:
         plain = getattr(core.sae, name)
 
         @functools.wraps(plain)
-        def method(*args, plain=plain, **kwargs):
+        def method(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
             with deepspeed.zero.GatheredParameters(list(core.sae.parameters())):  # frozen: no backward needs them
                 return plain(*args, **kwargs)
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
 """4-bit and 8-bit bases through bitsandbytes: the language model's decoder layers shrink, everything else stays."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def quantization_config(
     bits: Literal[4, 8] = 4,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
-    **kwargs,
+    **kwargs: Any,
 ) -> BitsAndBytesConfig:
     """What `from_pretrained(..., quantization_config=...)` takes: the decoder layers in NF4 or int8, and nothing else.
 
@@ -40,7 +40,7 @@ def quantization_config(
     model = SegCompassForReasoningSegmentation.from_pretrained(path, quantization_config=quantization_config(config))
     ```
     """
-    config = getattr(model_or_config, "config", model_or_config)
+    config: Any = getattr(model_or_config, "config", model_or_config)
     skip = full_precision_modules(config, SegCompassForReasoningSegmentation)
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip, **kwargs)

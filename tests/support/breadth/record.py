@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""What is known of every family: `record.json` for the test, and docs/backbones.md, made of it, for readers."""
+"""What is known of every family: `record.json` for the test, and docs/reference/backbones.md for readers."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from .trial import Outcome
 
 ROOT = Path(__file__).resolve().parents[3]
 RECORD = ROOT / "tests" / "breadth" / "record.json"
-DOCS = ROOT / "docs" / "backbones.md"
+DOCS = ROOT / "docs" / "reference" / "backbones.md"
 SYMBOLS = {"passed": "+", "noise": "~", "failed": "-", "not reached": ".", "not comparable": "n"}
 GOOD = ("passed", "noise", "not comparable")
 INTRODUCTION = """# Which VLMs work
@@ -81,7 +81,7 @@ def differences(known: dict[str, Outcome], found: dict[str, Outcome]) -> tuple[l
 
 
 def page(record: dict) -> str:
-    """docs/backbones.md."""
+    """docs/reference/backbones.md."""
     tried = {name: outcomes_in(record, name) for name in FAMILIES if name in record["families"]}
     failed = {name: [step for step in STEPS if steps[step].kind == "failed"] for name, steps in tried.items()}
     whole = [name for name in tried if not failed[name]]

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a VLM family has to pass, from its processor to a training step; a column of docs/backbones.md each."""
+"""What a VLM family has to pass, from its processor to a training step: the columns of docs/reference/backbones.md."""
 
 import copy
 import tempfile

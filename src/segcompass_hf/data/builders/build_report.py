@@ -28,7 +28,7 @@ class RowProblem(ValueError):
         super().__init__(detail)
         self.kind = kind
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.kind, str(self))
 
 
@@ -51,7 +51,7 @@ class BuildReport:
     ```
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.problems: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()  # reason -> samples left out on purpose
         self.num_rows = 0
@@ -84,7 +84,7 @@ class BuildReport:
             text += ", " + ", ".join(f"{number} left out ({why})" for why, number in self.left_out.items())
         if not self.problems:
             return text + ", no problems."
-        first = {}
+        first: dict[str, dict[str, Any]] = {}
         for problem in self.problems:
             first.setdefault(problem["kind"], problem)
         kinds = [

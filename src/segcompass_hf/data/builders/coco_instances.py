@@ -88,25 +88,44 @@ class CocoInstances:
         renumber: bool = False,
     ):
         self.name, self.report, self.photographs = Path(path).name, report, photographs
-        content = read_json(path, report)
-        lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
-        if not all(isinstance(entries, list) for entries in lists):
-            report.add("bad_json", self.name, "no lists 'images' and 'annotations'", lost=False)
-            raise ValueError(
-                f"{os.fspath(path)!r} is no COCO annotation file: it has no lists images and annotations."
-            )
+        content = self.read(Path(path))
         self.categories = content.get("categories")
         self._clashing: dict[int | str, str] = {}
-        self.images = self._read_images(lists[0], images)
+        self.images = self._read_images(content["images"], images)
         self._first = self._join_files() if renumber else {}  # image -> the first one of its file
-        photographs.claim(names_of(entry) for entry in lists[0])
+        photographs.claim(names_of(entry) for entry in content["images"])
         self.strays: list[dict] = []
-        self.annotations = self._read_annotations(lists[1], images is None, renumber)
+        self.annotations = self._read_annotations(content["annotations"], images is None, renumber)
         self.of_image: dict[int | str, list[int]] = {}
         for number, annotation in self.annotations.items():
             self.of_image.setdefault(annotation["image_id"], []).append(number)
         self._rles: dict[int, dict | RowProblem] = {}
         self._named: set[int] = set()
+
+    def read(self, path: Path) -> dict[str, Any]:
+        """What the file holds: lists `images` and `annotations`, and `categories`. Others draw in other forms.
+
+        Raises:
+            FileNotFoundError, ValueError: as of the class.
+        """
+        content = read_json(path, self.report)
+        lists = [content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")]
+        if not all(isinstance(entries, list) for entries in lists):
+            self.report.add("bad_json", self.name, "no lists 'images' and 'annotations'", lost=False)
+            raise ValueError(f"{str(path)!r} is no COCO annotation file: it has no lists images and annotations.")
+        return content
+
+    def called(self, annotation_id: int) -> str:
+        """What messages call an annotation."""
+        return f"annotation {annotation_id}"
+
+    def draw(self, annotation: dict[str, Any]) -> dict[str, Any]:
+        """The mask of an annotation as COCO RLE.
+
+        Raises:
+            RowProblem: what `polygons_to_rle` finds.
+        """
+        return polygons_to_rle(annotation.get("segmentation"), *self.size(annotation["image_id"]))
 
     def _read_images(self, entries: list, wanted: Collection[str] | None) -> dict[int | str, dict]:
         found: dict[int | str, dict] = {}
@@ -239,7 +258,7 @@ class CocoInstances:
         """One annotation's mask, drawn when first asked for.
 
         Raises:
-            RowProblem: `"missing_annotation"`, or what `polygons_to_rle` finds.
+            RowProblem: `"missing_annotation"`, or what `draw` finds.
         """
         annotation = self.annotations.get(annotation_id)
         if annotation is None or annotation["image_id"] != image_id:
@@ -250,9 +269,9 @@ class CocoInstances:
 
     def _draw(self, annotation_id: int, annotation: dict[str, Any]) -> dict[str, Any]:
         try:
-            return polygons_to_rle(annotation.get("segmentation"), *self.size(annotation["image_id"]))
+            return self.draw(annotation)
         except RowProblem as problem:
-            raise RowProblem(problem.kind, f"annotation {annotation_id}: {problem}") from problem
+            raise RowProblem(problem.kind, f"{self.called(annotation_id)}: {problem}") from problem
         finally:
             annotation["segmentation"] = None  # its polygons are the bulk of the memory
 
@@ -272,5 +291,5 @@ class CocoInstances:
                 if number not in self._named:
                     self._named.add(number)
                     detail = f"left out of the other objects: {problem}"
-                    self.report.add(problem.kind, f"{self.name} annotation {number}", detail, lost=False)
+                    self.report.add(problem.kind, f"{self.name} {self.called(number)}", detail, lost=False)
         return masks

@@ -149,8 +149,8 @@ class _FolderRows:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         lines = ((f"{self.path.name} line {number}", fields) for number, fields in read_lines(self.path))
-        lines = ((where, f if isinstance(f, RowProblem) else (f, where)) for where, f in lines)
-        yield from usable_rows(lines, lambda line: self._row(self._known(*line)), self.report)
+        entries = ((where, f if isinstance(f, RowProblem) else (f, where)) for where, f in lines)
+        yield from usable_rows(entries, lambda line: self._row(self._known(*line)), self.report)
         if self.num_lines and not self.has_masks:
             raise ValueError(
                 f'no line of {str(self.path)!r} has "masks": {FORMS}. If indeed nothing is meant in any image, write '

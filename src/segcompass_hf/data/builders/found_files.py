@@ -12,6 +12,10 @@ from urllib.parse import quote, unquote
 
 from .build_report import RowProblem
 
+# The formats that images are read in, by the suffixes of their files.
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2")
+PICTURES += (".ppm",)
+
 _CHANGES = (
     lambda name: name.replace("\\", "/"),
     unquote,

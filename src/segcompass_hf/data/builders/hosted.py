@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +64,15 @@ def from_hosted_reasonseg(
     report = BuildReport() if report is None else report
     files = _local_files(path_or_id, split)
     is_folder = os.path.isdir(path_or_id)
-    trusted = TrustedFolder(path_or_id if is_folder else Path(path_or_id).parent, allow_outside) if files else None
-    for file in files if is_folder else ():
-        trusted.check(file)
+    trusted = None
     if files:
+        trusted = TrustedFolder(path_or_id if is_folder else Path(path_or_id).parent, allow_outside)
+        for file in files if is_folder else ():
+            trusted.check(file)
         _check_files(files, report)
     hosted = HostedRows(split, report, trusted)
 
-    def rows(files: list[str]) -> Iterator[dict[str, Any]]:
+    def rows(files: Sequence[str | Path]) -> Iterator[dict[str, Any]]:
         hosted.start_again()
         for table in _tables(files):
             yield from hosted(table)
@@ -142,7 +143,8 @@ def _check_files(files: list[Path], report: BuildReport) -> None:
 
 
 def _check_columns(columns: list[str] | None, where: Any) -> None:
-    missing = [name for name in COLUMNS if name not in (columns or COLUMNS)]
+    columns = list(COLUMNS) if columns is None else columns
+    missing = [name for name in COLUMNS if name not in columns]
     if missing:
         raise ValueError(
             f"{os.fspath(where)!r} has no column {', '.join(missing)}; it has {', '.join(columns)}, and a mirror of "
@@ -150,7 +152,7 @@ def _check_columns(columns: list[str] | None, where: Any) -> None:
         )
 
 
-def _tables(files: list[str] | list[Path]) -> Iterator[Any]:
+def _tables(files: Sequence[str | Path]) -> Iterator[Any]:
     """Tables of one row. A buffer keeps whole row groups, which may be whole files, out of memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq

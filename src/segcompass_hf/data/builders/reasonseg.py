@@ -15,10 +15,9 @@ from ..schema import encode_mask
 from .build_report import BuildReport, RowProblem
 from .coco_instances import describe_folder
 from .found_files import TrustedFolder
-from .polygons import check_pixels, checked_polygon
 from .rows import dataset_from_rows, image_size, make_row, usable_rows
-from .shapes import draw_shape
-from .values import as_id, as_whole, parse_json
+from .shapes import draw_shape, read_shapes, shape_points
+from .values import as_id, as_whole
 
 SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -110,7 +109,7 @@ class _Files:
         name = f"reasonseg-{self.split}-{stem}"
         try:
             self.trusted.check(self.folder / f"{stem}.json")
-            content = _read(self.folder / f"{stem}.json")
+            content = read_shapes(self.folder / f"{stem}.json")
             instructions = _texts(content)
         except RowProblem as problem:
             yield name, problem
@@ -119,7 +118,9 @@ class _Files:
             self.report.left_out["further texts"] += len(instructions) - 1
             instructions = instructions[:1]
         try:
-            fields = _fields(content, stem, self._photograph(stem, images, content), name, self.report)
+            fields: dict[str, Any] | RowProblem = _fields(
+                content, stem, self._photograph(stem, images, content), name, self.report
+            )
         except RowProblem as problem:
             fields = problem
         for position, text in enumerate(instructions):
@@ -143,22 +144,6 @@ class _Files:
             raise RowProblem("ambiguous_file", f"{both} stand beside {stem}.json, which does not say which is meant.")
         self.trusted.check(named[0])
         return named[0]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A json in UTF-8 or, as some of the benchmark's files, cp1252."""
-    data = path.read_bytes()
-    try:
-        try:
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = data.decode("cp1252")
-        content = parse_json(text)
-    except ValueError as error:
-        raise RowProblem("bad_json", f"{path.name} is no complete json in UTF-8 or cp1252 ({error}).") from error
-    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        raise RowProblem("bad_annotation", f'{path.name} is no object with a list "shapes" and a list "text".')
-    return content
 
 
 def _texts(content: dict[str, Any]) -> list[Any]:
@@ -204,7 +189,7 @@ def _masks(shapes: list, size: tuple[int, int], name: str, report: BuildReport) 
         label = shape["label"].strip().lower()
         if label == "flag":
             continue
-        points = _points(shape.get("points"), index, size)
+        points = shape_points(shape.get("points"), index, size)
         mask = draw_shape(shape, points, index, size)
         if mask is None or not mask.any():
             detail = f"the {label} shape of {len(points)} points has no pixel inside the image; passed over"
@@ -234,13 +219,3 @@ def _masks(shapes: list, size: tuple[int, int], name: str, report: BuildReport) 
         detail = f"{len(targets) - len(left)} of {len(targets)} target shapes are covered by ignore shapes; left out"
         report.add("empty_mask", name, detail, lost=False)
     return [encode_mask(mask) for mask in left], encode_mask(painted == 2) if (painted == 2).any() else None
-
-
-def _points(points: Any, index: int, size: tuple[int, int]) -> np.ndarray:
-    """(n, 2) pixels (x, y)."""
-    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
-        detail = f"shape {index} has points {points!r:.60}; expected [[x, y], ...] in pixels."
-        raise RowProblem("bad_annotation", detail)
-    values = checked_polygon([number for point in points for number in point], index, *size)
-    check_pixels(values, *size)
-    return values.reshape(-1, 2)

@@ -18,7 +18,7 @@ from .values import as_flag, as_whole
 
 UNC = ("train", "val", "testA", "testB")
 # Benchmark -> who split it -> splits.
-SPLITS = {
+SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {"unc": UNC, "google": ("train", "val", "test")},
     "refcoco+": {"unc": UNC},
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
@@ -81,7 +81,16 @@ def build_grefcoco(
     return _build("grefcoco", root, images_dir, split_by, split, exclude_images, report, allow_outside)
 
 
-def _build(name, root, images_dir, split_by, split, exclude_images, report, allow_outside) -> Any:
+def _build(
+    name: str,
+    root: str | os.PathLike,
+    images_dir: str | os.PathLike,
+    split_by: str,
+    split: str,
+    exclude_images: Collection[Any] | None,
+    report: BuildReport | None,
+    allow_outside: bool,
+) -> Any:
     report = BuildReport() if report is None else report
     photographs = Photographs(images_dir, allow_outside, coco_ids=True)
     samples = _Samples(name, root, photographs, split_by, split, exclude_images, report)
@@ -148,7 +157,16 @@ def read_refs(folder: Path, name: str, split_by: str, report: BuildReport) -> li
 class _Samples:
     """Every sentence of one split as a row, in the order of the file."""
 
-    def __init__(self, name, root, photographs, split_by, split, exclude_images, report: BuildReport):
+    def __init__(
+        self,
+        name: str,
+        root: str | os.PathLike,
+        photographs: Photographs,
+        split_by: str,
+        split: str,
+        exclude_images: Collection[Any] | None,
+        report: BuildReport,
+    ):
         folder = find_folder(root, name)
         if split_by not in SPLITS[name]:
             raise ValueError(f"{name} is split by {' or '.join(SPLITS[name])}, not by {split_by!r}.")
@@ -178,7 +196,7 @@ class _Samples:
             if not ref["sentences"]:
                 self.report.add("empty_text", stem, "the ref has no sentence.", lost=False)
             try:
-                fields = self._fields(ref, stem)
+                fields: dict[str, Any] | RowProblem = self._fields(ref, stem)
             except RowProblem as problem:
                 fields = problem
             for position, sentence in enumerate(ref["sentences"]):

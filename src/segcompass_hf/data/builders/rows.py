@@ -113,7 +113,7 @@ def encode_image(feature: Any, image: Any) -> dict[str, Any]:
 
 
 def usable_rows(
-    entries: Iterable[tuple[str, Any]], to_row: Callable[[Any], dict[str, Any] | None], report: BuildReport
+    entries: Iterable[tuple[str, Any]], to_row: Callable[[Any], dict[str, Any] | None], report: Any
 ) -> Iterator[dict[str, Any]]:
     """The loop under every builder: entries of a source become rows, or are named in the report.
 
@@ -122,7 +122,7 @@ def usable_rows(
             place.
         to_row (`Callable`): Makes its row with `make_row`; `None` where the entry is left out on purpose. Raises
             `RowProblem` where it cannot be used.
-        report (`BuildReport`): Gets the problems; only its `add` is called.
+        report (`BuildReport` or alike): Gets the problems; only its `add` is called.
     """
     for where, entry in entries:
         try:

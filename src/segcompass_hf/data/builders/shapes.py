@@ -1,10 +1,11 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Shapes as LabelMe stores them -> masks."""
+"""Shapes as LabelMe stores them, read and drawn."""
 
 from __future__ import annotations
 
 import base64
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,50 @@ from PIL import Image, ImageDraw
 
 from .build_report import RowProblem
 from .mask_files import read_mask_file
+from .polygons import check_pixels, checked_polygon
+from .values import parse_json
+
+
+def read_shapes(path: Path) -> dict[str, Any]:
+    """A json with a list `shapes`, in UTF-8 or, as some of ReasonSeg's files, cp1252.
+
+    Raises:
+        RowProblem: `"bad_json"`, or `"bad_annotation"` where it is not of this form.
+    """
+    data = path.read_bytes()
+    try:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = data.decode("cp1252")
+        content = parse_json(text)
+    except ValueError as error:
+        raise RowProblem("bad_json", f"{path.name} is no complete json in UTF-8 or cp1252 ({error}).") from error
+    if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
+        raise RowProblem("bad_annotation", f'{path.name} is no object with a list "shapes".')
+    return content
+
+
+def shape_points(points: Any, index: int, size: tuple[int, int]) -> np.ndarray:
+    """The points of a shape, as far as they may be of this image.
+
+    Args:
+        points: As they stand in the file.
+        index (`int`): What messages call the shape.
+        size (`tuple[int, int]`): (height, width) of the image in pixels.
+
+    Returns:
+        `np.ndarray` of shape `(num_points, 2)`, float: (x, y) in pixels.
+
+    Raises:
+        RowProblem: `"bad_annotation"`, or `"empty_mask"` where all of it lies outside of the image.
+    """
+    if not isinstance(points, list) or not all(isinstance(point, list) and len(point) == 2 for point in points):
+        detail = f"shape {index} has points {points!r:.60}; expected [[x, y], ...] in pixels."
+        raise RowProblem("bad_annotation", detail)
+    values = checked_polygon([number for point in points for number in point], index, *size)
+    check_pixels(values, *size)
+    return values.reshape(-1, 2)
 
 
 def draw_shape(shape: dict[str, Any], points: np.ndarray, index: int, size: tuple[int, int]) -> np.ndarray | None:

@@ -161,7 +161,7 @@ def iterate(
 
 
 @named_cache()
-def build(split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = ()):
+def build(split: str, num_samples: int, seed: int = 0, without_reasoning: Collection[str] = ()) -> Any:
     """`datasets.Dataset` with the rows of `iterate`."""
     from datasets import Dataset
 

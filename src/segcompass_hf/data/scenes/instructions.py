@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -83,7 +84,7 @@ class _Draft:
     def __init__(self, rng: np.random.Generator, objects: list[SceneObject]):
         self.rng, self.objects = rng, objects
 
-    def pick(self, options):
+    def pick(self, options: Sequence[Any]) -> Any:
         return options[int(self.rng.integers(len(options)))]
 
     def filter(self, *signatures: str) -> Filter:
@@ -104,17 +105,19 @@ class _Draft:
             said.append(f"{o.cell} {o.size} {o.color} {o.shape} {verdict}")
         return ", ".join(said) + "."
 
-    def finish(self, kind, phrase, form, targets, steps) -> Instruction | None:
+    def finish(
+        self, kind: str, phrase: str, form: tuple[str, str, str], targets: Sequence[int], steps: Sequence[str | None]
+    ) -> Instruction | None:
         if len(targets) > MAX_TARGETS:
             return None
         answer = ", ".join(f"{n} {self.objects[i].cell}" for n, i in enumerate(targets, start=1)) or "none"
         reasoning = " ".join([*(step for step in steps if step), f"answer {answer}."])
         return Instruction(kind, f"{self.pick(PREFIXES)} {phrase}", tuple(targets), reasoning, form)
 
-    def cells(self, indices) -> str:
+    def cells(self, indices: Iterable[int]) -> str:
         return ", ".join(self.objects[i].cell for i in indices)
 
-    def _attribute(self):
+    def _attribute(self) -> Instruction | None:
         wanted = self.filter("color", "shape", "color shape", "size color", "size shape", "size color shape")
         targets = [i for i, o in enumerate(self.objects) if _fits(o, wanted)]
         if len(targets) != 1:
@@ -122,7 +125,7 @@ class _Draft:
         form = ("attribute", "", " ".join(wanted))
         return self.finish("attribute", "the " + _phrase(wanted), form, targets, [self.listing(wanted)])
 
-    def _set(self):
+    def _set(self) -> Instruction | None:
         wanted = self.filter("color", "shape", "size", "color shape", "size color", "size shape")
         targets = [i for i, o in enumerate(self.objects) if _fits(o, wanted)]
         if len(targets) < 2:
@@ -130,7 +133,7 @@ class _Draft:
         phrase = "every " + _phrase(wanted) if self.rng.random() < 0.3 else "all the " + _phrase(wanted, plural=True)
         return self.finish("set", phrase, ("set", "", " ".join(wanted)), targets, [self.listing(wanted)])
 
-    def _no_target(self):
+    def _no_target(self) -> Instruction | None:
         """What is asked for is not there, but something close to it often is."""
         if self.rng.random() < 0.25:
             relation = self._relation(empty=True)
@@ -146,7 +149,7 @@ class _Draft:
         phrase = "all the " + _phrase(wanted, plural=True) if several else "the " + _phrase(wanted)
         return self.finish("no-target", phrase, form, [], [self.listing(wanted)])
 
-    def _superlative(self):
+    def _superlative(self) -> Instruction | None:
         operator = self.pick((*POSITIONS, "largest", "smallest"))
         of_size = operator in ("largest", "smallest")
         wanted = self.filter("", "color", "shape") if of_size else self.filter("", "color", "shape", "size")
@@ -166,7 +169,7 @@ class _Draft:
         form = ("superlative", operator, " ".join(wanted))
         return self.finish("superlative", f"the {operator} {_phrase(wanted)}", form, best, steps)
 
-    def _relation(self, empty: bool = False):
+    def _relation(self, empty: bool = False) -> Instruction | None:
         found = self.anchor()
         if found is None:
             return None
@@ -189,7 +192,7 @@ class _Draft:
         phrase = f"the {_phrase(wanted, plural=len(targets) > 1)} {operator} the {_phrase(description)}"
         return self.finish("relation", phrase, ("relation", operator, " ".join(wanted)), targets, steps)
 
-    def _same_as(self):
+    def _same_as(self) -> Instruction | None:
         found = self.anchor()
         if found is None:
             return None
@@ -217,7 +220,7 @@ class _Draft:
         phrase = f"the {_phrase(wanted, plural=len(targets) > 1)} with the same {key} as the {_phrase(description)}"
         return self.finish("same-as", phrase, ("same-as", key, " ".join(wanted)), targets, steps)
 
-    def _ordinal(self):
+    def _ordinal(self) -> Instruction | None:
         wanted = self.filter("", "color", "shape")
         side, rank = self.pick(tuple(SIDES)), self.pick((2, 2, 3))
         score = POSITIONS[SIDES[side]]
@@ -236,7 +239,7 @@ class _Draft:
             "ordinal", f"the {word} {_phrase(wanted)} from the {side}", form, [candidates[rank - 1]], steps
         )
 
-    def _count(self):
+    def _count(self) -> Instruction | None:
         key, times = self.pick(("color", "shape")), self.pick((2, 2, 3))
         counts = Counter(getattr(o, key) for o in self.objects)  # in order of first appearance
         matching = [value for value, n in counts.items() if n == times]

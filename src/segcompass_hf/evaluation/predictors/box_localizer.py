@@ -73,7 +73,7 @@ class BoxLocalizerPredictor:
         prompt_template: str = PROMPT_TEMPLATE,
         max_new_tokens: int = 1024,
         name: str = "box-localizer",
-        **generate_kwargs,
+        **generate_kwargs: Any,
     ):
         if coordinates not in _UNITS:
             raise ValueError(f"coordinates is {coordinates!r}; it must be one of {list(_UNITS)}.")
@@ -97,7 +97,7 @@ class BoxLocalizerPredictor:
 
     @classmethod
     def from_pretrained(
-        cls, vlm: str | os.PathLike, sam: str | os.PathLike, device: str | torch.device = "cpu", **kwargs
+        cls, vlm: str | os.PathLike, sam: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
     ) -> BoxLocalizerPredictor:
         """From the ids or folders of a VLM and a SAM; `kwargs` are those of the constructor."""
         from transformers import AutoModelForImageTextToText
@@ -204,8 +204,8 @@ class BoxLocalizerPredictor:
     def _prompts(self, answer: str, image: Image.Image, seen: tuple[float, float]) -> list[SamPrompt]:
         locations = parse_answer(answer)
         scale, size = (image.width / seen[1], image.height / seen[0]), (image.height, image.width)
-        prompts = [location.to_prompt(scale, size) for location in locations or ()]
-        prompts = [prompt for prompt in prompts if prompt is not None]
+        inside = [location.to_prompt(scale, size) for location in locations or ()]
+        prompts = [prompt for prompt in inside if prompt is not None]
         self.num_malformed += locations is None or (bool(locations) and not prompts)
         return prompts
 

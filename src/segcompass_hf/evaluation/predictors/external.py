@@ -84,7 +84,8 @@ class FolderPredictor:
         path = Path(os.path.realpath(self.folder))
         self.name = name or (path.stem if path.suffix.lower() == ".jsonl" else path.name)
         self._files, self._lines, self.extra = _index(self.folder)
-        self._checked, self.missing_ids = False, []
+        self._checked = False
+        self.missing_ids: list[str] = []
         if sample_ids is not None:
             self._check(list(sample_ids))
         if self.extra:
@@ -109,8 +110,8 @@ class FolderPredictor:
         Raises:
             ValueError: one is missing (unless counted as empty), damaged, or of another size than its image.
         """
-        ids = [row.get("sample_id") for row in rows]
-        if None in ids:
+        ids = [row["sample_id"] for row in rows if row.get("sample_id") is not None]
+        if len(ids) < len(rows):
             raise ValueError("a row has no sample_id, by which predictions in a folder are found; give every row one.")
         lost = [sample_id for sample_id in ids if not self._has(sample_id)]
         if lost and self.missing == "error":
@@ -157,18 +158,19 @@ class FolderPredictor:
         return as_file or as_line
 
     def _read(self, sample_id: str, size: tuple[int, int]) -> Prediction:
-        path = self._files.get(prediction_file_name(sample_id))
+        path, offset = self._files.get(prediction_file_name(sample_id)), None
+        if path is None and sample_id in self._lines:
+            path, offset = self._lines[sample_id]
+        if path is None:
+            return Prediction(np.zeros((0, *size), dtype=bool))
         try:
-            if path is not None:
+            if offset is None:
                 return _read_png(path, size)
-            if sample_id in self._lines:
-                path, offset = self._lines[sample_id]
-                with open(path, "rb") as file:
-                    file.seek(offset)
-                    return _read_record(json.loads(file.readline()), size)
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return _read_record(json.loads(file.readline()), size)
         except ValueError as error:
             raise ValueError(f"the prediction of {sample_id!r} in {os.fspath(path)!r}: {error}") from error
-        return Prediction(np.zeros((0, *size), dtype=bool))
 
 
 def _index(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, int]], list[str]]:
@@ -176,7 +178,9 @@ def _index(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[Path, int]], 
     if not folder.exists():
         raise FileNotFoundError(f"there is no folder of predictions {os.fspath(folder)!r}.")
     paths = sorted(folder.iterdir()) if folder.is_dir() else [folder]
-    files, lines, extra = {}, {}, []
+    files: dict[str, Path] = {}
+    lines: dict[str, tuple[Path, int]] = {}
+    extra = []
     for path in paths:
         ending = path.suffix.lower()
         if path.name.startswith(".") and ending != ".png":  # .DS_Store and the like
@@ -251,11 +255,11 @@ def _read_record(record: dict[str, Any], size: tuple[int, int]) -> Prediction:
     scores = [] if record.get("scores") is None else record["scores"]
     if not isinstance(scores, list) or not all(_is_score(score) for score in scores):
         raise ValueError(f'"scores" is {scores!r:.60}; expected one number in [0, 1] per mask.')
-    texts = {name: record.get(name) for name in ("reasoning", "text")}
-    for name, text in texts.items():
+    reasoning, answer = record.get("reasoning"), record.get("text")
+    for name, text in (("reasoning", reasoning), ("text", answer)):
         if text is not None and not isinstance(text, str):
             raise ValueError(f'"{name}" is a {type(text).__name__}; expected a text.')
-    return Prediction(masks, [float(score) for score in scores], **texts)
+    return Prediction(masks, [float(score) for score in scores], reasoning=reasoning, text=answer)
 
 
 def _mask(entry: Any, size: tuple[int, int], where: str) -> np.ndarray:

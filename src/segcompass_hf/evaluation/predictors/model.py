@@ -38,7 +38,7 @@ class ModelPredictor:
         name: str = "model",
         slot_logit_threshold: float | None = None,
         mask_logit_threshold: float | None = None,
-        **segment_kwargs,
+        **segment_kwargs: Any,
     ):
         if segment_kwargs.get("do_sample"):
             raise ValueError("evaluation decodes greedily: what is sampled cannot be repeated; leave do_sample out.")
@@ -94,7 +94,7 @@ class ModelPredictor:
         """
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
-        return self.segment_inputs(batch, all_slots)
+        return self.segment_inputs(batch, [[row["image"]] for row in rows], all_slots)
 
     @property
     def _shown_above(self) -> float:
@@ -104,13 +104,12 @@ class ModelPredictor:
 
     @torch.no_grad()
     def segment_inputs(
-        self, batch: Mapping[str, Any], all_slots: bool = True
+        self, batch: Mapping[str, Any], images: Sequence[list], all_slots: bool = True
     ) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
-        """As [`~ModelPredictor.segment`], of inputs as the processor makes them; `image_embeddings` may stand in
-        place of `sam_pixel_values`."""
+        """As [`~ModelPredictor.segment`], of inputs as the processor makes them, and of the images of each row;
+        `image_embeddings` may stand in place of `sam_pixel_values`."""
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        shown = {} if all_slots else {"decode_above": self._shown_above}
-        output = self.model.segment(**{"do_sample": False, **inputs, **shown, **self.segment_kwargs})
+        output = self._answers(inputs, images, None if all_slots else self._shown_above)
         results = self.processor.post_process_segmentation(
             output,
             batch["original_sizes"],
@@ -120,6 +119,11 @@ class ModelPredictor:
             output_heatmaps=False,
         )
         return output, inputs["reshaped_input_sizes"], results
+
+    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list], decode_above: float | None) -> Any:
+        """The model's output; the images are for heirs whose VLM is elsewhere."""
+        settings = {"do_sample": False, "decode_above": decode_above, **self.segment_kwargs}
+        return self.model.segment(**{**inputs, **settings})
 
 
 def _digest_of_configs(*configs: Any) -> str:

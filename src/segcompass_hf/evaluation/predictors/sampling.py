@@ -39,7 +39,7 @@ class SamplingPredictor(ModelPredictor):
         num_samples: int = 16,
         temperature: float = 1.0,
         seed: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(model, processor, name, **{"constrain_format": False, **kwargs})
         if num_samples < 1:

@@ -40,7 +40,7 @@ def claims_figures(
     records = list(records)
     if not records:
         raise ValueError("got 0 records; measure at least one sample.")
-    options = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
+    options: dict[str, Any] = {"confidence": confidence, "num_resamples": num_resamples, "seed": seed}
     with_target = [record for record in records if record.objects]
     return {
         "samples": {
@@ -71,8 +71,8 @@ def claims_figures(
 
 
 def _mean_of(values: Sequence[float]) -> Callable[[np.ndarray], float]:
-    values = np.asarray(values, dtype=float)
-    return lambda draw: values[draw].mean()
+    array = np.asarray(values, dtype=float)
+    return lambda draw: array[draw].mean()
 
 
 def _rate(records: Sequence[ClaimRecord], place: str) -> Callable[[np.ndarray], float]:
@@ -115,7 +115,9 @@ def _coverage(records: Sequence[ClaimRecord], options: dict) -> dict[str, Any] |
     return figures
 
 
-def _add_against_random(figures: dict[str, Any], rule: str, curves: np.ndarray, random: np.ndarray, options: dict):
+def _add_against_random(
+    figures: dict[str, Any], rule: str, curves: np.ndarray, random: np.ndarray, options: dict
+) -> None:
     """Add figures of curves `(samples, len(TOP_PERCENT))`: along the curve, against random, and the mean of that."""
     gains = curves - random
     for name, values in ((rule, curves), (f"{rule} - random", gains)):
@@ -123,13 +125,13 @@ def _add_against_random(figures: dict[str, Any], rule: str, curves: np.ndarray, 
     figures["area"][rule] = bootstrap_statistic(_mean_of(gains.mean(1)), len(gains), **options)
 
 
-def _correlations(samples: Sequence[Sequence[tuple[float, float]]], options: dict) -> dict[str, Any]:
+def _correlations(samples: Sequence[Sequence[tuple[float, float | None]]], options: dict) -> dict[str, Any]:
     """Pearson and Spearman over the pairs of all samples, whole samples resampled."""
     from scipy.stats import rankdata
 
-    samples = [np.array(pairs, dtype=float) for pairs in samples if len(pairs)]
-    figures: dict[str, Any] = {"num_samples": len(samples), "num_pairs": sum(map(len, samples))}
-    if not samples:
+    arrays = [np.array(pairs, dtype=float) for pairs in samples if len(pairs)]
+    figures: dict[str, Any] = {"num_samples": len(arrays), "num_pairs": sum(map(len, arrays))}
+    if not arrays:
         return figures | {name: dict(_UNDEFINED) for name in ("pearson", "spearman")}
 
     def pearson(draw: np.ndarray) -> float:

@@ -24,12 +24,13 @@ from ...metrics import score_sample
 from ...modeling_concepts import MAX_CHUNK_ELEMENTS
 from ...patch_coverage_segcompass import PatchCoverage
 from ...text_stack_segcompass import HiddenStateCapture
-from ...token_kinds import token_kinds
+from ...token_kinds import TokenKind, token_kinds
 
 TOP_PERCENT = (5, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)  # of the image tokens
 INSTANCE_COVERAGE = 0.5  # a patch counts as instance from this covered share of it
 BACKGROUND_COVERAGE = 0.05  # and as background below this share
-TEXT_PLACES = ("question", "reasoning", "reference")
+TEXT_PLACES: tuple[TokenKind, ...] = ("question", "reasoning", "reference")
+SPECIAL: TokenKind = "special"
 IMAGE_PLACES = ("instance", "others", "background", "boundary")
 
 
@@ -146,7 +147,7 @@ class _Batch:
         patches = np.array(kinds.positions("image"), dtype=int)
         others = decode_masks(row.get("distractor_masks"), size)
         covered = [self._coverage(masks, len(patches)) for masks in (targets, others)]
-        places = {kind: kinds.positions(kind) for kind in (*TEXT_PLACES, "special")}
+        places: dict[str, list[int]] = {kind: kinds.positions(kind) for kind in (*TEXT_PLACES, SPECIAL)}
         parts = zip(IMAGE_PLACES, _parts_of_image(*covered), strict=True)
         places |= {name: patches[inside].tolist() for name, inside in parts}
         loss, objects = self._objects(index, targets, ignore)
@@ -166,7 +167,7 @@ class _Batch:
         """Share of each image token that the union of `masks` `(n, H, W)` covers: `(num_patches,)`."""
         if not masks.any() or not num_patches:
             return np.zeros(num_patches)
-        return self.coverage(masks.any(0)[None], num_patches)[0].double().numpy()
+        return self.coverage(np.any(masks, 0)[None], num_patches)[0].double().numpy()
 
     def _sae_errors(self, index: int, places: dict[str, list[int]]) -> dict[str, float]:
         text, image = (sum((places[name] for name in names), []) for names in (TEXT_PLACES, IMAGE_PLACES))
@@ -196,14 +197,14 @@ class _Batch:
             match_valid_area_only=config.valid_area_only,
         )
         targets = fit_objects_to_slots(torch.as_tensor(targets), config.num_slots, "merge", "sample").numpy()
-        maps_of, (slots, matched) = self.slots[index], loss.assignments[0]
+        maps_of, (slots, matched) = self.slots[index], loss["assignments"][0]
         objects = []
         for slot, target in zip(slots.tolist(), matched.tolist(), strict=True):
             maps = {"heatmap_iou": maps_of["heatmaps"][slot] > 0.5, "mask_iou": maps_of["masks"][slot]}
             ious = {name: score_sample(mask.numpy(), targets[target], ignore).iou for name, mask in maps.items()}
             kept = bool(self.output.slot_logits[index, slot] > self.output.slot_logit_threshold)
             objects.append({**ious, "kept": kept})
-        return float(loss.mask_dice), objects
+        return float(loss["mask_dice"]), objects
 
 
 def squared_errors(

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -95,7 +95,7 @@ def plot_claims(figures: dict[str, Any], records: Sequence[ClaimRecord]) -> Any:
     with_target = [record for record in records if record.dice_loss is not None]
     _points(
         panels[1, 0],
-        [(record.sae_error["all"], record.dice_loss) for record in with_target],
+        [(record.sae_error["all"], cast(float, record.dice_loss)) for record in with_target],
         figures["error_and_dice"]["all"],
         ("SAE error (share of the squared norm)", "Dice loss of the masks"),
     )

@@ -9,7 +9,7 @@ tokens is read again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -85,12 +85,12 @@ def causal_patches(
 
 def _blocks(boxes: list[Box | None], size: tuple[int, int]) -> list[list[int]]:
     """Image tokens by block: each its own, or by the square of a grid its centre lies in; size (width, height)."""
-    placed = [place for place, box in enumerate(boxes) if box is not None]
+    placed = {place: box for place, box in enumerate(boxes) if box is not None}
     if len(placed) <= MAX_BLOCKS:
         return [[place] for place in placed]
-    side, squares = int(MAX_BLOCKS**0.5), {}
-    for place in placed:
-        x0, y0, x1, y1 = boxes[place]
+    side = int(MAX_BLOCKS**0.5)
+    squares: dict[tuple[int, int], list[int]] = {}
+    for place, (x0, y0, x1, y1) in placed.items():
         square = (int((y0 + y1) / 2 / size[1] * side), int((x0 + x1) / 2 / size[0] * side))
         squares.setdefault(square, []).append(place)
     return [squares[square] for square in sorted(squares)]
@@ -111,7 +111,7 @@ def _left(
     pictures = [image]
     for tokens in painted:
         changed = pixels.copy()
-        for x0, y0, x1, y1 in (boxes[token] for token in tokens):
+        for x0, y0, x1, y1 in (cast(Box, boxes[token]) for token in tokens):  # only tokens with a place are painted
             changed[y0:y1, x0:x1] = mean
         pictures.append(Image.fromarray(changed))
     sums = _activations(model, processor, pictures, instruction, feature).sum(1)

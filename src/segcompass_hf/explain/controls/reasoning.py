@@ -68,10 +68,9 @@ def reasoning_test(
         {name: score_sample(of, targets, ignore).iou for name, of in found.items()},
     )
     if error is not None:
-        former, named = (
+        test.shows_former, test.shows_named = (
             any(mask_iou(mask, objects[place][1]) >= SHOWN for mask in found["error"]) for place in error[1:]
         )
-        test.shows_former, test.shows_named = former, named
     named = named_objects(answer.reasoning, objects)
     test.named = [place in named for place in shown] if named else []
     return test

@@ -69,7 +69,8 @@ def run_controls(
 
     records = records_of("this", model, processor)
     figures = controls_figures(records)
-    for name in (name for name in OTHERS if name in (others or {})):
+    others = others or {}
+    for name in (name for name in OTHERS if name in others):
         other, its_processor, _ = load_checkpoint(others[name], model.device)
         figures[name] = compared_figures(records, records_of(name, other, its_processor))
         features = name.replace("_sae", "_features")

@@ -45,7 +45,8 @@ def match_features(
     Raises:
         ValueError: In these rows fewer than two features of one of them fire on `MIN_TOKENS` tokens.
     """
-    tables, num_tokens = ([], []), 0
+    tables: tuple[list[Any], list[Any]] = ([], [])
+    num_tokens = 0
     rows = iter(rows)
     while batch := list(islice(rows, batch_size)):
         columns = {name: [row[name] for row in batch] for name in ("image", "instruction")}
@@ -59,7 +60,7 @@ def match_features(
             table.append([values.cpu() for values in entries])
         num_tokens += int(inputs["attention_mask"].numel())
     ids, centred = zip(*(_table(table, num_tokens) for table in tables), strict=True)
-    correlations = _largest_products(*centred, num_tokens)
+    correlations = _largest_products(centred[0], centred[1], num_tokens)
     directions = [
         model.sae.decoder_directions.float().cpu()[of] for model, of in zip((first, second), ids, strict=True)
     ]

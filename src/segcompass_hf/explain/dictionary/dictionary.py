@@ -283,7 +283,7 @@ class ConceptDictionary:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike, revision: str | None = None, model: Any = None, **kwargs
+        cls, path_or_hub_id: str | os.PathLike, revision: str | None = None, model: Any = None, **kwargs: Any
     ) -> ConceptDictionary:
         """Read a dictionary from a checkpoint's folder or from the Hub.
 

@@ -41,13 +41,11 @@ class FamilyShare:
 
 def families_of(names: Sequence[ConceptName | None]) -> list[ConceptFamily]:
     """Families of the features 0, 1, ... of these names; largest first, then by name."""
-    members: dict[str, list[int]] = {}
+    members: dict[str, list[tuple[float, int]]] = {}
     for feature, name in enumerate(names):
         if name is not None:
-            members.setdefault(name.text, []).append(feature)
-    for found in members.values():
-        found.sort(key=lambda feature: (-(names[feature].f1 or 0.0), feature))
-    families = [ConceptFamily(text, tuple(found)) for text, found in members.items()]
+            members.setdefault(name.text, []).append((-(name.f1 or 0.0), feature))
+    families = [ConceptFamily(text, tuple(feature for _, feature in sorted(own))) for text, own in members.items()]
     return sorted(families, key=lambda family: (-len(family.features), family.name))
 
 

@@ -55,7 +55,7 @@ class Interpreter:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id: str | os.PathLike, device: str | torch.device = "cpu", **kwargs
+        cls, path_or_hub_id: str | os.PathLike, device: str | torch.device = "cpu", **kwargs: Any
     ) -> Interpreter:
         """Load a VLM; `kwargs` are those of `load_part`."""
         from transformers import AutoModelForImageTextToText
@@ -152,7 +152,7 @@ def _in_context(example: WordExample) -> str:
 
 def _pictures(dictionary: ConceptDictionary, examples: Iterable[PatchExample]) -> list[Image.Image]:
     """Pictures that were kept, the patch of each framed."""
-    found = []
+    found: list[Image.Image] = []
     for example in examples:
         if example.picture < 0 or example.box is None or len(found) == MAX_PICTURES:
             continue

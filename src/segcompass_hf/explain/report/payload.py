@@ -145,7 +145,9 @@ def spell(tokens: Sequence[Any], text: str) -> list[list[Any]]:
     Returns:
         `list` of `[gap, position, word]`: what stands between this token and the one before, and the token.
     """
-    spelled, missed, cursor, folded = [], [], 0, text.lower()
+    spelled: list[list[Any]] = []
+    missed: list[list[Any]] = []
+    cursor, folded = 0, text.lower()
     if len(folded) != len(text):  # a letter whose small form is longer
         folded = text
     for token in tokens:

@@ -65,7 +65,7 @@ def convert_original_checkpoint(
     ref_token_id: int | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
-    **config_kwargs,
+    **config_kwargs: Any,
 ) -> Path:
     """Convert a checkpoint of the original code; the result does what the original does, quirks included.
 

@@ -66,7 +66,7 @@ def convert_original_sam(
     output: str | os.PathLike,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = "5GB",
-    **config_kwargs,
+    **config_kwargs: Any,
 ) -> Path:
     """Convert a published segmenter to a folder for `from_pretrained_parts(vlm, sam=FOLDER)` and the Auto classes.
 

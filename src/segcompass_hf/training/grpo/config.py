@@ -87,9 +87,9 @@ class SegCompassGRPOConfig(RobustTrainingArguments, SegmentationObjective, GRPOC
     sample_pictures_steps: int = field(default=0, metadata={"help": "Steps between sample pictures; 0: none."})
     num_sample_pictures: int = field(default=4, metadata={"help": "Sample pictures each time."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False  # TRL's default is True, which transformers refuses without a GPU
+            self.bf16: bool | None = False  # TRL's default is True, which transformers refuses without a GPU
         super().__post_init__()
         if self.segmentation_completions not in ("all", "at_least_mean"):
             raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...data.sequence_states import StateSource, states_for_masks
 from ...image_features_segcompass import join_rows
 from ...modeling_masks import valid_area
 from ...reading_segcompass import SequenceStates
@@ -80,8 +81,9 @@ def masks_of_rollouts(
     completion_ids: Sequence[list[int]],
     targets: SegmentationTargets,
     batch_size: int,
+    state_source: StateSource | None = None,
 ) -> dict[str, torch.Tensor]:
-    """As [`RolloutMasks.segment`], by a forward over the completions.
+    """As [`RolloutMasks.segment`], by a forward over the completions, or from the states of another source.
 
     For completions that were sampled elsewhere (vLLM, sharded models), and for `concept_input="duplicated"`.
 
@@ -92,6 +94,8 @@ def masks_of_rollouts(
         completion_ids (`Sequence[list[int]]`): Token ids of the completions.
         targets ([`SegmentationTargets`]): Of the same rows.
         batch_size (`int`): Rows at a time.
+        state_source ([`StateSource`], *optional*): Gives the states in place of a forward of the VLM; `model` is then
+            not wrapped. It has to run the weights that the model has now.
 
     Returns:
         `dict[str, torch.Tensor]`
@@ -107,16 +111,23 @@ def masks_of_rollouts(
         ids = [torch.tensor([*one, *[pad] * (length - len(one))]) for one in completion_ids[rows]]
         mask = [torch.tensor([*[1] * len(one), *[0] * (length - len(one))]) for one in completion_ids[rows]]
         ids, mask = torch.stack(ids).to(device), torch.stack(mask).to(device)
-        prompt_mask = inputs.pop("attention_mask")
-        output = model(
-            input_ids=torch.cat([inputs.pop("input_ids"), ids], dim=1),
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
-            completion_mask=torch.cat([torch.zeros_like(prompt_mask), mask], dim=1),
-            image_embeddings=join_rows(targets.image_embeddings[rows]),
-            reshaped_input_sizes=targets.reshaped_input_sizes[rows],
-            image_token_grids=None if targets.image_token_grids is None else targets.image_token_grids[rows],
-            **inputs,
-        )
+        prompt_mask = inputs["attention_mask"]
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
+        inputs["attention_mask"] = torch.cat([prompt_mask, mask], dim=1)
+        completion_mask = torch.cat([torch.zeros_like(prompt_mask), mask], dim=1)
+        embeddings, sizes = join_rows(targets.image_embeddings[rows]), targets.reshaped_input_sizes[rows]
+        grids = None if targets.image_token_grids is None else targets.image_token_grids[rows]
+        if state_source is None:
+            output = model(
+                **inputs,
+                completion_mask=completion_mask,
+                image_embeddings=embeddings,
+                reshaped_input_sizes=sizes,
+                image_token_grids=grids,
+            )
+        else:
+            states = states_for_masks(state_source, model, inputs, images, completion_mask, grids)
+            output = model.read_finite_masks(states, embeddings, sizes)
         parts.append({name: output[name] for name in MASK_FIELDS})
     return {name: torch.cat([part[name] for part in parts]) for name in MASK_FIELDS}
 

@@ -95,7 +95,7 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
         peft_config: Any = None,
         reward_funcs: Callable | list[Callable] | None = None,
         quantization_config: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         unknown = [name for name in ("tools", "environment_factory") if kwargs.get(name)]
         if unknown:
@@ -193,7 +193,7 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
             return prepare_fsdp(reference, self.accelerator)
         return reference.to(self.accelerator.device)
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             model = self.model if model is None else model
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -203,7 +203,7 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
             self.optimizer = optimizer_class(groups, lr=rate, **settings)
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         if self.args.lr_schedule == "trainer":
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
@@ -238,7 +238,9 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
             columns["segmentation_weights"] = (output["advantages"] > -EQUAL_REWARDS).float()
         return output | columns
 
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Any, attention_mask: Any, logits_to_keep: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As in the parent, which marks what was written with 0 in per-token inputs; families mark it in their own
         way (PaliGemma's 0 is a prefix that sees all of itself), so here the model lets those of the prompt grow."""
         for name in ("token_type_ids", "mm_token_type_ids"):
@@ -267,7 +269,9 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
             batch["num_segmentation_items"] = max(samples if every else with_objects, 1)
             batch["num_samples"] = max(samples, 1)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+    ) -> Any:
         """TRL's loss and the segmentation losses, of one forward: a [`JointCall`] goes to TRL in the model's place."""
         batches = self._buffered_inputs or []
         if "num_samples" not in inputs and any(inputs is batch for batch in batches):
@@ -293,7 +297,7 @@ class SegCompassGRPOTrainer(GroupChoiceMixin, RobustTrainerMixin, JudgingMixin, 
             share *= self.args.gradient_accumulation_steps / self.current_gradient_accumulation_steps
         return self.args.policy_loss_weight * loss + share * output.segmentation
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: Any = "eval", **kwargs: Any) -> Any:
         """TRL logs the metrics of several evaluation sets under the same names; here each set has its own."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if metric_key_prefix.startswith("eval_"):

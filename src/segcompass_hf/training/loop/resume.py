@@ -56,7 +56,7 @@ class RobustTrainingArguments:
         default=None, metadata={"help": "Folder for what frozen image encoders make of images."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps is {self.max_nonfinite_steps}; it must be 1 or more.")
         if self.unreadable_rows not in ("skip", "error"):
@@ -89,7 +89,7 @@ class ContinueCallback(TrainerCallback):
     def __init__(self, trainer: RobustTrainerMixin):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         checkpoint = self.trainer.resumed_from
         if checkpoint is None:
             return
@@ -132,7 +132,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
 
     check_text: RowCheck | None = None
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._reset_nonfinite()
         super().__init__(*args, **kwargs)
         keep_stored_statistics(self.model)
@@ -141,11 +141,11 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         self.add_callback(JudgeStepsCallback(self))
         self.add_callback(ContinueCallback(self))
 
-    def push_to_hub(self, *args, **kwargs):
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Refused: see the message."""
         raise ValueError(f"push_to_hub of a trainer {_PUBLISH}")
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         self._reset_nonfinite()
         reads = self.reads_images()
         with nullcontext() if reads is None else kept_vision(self, *reads):
@@ -161,7 +161,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     def _unreadable_file(self) -> Path:
         return Path(self.args.output_dir) / UNREADABLE_ROWS
 
-    def _readable_streams(self, dataset, name: str):
+    def _readable_streams(self, dataset: Any, name: str) -> Any:
         """Streams are wrapped before anything repeats their rows; `_readable_rows` wraps the rest for its loader."""
         import datasets
 
@@ -171,7 +171,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
             return dataset
         return readable_stream(dataset, *self._of_unreadable_rows(name))
 
-    def _readable_rows(self, dataset, name: str):
+    def _readable_rows(self, dataset: Any, name: str) -> Any:
         import datasets
 
         if isinstance(dataset, dict):
@@ -183,23 +183,23 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     def _of_unreadable_rows(self, name: str) -> tuple:
         return self._robust_setting("unreadable_rows"), self._unreadable_file(), name, self.check_text
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> Any:
         self.train_dataset = self._readable_rows(self.train_dataset, "training")
         return super().get_train_dataloader()
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         self.eval_dataset = self._readable_rows(self.eval_dataset, "evaluation")
         return super().get_eval_dataloader(self._readable_rows(eval_dataset, "evaluation"))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
         return super().get_test_dataloader(self._readable_rows(test_dataset, "test"))
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
         # Samplers ask for length or columns, which the data set below answers for them.
         dataset = self.train_dataset if dataset is None else dataset
         return super()._get_train_sampler(dataset.dataset if isinstance(dataset, ReadableRows) else dataset)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             logs["nonfinite_steps"] = self.nonfinite_steps
             unreadable = count_unreadable(self._unreadable_file())

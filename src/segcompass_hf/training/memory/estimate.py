@@ -172,7 +172,8 @@ def _gathered(model: nn.Module, setup: TrainingSetup) -> float:
     """Weights that sharded training brings together: two units, and all that is in no unit; and their gradients."""
     if setup.sharding == "none":
         return 0.0
-    names, taken, units = set(model._no_split_modules or ()), set(), []
+    names, units = set(model._no_split_modules or ()), []
+    taken: set[int] = set()
     for module in reversed(list(model.modules())):  # children before parents
         if type(module).__name__ in names:
             own = [parameter for parameter in module.parameters() if id(parameter) not in taken]

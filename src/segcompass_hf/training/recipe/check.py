@@ -97,7 +97,7 @@ def describe_plans(plans: list[StagePlan]) -> str:
     lines = [titles, *[_described(plan) for plan in plans]]
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     shown = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = "memory: expected, of one process at the fullest moment; see docs/training.md"
+    note = "memory: expected, of one process at the fullest moment; see docs/how-to/one-24-gb-gpu.md"
     return "\n".join([*shown, note] if any(plan.memory for plan in plans) else shown)
 
 

@@ -139,9 +139,10 @@ class Stage:
         arguments.per_device_train_batch_size = per_device
         return arguments
 
-    def _per_device_batch(self, settings_class: type, words: dict[str, Any], num_processes: int) -> int:
+    def _per_device_batch(self, settings_class: Any, words: dict[str, Any], num_processes: int) -> int:
         if self.own.batch_size is None:
-            return int(words.get("per_device_train_batch_size", settings_class.per_device_train_batch_size))
+            own = settings_class.per_device_train_batch_size
+            return int(words.get("per_device_train_batch_size", own))
         if "per_device_train_batch_size" in words:
             raise RecipeError(f"{self.name}: batch_size and per_device_train_batch_size say the same; leave one out.")
         parts = num_processes * int(words.get("gradient_accumulation_steps", 1))

@@ -111,7 +111,7 @@ def right_answers(columns: Sequence[dict[str, Any]]) -> list[bool]:
     names = ("pred_masks", "slot_logits", "valid_area", "slot_logit_threshold", "mask_logit_threshold")
     right = []
     for sample, column in enumerate(columns):
-        masks = shown_masks(*(column[name] for name in names), sample=sample)
+        masks = shown_masks(**{name: column[name] for name in names}, sample=sample)
         chosen = _chosen(masks, column["object_masks"].cpu().numpy(), column["num_targets"], column["others_known"])
         right.append(is_right_choice(chosen, column["num_targets"]))
     return right

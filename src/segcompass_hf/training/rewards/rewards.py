@@ -137,7 +137,8 @@ def _without_end_tokens(text: str) -> str:
 
 
 def _slots_per_completion(num_slots: int | Sequence[int], num_completions: int) -> list[int]:
-    counts = [int(num_slots)] * num_completions if np.ndim(num_slots) == 0 else [int(count) for count in num_slots]
+    given = np.asarray(num_slots)
+    counts = [int(given)] * num_completions if given.ndim == 0 else [int(count) for count in given]
     if len(counts) != num_completions:
         raise ValueError(
             f"got {len(counts)} values of num_slots for {num_completions} completions; pass one, or one for each."

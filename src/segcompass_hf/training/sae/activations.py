@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from ...text_stack_segcompass import HiddenStateCapture
+from ...data.sequence_states import StateSource, TransformersStates, states_of_layers
 from ...threads_segcompass import CallLock
-from ...vlm_inputs_segcompass import sequence_inputs
 from .rows import RowEncoder, RowStream
 
 Place = tuple[int, int]  # (epoch, rows or tokens of the epoch before it)
@@ -63,20 +61,6 @@ def layer_states(vlm: nn.Module, layer: int, inputs: dict[str, torch.Tensor]) ->
     return states
 
 
-@torch.no_grad()
-def states_of_layers(vlm: nn.Module, layers: Sequence[int], inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """The same of several layers out of one pass, in the order asked for."""
-    with ExitStack() as stack:
-        captures = {
-            layer: stack.enter_context(HiddenStateCapture(vlm, layer, stop=layer == max(layers)))
-            for layer in sorted(set(layers))
-        }
-        vlm(**sequence_inputs(vlm, inputs))
-    if all(capture.layer_states for capture in captures.values()):
-        return [captures[layer].layer_states[0] for layer in layers]
-    raise RuntimeError(f"the VLM's pass ended without reaching layer {max(layers)}; it has fewer layers.")
-
-
 class ActivationHarvester:
     """Rows of an image-text data set -> states of the tokens at one layer.
 
@@ -88,6 +72,7 @@ class ActivationHarvester:
             a constant state whose norm is far beyond the others', which would take up features and most of the loss.
         lock ([`CallLock`], *optional*): Held while the VLM is in use: rows are harvested in a thread while others
             train. That of the model where the VLM is part of one.
+        state_source ([`StateSource`], *optional*): Computes the states in place of the VLM, such as [`VllmStates`].
     """
 
     def __init__(
@@ -97,9 +82,11 @@ class ActivationHarvester:
         layer: int,
         drop_first_token: bool = True,
         lock: CallLock | None = None,
+        state_source: StateSource | None = None,
     ):
         self.vlm, self.encoder, self.layer, self.drop_first_token = vlm.eval(), encoder, layer, drop_first_token
         self.lock = CallLock() if lock is None else lock
+        self.state_source = TransformersStates(self.vlm) if state_source is None else state_source
         ids = [getattr(vlm.config, name, None) for name in ("image_token_id", "video_token_id")]
         if hasattr(encoder.processor, "image_handling"):  # ours has seen what its family writes
             ids.append(encoder.processor.image_token_id)
@@ -113,10 +100,11 @@ class ActivationHarvester:
     def of_layers(self, rows: list[tuple[int, dict]], layers: Sequence[int]) -> list[TokenStates] | None:
         """The same of several layers out of one pass."""
         with self.lock:
-            inputs = self.encode(rows)
-            if inputs is None:
+            encoded = self.encoder.with_images(rows)
+            if encoded is None:
                 return None
-            states = states_of_layers(self.vlm, layers, inputs)  # of each (rows, length, d_in)
+            inputs, images = self._on_device(encoded[0]), encoded[1]
+            states = self.state_source.states_of_layers(layers, inputs, images)  # of each (rows, length, d_in)
         keep = self.counted_tokens(inputs)
         modality_ids = self.modality_ids(inputs)[keep].cpu()
         return [TokenStates(of_layer[keep].cpu(), modality_ids) for of_layer in states]
@@ -124,7 +112,10 @@ class ActivationHarvester:
     def encode(self, rows: list[tuple[int, dict]]) -> dict[str, torch.Tensor] | None:
         """The VLM's inputs for rows, on its device."""
         inputs = self.encoder(rows)
-        return None if inputs is None else {name: value.to(self.vlm.device) for name, value in inputs.items()}
+        return None if inputs is None else self._on_device(inputs)
+
+    def _on_device(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: value.to(self.vlm.device) for name, value in inputs.items()}
 
     def counted_tokens(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Which tokens the SAE sees, `(rows, length)` bool: no padding, and not the first where it is dropped."""

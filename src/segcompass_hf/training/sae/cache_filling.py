@@ -65,6 +65,7 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
     harvester, stream = source.harvester, source.stream
     first = next(stream.section_rows(0, epoch=0), None)
     inputs = None if first is None else harvester.encoder([first])
+    origin = harvester.state_source.origin
     return {
         "vlm": getattr(harvester.vlm.config, "_name_or_path", "") or type(harvester.vlm).__name__,
         "vlm_weights": weights_digest(harvester.vlm),
@@ -76,6 +77,7 @@ def cache_key(source: HarvestedTokens) -> dict[str, Any]:
         "hold_out_every": stream.hold_out_every,
         "drop_first_token": harvester.drop_first_token,
         "max_length": harvester.encoder.max_length,
+        **({} if origin is None else {"state_source": origin}),
     }
 
 

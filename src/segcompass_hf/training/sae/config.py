@@ -119,7 +119,7 @@ class SaeTrainingConfig(RobustTrainingArguments, TrainingArguments):
     cache_max_tokens: int | None = field(default=None, metadata={"help": "Tokens to cache, of all processes."})
     cache_layers: list[int] | None = field(default=None, metadata={"help": "Layers that a new cache keeps."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.lr_scheduler_type == "cosine_with_min_lr" and not self.lr_scheduler_kwargs:
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.1}

@@ -193,6 +193,11 @@ class RowEncoder(TextsWithImages):
 
         `None` where no row can be read.
         """
+        found = self.with_images(rows)
+        return None if found is None else found[0]
+
+    def with_images(self, rows: list[tuple[int, dict]]) -> tuple[dict[str, torch.Tensor], list[list]] | None:
+        """The same with the images of each row that can be read, `list[list[PIL.Image.Image]]`."""
         texts, images = [], []
         for index, row in rows:
             try:
@@ -205,7 +210,7 @@ class RowEncoder(TextsWithImages):
             if text:
                 texts.append(text)
                 images.append(pictures)
-        return self.tensors(texts, images) if texts else None
+        return (self.tensors(texts, images), images) if texts else None
 
     def render(self, index: int, row: dict) -> tuple[str, list]:
         """Text with image placeholders, and the images, of one row."""

@@ -14,6 +14,7 @@ from transformers import Trainer, set_seed
 from transformers.utils import logging
 
 from ...data.readable_rows import UnreadableLog
+from ...data.sequence_states import StateSource
 from ...files import write_whole
 from ...modeling_sae import SegCompassSae
 from ...token_places import Name, target_names
@@ -59,6 +60,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
             model comes from when left out.
         sae ([`SegCompassSae`], *optional*): To go on from; a new one by `args` when left out.
         names (`Callable`, defaults to [`target_names`]): Row -> its names, for `args.pair_loss`.
+        state_source ([`StateSource`], *optional*): Gives the states to train on in place of the VLM, which still
+            answers where its words are measured (evaluation) and for `args.pair_loss`. Experimental.
         kwargs: Further arguments of [`~transformers.Trainer`], such as `callbacks`.
     """
 
@@ -71,7 +74,8 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         processing_class: Any = None,
         sae: SegCompassSae | None = None,
         names: Callable[[dict], list[Name]] = target_names,
-        **kwargs,
+        state_source: StateSource | None = None,
+        **kwargs: Any,
     ):
         if "vlm" in kwargs:  # by the name that this trainer once gave it, when `model` was the SAE
             model, sae = kwargs.pop("vlm"), model
@@ -111,7 +115,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         log = UnreadableLog(self._unreadable_file(), "rows")
         encoder = RowEncoder(processing_class, args.max_length, args.unreadable_rows, log)
         lock = getattr(model, "call_lock", None)
-        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token, lock)
+        self.harvester = ActivationHarvester(self.vlm, encoder, layer, args.drop_first_token, lock, state_source)
         self._make_streams(train_dataset, eval_dataset)
         self.buffer: ActivationBuffer | None = None  # made when training begins
         self.pairs = self._pair_buffer(names) if args.pair_loss != "none" else None
@@ -168,7 +172,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         cache.fill(self.source, self.model.config.d_in, args.cache_max_tokens)
         return cache
 
-    def set_initial_training_values(self, args, dataloader):
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """Steps from the tokens of the epochs asked for, cached or estimated, where steps are not given."""
         if args.max_steps <= 0:
             tokens = self._estimated_tokens()
@@ -193,14 +197,16 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     # Training
 
-    def train(self, *args, **kwargs):
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().train(*args, **kwargs)
         finally:  # whatever ended it: no thread goes on with the VLM
             if self.buffer is not None:
                 self.buffer.close()
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+    ) -> Any:
         dead = self.firing.dead(self.args.dead_after_tokens)
         states, modality_ids = inputs["hidden_states"], inputs["modality_ids"]
         output = model(states, modality_ids=modality_ids, dead_features=dead, output_feature_acts=False)
@@ -221,7 +227,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         return min(1.0, (self.state.global_step + 1) / steps) if steps > 1 else 1.0
 
     @torch.no_grad()
-    def _report(self, sae: SegCompassSae, inputs, output) -> None:
+    def _report(self, sae: SegCompassSae, inputs: Any, output: Any) -> None:
         normalized, normalization = sae.normalize(inputs["hidden_states"], inputs["modality_ids"])
         variance = (normalized - normalized.mean(0)).pow(2).sum()
         self.means.add("unexplained_variance", output.mse_loss.detach() * len(normalized), variance)
@@ -230,7 +236,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         if output.auxiliary_loss is not None:
             self.means.add("auxiliary_loss", output.auxiliary_loss)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds explained variance, L0, dead features and the histogram of firing densities to training logs.
 
         The histogram counts the tokens since the last one; in full it goes to `feature_density.json`.
@@ -284,7 +290,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
 
     @torch.no_grad()
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix: str = "eval"
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics of [`SaeEvaluation`] over the held-out rows, over all processes.
 
@@ -348,7 +354,7 @@ class SaeTrainer(RobustTrainerMixin, Trainer):
         if self.pairs is not None:
             self.pairs.load_state_dict(state["sae_pairs"])
 
-    def floating_point_ops(self, inputs) -> int:
+    def floating_point_ops(self, inputs: Any) -> int:
         return 6 * inputs["hidden_states"].shape[0] * sum(p.numel() for p in self.model.parameters())
 
 

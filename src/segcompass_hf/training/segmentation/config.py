@@ -91,13 +91,13 @@ class SegmentationConfig(RobustTrainingArguments, SegmentationObjective, Trainin
     num_eval_segmentations: int = field(default=64, metadata={"help": "Rows segmented per evaluation; -1: all."})
     eval_max_new_tokens: int | None = field(default=None, metadata={"help": "Of the answers in evaluation."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("slots_alone_share", "drop_references_share", "slots_first_share", "heads_only_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
         if (self.slots_first_share or self.heads_only_share) and self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = True  # these stages leave most of the model alone
+            self.ddp_find_unused_parameters: bool | None = True  # these stages leave most of the model alone
         stages = [name for name in _OF_SLOTS if getattr(self, name)]
         if self.trainable == "masks" and (stages or self.codebook_init != "keep"):
             raise ValueError(

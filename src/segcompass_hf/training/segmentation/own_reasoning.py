@@ -100,7 +100,9 @@ def with_right_samples(dataset: Any, folder: str | os.PathLike) -> Any:
     found = {record["sample_id"]: record["right_reasoning"] for record in read_prompts(folder)}
     if "reasoning" not in dataset.column_names:
         dataset = dataset.add_column("reasoning", [None] * len(dataset), feature=row_features()["reasoning"])
-    places, reasonings, never, unknown = [], [], 0, 0
+    places: list[int] = []
+    reasonings: list[str] = []
+    never = unknown = 0
     for place, (sample_id, own) in enumerate(zip(dataset["sample_id"], dataset["reasoning"], strict=True)):
         wordings = [own] if (own or "").strip() else found.get(sample_id, [])[:MOST_WORDINGS]
         places += [place] * len(wordings)

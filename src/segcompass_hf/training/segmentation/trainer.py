@@ -71,7 +71,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         processing_class: Any = None,
         peft_config: Any = None,
         data_collator: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         args = SegmentationConfig("segmentation") if args is None else args
         set_seed(args.seed)  # before new weights are drawn, such as adapters'
@@ -139,7 +139,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     # Losses
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+    ) -> Any:
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         weights = self._set_loss_weights()
         inputs = dict(inputs)
@@ -288,7 +290,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     # Optimizer
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is not None:
             return self.optimizer
         args, model = self.args, self.model if model is None else model
@@ -313,7 +315,7 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
 
     # Evaluation
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Evaluation merges surplus objects instead of dropping them."""
         train_collator, self.data_collator = self.data_collator, self.eval_collator
         try:
@@ -321,7 +323,9 @@ class SegmentationTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixi
         finally:
             self.data_collator = train_collator
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: Any, description: Any, *args: Any, metric_key_prefix: Any = "eval", **kwargs: Any
+    ) -> Any:
         """The loss on reference answers, and the metrics of greedy segmentation on the first rows of the data set."""
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.num_eval_segmentations:

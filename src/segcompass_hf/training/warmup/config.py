@@ -77,7 +77,7 @@ class WarmupConfig(RobustTrainingArguments, TrainingArguments):
     num_eval_generations: int = field(default=16, metadata={"help": "Answers written per evaluation; -1: all rows."})
     eval_max_new_tokens: int = field(default=512, metadata={"help": "Of those answers."})
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alignment_weight", "embedding_alignment_weight", "reading_weight"):
             if getattr(self, name) < 0:

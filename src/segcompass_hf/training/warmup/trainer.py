@@ -86,7 +86,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         target_words: Callable[[dict], list[str]] = instruction_words,
         names: Callable[[dict], list[Name]] = target_names,
         data_collator: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         args = WarmupConfig("warmup") if args is None else args
         set_seed(args.seed)  # before new weights are drawn, such as adapters'
@@ -135,7 +135,9 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
         self.reading_head = head.to(self.args.device)
         self.add_callback(ReadingHeadSteps(self))
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: Any = False, num_items_in_batch: Any = None
+    ) -> Any:
         counts, scale = self.window_counts(inputs, num_items_in_batch), self.loss_scale(num_items_in_batch)
         inputs = {name: value for name, value in inputs.items() if name not in SAM_INPUTS}
         labels, _ = inputs.pop("labels"), inputs.pop("completion_mask", None)
@@ -178,7 +180,7 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
                 self.means.add("reading_accuracy", num_found, num_objects)
         return total
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: Any = None) -> Any:
         if self.optimizer is not None:
             return self.optimizer
         args, head = self.args, self.reading_head
@@ -203,7 +205,9 @@ class WarmupTrainer(MetricMeansMixin, RobustTrainerMixin, WindowCountsMixin, Tra
 
     # Evaluation
 
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: Any, description: Any, *args: Any, metric_key_prefix: Any = "eval", **kwargs: Any
+    ) -> Any:
         """The loss on reference answers, and how many free answers are well-formed."""
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.args.num_eval_generations:
@@ -310,7 +314,7 @@ class _Together:
     def __init__(self, extras: list[Callable]):
         self.extras = extras
 
-    def __call__(self, *args) -> dict[str, torch.Tensor]:
+    def __call__(self, *args: Any) -> dict[str, torch.Tensor]:
         return {name: value for extra in self.extras for name, value in extra(*args).items()}
 
 

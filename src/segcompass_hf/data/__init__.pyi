@@ -1,0 +1,24 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+from . import scenes as scenes
+from .builders.build_report import BuildReport as BuildReport
+from .builders.coco import build_coco as build_coco
+from .builders.folder import build_folder as build_folder
+from .builders.hosted import from_hosted_reasonseg as from_hosted_reasonseg
+from .builders.labelme import build_labelme as build_labelme
+from .builders.leakage import eval_image_ids as eval_image_ids
+from .builders.leakage import same_pictures as same_pictures
+from .builders.reasonseg import build_reasonseg as build_reasonseg
+from .builders.refer import build_grefcoco as build_grefcoco
+from .builders.refer import build_refcoco as build_refcoco
+from .builders.splitting import build_folder_splits as build_folder_splits
+from .builders.splitting import split_by_image as split_by_image
+from .builders.yolo import build_yolo as build_yolo
+from .collator import SegmentationCollator as SegmentationCollator
+from .embedding_cache import EmbeddingCache as EmbeddingCache
+from .hosting.publish import push_dataset as push_dataset
+from .hosting.write import write_dataset as write_dataset
+from .schema import decode_mask as decode_mask
+from .schema import decode_masks as decode_masks
+from .schema import encode_mask as encode_mask
+from .schema import row_features as row_features
+from .slot_cache import SlotCache as SlotCache

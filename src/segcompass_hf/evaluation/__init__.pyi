@@ -1,0 +1,20 @@
+# Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
+from .calibration import calibrate as calibrate
+from .calibration import fit_calibration as fit_calibration
+from .comparison import compare_runs as compare_runs
+from .datasets_spec import load_dataset_of as load_dataset_of
+from .pass_at_k import measure_pass_at_k as measure_pass_at_k
+from .pass_at_k import read_pass_rates as read_pass_rates
+from .prediction import Prediction as Prediction
+from .prediction import Predictor as Predictor
+from .predictors.baselines import BASELINES as BASELINES
+from .predictors.baselines import make_baseline as make_baseline
+from .predictors.box_localizer import BoxLocalizerPredictor as BoxLocalizerPredictor
+from .predictors.box_localizer import is_malformed as is_malformed
+from .predictors.external import FolderPredictor as FolderPredictor
+from .predictors.external import prediction_file_name as prediction_file_name
+from .predictors.model import ModelPredictor as ModelPredictor
+from .predictors.sampling import SamplingPredictor as SamplingPredictor
+from .records import read_samples as read_samples
+from .runner import EvaluationSummary as EvaluationSummary
+from .runner import evaluate_dataset as evaluate_dataset
