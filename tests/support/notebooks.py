@@ -28,7 +28,7 @@ def execute(name: str, folder: Path) -> Any:
     """Run a notebook with `folder` as its working directory.
 
     Returns:
-        `nbformat.NotebookNode`: with outputs, and nothing in it of where and when it ran.
+        `nbformat.NotebookNode`: with outputs, small pictures, and nothing in it of where and when it ran.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell failed.
@@ -43,6 +43,7 @@ def execute(name: str, folder: Path) -> Any:
     environment = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     client.execute(env=os.environ | environment | {"PYTHONPATH": os.pathsep.join(paths)})
     notebook.metadata["language_info"] = {"name": "python"}
+    shrink_pictures(notebook)
     return notebook
 
 
@@ -71,7 +72,6 @@ def main() -> None:
         start, used = time.perf_counter(), _cpu_seconds()
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(name, Path(folder))
-        shrink_pictures(notebook)
         nbformat.write(notebook, FOLDER / f"{name}.ipynb")
         sys.stdout.write(f"{name}: {time.perf_counter() - start:.0f} s, {_cpu_seconds() - used:.0f} CPU seconds\n")
 
