@@ -81,6 +81,15 @@ class TestCommandLine:
         line = f"segcompass evaluate: stopped by SIGTERM; this goes on: {command}"
         assert stopped(self.SCRIPT, signal.SIGTERM, *arguments) == (143, [line])
 
+    def test_while_commands_are_imported(self):
+        script = (
+            "class Slow:\n    def find_spec(self, name, *others):\n"
+            f"        if name == 'segcompass_hf.commands.common': {WAIT}\n"
+            "sys.meta_path.insert(0, Slow())\nfrom segcompass_hf import cli\nsys.exit(cli.main())"
+        )
+        line = "segcompass train: stopped by SIGINT; this goes on: segcompass train recipe.yaml"
+        assert stopped(script, signal.SIGINT, "train", "recipe.yaml") == (130, [line])
+
 
 @pytest.mark.usefixtures("usual_signals")
 class TestHandlers:

@@ -9,12 +9,13 @@ registry whose module is not imported yet gets its table when it is.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
 import threading
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 TASK = "reasoning-segmentation"
 _LOOKED_UP_AS = {"segcompass", "segcompass_sae", "SegCompassConfig", "SegCompassSaeConfig"}
@@ -129,12 +130,10 @@ def _settle(module: ModuleType) -> None:
                 registry._extra_content = _RegisterOnLookup(registry._extra_content)
 
 
-class _SettleAfterImport(importlib.abc.MetaPathFinder):
-    """Finds what the other finders find, and settles the modules above once they have run."""
+class _SettleAfterImport:
+    """A finder of `sys.meta_path`: finds what the others find, and settles the modules above once they have run."""
 
-    def find_spec(
-        self, name: str, path: Any = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _SETTLED:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

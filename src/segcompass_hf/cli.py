@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""The `segcompass` command. Parsing and printing only; every import that costs time stands inside a command."""
+"""The `segcompass` command. Parsing and printing only; imports that cost time stand where Ctrl-C is handled."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ import os
 import shlex
 import sys
 
-from ._lazy import named_extras
-from .commands import calibrate, convert, data, demo, drift, evaluate, explain, init, predict, push, serve, train
-from .commands.common import UserError, one_line
 from .printable import printable_output
-from .stopping import Stopped, handled, is_main_process, raise_stopped
+from .stopping import STARTED_BY_US, Stopped, handled, is_main_process, raise_stopped
 
-# Each in a module of its own.
-_COMMANDS = (demo, predict, train, explain, evaluate, calibrate, drift, serve, data, init, convert, push)
 _GO_ON = ("train", "evaluate")  # which keep what they have done
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
+        from .commands.common import one_line
+
         self.exit(2, f"{self.prog}: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
@@ -33,23 +30,24 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: exit code, 0 on success, 2 on bad input, 130 after Ctrl-C and 143 after SIGTERM.
     """
+    args = argparse.Namespace(argv=sys.argv[1:] if argv is None else list(argv))
     with printable_output():
-        return _run(argv)
+        try:
+            with handled(raise_stopped):
+                return _run(args)
+        except Stopped as stop:
+            _print_stopped(args, stop)
+            return stop.code
 
 
-def _run(argv: list[str] | None) -> int:
-    args = _parser().parse_args(argv)
-    args.argv = sys.argv[1:] if argv is None else list(argv)
+def _run(args: argparse.Namespace) -> int:
+    from ._lazy import named_extras
+    from .commands.common import UserError, one_line
+
+    _parser().parse_args(args.argv, args)
     try:
-        with handled(raise_stopped), named_extras():
+        with named_extras():
             args.run(args)
-    except Stopped as stop:
-        if is_main_process() and train.STARTED_BY_US not in os.environ:  # else the launcher says it
-            command = shlex.join(["segcompass", *args.argv])
-            keeps = args.command in _GO_ON or (args.command == "predict" and args.dataset is not None)
-            goes_on = f"; this goes on: {command}" if keeps else ""
-            print(f"segcompass {args.command}: stopped by {stop.signal.name}{goes_on}", file=sys.stderr)
-        return stop.code
     except BrokenPipeError:  # the reader of our output has gone, for example `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError, ImportError) as error:  # OSError: a full disk, a name that is too long
@@ -60,10 +58,20 @@ def _run(argv: list[str] | None) -> int:
     return 0
 
 
+def _print_stopped(args: argparse.Namespace, stop: Stopped) -> None:
+    if is_main_process() and STARTED_BY_US not in os.environ:  # else the launcher says it
+        command = args.argv[0] if args.argv else ""  # `args` holds it only where the signal came late enough
+        keeps = command in _GO_ON or (command == "predict" and getattr(args, "dataset", None) is not None)
+        goes_on = f"; this goes on: {shlex.join(['segcompass', *args.argv])}" if keeps else ""
+        print(f"segcompass {command}: stopped by {stop.signal.name}{goes_on}", file=sys.stderr)
+
+
 def _parser() -> argparse.ArgumentParser:
+    from .commands import calibrate, convert, data, demo, drift, evaluate, explain, init, predict, push, serve, train
+
     parser = _Parser(prog="segcompass", description="Reasoning segmentation: an instruction to reasoning and masks.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in _COMMANDS:
+    for command in (demo, predict, train, explain, evaluate, calibrate, drift, serve, data, init, convert, push):
         command.add_parser(commands)
     return parser
 

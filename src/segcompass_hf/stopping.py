@@ -14,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Set in the processes of `segcompass train --processes`, to the id of their launcher.
+STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"
 
 
 class Stopped(SystemExit):
@@ -82,4 +84,4 @@ def run_script(main: Callable[[], None], flag: str = "") -> None:
         raise SystemExit(2) from error
 
 
-__all__ = ["SIGNALS", "Stopped", "handled", "is_main_process", "raise_stopped", "run_script"]
+__all__ = ["SIGNALS", "STARTED_BY_US", "Stopped", "handled", "is_main_process", "raise_stopped", "run_script"]

@@ -257,8 +257,13 @@ def test_demo_shows_every_kind_once_and_writes_its_pictures(checkpoint, tmp_path
     output = tmp_path / "demo"
     assert cli.main(["demo", "--model", str(checkpoint), "--output", str(output), "--samples", "3"]) == 0
     out = capsys.readouterr().out
-    pictures = sorted(path.name for path in output.iterdir())
+    pictures = sorted(path.name for path in output.glob("*.png"))
     assert len(pictures) == 4 and pictures[0] == "overview.png"
+    assert out.splitlines()[-1] == f"page: {(output / 'index.html').as_uri()}"
+    page = (output / "index.html").read_text("utf-8")
+    for name in pictures[1:]:
+        explanation = name.replace(".png", ".html")
+        assert f'href="{explanation}"' in page and (output / explanation).is_file()
     kinds = [name.removesuffix(".png").split("_", 2)[2] for name in pictures[1:]]
     assert len(set(kinds)) == 3
     assert out.count("reasoning:") == 3 and out.count("IoU with the truth") == 3

@@ -54,7 +54,10 @@ def test_photographs_first_then_scenes(bundled, tmp_path, capsys):
     told = out[out.index("[1] rocket.jpg") : out.index("scenes-tiny on 1")]
     assert "A typical failure: it finds a cat" in told and 'not trained on the word "rocket"' in told
     assert "failure" not in out[: out.index("[1] rocket.jpg")]
-    names = {path.name for path in tmp_path.iterdir()}
+    names = {path.name for path in tmp_path.glob("*.png")}
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert page.index("photos-small on 2") < page.index(">the rocket</h2>") < page.index("scenes-tiny on 1")
+    assert "A typical failure: it finds a cat" in page and page.count("The whole explanation") == 3
     assert {"photograph_00_cat.png", "photograph_01_rocket.png", "overview.png"} <= names and len(names) == 4
     with Image.open(tmp_path / "overview.png") as all_rows, Image.open(tmp_path / "photograph_00_cat.png") as one:
         assert all_rows.height > 2.5 * one.height
@@ -65,7 +68,7 @@ def test_without_the_checkpoint_scenes_alone_and_why(bundled, tmp_path, capsys):
     assert cli.main(["demo", "--samples", "1", "--output", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert out.startswith("No photographs are shown: photos-small is not here; clone the repository\n")
-    assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["overv", "scene"]
+    assert sorted(path.name[:5] for path in tmp_path.glob("*.png")) == ["overv", "scene"]
 
 
 def test_a_list_of_photographs_that_cannot_be_read(clone, tmp_path):

@@ -67,7 +67,8 @@ def test_figures_are_those_of_the_samples(all_objects, capsys):
     assert evaluate(all_objects, "--num-samples", "6") == 0  # again: all is there
     out = capsys.readouterr().out
     assert "all-objects on scenes val: 6 samples" in out and "6 of them were evaluated before" in out
-    assert f"gIoU           {np.mean(shares):.4f} [" in out and "samples.html" in out
+    assert f"gIoU           {np.mean(shares):.4f} [" in out
+    assert out.splitlines()[-1] == f"page: {(all_objects / 'samples.html').as_uri()}"
 
 
 def test_json_is_the_summary(all_objects, capsys):

@@ -68,8 +68,9 @@ def test_page_and_summary(asked, picture, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     # Shares 1, 1/2 and -1/4 over 5/4.
     assert "+80.0 %  concept 0  red  (without it IoU" in printed and "-20.0 %  concept 2" in printed
-    assert "page: scene.segcompass.html" in printed
-    assert (tmp_path / "scene.segcompass.html").read_text("utf-8").startswith("<!DOCTYPE html>")
+    page = tmp_path / "scene.segcompass.html"
+    assert printed.splitlines()[-1] == f"page: {page.as_uri()}"
+    assert page.read_text("utf-8").startswith("<!DOCTYPE html>")
 
 
 @pytest.mark.parametrize("target", ["mask_logit", "mask_contrast", "slot_logit"])

@@ -6,14 +6,7 @@ import pytest
 import tiny
 
 from segcompass_hf import cli, hub
-from segcompass_hf.commands import push
 from segcompass_hf.hub import ModelPublication
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch):
-    if push not in cli._COMMANDS:
-        monkeypatch.setattr(cli, "_COMMANDS", (*cli._COMMANDS, push))
 
 
 @pytest.fixture

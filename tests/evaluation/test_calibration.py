@@ -1,10 +1,13 @@
 """The fit of calibrated scores."""
 
+import io
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers.utils import logging
 
 from segcompass_hf.configuration_segcompass import SCORE_FEATURES
 from segcompass_hf.evaluation import calibrate, fit_calibration
@@ -76,7 +79,12 @@ def test_too_few_masks(right, wrong):
         fit_calibration(np.zeros((len(is_right), len(SCORE_FEATURES))), is_right)
 
 
-def test_calibrate_judges_the_masks_that_users_see():
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_calibrate_judges_the_masks_that_users_see(monkeypatch):
     # 40 rows of one mask each; the first half is right (the target itself), the others meet nothing. Row 40 cannot be
     # read, and row 41's mask lies under `ignore`.
     mask = np.zeros((1, 4, 4), dtype=bool)
@@ -99,7 +107,10 @@ def test_calibrate_judges_the_masks_that_users_see():
 
     rows = [EvaluationRow(i, {"certainty": 0.9 if i < 20 else 0.3}, mask if i < 20 else ~mask) for i in range(40)]
     rows += [EvaluationRow(40, {}, problem="broken"), EvaluationRow(41, {"certainty": 0.5}, mask, mask[0])]
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    logging.enable_progress_bar()
     calibration, figures = calibrate(Predictor(), rows, batch_size=7)
+    assert "calibration: 100%" in sys.stderr.getvalue() and " 42/42 [" in sys.stderr.getvalue()
     assert set(calibration["features"]) == {"mask_certainty"} and figures["samples"] == 41
     before, after = figures["before"], figures["after"]
     assert before["num_masks"] == 40 and before["right"] == 0.5

@@ -6,11 +6,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from .common import UserError, load_checkpoint, positive, user_errors
+from .common import UserError, load_checkpoint, positive, show_progress, user_errors
 
 _EPILOG = """\
 Segments held-out rows, fits how likely a mask is right (IoU of 0.5 or more with an object asked for) from the slot's
@@ -47,15 +46,12 @@ def run(args: argparse.Namespace) -> None:
     path = args.checkpoint / "config.json"
     if not path.is_file():
         raise UserError(f"{args.checkpoint} holds no config.json; name the folder of a saved model (no adapter).")
-    import datasets
-
     from ..evaluation import ModelPredictor, calibrate, load_dataset_of
     from ..evaluation.rows import EvaluationRows
     from ..files import write_whole
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     model, processor, _ = load_checkpoint(str(args.checkpoint.absolute()))
+    show_progress()
     limits: dict[str, Any] = {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
     with user_errors():
         named = load_dataset_of(args.dataset, args.num_samples)
@@ -64,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
             model.config.score_calibration = None
             limits["slot_logit_threshold"] = -math.inf
         predictor = ModelPredictor(model, processor, **limits)
-        readable = (rows[index] for index in range(len(rows)))
-        calibration, figures = calibrate(predictor, readable, args.batch_size, args.threshold)
+        calibration, figures = calibrate(predictor, rows, args.batch_size, args.threshold)
         fit = {"dataset": named.name, "samples": figures["samples"], **figures["after"]}
         config = json.loads(path.read_text(encoding="utf-8"))
         config["score_calibration"] = calibration | {"fit": fit}

@@ -110,6 +110,22 @@ def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, An
         return _load_checkpoint(model_name, device)
 
 
+def show_progress() -> None:
+    """Bars of what is computed on a terminal, where loading a checkpoint has switched them off, and none elsewhere."""
+    import datasets
+    from transformers.utils import logging
+
+    if sys.stderr.isatty():
+        logging.enable_progress_bar()
+    else:
+        datasets.disable_progress_bars()
+
+
+def print_page(path: Path) -> None:
+    """The last line of a command that wrote a page: its address, which most terminals open at a click."""
+    print(f"page: {path.absolute().as_uri()}")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it."""
     try:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import PHOTOS, SCENES, words_note
-from .common import load_checkpoint, make_folder, need_figures, open_image, positive, user_errors
-from .predict import answer_row, figure_row, print_answer, save_figure
+from .common import load_checkpoint, make_folder, need_figures, open_image, positive, print_page, user_errors
+from .predict import figure_row, print_answer, processed_answer, save_figure
 
+PAGE = "index.html"  # of all answers, in --output
 PHOTOGRAPHS = "examples/photos/photographs.yaml"  # in a clone of the repository: what is shown of photos-small
 
 
@@ -18,9 +20,12 @@ def add_parser(commands: Any) -> None:
     """Register the command."""
     demo = commands.add_parser(
         "demo",
-        help="photographs (in a clone of the repository) and scenes, to reasoning, heatmaps and masks, as pictures",
+        help="photographs (in a clone of the repository) and scenes, to reasoning, heatmaps, masks and concepts, as "
+        "pictures and one page",
     )
-    demo.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the pictures (%(default)s)")
+    demo.add_argument(
+        "--output", type=Path, default=Path("out/demo"), help="folder for the page and the pictures (%(default)s)"
+    )
     demo.add_argument(
         "--model",
         help="checkpoint folder or Hub id, which is shown on scenes alone (photos-small on photographs where it is "
@@ -35,18 +40,58 @@ def add_parser(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    from ..explain.answers_page import answers_page
+    from ..files import write_whole
+
     need_figures()
     rows = _demo_rows(args.split, args.samples, args.seed)
     make_folder(args.output)
-    drawn = [] if args.model is not None else _show_photographs(args.output)
-    drawn += _show_scenes(rows, args)
-    overview = args.output / "overview.png"
-    save_figure(drawn, overview)
+    sections = [] if args.model is not None else _show_photographs(args.output)
+    sections.append(_show_scenes(rows, args))
+    overview, page = args.output / "overview.png", args.output / PAGE
+    save_figure([answer.drawing for _, answers in sections for answer in answers], overview)
     print(f"all in one picture: {overview}")
+    with user_errors(f"cannot write {page}"):
+        shown = [(about, [answer.shown for answer in answers]) for about, answers in sections]
+        write_whole(page, answers_page("Answers of SegCompass", shown).encode("utf-8", errors="replace"))
+    print_page(page)
 
 
-def _show_photographs(output: Path) -> list[Any]:
-    """Answers to the photographs of the repository, as rows of a figure; none where the checkpoint is not there."""
+@dataclass
+class _DemoAnswer:
+    """An answer as a row of a figure, as a part of the page, and as what is printed of it."""
+
+    drawing: Any
+    shown: Any
+    answer: dict[str, Any]
+
+
+def _answer(model: Any, processor: Any, image: Any, instruction: str, grid: int) -> _DemoAnswer:
+    from ..explain.answer import Answer
+    from ..explain.explaining import explain_answer
+    from ..explain.answers_page import ShownAnswer
+
+    with user_errors():
+        answered = Answer(model, processor, image, instruction)
+        captured = answered.captured
+        answer = processed_answer(processor, captured, captured.original_sizes, captured.reshaped_input_sizes)
+        shown = ShownAnswer(explain_answer(answered), grid)
+    drawing = figure_row(image, instruction, answer)
+    drawing.grid = grid
+    return _DemoAnswer(drawing, shown, answer)
+
+
+def _write(answer: _DemoAnswer, output: Path, name: str) -> Path:
+    """The picture of an answer, and the page of its explanation; returns the picture's path."""
+    path = output / f"{name}.png"
+    save_figure([answer.drawing], path)
+    answer.shown.address = f"{name}.html"
+    answer.shown.explanation.to_html(output / answer.shown.address)
+    return path
+
+
+def _show_photographs(output: Path) -> list[tuple[str, list[_DemoAnswer]]]:
+    """Answers to the photographs of the repository; none where the checkpoint is not there."""
     from .. import bundled_checkpoint
 
     try:
@@ -56,26 +101,25 @@ def _show_photographs(output: Path) -> list[Any]:
         return []
     grid, photographs = read_photographs(listed)
     model, processor, name = load_checkpoint(PHOTOS)
-    print(f"{name} on {len(photographs)} photographs. Their true masks are not known, so there are no scores: look.\n")
-    drawn = []
+    about = f"{name} on {len(photographs)} photographs. Their true masks are not known, so there are no scores: look."
+    print(f"{about}\n")
+    answers = []
     for index, photograph in enumerate(photographs):
         file, instruction = listed.parent / photograph["image"], photograph["instruction"]
         failure = photograph.get("failure")
         notes = [f"A typical failure: {failure}"] if failure else []
-        image = open_image(str(file))
-        answer = answer_row(model, processor, image, instruction, "full")
-        drawing = figure_row(image, instruction, answer)
-        drawing.grid, drawing.caption = grid, "  ".join(notes)
-        drawn.append(drawing)
-        path = output / f"photograph_{index:02d}_{file.stem}.png"
-        save_figure([drawing], path)
+        answer = _answer(model, processor, open_image(str(file)), instruction, grid)
+        answer.drawing.caption = "  ".join(notes)
+        unknown = words_note(processor, instruction)
+        answer.shown.notes = notes + ([] if unknown is None else [unknown])
+        answers.append(answer)
+        path = _write(answer, output, f"photograph_{index:02d}_{file.stem}")
         print(f"[{index}] {file.name}: {instruction}")
-        print_answer(answer, indent="    ")
-        for note in (*notes, words_note(processor, instruction), path):
-            if note is not None:
-                print(f"    {note}")
+        print_answer(answer.answer, indent="    ")
+        for note in (*answer.shown.notes, path):
+            print(f"    {note}")
         print()
-    return drawn
+    return [(about, answers)]
 
 
 def read_photographs(listed: Path) -> tuple[int, list[dict[str, str]]]:
@@ -103,32 +147,33 @@ def read_photographs(listed: Path) -> tuple[int, list[dict[str, str]]]:
         return int(content["grid"]), photographs
 
 
-def _show_scenes(rows: list[dict[str, Any]], args: argparse.Namespace) -> list[Any]:
-    """Answers to scenes, as rows of a figure."""
+def _show_scenes(rows: list[dict[str, Any]], args: argparse.Namespace) -> tuple[str, list[_DemoAnswer]]:
+    """Answers to scenes, with their scores."""
     model, processor, name = load_checkpoint(args.model or SCENES)
 
     from ..data.scenes.drawing import GRID
     from ..data.schema import decode_masks
     from ..metrics.segmentation import score_sample
 
-    print(f"{name} on {len(rows)} scenes of {args.split}, seed {args.seed}\n")
-    drawn, scores = [], []
+    about = f"{name} on {len(rows)} scenes of {args.split}, seed {args.seed}"
+    print(f"{about}\n")
+    answers, scores = [], []
     for index, row in enumerate(rows):
         image = row["image"]
-        answer = answer_row(model, processor, image, row["instruction"], "full")
-        drawing = figure_row(image, row["instruction"], answer)
+        answer = _answer(model, processor, image, row["instruction"], GRID)
+        drawing = answer.drawing
         drawing.true_masks = decode_masks(row["masks"], image.size[::-1])
-        drawing.grid = GRID
         scores.append(score_sample(drawing.masks, drawing.true_masks))
         drawing.caption = f"{row['kind']},  IoU {scores[-1].iou:.2f}"
-        drawn.append(drawing)
-        path = args.output / f"scene_{index:02d}_{row['kind']}.png"
-        save_figure([drawing], path)
+        answer.shown.notes = [f"IoU with the truth {scores[-1].iou:.2f}"]
+        answers.append(answer)
+        path = _write(answer, args.output, f"scene_{index:02d}_{row['kind']}")
         print(f"[{index}] {row['instruction']}")
-        print_answer(answer, indent="    ")
+        print_answer(answer.answer, indent="    ")
         print(f"    IoU with the truth {scores[-1].iou:.2f}   {path}\n")
-    print(f"mean IoU of these {len(rows)} scenes: {sum(score.iou for score in scores) / len(scores):.2f}")
-    return drawn
+    mean = f"mean IoU of these {len(rows)} scenes: {sum(score.iou for score in scores) / len(scores):.2f}"
+    print(mean)
+    return f"{about}; {mean}.", answers
 
 
 def _demo_rows(split: str, num_samples: int, seed: int) -> list[dict[str, Any]]:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import BUNDLED, default_checkpoint
-from .common import UserError, add_model, load_checkpoint, make_folder, positive, user_errors
+from .common import (
+    UserError,
+    add_model,
+    load_checkpoint,
+    make_folder,
+    positive,
+    print_page,
+    show_progress,
+    user_errors,
+)
 
 _EPILOG = """\
 On several GPUs or CPUs: torchrun --nproc_per_node N -m segcompass_hf.cli evaluate ..., or accelerate launch. The same
@@ -100,12 +109,9 @@ def run(args: argparse.Namespace) -> None:
         _print_comparison(args)
         return
     _check_boxes(args)
-    import datasets
-
     from ..evaluation import ModelPredictor, datasets_spec
 
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
+    show_progress()
     processes, kind = _processes(), args.dataset.partition(":")[0]
     with user_errors(kind), processes.main_first():
         named = datasets_spec.load_dataset_of(args.dataset, args.num_samples, args.allow_outside)
@@ -126,6 +132,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_results(args: argparse.Namespace, summary: Any) -> None:
+    from ..evaluation.report import SAMPLES_PAGE
+
     comparison = None if args.compare is None else _compare(args)
     if args.json:
         extra = {} if comparison is None else {"comparison": comparison.to_dict()}
@@ -136,6 +144,7 @@ def _print_results(args: argparse.Namespace, summary: Any) -> None:
         _print_malformed(args.output)
     if comparison is not None:
         print(comparison.to_text())
+    print_page(args.output / SAMPLES_PAGE)
 
 
 def _print_summary(summary: Any) -> None:
@@ -183,12 +192,9 @@ def _print_malformed(output: Path) -> None:
 
 
 def _evaluate(args: argparse.Namespace, predictor: Any, named: Any) -> Any:
-    from transformers.utils import logging
-
     from ..evaluation import evaluate_dataset
 
-    if sys.stderr.isatty():
-        logging.enable_progress_bar()  # loading the checkpoint has switched it off
+    show_progress()  # loading the checkpoint has switched it off
     with user_errors():
         return evaluate_dataset(
             predictor,

@@ -23,6 +23,7 @@ from .common import (
     make_folder,
     need_figures,
     positive,
+    print_page,
     user_errors,
 )
 
@@ -105,7 +106,10 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(explanation.to_dict() | {"file": None if output is None else str(output)}, indent=1))
         return
     _print(explanation)
-    print(f"{'page' if output.suffix.lower() in _PAGES else 'figure'}: {output} ({output.stat().st_size // 1000} kB)")
+    if output.suffix.lower() in _PAGES:
+        print_page(output)
+    else:
+        print(f"figure: {output}")
 
 
 def _run_controls(args: argparse.Namespace) -> None:

@@ -80,9 +80,18 @@ def answer_row(
     with user_errors(), torch.no_grad():
         inputs = processor(images=image, instruction=instruction, return_tensors="pt").to(model.device)
         segmentation = model.segment(**inputs, reasoning=reasoning, **rules)
+    return processed_answer(processor, segmentation, inputs["original_sizes"], inputs["reshaped_input_sizes"])
+
+
+def processed_answer(
+    processor: Any, segmentation: Any, original_sizes: Any, reshaped_input_sizes: Any
+) -> dict[str, Any]:
+    """[`answer_row`] of a segmentation that is already there, with the sizes of its inputs."""
+    import torch
+
     if not (torch.isfinite(segmentation.pred_masks).all() and torch.isfinite(segmentation.slot_logits).all()):
         raise UserError("the checkpoint computes values that are not finite; its weights are damaged.")
-    sizes = {name: inputs[name] for name in ("original_sizes", "reshaped_input_sizes")}
+    sizes = {"original_sizes": original_sizes, "reshaped_input_sizes": reshaped_input_sizes}
     with user_errors():  # guardrails that cannot be judged
         return {
             "kept": processor.post_process_segmentation(segmentation, **sizes)[0],

@@ -96,10 +96,12 @@ def _serve_api(args: argparse.Namespace) -> None:
 def _serve_page(args: argparse.Namespace) -> None:
     with user_errors("the live page needs gradio: pip install 'segcompass_hf[explain]'", (ImportError,)):
         from ..explain.live.app import build_app, launch_options
+    from ..explain.live.examples import card_examples
     from ..explain.live.model import LiveModel
 
     model, processor, name = load_checkpoint(args.model)
-    app = build_app(LiveModel(model, processor, name), scenes=name == SCENES, note=BUNDLED.get(name, ""))
+    live, note = LiveModel(model, processor, name), BUNDLED.get(name, "")
+    app = build_app(live, scenes=name == SCENES, note=note, examples=card_examples(name))
     with user_errors(kinds=(OSError,)):  # gradio's, for a port that is taken
         _, local, public = app.launch(
             server_name=args.host,

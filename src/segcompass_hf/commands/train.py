@@ -13,10 +13,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..stopping import SIGNALS, Stopped
-from .common import UserError, positive, user_errors
+from ..stopping import SIGNALS, STARTED_BY_US, Stopped
+from .common import UserError, positive, print_page, user_errors
 
-STARTED_BY_US = "SEGCOMPASS_TRAIN_PROCESSES"  # set in the processes of --processes, to the id of their launcher
 _PATIENCE = "300"  # seconds that they have to finish a step and save it, after Ctrl-C or SIGTERM
 
 _EPILOG = """\
@@ -69,6 +68,7 @@ def _run(args: argparse.Namespace, recipe: Any) -> None:
     from ..evaluation.processes import Processes
     from ..training.recipe.check import check_recipe, describe_plans
     from ..training.recipe.running import run_recipe
+    from ..training.recipe.summary import PAGE
 
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     wanted = args.processes or recipe.settings.processes or 1
@@ -86,7 +86,8 @@ def _run(args: argparse.Namespace, recipe: Any) -> None:
     with user_errors(kinds=(OSError,)):  # a full disk, a folder that another process trains in
         result = run_recipe(recipe, shlex.join(["segcompass", *args.argv]), lambda line: print(line, flush=True))
     if is_main:
-        print(f"{result}\nsummary: {recipe.settings.output_dir}/summary.html")
+        print(result)
+        print_page(Path(recipe.settings.output_dir) / PAGE)
     Processes.current().finish()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..configuration_segcompass import SCORE_FEATURES
 from ..metrics.calibration import RIGHT_IOU, best_ious, calibration_figures
@@ -103,7 +104,8 @@ def calibrate(
         ValueError: see [`fit_calibration`] and [`choose_threshold`].
     """
     found, confidences, ious, answers, samples = [], [], [], [], 0
-    readable = (row for row in rows if row.problem is None)
+    told = logging.tqdm(rows, desc="calibration", disable=None)  # on a terminal
+    readable = (row for row in told if row.problem is None)
     while batch := list(islice(readable, batch_size)):
         output, sizes, results = predictor.segment([row.columns for row in batch])
         maps = output.slot_logits, output.pred_masks, output.reasoning_surprisal

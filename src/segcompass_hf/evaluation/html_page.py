@@ -20,7 +20,8 @@ MAX_SIDE = 420  # pixels of a picture on the page
 TARGET_COLOUR, PREDICTION_COLOUR, IGNORE_COLOUR = (18, 165, 114), (232, 145, 12), (122, 129, 144)
 
 _PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; color: #1f2430; max-width: 1000px; margin: 2em auto; padding: 0 1em }}
 .sample {{ display: flex; flex-wrap: wrap; gap: 1em; border-top: 1px solid #d5d9e0; padding: 1em 0 }}
 .sample figure {{ margin: 0 }} .sample img {{ width: 280px; display: block }}

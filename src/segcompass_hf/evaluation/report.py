@@ -22,7 +22,7 @@ from .tables import figure_cell, selection_markdown
 
 logger = logging.get_logger(__name__)
 
-SUMMARY_FILE = "summary.json"
+SUMMARY_FILE, SAMPLES_PAGE = "summary.json", "samples.html"
 PROTOCOL = (
     "Masks at the original image size; union of the predicted masks against union of the targets; every sample "
     "counted. Brackets: 95 % bootstrap intervals over images, all samples of an image together."
@@ -61,8 +61,8 @@ def write_reports(
         figures["plots_skipped"] = str(error)
         logger.warning(f"no plots: {error}")
     if page_samples:
-        write_whole(output_dir / "samples.html", samples_page(figures, records, rows, page_samples))
-        files.append("samples.html")
+        write_whole(output_dir / SAMPLES_PAGE, samples_page(figures, records, rows, page_samples))
+        files.append(SAMPLES_PAGE)
     figures["files"] = files
     write_whole(output_dir / "model_index.yml", model_index_yaml(figures))
     write_whole(output_dir / "summary.md", markdown(figures))

@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import follow_concepts, tiny_model, tiny_processor
 
 from segcompass_hf.explain.causal import steer
-from segcompass_hf.explain.live.model import NUM_SHOWN, LiveAnswer, LiveModel, paint
+from segcompass_hf.explain.live.model import NUM_SHOWN, LiveAnswer, LiveModel
+from segcompass_hf.explain.report.picture import paint
 from segcompass_hf.figure import tidy
 
 
@@ -108,6 +109,6 @@ def test_paint_enlarges_tints_and_outlines():
 def test_largest_concepts_are_those_of_any_mask():
     answer = LiveAnswer(None, made_explanation(num_masks=2, num_concepts=12), threading.Lock())
     # Both masks share 0.68, 0.34, -0.17, ...; feature 100 m + c is mask m's concept c.
-    assert [concept.feature for concept, _ in answer.shown] == [0, 100, 1, 101, 2, 102]
-    assert [number for _, number in answer.shown] == [0, 1, 0, 1, 0, 1]
+    assert [concept.feature for concept, _ in answer.shown] == [0, 100, 1, 101, 2, 102, 3, 103]
+    assert [number for _, number in answer.shown] == [0, 1, 0, 1, 0, 1, 0, 1]
     assert answer.picture().size == (640, 480)

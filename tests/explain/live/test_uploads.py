@@ -11,7 +11,7 @@ gr = pytest.importorskip("gradio", reason="needs gradio: pip install 'segcompass
 from gradio.components.image_editor import EditorData  # noqa: E402
 from gradio.data_classes import DataWithFiles, FileData  # noqa: E402
 
-from segcompass_hf.explain.live import app, uploads  # noqa: E402
+from segcompass_hf.explain.live import app, events, uploads  # noqa: E402
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_layers_of_a_drawing_have_small_numbers(editor, index):
 
 def test_pictures_are_reduced_to_what_is_shown():
     large = Image.new("RGB", (3000, 1500))
-    seen = app._image({"composite": large, "background": large, "layers": []})
+    seen = events.read_image({"composite": large, "background": large, "layers": []})
     assert seen.size == (1024, 512)
 
 

@@ -64,6 +64,14 @@ def test_the_summary_shows_curves_settings_and_versions(done):
     assert page.count("data:image/png;base64,") == 2
 
 
+def test_the_command_ends_with_the_address_of_the_page(done, capsys, monkeypatch):
+    recipe, result, _ = done
+    monkeypatch.chdir(recipe.parent)
+    assert cli.main(["train", recipe.name]) == 0, "all of it is done"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [str(result), f"page: {(recipe.parent / 'out' / 'summary.html').as_uri()}"]
+
+
 def test_curves_are_what_was_logged_more_than_once():
     log = [
         {"step": 1, "loss": 2.0, "epoch": 0.5},
@@ -223,6 +231,7 @@ def test_two_processes_share_a_run(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stage 1 of 3: warmup") == 1, "one process speaks"
+    assert done.stdout.splitlines()[-1] == f"page: {(tmp_path / 'out' / 'summary.html').as_uri()}"
     marker = json.loads((tmp_path / "out" / "segmentation" / DONE).read_text())
     assert marker["processes"] == 2 and (tmp_path / "out" / "checkpoint" / "model.safetensors").exists()
 

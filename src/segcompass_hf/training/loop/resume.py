@@ -18,6 +18,7 @@ from ...data.readable_rows import ReadableRows, RowCheck, count_unreadable, is_i
 from ..vision import kept_vision
 from .batch_norms import keep_stored_statistics
 from .checkpoints import WholeCheckpointsMixin
+from .progress import show_figures
 from .steps import JudgeStepsCallback, NonFiniteStepsMixin
 
 logger = logging.get_logger(__name__)
@@ -125,6 +126,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
     - Rows of a `datasets` data set whose image or masks cannot be read are skipped or fatal (`unreadable_rows`), and
       listed in `unreadable_rows.jsonl` in the output folder; so are rows that `check_text` refuses.
     - Batch norms normalise by their stored statistics, which stay as they are.
+    - The progress bar shows the newest loss, and gIoU where it is known.
 
     A subclass whose VLM reads images says so (`reads_images`), one with further state of its own extends `loop_state`
     and `load_loop_state`, one that reads the rows' texts sets `check_text`.
@@ -138,6 +140,7 @@ class RobustTrainerMixin(NonFiniteStepsMixin, WholeCheckpointsMixin):
         keep_stored_statistics(self.model)
         self.train_dataset = self._readable_streams(self.train_dataset, "train")
         self.eval_dataset = self._readable_streams(self.eval_dataset, "eval")
+        show_figures(self)
         self.add_callback(JudgeStepsCallback(self))
         self.add_callback(ContinueCallback(self))
 
