@@ -1,0 +1,159 @@
+"""Teaches the vision encoder of photos-small, before the warm-up, to tell the 80 categories apart in every cell of its map:
+
+    python examples/photos_small/see.py --output runs/photos-small
+
+ImageNet taught it one name for a whole picture. Reads the VLM of `parts.py` and the split `train` of `rows.py`, and
+writes `vlm_seeing`: the same VLM with the encoder as it is after three epochs over the photographs, parts of them cut at
+random and mirrored. A linear layer, which is thrown away afterwards, names the cells; what a cell should be called is
+the share of it that each category covers. The encoder is trained from stride 16 on: its first blocks take two thirds of the
+time. Started again, it goes on at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from seen import is_crowded, is_place, named_objects
+from torch import nn
+from torch.nn import functional
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from views import View
+from words import CATEGORIES
+
+from segcompass_hf.evaluation import load_dataset_of
+from segcompass_hf.images_segcompass import to_rgb_image
+
+FIRST_TRAINED = 8  # of 21 blocks
+SMALLEST = 0.55  # of a side: parts of a photograph
+WHOLE = 0.3  # share of the photographs that are shown as a whole
+NOTHING = len(CATEGORIES)  # what is none of the categories
+NUMBERS = {name: number for number, name in enumerate(CATEGORIES)}
+
+
+class CellNaming(nn.Module):
+    """A vision encoder and a linear layer that names every cell of its map, by the cell and by the whole picture."""
+
+    def __init__(self, encoder: nn.Module, first_trained: int = FIRST_TRAINED):
+        super().__init__()
+        width = encoder.config.hidden_dim
+        self.encoder, self.cell, self.picture = encoder, nn.Linear(width, NOTHING + 1), nn.Linear(width, NOTHING + 1)
+        nn.init.zeros_(self.picture.weight)
+        encoder.embeddings.requires_grad_(False)
+        encoder.encoder.blocks[:first_trained].requires_grad_(False)
+
+    def train(self, mode: bool = True) -> CellNaming:
+        """Batch norms keep ImageNet's statistics: the encoder is used with them, whatever the batch."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Cross-entropy over cells.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, 3, height, width)`): Normalised.
+            labels (`torch.Tensor` of shape `(batch, cells, 81)`): Shares of each cell, row after row, sum 1.
+        """
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        cells = self.encoder(pixel_values=pixel_values).last_hidden_state.flatten(2).transpose(1, 2)
+        logits = self.cell(cells) + self.picture(cells.mean(1, keepdim=True))
+        return {"loss": functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(0, 1)), "logits": logits}
+
+
+def cell_shares(objects: list[tuple[list[str], np.ndarray, Any]], view: View, side: int) -> torch.Tensor:
+    """What is in every cell of a view, of shape `(side * side, 81)`: shares of the categories and of nothing, sum 1.
+
+    Args:
+        objects (`list[tuple]`): Words, mask and role, as [`~seen.named_objects`] gives them.
+    """
+    shares = torch.zeros(NOTHING + 1, side, side)
+    for words, mask, _ in objects:
+        name = " ".join(word for word in words if not is_place(word))
+        if name in NUMBERS:
+            shown = torch.as_tensor(view.of_mask(mask).copy(), dtype=torch.float32)
+            shares[NUMBERS[name]] += functional.adaptive_avg_pool2d(shown[None], side)[0]
+    shares[NOTHING] = (1 - shares.sum(0)).clamp(min=0)
+    return (shares / shares.sum(0)).flatten(1).T
+
+
+def random_view(width: int, height: int, dice: random.Random) -> View:
+    """A photograph as a whole or a part of it, mirrored or not."""
+    if dice.random() < WHOLE:
+        return View((0, 0, width, height), dice.random() < 0.5)
+    sides = [round(side * dice.uniform(SMALLEST, 1.0)) for side in (width, height)]
+    x, y = dice.randint(0, width - sides[0]), dice.randint(0, height - sides[1])
+    return View((x, y, x + sides[0], y + sides[1]), dice.random() < 0.5)
+
+
+class Photographs(torch.utils.data.Dataset):
+    """The photographs of a data set of rows, each once; none with a crowd, of which rows do not hold the mask."""
+
+    def __init__(self, rows: Any, image_processor: Any, side: int):
+        self.rows, self.image_processor, self.side = rows, image_processor, side
+        first: dict[str, int] = {}
+        for index, (name, text) in enumerate(zip(rows["image_id"], rows["reasoning"], strict=True)):
+            if not is_crowded({"reasoning": text}):
+                first.setdefault(name, index)
+        self.indices = list(first.values())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = self.rows[self.indices[index]]
+        image = to_rgb_image(row["image"])
+        seed = int(torch.randint(2**31, ()))  # of the worker, which the trainer seeds anew for every epoch
+        view = random_view(*image.size, random.Random(seed))
+        pixels = self.image_processor(view.of_image(image), return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": cell_shares(named_objects(row), view, self.side)}
+
+
+def train(folder: Path, epochs: float, batch_size: int) -> None:
+    torch.manual_seed(0)
+    vlm = AutoModelForImageTextToText.from_pretrained(folder / "vlm")
+    processor = AutoProcessor.from_pretrained(folder / "vlm")
+    side = round(vlm.config.image_seq_length**0.5)
+    photographs = Photographs(load_dataset_of(f"{folder / 'rows'}:train").dataset, processor.image_processor, side)
+    model = CellNaming(vlm.model.vision_tower)
+    arguments = TrainingArguments(
+        output_dir=folder / "seeing",
+        num_train_epochs=epochs,
+        per_device_train_batch_size=batch_size,
+        learning_rate=1e-3,
+        weight_decay=0.02,
+        lr_scheduler_type="cosine",
+        warmup_steps=40,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_num_workers=1,
+        logging_steps=20,
+        save_steps=100,
+        save_total_limit=1,
+        report_to="none",
+    )
+    trainer = Trainer(model, arguments, train_dataset=photographs)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(arguments.output_dir) if (folder / "seeing").is_dir() else None
+    )
+    vlm.save_pretrained(folder / "vlm_seeing")
+    processor.save_pretrained(folder / "vlm_seeing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/photos-small"), help="folder of `vlm` and `rows`")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    given = parser.parse_args()
+    train(given.output, given.epochs, given.batch_size)
+
+
+if __name__ == "__main__":
+    main()
