@@ -1,12 +1,13 @@
-"""Teaches the vision encoder of photos-small, before the warm-up, to tell the 80 categories apart in every cell of its map:
+"""Teaches the vision encoder of photos-small, before the warm-up, what each of the 80 categories looks like:
 
     python examples/photos_small/see.py --output runs/photos-small
 
-ImageNet taught it one name for a whole picture. Reads the VLM of `parts.py` and the split `train` of `rows.py`, and
-writes `vlm_seeing`: the same VLM with the encoder as it is after three epochs over the photographs, parts of them cut at
-random and mirrored. A linear layer, which is thrown away afterwards, names the cells; what a cell should be called is
-the share of it that each category covers. The encoder is trained from stride 16 on: its first blocks take two thirds of the
-time. Started again, it goes on at its last checkpoint.
+From ImageNet it knows one name for a whole picture. Reads the VLM of `parts.py` and the split `train` of `rows.py`,
+and writes `vlm_seeing`: the same VLM, its encoder trained for three epochs to name the cells of its map, on the
+photographs and on parts of them, cut at random and mirrored. The names come from a linear layer, which is thrown away
+afterwards; what a cell should be called are the shares of it that the categories cover. The encoder is trained from
+stride 16 on: the blocks before take half of the time and know edges and textures. Started again, it goes on at its
+last checkpoint.
 """
 
 from __future__ import annotations
