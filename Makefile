@@ -9,7 +9,7 @@ OUT ?= out/demo
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PACKAGING := setup.py pyproject.toml constraints.txt
 
-.PHONY: help demo test slow test-oldest test-breadth test-real backbones docs lint package checkpoint clean
+.PHONY: help demo test slow test-oldest test-breadth test-real backbones notebooks docs lint package checkpoint clean
 
 help:
 	@echo "make demo        environment, then photographs and scenes with reasoning, heatmaps and masks in $(OUT)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test-oldest the core tests on the oldest versions that setup.py admits, in $(OLDEST)"
 	@echo "make test-breadth every VLM family against docs/reference/backbones.md, with torchvision and timm, in $(BREADTH)"
 	@echo "make backbones   the same, and renew docs/reference/backbones.md"
+	@echo "make notebooks   run examples/notebooks and renew their outputs"
 	@echo "make test-real   tests on real pretrained weights out of package registries"
 	@echo "make docs        the documentation site, in out/docs; fails on a broken link"
 	@echo "make lint        ruff, and mypy on the public API"
@@ -81,6 +82,11 @@ test-real: export OMP_NUM_THREADS ?= 1
 test-real: $(VENV)/.dev-stamp
 	$(PIP_INSTALL) onnx gguf || echo "test-real: onnx and gguf could not be installed"
 	$(BIN)/python -m pytest -m real tests/real
+
+notebooks: export OMP_NUM_THREADS ?= 1
+
+notebooks: $(VENV)/.dev-stamp
+	$(BIN)/python tests/support/notebooks.py
 
 # Where the packages of the extra cannot be installed nothing is built, and it says so.
 docs: export NO_MKDOCS_2_WARNING = 1

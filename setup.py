@@ -39,6 +39,9 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.12",
+    "nbclient>=0.10",  # runs the notebooks, with ipykernel
+    "ipykernel>=6.29",
+    "ipywidgets>=8.1",  # without it tqdm warns in every notebook
     "mypy>=2.4,<2.5",  # another one finds other faults
     "build>=1.2",
     "setuptools>=77",  # with `wheel` what the tests build by, without a network
@@ -48,7 +51,7 @@ EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement
 ]
 EXTRAS["docs"] = ["mkdocs>=1.6,<2", "mkdocs-material>=9.8,<10", "mkdocstrings[python]>=1.0.8,<2"]  # `make docs`
 EXTRAS["ray"] = [*EXTRAS["data"], "ray[data]>=2.50"]  # not of `dev`, for its size: the tests with it are skipped there
-EXTRAS["vllm"] = ["vllm>=0.31,<0.32"]  # not of `dev`: it asks for an older transformers than `train`; docs/how-to/vllm.md
+EXTRAS["vllm"] = ["vllm>=0.31,<0.32"]  # not of `dev`, see docs/how-to/vllm.md: it asks for an older transformers
 
 setup(
     name="segcompass_hf",

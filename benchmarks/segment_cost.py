@@ -6,6 +6,10 @@
 Every batch size has a process of its own; the first batch only warms up. A batch is what a user waits for: pictures
 prepared by the processor, reasoning written greedily, masks at the pictures' own size. Memory is the GPU's, or
 resident, over that before the checkpoint was loaded. Writes OUTPUT.json and OUTPUT.md.
+
+    python benchmarks/segment_cost.py --beside CHECKOUT --batch-sizes 1 8 32 --num-samples 256 --threads 1 --turns 5
+
+compares `segcompass evaluate` of this code with that of another checkout, see `segment_cost_beside.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from segment_cost_beside import SCORE_TOLERANCE, beside, evaluate
 from timing import PeakMemory, device_name, synchronize
 
 import segcompass_hf
@@ -106,6 +111,27 @@ def report(found: list[dict[str, float]], given: argparse.Namespace) -> str:
     )
 
 
+def report_beside(found: list[dict[str, float]], given: argparse.Namespace) -> str:
+    rows = [
+        [
+            *(one["batch_size"], one["pictures"], one["old_cpu_ms"], one["new_cpu_ms"]),
+            *(f"{one['ratio']:.2f} ({one['least']:.2f} to {one['most']:.2f})", one["old_wall_ms"], one["new_wall_ms"]),
+            *(mebibytes(one["old_peak_bytes"]), mebibytes(one["new_peak_bytes"]), one["unlike"]),
+        ]
+        for one in found
+    ]
+    columns = ["batch", "pictures", "CPU ms before", "CPU ms now", "ratio (range)", "wall ms before", "wall ms now"]
+    columns += ["peak MiB before", "peak MiB now", "answered unlike"]
+    return (
+        f"# `segcompass evaluate`, before and now\n\n`python {shlex.join(sys.argv)}`\n\n{Path(given.model).name} on "
+        f"{given.dataset}; {device_name('cpu')}, {given.threads} threads on {os.cpu_count()} CPU cores, torch "
+        f"{torch.__version__}, load average at the end {os.getloadavg()[0]:.1f}. Milliseconds per picture, without "
+        f"loading: medians of {given.turns} turns, in each of which both run; ratio of CPU time: the turns' median. "
+        f"Answered unlike: samples with another mask, other words, or a score that differs by more than "
+        f"{SCORE_TOLERANCE:g}.\n\n{markdown_table(columns, rows)}\n"
+    )
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(segcompass_hf.bundled_checkpoint()), help="a checkpoint's folder")
@@ -116,6 +142,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", *BITS])
     parser.add_argument("--reasoning", default="full", choices=["full", "short", "none"], help="as of `segment`")
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
+    parser.add_argument("--beside", type=Path, metavar="CHECKOUT", help="compare with the package in its src")
+    parser.add_argument("--turns", type=int, default=5, help="with --beside (%(default)s)")
+    parser.add_argument("--records", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help="path of the results without ending; printed when left out")
     parser.add_argument("--own-process", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -124,17 +153,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = parse_arguments()
     if given.own_process:
-        print(json.dumps(measure(given)))
+        print(json.dumps(measure(given) if given.records is None else evaluate(given, given.records)))
         return
-    found = []
-    for size in given.batch_sizes:
+    found = [] if given.beside is None else beside(given)
+    for size in given.batch_sizes if given.beside is None else ():
         own = [sys.executable, __file__, "--own-process", "--model", given.model, "--dataset", given.dataset]
         own += ["--device", given.device, "--dtype", given.dtype, "--reasoning", given.reasoning]
         own += ["--num-samples", str(given.num_samples), "--threads", str(given.threads), "--batch-sizes", str(size)]
         found.append(
             json.loads(subprocess.run(own, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
         )
-    text = report(found, given)
+    text = (report if given.beside is None else report_beside)(found, given)
     print(text)
     if given.output is not None:
         given.output.parent.mkdir(parents=True, exist_ok=True)

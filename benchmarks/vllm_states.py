@@ -1,6 +1,6 @@
 """What vLLM itself gives, beside transformers: states, SAE codes, masks and answers of the same rows of Scenes.
 
-    pip install vllm==0.31.0       # in an environment of its own; see docs/how-to/vllm.md, also for machines without a GPU
+    pip install vllm==0.31.0  # in an environment of its own; see docs/how-to/vllm.md, also for machines without a GPU
     python benchmarks/vllm_states.py                     # the bundled checkpoint, 16 rows
     python benchmarks/vllm_states.py --model FOLDER --rows 64 --dtype bfloat16
 

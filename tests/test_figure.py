@@ -1,5 +1,7 @@
 """The figure of an answer: what stands in it, for kept and rejected slots, long texts and odd images."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -74,3 +76,21 @@ def test_a_figure_is_written_whole_or_not_at_all(tmp_path):
 def test_no_rows_are_an_error():
     with pytest.raises(ValueError, match="at least one SegmentationRow"):
         plot_segmentations([])
+
+
+def test_a_notebook_shows_the_figure_without_pyplot():
+    figure = plot_segmentations([_row()])
+    with Image.open(io.BytesIO(figure._repr_png_())) as shown:  # what IPython asks objects for
+        assert shown.size == tuple(round(inches * figure.dpi) for inches in figure.get_size_inches())
+
+
+def test_a_row_of_what_the_processor_returns():
+    masks, heatmaps = np.ones((1, 30, 40), dtype=bool), np.zeros((3, 30, 40))
+    answer = {"reasoning": "the red one", "masks": masks, "scores": [0.9], "slots": [1]}
+    slots = {"heatmaps": heatmaps, "scores": [0.1, 0.9, 0.2]}
+    image = Image.new("RGB", (40, 30))
+    row = SegmentationRow.from_answer(image, "the circle", answer, slots, caption="IoU 0.80", grid=8)
+    assert (row.image, row.instruction, row.reasoning) == (image, "the circle", "the red one")
+    assert row.masks is masks and row.heatmaps is heatmaps
+    assert row.scores.tolist() == [0.9] and row.slots.tolist() == [1] and row.confidences.tolist() == [0.1, 0.9, 0.2]
+    assert (row.caption, row.grid, row.true_masks) == ("IoU 0.80", 8, None)

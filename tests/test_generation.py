@@ -8,8 +8,10 @@ import tiny
 import torch
 from breadth.families import FAMILIES
 from breadth.trial import Trial, vlm_inputs
+from model_inputs import inputs_of
 from transformers import GenerationConfig
 
+from segcompass_hf import generation_segcompass
 from segcompass_hf.generation_segcompass import (
     SegCompassFormatLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -63,6 +65,23 @@ class TestFormat:
     def test_rows_stand_at_different_places(self):
         rows = allowed(form(), [START, 5, 6, 7], [START, 5, END, REF], [START, 5, 6, END])
         assert rows == [self.FREE, {REF}, {REF}]
+
+    def test_the_rest_is_known_once_no_row_may_choose(self):
+        def rest(processor, *completions, ended=None):
+            ids = torch.tensor([[REF, END, START, *completion] for completion in completions])
+            ended = torch.tensor(ended or [False] * len(completions))
+            found = processor.rest(ids, ended, PAD)
+            return None if found is None else found.tolist()
+
+        assert rest(form(), [START, 5, 6, 7], [START, 5, END, REF]) is None  # the first may go on reasoning
+        assert rest(form(), [START, 5, 6, END], [START, 5, END, REF]) == [[REF, REF, EOS], [REF, EOS, PAD]]
+        ended = [START, 6, END, REF, REF, EOS]
+        closed = [START, 5, 6, 7, END, REF]
+        assert rest(form(), ended, closed, ended=[True, False]) == [[PAD, PAD], [REF, EOS]]
+        # At the limit of 3 tokens one row closes its reasoning, which the other has done.
+        at_limit = form(max_reasoning_tokens=3)
+        assert rest(at_limit, [START, 5, 6, 7], [START, 5, 6, END]) == [[END, REF, REF, EOS], [REF, REF, EOS, PAD]]
+        assert rest(form(max_reasoning_tokens=0), [START]) == [[END, REF, REF, EOS]]
 
     def test_free_scores_are_not_changed(self):
         scores = torch.randn(1, VOCAB)
@@ -213,12 +232,47 @@ class TestOnePass:
         model = tiny.tiny_model()
         _, inputs = prompts()
         counter = PassCounter(model)
-        output = model.segment(**inputs, max_new_tokens=12)
-        prompt, written = inputs["input_ids"].shape[1], 12
+        output = model.segment(**inputs, max_new_tokens=12, constrain_format=False)
+        prompt, written = inputs["input_ids"].shape[1], output.completion_mask.sum(1).max()
         assert output.sequences.shape[1] == prompt + written
         # Generation passes the prompt and every written token but the last; the last is the one extra step.
         assert counter.tokens == [prompt] + [1] * written
         assert sum(counter.tokens) == output.sequences.shape[1]
+
+    @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3"])
+    @pytest.mark.parametrize("reasoning", ["full", "none"])
+    def test_what_the_format_forces_passes_at_once_and_is_what_was_written_token_by_token(
+        self, family, reasoning, monkeypatch
+    ):
+        model, inputs = tiny.tiny_model(family), inputs_of(family)
+        counter = PassCounter(model)
+        asked = {"max_new_tokens": 12, "reasoning": reasoning}
+        output = model.segment(**inputs, **asked)
+        # Tiny random models think to the limit of 5 tokens; then </think>, 4 <REF_POS> and the end are known: with
+        # "none" after <think> already, but whether a pass may be of several tokens shows in the first behind a prompt.
+        prompt, thought = inputs["input_ids"].shape[1], {"full": 5, "none": 1}[reasoning]
+        assert counter.tokens == [prompt] + [1] * thought + [output.sequences.shape[1] - prompt - thought]
+        assert counter.tokens[-1] == {"full": 7, "none": 6}[reasoning]  # the last token before, and these
+        monkeypatch.setattr(generation_segcompass, "_deciding_format", lambda *given: None)
+        counter.tokens.clear()
+        plain = model.segment(**inputs, **asked)
+        assert set(counter.tokens[1:]) == {1} and sum(counter.tokens) == plain.sequences.shape[1]
+        assert torch.equal(output.sequences, plain.sequences)
+        assert torch.equal(output.completion_mask, plain.completion_mask)
+        torch.testing.assert_close(output.reasoning_surprisal, plain.reasoning_surprisal, equal_nan=True)
+        for name in ("reference_states", "slots", "slot_logits", "pred_masks"):
+            torch.testing.assert_close(output[name], plain[name], atol=1e-4, rtol=1e-4)
+
+    def test_who_looks_at_single_steps_sees_them(self):
+        model, heard = tiny.tiny_model(), Heard()
+        _, inputs = prompts()
+        inputs = {name: value[:1] for name, value in inputs.items()}
+        last_word = lambda ids, scores: scores  # noqa: E731 - after the format, it might have changed what follows
+        for watching in ({"streamer": heard}, {"logits_processor": [last_word]}):
+            counter = PassCounter(model)
+            output = model.segment(**inputs, max_new_tokens=12, **watching)
+            assert counter.tokens[1:] == [1] * 12
+        assert heard.tokens == output.sequences[0].tolist() and heard.ended
 
     def test_forward_is_one_pass(self):
         model = tiny.tiny_model()

@@ -180,6 +180,15 @@ class TestBroadcastAndErrors:
         stack = torch.zeros(2, 3, 20, 20, dtype=torch.uint8)
         assert processor(images=stack, instruction="it")["original_sizes"].tolist() == [[20, 20], [20, 20]]
 
+    def test_columns_of_a_dataset_are_lists_of_samples(self):
+        datasets = pytest.importorskip("datasets")
+        columns = {"image": IMAGES, "instruction": INSTRUCTIONS, "reasoning": ["x", "y z"]}
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        processor = processor_of("llava")
+        inputs = processor(images=rows["image"], instruction=rows["instruction"], reasoning=rows["reasoning"])
+        expected = processor(images=IMAGES, instruction=INSTRUCTIONS, reasoning=columns["reasoning"])
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
+
     @pytest.mark.parametrize(
         "arguments, message",
         [

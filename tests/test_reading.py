@@ -186,6 +186,38 @@ def test_masks_of_some_slots():
     assert none.pred_masks is None and torch.equal(none.heatmap_logits, whole.heatmap_logits)
 
 
+def test_masks_of_slots_above_a_confidence():
+    model, inputs = tiny.tiny_model(), inputs_of()
+    with torch.no_grad():
+        whole = model(**inputs)
+        features = model.encode_image(inputs["sam_pixel_values"])
+    threshold = float(whole.slot_logits.flatten().sort().values[[2, 3]].mean())  # 3 of the 8 are below
+    kept = whole.slot_logits > threshold
+    decoded = []
+    handle = model.sam.mask_decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: decoded.append(len(kwargs["image_embeddings"])), with_kwargs=True
+    )
+
+    def masks_above(logit):
+        arguments = (whole.reference_states, whole.slots, features, inputs["reshaped_input_sizes"])
+        return model.predict_masks(*arguments, decode_above=logit).pred_masks
+
+    some = masks_above(threshold)
+    assert decoded == [5]
+    torch.testing.assert_close(some[kept], whole.pred_masks[kept], atol=1e-5, rtol=0)
+    assert (some[~kept] == -50).all()
+    assert (masks_above(torch.inf) == -50).all()
+    handle.remove()
+    prompts = inputs_of(training=False)
+    seen = model.segment(**prompts, max_new_tokens=12)
+    threshold = float(seen.slot_logits.flatten().sort().values[[2, 3]].mean())
+    shown = model.segment(**prompts, max_new_tokens=12, decode_above=threshold)
+    assert torch.equal(shown.sequences, seen.sequences) and torch.equal(shown.slot_logits, seen.slot_logits)
+    above = seen.slot_logits > threshold
+    torch.testing.assert_close(shown.pred_masks[above], seen.pred_masks[above], atol=1e-5, rtol=0)
+    assert (shown.pred_masks[~above] == -50).all()
+
+
 def test_states_of_answers():
     # Two prompts of 2 and 3 tokens, answers of 2 and 1.
     layer, last = torch.zeros(2, 5, 1), torch.ones(2, 5, 1)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
@@ -33,6 +33,34 @@ def answers_to_sample(vlm: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[int
     return number, one | {"generation_config": config}
 
 
+class OneStepLater(StoppingCriteria):
+    """The verdict of other criteria, but the step in which the last row ends is followed by one more.
+
+    Rows that ended before stay ended, so that all but the last column is as it were without. Likewise with the step
+    from which on the rest of every row is known, `rest` `(rows, number)`.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList):
+        self.criteria = criteria
+        self.rest_of: Callable[[torch.Tensor], torch.Tensor | None] = lambda ids: None
+        self.rest: torch.Tensor | None = None
+        self.ended: torch.Tensor | None = None  # (rows,)
+        self.over = False  # all rows have ended; the step that runs is the one more
+        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+            self.eos_token_id = None  # by this `generate` knows that rows which ended are padded
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        if self.over:
+            return torch.ones_like(self.ended)
+        ended = self.criteria(input_ids, scores, **kwargs)
+        self.ended = ended if self.ended is None else self.ended | ended
+        self.over = bool(self.ended.all())
+        if not self.over:
+            self.rest = self.rest_of(input_ids)
+            self.over = self.rest is not None
+        return torch.zeros_like(ended) if self.over else ended
+
+
 def can_rearrange(cache: Any) -> bool:
     """Whether it is a cache whose rows can be put in another order; the quantized ones learned it after 5.17."""
     if not hasattr(cache, "reorder_cache"):
@@ -41,12 +69,53 @@ def can_rearrange(cache: Any) -> bool:
     return all(type(layer).reorder_cache is not DynamicLayer.reorder_cache for layer in quantized)
 
 
+def takes_several_tokens(caches: list[Any], inputs: dict[str, Any]) -> bool:
+    """Whether a pass behind the prompt may be of several tokens.
+
+    Attention alone has to look back (recurrent layers have another rule for one token than for several), and what has
+    an entry per token has to be known to [`with_rest`].
+    """
+    states = [linear for cache in caches for linear in getattr(cache, "is_linear", [True])]
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not caches or any(states) or not isinstance(ids, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return False
+    per_token = {
+        name
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[:2] == ids.shape
+    }
+    return ids.shape[1] == 1 and mask.ndim == 2 and all(name in _GROWS or _is_type(name) for name in per_token)
+
+
+def with_rest(inputs: dict[str, Any], rest: torch.Tensor) -> dict[str, Any]:
+    """Inputs of a pass of one token per row, with `rest` `(rows, number)` behind it."""
+    number = rest.shape[1]
+    steps = torch.arange(1, number + 1, device=rest.device)
+    longer = {
+        "input_ids": lambda value: rest.to(value),
+        "attention_mask": lambda value: value.new_ones(len(value), number),
+        "position_ids": lambda value: value[..., -1:] + steps.to(value),  # (rows, 1), or (3 or 4, rows, 1)
+        "cache_position": lambda value: value[-1:] + steps.to(value),  # of older versions, (1,)
+    }
+    grown = {name: longer[name] for name in _GROWS if isinstance(inputs.get(name), torch.Tensor)}
+    types = [name for name, value in inputs.items() if _is_type(name) and isinstance(value, torch.Tensor)]
+    grown |= {name: lambda value: value[..., -1:].expand(*value.shape[:-1], number) for name in types}
+    return inputs | {name: torch.cat([inputs[name], more(inputs[name])], -1) for name, more in grown.items()}
+
+
+_GROWS = ("input_ids", "attention_mask", "position_ids", "cache_position")  # by a rule of ours
+
+
+def _is_type(name: str) -> bool:
+    return name.endswith("token_type_ids")
+
+
 class AnswerWriter:
     """A VLM as the loop of `generate` sees it, which spends nothing on what it has computed or nobody reads.
 
     Prompts pass it once, however many answers each has; then what was kept of them is repeated. Answers that have
     ended pass it no more: what the loop is told of them is 0. Where no cache can be rearranged, every answer passes
-    with its own prompt, and to the end of the longest.
+    with its own prompt, and to the end of the longest. The rest of all answers, once it is known, passes at once.
 
     Args:
         vlm (`PreTrainedModel`): The VLM itself.
@@ -56,8 +125,11 @@ class AnswerWriter:
         generation_config (`GenerationConfig`): Likewise.
         ended (`Callable`, *optional*): Says which answers have ended, `(num_prompts * copies,)`; `None` at first.
             Without it none is left out.
+        rest (`Callable`, *optional*): Says which tokens follow the last one of every answer, `(rows, number)`; `None`
+            while that is not known. Behind their pass there is none: what it gave is given again.
 
     Attributes:
+        takes_several (`bool`, *optional*): Whether a pass may be of several tokens; known after the first of one.
         all_ids (`torch.LongTensor` of shape `(num_prompts * copies, prompt_length)`): The prompt of every answer.
         all_kwargs (`dict[str, Any]`): `model_kwargs` for these.
     """
@@ -70,8 +142,10 @@ class AnswerWriter:
         model_kwargs: dict[str, Any],
         generation_config: GenerationConfig,
         ended: Callable[[], torch.Tensor | None] | None = None,
+        rest: Callable[[], torch.Tensor | None] | None = None,
     ):
-        self.vlm, self.output, self.ended = vlm, None, ended
+        self.vlm, self.output, self.ended, self.rest = vlm, None, ended, rest
+        self.takes_several, self.last_output = None, None
         self.caches = [value for value in model_kwargs.values() if can_rearrange(value)]
         if not self.caches or generation_config.output_hidden_states or generation_config.output_attentions:
             self.ended = None
@@ -104,9 +178,20 @@ class AnswerWriter:
 
     def __call__(self, **inputs) -> Any:
         """The pass of one token per answer."""
+        if self.last_output is not None:
+            return self.last_output
         if self.ended is None or "position_ids" not in inputs:
             return self.vlm(**inputs)
         self._leave_out_ended()
+        if self.takes_several is None:
+            self.takes_several = takes_several_tokens(self.caches, inputs)
+        rest = None if self.rest is None else self.rest()
+        if rest is None:
+            return self._pass(inputs)
+        self.last_output = self._pass(with_rest(inputs, rest))
+        return self.last_output
+
+    def _pass(self, inputs: dict[str, Any]) -> Any:
         if self.rows is None:
             return self.vlm(**inputs)
         number = len(self.all_ids)
@@ -146,4 +231,4 @@ def _change(value: Any, rows: int, change: Callable[[torch.Tensor], torch.Tensor
     return change(value) if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
 
-__all__ = ["AnswerWriter", "answers_to_sample"]
+__all__ = ["AnswerWriter", "OneStepLater", "answers_to_sample"]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import re
 import textwrap
@@ -53,6 +55,31 @@ class SegmentationRow:
     caption: str = ""
     grid: int | None = None
 
+    @classmethod
+    def from_answer(
+        cls, image: Image.Image, instruction: str, answer: dict[str, Any], slots: dict[str, Any], **fields: Any
+    ) -> SegmentationRow:
+        """A row of what the processor makes of an answer.
+
+        Args:
+            image (`PIL.Image.Image`): RGB, what was asked about.
+            instruction (`str`): The user's words.
+            answer (`dict`): One entry of `processor.post_process_segmentation(...)`: the masks that are the answer.
+            slots (`dict`): The same entry of `processor.post_process_slots(...)`: every slot.
+            fields: `true_masks`, `caption` and `grid`, as above.
+        """
+        return cls(
+            image=image,
+            instruction=instruction,
+            reasoning=answer["reasoning"],
+            masks=np.asarray(answer["masks"]),
+            scores=np.asarray(answer["scores"]),
+            slots=np.asarray(answer["slots"]),
+            heatmaps=np.asarray(slots["heatmaps"]),
+            confidences=np.asarray(slots["scores"]),
+            **fields,
+        )
+
 
 def plot_segmentations(rows: list[SegmentationRow]) -> Any:
     """Draw answers under one another.
@@ -61,7 +88,7 @@ def plot_segmentations(rows: list[SegmentationRow]) -> Any:
         rows (`list[SegmentationRow]`): At least one.
 
     Returns:
-        `matplotlib.figure.Figure`: Not tied to any window; `figure.savefig(path)` writes it.
+        `matplotlib.figure.Figure`: Not tied to any window; a notebook shows it, `figure.savefig(path)` writes it.
 
     Raises:
         ImportError: without matplotlib.
@@ -83,12 +110,25 @@ def new_figure(size: tuple[float, float], dpi: float, **options: Any) -> Any:
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    figure = Figure(figsize=size, dpi=dpi, **options)
+    figure = _figure_class()(figsize=size, dpi=dpi, **options)
     FigureCanvasAgg(figure)
     return figure
+
+
+@functools.cache
+def _figure_class() -> type:
+    """Figures that a notebook shows; matplotlib's own are shown where `pyplot` was imported, and else not."""
+    from matplotlib.figure import Figure
+
+    class InlineFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            written = io.BytesIO()
+            self.savefig(written, format="png")
+            return written.getvalue()
+
+    return InlineFigure
 
 
 def figure_of_rows(heights: list[float]) -> tuple[Any, np.ndarray]:

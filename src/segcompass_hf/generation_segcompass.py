@@ -8,16 +8,17 @@ from typing import Any, Literal
 
 import torch
 from transformers import (
+    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .answers_segcompass import AnswerWriter, answers_to_sample
+from .answers_segcompass import AnswerWriter, OneStepLater, answers_to_sample
 
 # What transformers calls a cache in outputs and arguments; renamed in 5.24.
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -32,7 +33,8 @@ def generate_and_feed_last(
 
     `generate` never feeds its last token back, so states captured on the way would lack those of that token. Here the
     loop goes on for one step more; what that step writes is seen by no one. Same arguments, same sequences. A prompt
-    with several answers (`num_return_sequences`) passes once, and ended answers no more; see [`AnswerWriter`].
+    with several answers (`num_return_sequences`) passes once, and ended answers no more; what the format leaves no
+    choice about passes together. See [`AnswerWriter`].
 
     Args:
         vlm (`PreTrainedModel`): Writes greedily or samples.
@@ -61,12 +63,16 @@ def generate_and_feed_last(
                 "states would belong to other beams; use greedy decoding or sampling."
             )
         check_growing_cache(generation_config.cache_implementation)
-        stop = _OneStepLater(stopping_criteria)
+        stop = OneStepLater(stopping_criteria)
+        form = _deciding_format(asked, stopping_criteria, generation_config, mode)
         lost = [processor for processor in asked if processor not in logits_processor]  # Janus hands none on
         logits_processor = LogitsProcessorList([*lost, *logits_processor])
         # Embeddings that count positions themselves have to see all rows.
         ended = None if counting_embeddings(model) else lambda: stop.ended
-        writer = AnswerWriter(model, copies, input_ids, model_kwargs, generation_config, ended)
+        writer = AnswerWriter(model, copies, input_ids, model_kwargs, generation_config, ended, lambda: stop.rest)
+        if form is not None:
+            pad = generation_config._pad_token_tensor
+            stop.rest_of = lambda ids: form.rest(ids, stop.ended, pad) if writer.takes_several else None
         output = type(model)._sample(
             writer,
             writer.all_ids,
@@ -75,7 +81,8 @@ def generate_and_feed_last(
             generation_config=generation_config,
             **{**writer.all_kwargs, **mode},
         )
-        return _without_last(output)
+        output = _without_last(output)
+        return output if stop.rest is None else torch.cat([output, stop.rest], dim=1)
 
     with positions_without_padding(vlm, kwargs.get("attention_mask")):
         return vlm.generate(*args, streamer=streamer, custom_generate=custom_generate, **kwargs)
@@ -132,26 +139,16 @@ def check_growing_cache(implementation: str | None) -> None:
         )
 
 
-class _OneStepLater(StoppingCriteria):
-    """The verdict of other criteria, but the step in which the last row ends is followed by one more.
-
-    Rows that ended before stay ended, so that all but the last column is as it were without.
-    """
-
-    def __init__(self, criteria: StoppingCriteriaList):
-        self.criteria = criteria
-        self.ended: torch.Tensor | None = None  # (rows,)
-        self.over = False  # all rows have ended; the step that runs is the one more
-        if any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-            self.eos_token_id = None  # by this `generate` knows that rows which ended are padded
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        if self.over:
-            return torch.ones_like(self.ended)
-        ended = self.criteria(input_ids, scores, **kwargs)
-        self.ended = ended if self.ended is None else self.ended | ended
-        self.over = bool(self.ended.all())
-        return torch.zeros_like(ended) if self.over else ended
+def _deciding_format(
+    asked: list, criteria: StoppingCriteriaList, generation_config: Any, mode: dict
+) -> "SegCompassFormatLogitsProcessor | None":
+    """The format, where it has the last word on what is written, and nobody looks at single steps."""
+    form = asked[-1] if asked else None
+    others = [one for one in criteria if not isinstance(one, (EosTokenCriteria, MaxLengthCriteria))]
+    seen = mode.get("streamer") is not None or mode.get("synced_gpus") or generation_config.return_dict_in_generate
+    if others or seen:
+        return None
+    return form if isinstance(form, SegCompassFormatLogitsProcessor) else None
 
 
 class _AllButLast:
@@ -244,6 +241,33 @@ class SegCompassFormatLogitsProcessor(LogitsProcessor):
         scores[rows] = float("-inf")
         scores[rows, forced[rows]] = 0.0
         return scores
+
+    def rest(
+        self, input_ids: torch.LongTensor, ended: torch.Tensor, pad_token_id: torch.Tensor | int
+    ) -> torch.LongTensor | None:
+        """What follows in every row, up to its end; `None` where the model is free in one of them.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): Tokens so far, at least one of the
+                completion.
+            ended (`torch.BoolTensor` of shape `(batch_size,)`): Rows that have ended.
+            pad_token_id (`torch.Tensor` or `int`): What stands behind the end.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, number)`, or `None`.
+        """
+        completion = input_ids[:, self.prompt_length :]
+        is_closed = (completion == self.end).any(dim=1)
+        if completion.shape[1] - 1 < self.max_reasoning_tokens and not bool((is_closed | ended).all()):
+            return None
+        place = torch.arange(self.num_slots + 2, device=input_ids.device)  # </think>, <REF_POS>, end
+        refs_from = (~is_closed).long()
+        end = refs_from + self.num_slots - (completion == self.ref).sum(dim=1)  # place of the end
+        rest = torch.full((len(place),), self.ref, device=input_ids.device).repeat(len(completion), 1)
+        rest[place < refs_from[:, None]] = self.end
+        rest[place == end[:, None]] = self.eos
+        rest[(place > end[:, None]) | ended[:, None]] = int(pad_token_id)
+        return rest[:, : int(end.masked_fill(ended, -1).max()) + 1]
 
     def _forced(self, completion: torch.Tensor) -> torch.Tensor:
         """The only token that may come next, per row, or -1. `completion`: `(batch_size, written)`."""

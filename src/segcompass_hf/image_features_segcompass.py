@@ -86,4 +86,26 @@ def join_rows(
     return ImageFeatures(embeddings, tuple(extra)) if extra else embeddings
 
 
-__all__ = ["ImageFeatures", "join_rows", "parts_of"]
+def encode_different(
+    encode: Callable[[torch.Tensor], torch.Tensor | ImageFeatures], pixel_values: torch.Tensor
+) -> torch.Tensor | ImageFeatures:
+    """`encode(pixel_values)`, where a picture that comes several times in succession is encoded once.
+
+    Data sets keep the questions about a picture together.
+
+    Args:
+        encode (`Callable`): Of a batch of pictures, each on its own.
+        pixel_values (`torch.Tensor` of shape `(batch_size, channels, height, width)`): Pictures.
+
+    Returns:
+        `torch.Tensor` or [`ImageFeatures`] of `batch_size` rows.
+    """
+    pairs = zip(pixel_values[1:], pixel_values[:-1], strict=True)
+    is_new = torch.tensor([True, *(not torch.equal(one, before) for one, before in pairs)])
+    if is_new.all():
+        return encode(pixel_values)
+    number = (is_new.cumsum(0) - 1).to(pixel_values.device)  # of each row's picture
+    return encode(pixel_values[is_new.to(pixel_values.device)])[number]
+
+
+__all__ = ["ImageFeatures", "encode_different", "join_rows", "parts_of"]

@@ -14,7 +14,7 @@ from .configuration_segcompass import SegCompassConfig
 from .delegation_segcompass import VlmDelegationMixin, supported_attention
 from .freezing_segcompass import TokenRowsMixin, freeze_for_training, parameter_groups
 from .generation_segcompass import CACHE
-from .image_features_segcompass import ImageFeatures
+from .image_features_segcompass import ImageFeatures, encode_different
 from .interventions_segcompass import Interventions, normalize_interventions, steer_hidden_states
 from .loading_segcompass import LoadingMixin
 from .modeling_concepts import ConceptCodebook
@@ -280,7 +280,7 @@ class SegCompassForReasoningSegmentation(
         if image_embeddings is not None and sam_pixel_values is not None:
             raise ValueError("got both sam_pixel_values and image_embeddings; pass one of them.")
         if image_embeddings is None:
-            image_embeddings = self.encode_image(sam_pixel_values)
+            image_embeddings = encode_different(self.encode_image, sam_pixel_values)
         if image_embeddings.shape[0] != batch_size:
             raise ValueError(
                 f"got SAM features of {image_embeddings.shape[0]} images for {batch_size} sequences; pass one image "

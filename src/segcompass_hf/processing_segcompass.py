@@ -3,16 +3,13 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 
-from .images_segcompass import (
-    check_masks,
-    fit_objects_to_slots,
-    to_rgb_image,
-)
+from .images_segcompass import check_masks, fit_objects_to_slots, to_rgb_image
 from .postprocessing_segcompass import REF_TOKEN, THINK_END, THINK_START, PostProcessingMixin
 from .prompts_segcompass import (
     COMPLETION_TEMPLATE,
@@ -326,7 +323,7 @@ def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, l
     if images is None:
         raise ValueError("`images` is missing; SegCompass segments an image.")
     stacked = getattr(images, "ndim", 0) == 4
-    images = list(images) if stacked or isinstance(images, (list, tuple)) else images
+    images = list(images) if stacked or _is_column(images) else images
     if isinstance(images, list) and any(isinstance(image, (list, tuple)) for image in images):
         if any(not isinstance(image, (list, tuple)) or len(image) != 1 for image in images):
             raise ValueError(
@@ -334,13 +331,18 @@ def _align(images: Any, instruction: Any, reasoning: Any) -> tuple[list, list, l
             )
         images = [image[0] for image in images]
     columns = {"images": images, "instruction": instruction, "reasoning": reasoning}
-    columns = {name: list(v) if isinstance(v, tuple) else v for name, v in columns.items() if v is not None}
+    columns = {name: list(v) if _is_column(v) else v for name, v in columns.items() if v is not None}
     lengths = {name: len(value) for name, value in columns.items() if isinstance(value, list)}
     if any(length == 0 for length in lengths.values()) or len(set(lengths.values())) > 1:
         raise ValueError(f"the lengths differ or are 0: {lengths}; pass one image and one instruction per sample.")
     count = next(iter(lengths.values()), 1)
     columns = {name: value if isinstance(value, list) else [value] * count for name, value in columns.items()}
     return columns["images"], columns["instruction"], columns.get("reasoning")
+
+
+def _is_column(value: Any) -> bool:
+    """Whether it holds one value per sample: a list, a tuple, a column of a `datasets.Dataset`."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
 
 
 SegCompassProcessor.register_for_auto_class("AutoProcessor")

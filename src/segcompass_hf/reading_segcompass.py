@@ -16,6 +16,7 @@ from .image_features_segcompass import ImageFeatures, parts_of
 from .interventions_segcompass import Interventions, apply_interventions
 from .losses_segcompass import SegmentationLossOutput, SlotAssignments, segmentation_loss
 from .modeling_concepts import SparseConcepts, encode_concepts
+from .modeling_masks import PADDING_LOGIT
 from .modeling_sae import SegCompassSae
 from .modeling_slots import SlotEncoderOutput
 from .prompt_copies_segcompass import PromptCopies
@@ -299,6 +300,7 @@ class ReadingMixin(ConceptGridsMixin):
         targets: MaskTargets | None = None,
         decode_slots: Sequence[int] | None = None,
         concept_grid: ConceptGrid | None = None,
+        decode_above: float | None = None,
     ) -> SegCompassOutput:
         """The last steps alone, from reference states and slots (perhaps changed by the caller) to masks.
 
@@ -313,6 +315,8 @@ class ReadingMixin(ConceptGridsMixin):
             decode_slots (`Sequence[int]`, *optional*): Slots whose masks are wanted, where there are no targets; all
                 when left out. `pred_masks` then has these alone, and is `None` for none.
             concept_grid ([`ConceptGrid`], *optional*): From `concept_grid`; needed with `heatmap_concepts`.
+            decode_above (`float`, *optional*): In place of `decode_slots`: only slots with a logit above it go through
+                SAM's decoder; `pred_masks` has all slots, those of the others -50 everywhere.
 
         Returns:
             [`SegCompassOutput`]: `heatmap_logits`, `slot_logits`, `pred_masks`, `slots`, `reference_states`, and with
@@ -329,7 +333,12 @@ class ReadingMixin(ConceptGridsMixin):
         decode = partial(self.mask_stage.decode, image_embeddings, valid_area=area)
         if targets is None:
             maps = mapped.heatmap_logits if decode_slots is None else mapped.heatmap_logits[:, list(decode_slots)]
-            output.pred_masks = decode(maps) if maps.shape[1] else None
+            if decode_above is not None:
+                kept = (mapped.slot_logits > decode_above).nonzero(as_tuple=True)
+                masks = decode(mapped.heatmap_logits, pairs=kept)  # (num_kept, 4h, 4w)
+                output.pred_masks = masks.new_full(mapped.heatmap_logits.shape, PADDING_LOGIT).index_put(kept, masks)
+            elif maps.shape[1]:
+                output.pred_masks = decode(maps)
             return output
         if targets.decode == "all" or (targets.decode == "auto" and not self.training):
             output.pred_masks = decode(mapped.heatmap_logits)
@@ -362,6 +371,7 @@ class ReadingMixin(ConceptGridsMixin):
         output_concepts: bool = False,
         output_concept_embeddings: bool = False,
         output_slot_attentions: bool = False,
+        decode_above: float | None = None,
     ) -> SegCompassOutput:
         """All steps from the states of sequences to masks: concepts -> slots -> heatmaps -> masks, and losses.
 
@@ -370,7 +380,7 @@ class ReadingMixin(ConceptGridsMixin):
 
         Args:
             states ([`SequenceStates`]): From `sequence_states`, or made by the caller.
-            image_embeddings, reshaped_input_sizes, targets: As in `predict_masks`.
+            image_embeddings, reshaped_input_sizes, targets, decode_above: As in `predict_masks`.
             interventions (*optional*): On concepts; see [`ConceptIntervention`].
             output_concepts, output_concept_embeddings, output_slot_attentions (`bool`): Return these too.
 
@@ -393,7 +403,9 @@ class ReadingMixin(ConceptGridsMixin):
         is_image = self.modality_ids(states.concept_ids) * states.concept_mask
         image = image_embeddings, reshaped_input_sizes
         grid = self.concept_grid(embeddings, is_image, states.image_token_grids, *image)
-        output = self.predict_masks(reference_states, encoded.slots, *image, targets, concept_grid=grid)
+        output = self.predict_masks(
+            reference_states, encoded.slots, *image, targets, concept_grid=grid, decode_above=decode_above
+        )
         output.concepts, output.slot_attentions = concepts, encoded.attentions
         output.concept_embeddings = embeddings if output_concept_embeddings else None
         return output

@@ -40,10 +40,12 @@ class TokenSurprisal(LogitsProcessor):
             `torch.Tensor` of shape `(rows,)`: float32; NaN where there is no reasoning, and where `generate` was
             replaced by something that does not call its processors.
         """
-        self._note(sequences)
-        if len(self._surprisals) != is_reasoning.shape[1]:
+        prompt_length = sequences.shape[1] - is_reasoning.shape[1]
+        self._note(sequences[:, : prompt_length + len(self._surprisals) + 1])
+        chosen = len(self._surprisals)  # tokens; the format may have had the others follow at once
+        if not 0 < chosen <= is_reasoning.shape[1] or is_reasoning[:, chosen:].any():
             return torch.full((len(sequences),), torch.nan, device=sequences.device)
-        return mean_surprisal(torch.cat(self._surprisals, dim=1), is_reasoning)
+        return mean_surprisal(torch.cat(self._surprisals, dim=1), is_reasoning[:, :chosen])
 
 
 def mean_surprisal(surprisals: torch.Tensor, is_reasoning: torch.Tensor) -> torch.Tensor:

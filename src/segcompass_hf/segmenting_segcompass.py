@@ -117,6 +117,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         forbid: Concepts = None,
         require: Concepts = None,
         votes: int | None = None,
+        decode_above: float | None = None,
         **kwargs: Any,
     ) -> SegCompassSegmentationOutput:
         r"""Write the reasoning and segment, from the states seen while writing: no second pass.
@@ -139,6 +140,8 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                 every mask has to, by the names of the concept dictionary beside the checkpoint; post-processing leaves
                 out masks that break a rule and says why. See [`judge_masks`].
             votes (`int`, *optional*): Sample so many answers in one pass and return what they agree on, see [`vote`].
+            decode_above (`float`, *optional*): Spend the mask decoder on slots with a logit above it alone, where no
+                lower `slot_logit_threshold` will be asked for; masks of the others are empty.
             kwargs: The VLM's inputs, and anything `generate` takes; greedy decoding unless `do_sample=True`, there
                 or in a `generation_config`, which is filled from the model's own as `generate` does.
 
@@ -201,6 +204,7 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
                 interventions=interventions,
                 output_concepts=output_concepts or votes is not None,
                 output_slot_attentions=output_slot_attentions,
+                decode_above=decode_above,
             )
             # What an intervention takes away is still there to be seen by a guardrail.
             firing = guardrail_firing(self.read_concepts(states), rules) if rules else None
@@ -219,7 +223,12 @@ class SegmentingMixin(ScoringMixin, ReadingMixin):
         return answer
 
     def answers_of(
-        self, states: SequenceStates, output: SegCompassOutput, reasoning_surprisal: torch.Tensor, sizes: Any, **fields: Any
+        self,
+        states: SequenceStates,
+        output: SegCompassOutput,
+        reasoning_surprisal: torch.Tensor,
+        sizes: Any,
+        **fields: Any,
     ) -> SegCompassSegmentationOutput:
         """What `segment` returns, of sequences that are written and of what was read of them (`output`).
 

@@ -1,10 +1,12 @@
 """Batches of prompts of like length: every question once, and every image encoded before it is asked about."""
 
+import copy
 import io
 import threading
 
 import pytest
 import tiny
+import torch
 
 from segcompass_hf.bulk import batches
 from segcompass_hf.bulk.batches import BatchMaker, read_ahead
@@ -110,3 +112,17 @@ def test_reading_ahead_stops_at_its_depth_and_hands_errors_on():
     next(items)
     items.close()
     assert threading.active_count() == before
+
+
+def test_inputs_are_those_of_the_processor_also_where_image_tokens_lie(processor):
+    grids = copy.copy(processor)
+    grids.image_token_grids = True
+    batch = made(grids, [row(0, encoded(0), "a ring"), row(1, encoded(1, (16, 24)), "a dot")])[0]
+    inputs, pixels = batch.inputs.result()
+    whole = grids(
+        images=[question.image for question in batch.questions],
+        instruction=[question.columns["instruction"] for question in batch.questions],
+    )
+    assert "image_token_grids" in inputs and set(inputs) | {"sam_pixel_values"} == set(whole)
+    for name, value in (inputs | {"sam_pixel_values": pixels}).items():
+        assert torch.equal(value, whole[name]), name

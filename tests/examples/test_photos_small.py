@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 from places import ROOT
 from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 pytest.importorskip("trl")
 pytest.importorskip("transformers.models.fast_vlm")
@@ -28,6 +34,7 @@ with pytest.MonkeyPatch.context() as patch:  # scenes_tiny has a module `parts` 
     import parts
     import questions
     import rows
+    import see as seeing
     import seen
     import views
     import words
@@ -450,8 +457,9 @@ def test_a_language_model_keeps_layers_and_rows():
     assert cut.lm_head.weight is rows_of
 
 
-def test_the_parts_train_together(vision, full_tokenizer, photos, tmp_path):
-    """One step of the public warm-up on the example's rows; the vision encoder stays as it was, statistics too."""
+@pytest.fixture
+def vlm(vision, full_tokenizer, tmp_path):
+    """A tiny one of the parts, also saved in the folder `vlm`."""
     tokenizer, kept = cut_tokenizer.cut_tokenizer(full_tokenizer, words.texts())
     config = LlamaConfig(
         vocab_size=len(full_tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=3,
@@ -461,6 +469,45 @@ def test_the_parts_train_together(vision, full_tokenizer, photos, tmp_path):
     vlm = parts.compose(vision, language, tokenizer)
     vlm.save_pretrained(tmp_path / "vlm")
     parts.build_processor(tokenizer, 64).save_pretrained(tmp_path / "vlm")
+    return vlm
+
+
+def test_the_shares_of_a_cell():
+    things = [thing("cup", "a1"), thing("dog", "d2", 30)]
+    objects = [(["cup", "a1"], things[0].mask, ()), (["dog", "d2"], things[1].mask, ()), ([], things[1].mask, ())]
+    whole = seeing.cell_shares(objects, seeing.View((0, 0, SIDE, SIDE), False), 6).view(6, 6, 81)
+    torch.testing.assert_close(whole.sum(-1), torch.ones(6, 6))
+    assert whole[0, 0, seeing.NUMBERS["cup"]] == 1 and whole[5, 0, seeing.NOTHING] == 1
+    dog = torch.tensor(things[1].mask).float().view(6, 10, 6, 10).mean((1, 3))
+    torch.testing.assert_close(whole[..., seeing.NUMBERS["dog"]], dog)
+    part = seeing.cell_shares(objects, seeing.View((0, 0, 30, 30), True), 3).view(3, 3, 81)
+    assert part[0, 2, seeing.NUMBERS["cup"]] == 1, "mirrored, the first column is the last"
+    torch.testing.assert_close(part[..., seeing.NUMBERS["dog"]], dog[:3, :3].flip(1))
+    assert {seeing.random_view(80, 60, random.Random(n)).mirrored for n in range(9)} == {False, True}
+
+
+@pytest.mark.slow
+def test_the_encoder_learns_to_see(vlm, photos, tmp_path):
+    """Its first blocks, the statistics of its norms and everything outside of it stay; stopped, it goes on."""
+    rows.build(photos[0], tmp_path / "rows_of", count=1)
+    shutil.move(tmp_path / "rows_of" / "rows", tmp_path / "rows")
+    before = {name: tensor.clone() for name, tensor in vlm.state_dict().items()}
+    seeing.train(tmp_path, epochs=1, batch_size=4)
+    (first,) = (tmp_path / "seeing").glob("checkpoint-*")
+    seeing.train(tmp_path, epochs=2, batch_size=4)
+    (last,) = (tmp_path / "seeing").glob("checkpoint-*")
+    log = json.loads((last / "trainer_state.json").read_text())
+    assert log["global_step"] == 2 * int(first.name.split("-")[1]), "not begun again"
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm_seeing").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in changed} == {"vision_tower", "multi_modal_projector"}
+    blocks = {int(name.split("blocks.")[1].split(".")[0]) for name in changed if "blocks." in name}
+    assert blocks == set(range(seeing.FIRST_TRAINED, 21)) and not any("running" in name for name in changed)
+    AutoProcessor.from_pretrained(tmp_path / "vlm_seeing")
+
+
+def test_the_parts_train_together(vlm, photos, tmp_path):
+    """One step of the public warm-up on the example's rows; the vision encoder stays as it was, statistics too."""
     processor = SegCompassProcessor.from_parts(tmp_path / "vlm", 64, num_slots=2, instruction_template="{instruction}")
     rows.build(photos[0], tmp_path / "out", count=1)
     found = datasets.load_from_disk(str(tmp_path / "out" / "rows"))["train"]

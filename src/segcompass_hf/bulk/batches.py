@@ -86,7 +86,7 @@ class BatchMaker:
         self.processor, self.check, self.source = processor, check, source
         self.instructions, self.batch_size = tuple(instructions), batch_size
         self._language = copy.copy(processor)
-        self._language._sam_inputs = self._sizes  # pixels for the segmenter are made once per image
+        self._language._sam_inputs = processor._places  # pixels for the segmenter are made once per image
 
     def batches(self, shards: Iterable[Shard]) -> Iterator[Batch]:
         """All batches, prepared ahead; the last of each shard is marked."""
@@ -195,11 +195,6 @@ class BatchMaker:
         )
         pixels = self.processor._sam_inputs([images[key] for key in new])["sam_pixel_values"] if new else None
         return dict(inputs), pixels
-
-    def _sizes(self, images: list) -> dict[str, torch.Tensor]:
-        sizes = [(image.height, image.width) for image in images]
-        resized = [self.processor.geometry.resized_size(size) for size in sizes]
-        return {"original_sizes": torch.tensor(sizes), "reshaped_input_sizes": torch.tensor(resized)}
 
 
 def _content_key(image: bytes) -> str:

@@ -88,7 +88,8 @@ class ShardPredictor:
             self._held |= {key: features[index : index + 1] for index, key in enumerate(new)}
         features = join_rows([self._held[question.key] for question in questions], torch.cat)
         images = [[question.image] for question in questions]
-        output, _, results = self.predictor.segment_inputs(inputs | {"image_embeddings": features}, images)
+        inputs = inputs | {"image_embeddings": features}
+        output, _, results = self.predictor.segment_inputs(inputs, images, all_slots=False)
         concepts: list = [None] * len(questions)
         if self.concepts:
             concepts = strongest_concepts(output.concepts, self.concepts)

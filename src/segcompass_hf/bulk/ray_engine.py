@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .._lazy import named_extras
+from ..allocator import keep_freed_memory
 from .job import PredictionJob
 from .output import OutputFolder
 from .running import PredictionSummary, Progress, begin, check_share, expected_rows, finish, write_shards
@@ -27,6 +28,7 @@ class ShardWorker:
 
     def __init__(self, job: PredictionJob, source: Any):
         self.job, self.source, self.output = job, source, OutputFolder(job.output)
+        keep_freed_memory()  # of a process that Ray has started for this alone
         self.predictor = job.load_predictor()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[int]]:

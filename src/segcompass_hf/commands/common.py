@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .._lazy import named_extras
+from ..allocator import keep_freed_memory
 from ..checkpoint import BUNDLED, words_note
 from ..checkpoint import load_checkpoint as _load_checkpoint
 
@@ -103,7 +104,8 @@ def positive(text: str) -> int:
 
 
 def load_checkpoint(model_name: str | None, device: Any = None) -> tuple[Any, Any, str]:
-    """[`~checkpoint.load_checkpoint`], whose errors are bad input here."""
+    """[`~checkpoint.load_checkpoint`], whose errors are bad input here; what the answers free is kept for the next."""
+    keep_freed_memory()
     with user_errors():
         return _load_checkpoint(model_name, device)
 

@@ -68,8 +68,8 @@ class _DemoAnswer:
 
 def _answer(model: Any, processor: Any, image: Any, instruction: str, grid: int) -> _DemoAnswer:
     from ..explain.answer import Answer
-    from ..explain.explaining import explain_answer
     from ..explain.answers_page import ShownAnswer
+    from ..explain.explaining import explain_answer
 
     with user_errors():
         answered = Answer(model, processor, image, instruction)

@@ -100,21 +100,9 @@ def processed_answer(
 
 
 def figure_row(image: Any, instruction: str, answer: dict[str, Any]) -> Any:
-    import numpy as np
-
     from ..figure import SegmentationRow
 
-    kept, every = answer["kept"], answer["every"]
-    return SegmentationRow(
-        image=image,
-        instruction=instruction,
-        reasoning=kept["reasoning"],
-        masks=np.asarray(kept["masks"]),
-        scores=np.asarray(kept["scores"]),
-        slots=np.asarray(kept["slots"]),
-        heatmaps=np.asarray(every["heatmaps"]),
-        confidences=np.asarray(every["scores"]),
-    )
+    return SegmentationRow.from_answer(image, instruction, answer["kept"], answer["every"])
 
 
 def save_figure(rows: list[Any], path: Path) -> None:

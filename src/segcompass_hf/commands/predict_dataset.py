@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from ..allocator import keep_freed_memory
 from ..checkpoint import BUNDLED, default_checkpoint
 from .common import UserError, positive, user_errors
 
@@ -105,6 +106,7 @@ def run(args: argparse.Namespace) -> None:
     is_known = args.dataset.startswith("scenes:") or model not in BUNDLED
     line = ProgressLine(None if is_known else f"note: {BUNDLED[model]}")
     options = {"share": args.shard or (0, 1), "resume": not args.restart, "on_progress": line}
+    keep_freed_memory()
     with user_errors(kinds=(ValueError, OSError)):
         if args.engine == "ray":
             summary = predict_dataset_with_ray(job, args.workers, **options)

@@ -13,6 +13,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from ..allocator import keep_freed_memory
 from ..stopping import SIGNALS, STARTED_BY_US, Stopped
 from .common import UserError, positive, print_page, user_errors
 
@@ -83,6 +84,7 @@ def _run(args: argparse.Namespace, recipe: Any) -> None:
     if alone:
         _run_in_processes(args.argv, wanted)
         return
+    keep_freed_memory()
     with user_errors(kinds=(OSError,)):  # a full disk, a folder that another process trains in
         result = run_recipe(recipe, shlex.join(["segcompass", *args.argv]), lambda line: print(line, flush=True))
     if is_main:

@@ -1,5 +1,5 @@
 # Copyright 2026 The segcompass_hf authors. Licensed under the Apache License, Version 2.0.
-"""Hidden states that vLLM computes and leaves in files. Experimental: never run on a GPU; see `docs/how-to/vllm.md`."""
+"""Hidden states that vLLM computes and leaves in files. Experimental, not run on a GPU: `docs/how-to/vllm.md`."""
 
 from __future__ import annotations
 

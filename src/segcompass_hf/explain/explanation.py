@@ -69,7 +69,7 @@ class Ablation:
     """
 
     features: tuple[int, ...]
-    masks: list[np.ndarray]
+    masks: list[np.ndarray] = field(repr=False)
     iou: list[float]
     score_change: list[float]
     iou_to_truth: list[float] | None = None
@@ -102,8 +102,8 @@ class ConceptAttribution:
     measured: bool = False
     label: str | None = None
     purity: float | None = None
-    tokens: list[TokenShare] = field(default_factory=list)
-    ablation: Ablation | None = None
+    tokens: list[TokenShare] = field(default_factory=list, repr=False)
+    ablation: Ablation | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -131,9 +131,9 @@ class MaskExplanation:
 
     slot: int
     score: float
-    mask: np.ndarray
-    heatmap: np.ndarray
-    concepts: list[ConceptAttribution]
+    mask: np.ndarray = field(repr=False)
+    heatmap: np.ndarray = field(repr=False)
+    concepts: list[ConceptAttribution] = field(repr=False)
     target: Target
     value: float
     baseline_value: float
@@ -169,10 +169,10 @@ class Explanation:
     instruction: str
     reasoning: str
     text: str
-    tokens: list[Token]
+    tokens: list[Token] = field(repr=False)
     masks: list[MaskExplanation]
     slot_scores: list[float]
-    heatmaps: np.ndarray
+    heatmaps: np.ndarray = field(repr=False)
     model_name: str = ""
 
     @property

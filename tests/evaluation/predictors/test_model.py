@@ -33,3 +33,24 @@ def test_features_of_a_cache_go_where_the_model_is(parts, tmp_path, monkeypatch)
     plain, _, _ = ModelPredictor(model, processor, max_new_tokens=8).segment(rows)
     torch.testing.assert_close(cached.pred_masks, plain.pred_masks, atol=1e-5, rtol=1e-5)
     assert sizes.tolist() == [[model.mask_stage.canvas] * 2] * 2  # stretched
+
+
+def test_only_slots_that_are_shown_are_decoded_and_the_answers_are_the_same(parts):
+    model, processor = parts
+    rows = [tiny_row(0), tiny_row(1)]
+    every, _, answers = ModelPredictor(model, processor, max_new_tokens=8).segment(rows)
+    middle = float(every.slot_logits.flatten().sort().values[[3, 4]].mean())  # half of the slots are above
+    predictor = ModelPredictor(model, processor, slot_logit_threshold=middle, max_new_tokens=8)
+    model.config.slot_logit_threshold = middle
+    decoded = []
+    model.sam.mask_decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: decoded.append(len(kwargs["image_embeddings"])), with_kwargs=True
+    )
+    _, _, answers = predictor.segment(rows)
+    shown = predictor.predict(rows)
+    assert decoded == [8, 4]
+    for answer, prediction in zip(answers, shown, strict=True):
+        assert (prediction.masks == answer["masks"].numpy()).all()
+        assert prediction.scores == pytest.approx(answer["scores"].tolist(), abs=1e-5)
+        assert (prediction.reasoning, prediction.text) == (answer["reasoning"], answer["text"])
+    assert sum(len(prediction.masks) for prediction in shown)

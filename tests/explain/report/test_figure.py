@@ -1,6 +1,7 @@
 """The figure of an explanation: what stands in it, for masks, none, odd texts."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from explanations import REASONING, made_explanation
@@ -70,3 +71,17 @@ def test_bars_of_what_was_shared_out_are_hatched():
     assert "10 of 15 concepts: share of the mask logit's change; hatched: shared out by gradients" in _texts(mask)
     bars = next(axes.patches for axes in mask.axes if len(axes.patches) == MAX_BARS)
     assert [bar.get_hatch() is not None for bar in bars] == [False] * 2 + [True] * 8
+
+
+def test_titles_of_a_mask_stand_beside_each_other():
+    from matplotlib.text import Text
+
+    explanation = made_explanation(num_masks=1)
+    explanation.masks[0].concepts[0].measured = True  # the longest title: some are hatched
+    figure = plot(explanation)
+    figure.canvas.draw()
+    mask = figure.subfigs[1]
+    titles = {axes.get_title(loc="left") for axes in mask.axes} - {""}
+    boxes = [text.get_window_extent() for text in mask.findobj(Text) if text.get_text() in titles]
+    boxes.sort(key=lambda box: box.x0)
+    assert len(boxes) == 3 and all(left.x1 < right.x0 for left, right in pairwise(boxes))

@@ -181,7 +181,9 @@ def segment(trial: Trial) -> None:
     references = (written == trial.processor.ref_token_id).sum(1).tolist()
     assert references == [tiny.NUM_SLOTS] * 2, f"{references} <REF_POS> in the answers"
     assert torch.isfinite(output.pred_masks).all() and output.pred_masks.std() > 0.01, "the masks are flat or broken"
-    assert len(passes) == 1 + written.shape[1], f"{len(passes)} passes for {written.shape[1]} tokens"
+    # One for the prompt and one per token, of which the format's last ones may pass together.
+    most, together = 1 + written.shape[1], tiny.NUM_SLOTS + 2
+    assert most - together <= len(passes) <= most, f"{len(passes)} passes for {written.shape[1]} tokens"
 
 
 @step("vlm", "segment")

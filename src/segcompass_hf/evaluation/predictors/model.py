@@ -73,7 +73,7 @@ class ModelPredictor:
         Returns:
             `list[Prediction]`: in the order of the rows, masks at the images' own sizes.
         """
-        _, _, results = self.segment(rows)
+        _, _, results = self.segment(rows, all_slots=False)
         return [
             Prediction(
                 result["masks"].numpy(),
@@ -85,20 +85,31 @@ class ModelPredictor:
             for result in results
         ]
 
-    def segment(self, rows: Sequence[dict[str, Any]]) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
-        """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers."""
+    def segment(
+        self, rows: Sequence[dict[str, Any]], all_slots: bool = True
+    ) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
+        """The model's output, the `reshaped_input_sizes` `(rows, 2)` of its images, and the post-processed answers.
+
+        With `all_slots=False` the output holds no masks of slots that are not shown, which saves decoding them.
+        """
         batch = self._collate([row | {"masks": None, "ignore": None} for row in rows])
         batch.pop("references")
-        return self.segment_inputs(batch, [[row["image"]] for row in rows])
+        return self.segment_inputs(batch, [[row["image"]] for row in rows], all_slots)
+
+    @property
+    def _shown_above(self) -> float:
+        """The logit above which slots may be shown; those that vote are chosen by the model's own."""
+        own = float(self.model.config.slot_logit_threshold)
+        return own if self.slot_logit_threshold is None else min(own, self.slot_logit_threshold)
 
     @torch.no_grad()
     def segment_inputs(
-        self, batch: Mapping[str, Any], images: Sequence[list]
+        self, batch: Mapping[str, Any], images: Sequence[list], all_slots: bool = True
     ) -> tuple[Any, torch.Tensor, list[dict[str, Any]]]:
         """As [`~ModelPredictor.segment`], of inputs as the processor makes them, and of the images of each row;
         `image_embeddings` may stand in place of `sam_pixel_values`."""
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        output = self._answers(inputs, images)
+        output = self._answers(inputs, images, None if all_slots else self._shown_above)
         results = self.processor.post_process_segmentation(
             output,
             batch["original_sizes"],
@@ -109,9 +120,10 @@ class ModelPredictor:
         )
         return output, inputs["reshaped_input_sizes"], results
 
-    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list]) -> Any:
+    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list], decode_above: float | None) -> Any:
         """The model's output; the images are for heirs whose VLM is elsewhere."""
-        return self.model.segment(**{"do_sample": False, **inputs, **self.segment_kwargs})
+        settings = {"do_sample": False, "decode_above": decode_above, **self.segment_kwargs}
+        return self.model.segment(**{**inputs, **settings})
 
 
 def _digest_of_configs(*configs: Any) -> str:

@@ -71,6 +71,7 @@ class SamplingPredictor(ModelPredictor):
     def _answers(self, batch: dict[str, Any], number: int) -> list[Prediction]:
         """So many answers of each row, those of a row together."""
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        sampling["decode_above"] = self._shown_above
         inputs = {name: value.to(self.model.device) for name, value in batch.items()}
         output = self.model.segment(**inputs, **sampling, num_return_sequences=number, **self.segment_kwargs)
         sizes = (batch[name].repeat_interleave(number, 0) for name in ("original_sizes", "reshaped_input_sizes"))

@@ -49,7 +49,7 @@ class VllmPredictor(ModelPredictor):
         """As the parent's, with what wrote the answers."""
         return super().settings | {"engine": self.states.origin, "constrain_format": False}
 
-    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list]) -> Any:
+    def _answers(self, inputs: Mapping[str, Any], images: Sequence[list], decode_above: float | None) -> Any:
         model, prompt_mask = self.model, inputs["attention_mask"]
         images = [[to_rgb_image(image) for image in of_row] for of_row in images]
         features = model.image_embeddings_of(
@@ -66,7 +66,8 @@ class VllmPredictor(ModelPredictor):
         grids, sizes = inputs.get("image_token_grids"), inputs["reshaped_input_sizes"]
         states = states_for_masks(self.states, model, sequences, images, completion_mask, grids)
         with_concepts = bool(self.segment_kwargs.get("output_concepts"))
-        output = model.read_finite_masks(states, features, sizes, output_concepts=with_concepts)
+        settings = {"output_concepts": with_concepts, "decode_above": decode_above}
+        output = model.read_finite_masks(states, features, sizes, **settings)
         is_reasoning = written.bool() & ~model._is_format(completions, model._end_token_ids({}))
         return model.answers_of(states, output, mean_surprisal(surprisals, is_reasoning), sizes)
 

@@ -103,9 +103,9 @@ class ConceptEntry:
     mean_activation: float = 0.0
     max_activation: float = 0.0
     words: list[tuple[str, float]] = field(default_factory=list)
-    top_words: list[WordExample] = field(default_factory=list)
-    top_patches: list[PatchExample] = field(default_factory=list)
-    cofiring: list[CoFiring] = field(default_factory=list)
+    top_words: list[WordExample] = field(default_factory=list, repr=False)
+    top_patches: list[PatchExample] = field(default_factory=list, repr=False)
+    cofiring: list[CoFiring] = field(default_factory=list, repr=False)
     names: list[ConceptName] = field(default_factory=list)
     effect: ConceptEffect | None = None
     interpretation: str | None = None

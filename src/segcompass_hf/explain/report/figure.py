@@ -41,7 +41,7 @@ def plot(explanation: Any) -> Any:
         explanation ([`Explanation`]): From [`explain`].
 
     Returns:
-        `matplotlib.figure.Figure`: Not tied to any window; `figure.savefig(path)` writes it.
+        `matplotlib.figure.Figure`: Not tied to any window; a notebook shows it, `figure.savefig(path)` writes it.
 
     Raises:
         ImportError: without matplotlib.
@@ -108,8 +108,9 @@ def _draw_patches(axes: Any, explanation: Any, mask: Any, weights: dict[int, flo
 
 def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
     concepts = mask.concepts[:MAX_BARS]
-    # Labels stand left of the bars, in a part of the panel of their own.
-    axes = strip.add_subplot(cell.subgridspec(1, 2, width_ratios=[0.36, 0.64], wspace=0)[1])
+    # Labels stand left of the bars, in a part of the panel of their own; the title needs both parts.
+    labels, bars = 0.36, 0.64
+    axes = strip.add_subplot(cell.subgridspec(1, 2, width_ratios=[labels, bars], wspace=0)[1])
     what = "slot logit" if mask.target == "slot_logit" else "mask logit"
     of = f"share of the {what}'s change" if mask.in_shares else f"contribution to the {what}"
     title = f"{len(concepts)} of {max(mask.num_concepts, len(mask.concepts))} concepts: {of}"
@@ -117,7 +118,7 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
     shared = [some_measured and not concept.measured for concept in concepts]
     if any(shared):
         title += "; hatched: shared out by gradients"
-    axes.set_title(title, fontsize=FONT_SIZE, color=MUTED, loc="left", pad=4)
+    axes.set_title(title, x=-labels / bars, fontsize=FONT_SIZE, color=MUTED, loc="left", pad=4)
     places = np.arange(len(concepts))
     if mask.in_shares:
         sizes = [100 * concept.share for concept in concepts]
@@ -126,11 +127,11 @@ def _draw_shares(strip: Any, cell: Any, mask: Any) -> None:
         sizes = [concept.contribution for concept in concepts]
         texts = [f"{size:+.2f}" for size in sizes]
     colours = [slot_colour(mask.slot) if concept.direction == "for" else AGAINST for concept in concepts]
-    bars = axes.barh(places, sizes, height=0.62, color=colours)
-    for bar, is_shared in zip(bars, shared, strict=True):
+    drawn = axes.barh(places, sizes, height=0.62, color=colours)
+    for bar, is_shared in zip(drawn, shared, strict=True):
         if is_shared:
             bar.set(hatch="////", edgecolor="white", linewidth=0)
-    axes.bar_label(bars, texts, padding=3, fontsize=FONT_SIZE - 2, color=INK)
+    axes.bar_label(drawn, texts, padding=3, fontsize=FONT_SIZE - 2, color=INK)
     axes.set_yticks(places, [_name(concept) for concept in concepts], fontsize=FONT_SIZE - 1, color=INK)
     axes.set_ylim(max(len(concepts), 4) - 0.4, -0.6)
     axes.axvline(0, color=MUTED, linewidth=0.8)
