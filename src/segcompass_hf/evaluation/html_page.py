@@ -27,6 +27,7 @@ body {{ font: 15px/1.45 system-ui, sans-serif; color: #1f2430; max-width: 1000px
 .sample figure {{ margin: 0 }} .sample img {{ width: 280px; display: block }}
 .sample > div {{ flex: 1 1 280px; min-width: 0; overflow-wrap: anywhere }}
 figcaption, .small {{ font-size: 12px; color: #5b6270 }} .reasoning {{ white-space: pre-wrap }}
+table {{ display: block; overflow-x: auto }}
 td, th {{ text-align: left; padding: 0 1em .2em 0; font-size: 13px }}
 .target {{ color: rgb{target} }} .prediction {{ color: rgb{prediction} }}
 </style></head><body>
