@@ -27,7 +27,6 @@ UNTYPED = {
     "hub.conversion.to_original",
     "hub.publishing.push",
     "training.grpo.trainer",
-    "training.grpo.vllm",
     "training.loop.resume",
     "training.recipe.check",
     "training.recipe.running",

@@ -110,9 +110,11 @@ def new_figure(size: tuple[float, float], dpi: float, **options: Any) -> Any:
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        figure_class = _figure_class()
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    figure = _figure_class()(figsize=size, dpi=dpi, **options)
+    figure = figure_class(figsize=size, dpi=dpi, **options)
     FigureCanvasAgg(figure)
     return figure
 

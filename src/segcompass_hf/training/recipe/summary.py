@@ -26,7 +26,8 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
 body {{ font: 15px/1.45 system-ui, sans-serif; color: #1f2430; max-width: 1100px; margin: 2em auto; padding: 0 1em }}
-img {{ width: 100% }} table {{ border-collapse: collapse; display: block; overflow-x: auto }} td, th {{ text-align: left; padding: 0 1em 0 0 }}
+img {{ width: 100% }} table {{ border-collapse: collapse; display: block; overflow-x: auto }}
+td, th {{ text-align: left; padding: 0 1em 0 0 }}
 pre {{ background: #f3f4f7; padding: .6em; overflow-x: auto }} section {{ border-top: 1px solid #d5d9e0 }}
 </style></head><body>
 <h1>{title}</h1>
