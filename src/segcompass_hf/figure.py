@@ -110,21 +110,19 @@ def new_figure(size: tuple[float, float], dpi: float, **options: Any) -> Any:
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-        figure_class = _figure_class()
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("figures need matplotlib: pip install 'segcompass_hf[demo]'.") from error
-    figure = figure_class(figsize=size, dpi=dpi, **options)
+    figure = _inline(Figure)(figsize=size, dpi=dpi, **options)
     FigureCanvasAgg(figure)
     return figure
 
 
 @functools.cache
-def _figure_class() -> type:
+def _inline(base: type) -> type:
     """Figures that a notebook shows; matplotlib's own are shown where `pyplot` was imported, and else not."""
-    from matplotlib.figure import Figure
 
-    class InlineFigure(Figure):
+    class InlineFigure(base):  # type: ignore[misc, valid-type]
         def _repr_png_(self) -> bytes:
             written = io.BytesIO()
             self.savefig(written, format="png")
