@@ -122,7 +122,7 @@ def new_figure(size: tuple[float, float], dpi: float, **options: Any) -> Any:
 def _inline(base: type) -> type:
     """Figures that a notebook shows; matplotlib's own are shown where `pyplot` was imported, and else not."""
 
-    class InlineFigure(base):  # type: ignore[misc, valid-type]
+    class InlineFigure(base):
         def _repr_png_(self) -> bytes:
             written = io.BytesIO()
             self.savefig(written, format="png")
