@@ -109,6 +109,7 @@ def finish(folder, kinds, log=(), seed=second.EVALUATION_SEED):
     (folder / "done.json").write_text("{}")
 
 
+@pytest.mark.slow
 def test_the_report_pairs_scenes_and_says_what_came_of_the_prediction(tmp_path):
     size = replace(second_settings.SMOKE, folder=tmp_path)
     with pytest.raises(SystemExit, match="the start is not evaluated: run second.py --evaluate-start first"):

@@ -31,6 +31,7 @@ def test_ladder_ends_in_what_the_package_does():
         assert len(changed) == 2 and "name" in changed  # one saving at a time
 
 
+@pytest.mark.slow
 def test_same_loss_and_gradients(bench):
     found, peaks = measuring.check(bench, "a", [*LADDER, OURS, *WITHOUT_KL])
     assert set(found) == {row.name for row in [*LADDER[1:], OURS]}

@@ -115,6 +115,7 @@ def test_intervals_are_over_images(tmp_path):
         assert (found["value"], found["low"], found["high"], found["num_samples"]) == (0.5, 0, 1, 8)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_records_of_one(tmp_path, whole):
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -41,6 +41,7 @@ def test_patch_labels_by_hand():
     assert labels["background"].sum() == GRID * GRID - 2
 
 
+@pytest.mark.slow
 def test_a_stage_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, monkeypatch):
     monkeypatch.setitem(pretrain.STAGES, "vision", (4, 2))  # a checkpoint after every step
 

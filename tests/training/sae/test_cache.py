@@ -108,6 +108,7 @@ class TestSections:
         assert len({index for index, _ in found}) == 9
         assert list(stream.rows(0, 4)) == found[4:]
 
+    @pytest.mark.slow  # datasets waits five seconds for every shuffled file
     @pytest.mark.parametrize("files", [1, 3])
     def test_an_order_of_its_own_in_every_epoch(self, tmp_path, files):
         dataset = files_of_documents(tmp_path, files=files, rows_per_file=8).shuffle(seed=0, buffer_size=8)
